@@ -1,0 +1,149 @@
+"""argv, environment and INI file to a Config, to logging, to a running server. The only module that prints or exits."""
+from __future__ import annotations
+
+import argparse
+import configparser
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any, Dict, List, NoReturn, Optional, Sequence
+
+from . import __version__
+from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+from .server import Server
+
+EXIT_USAGE = 2
+SECTION = "socks5"
+
+DESCRIPTION = "A SOCKS5 proxy server (RFC 1928, RFC 1929). Times are in seconds."
+EPILOG = "An option FILE has one section, [%s], and the long names: 'port = 1080'; repeatable ones take a line each." % SECTION
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, no usage text: whoever wants that asks for --help."""
+        self.exit(EXIT_USAGE, "%s: %s\n" % (self.prog, message))
+
+
+def build_parser() -> Parser:
+    """Every option of config.py, and those that are not tunables of a server."""
+    parser = Parser(prog="socks5-server", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for item in options():
+        meta = item.metadata
+        text = meta["help"] + default_words(item.default)
+        if meta["kind"] is bool:
+            groups[meta["group"]].add_argument(*meta["flags"], dest=item.name, action="store_const", const="yes", help=text)
+        else:
+            groups[meta["group"]].add_argument(*meta["flags"], dest=item.name, action="append", metavar=meta["metavar"],
+                                               help=text)
+    running, watching = groups["running"], groups["watching"]
+    running.add_argument("--config", metavar="FILE", help="read options from an INI file; the command line goes first")
+    watching.add_argument("-v", "--verbose", action="store_true", help="log the steps of every negotiation, too")
+    watching.add_argument("-q", "--quiet", action="store_true", help="log only warnings and errors")
+    watching.add_argument("--version", action="version", version="%(prog)s " + __version__)
+    return parser
+
+
+def default_words(default: Any) -> str:
+    if isinstance(default, bool) or default == ():
+        return ""
+    return " (default %s)" % (" ".join(default) if isinstance(default, tuple) else
+                              "%g" % default if isinstance(default, float) else default)
+
+
+def read_config(args: Dict[str, Any]) -> Config:
+    """Defaults, then --config FILE, then SOCKS5_USERS, then the command line. Raises ConfigError."""
+    values = read_file(args["config"]) if "config" in args else {}
+    values.update(from_environment(os.environ))
+    for item in options():
+        if item.name in args:
+            given = args[item.name]
+            values[item.name] = parse(item, given if isinstance(given, list) else [given], "/".join(item.metadata["flags"]))
+    return Config(**values)
+
+
+def read_file(path: str) -> Dict[str, Any]:
+    """The options of an INI file. Raises ConfigError with the file, and the line where the parser knows it."""
+    ini = configparser.ConfigParser(interpolation=None, strict=True)
+    try:
+        with open(path, encoding="utf-8") as file:
+            ini.read_file(file)
+    except OSError as exc:
+        raise ConfigError("--config %s: %s" % (path, exc.strerror)) from None
+    except (configparser.Error, UnicodeDecodeError) as exc:
+        raise ConfigError("--config %s" % " ".join(str(exc).split())) from None
+    known = {long_flag(item)[2:]: item for item in options()}
+    values = {}
+    for section in ini.sections():
+        if section != SECTION:
+            raise ConfigError("--config %s: [%s] is not a section of ours, [%s] is" % (path, section, SECTION))
+        for name, text in ini[section].items():
+            if name not in known:
+                raise ConfigError("--config %s: no option is called %r" % (path, name))
+            values[known[name].name] = parse(known[name], text.split("\n") if known[name].metadata["many"] else [text],
+                                             "%s: %s" % (path, name))
+    return values
+
+
+def configure_logging(level: int) -> None:
+    """Ours alone: the root logger belongs to whoever embeds the package."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("socks5")
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(level)
+
+
+def serve(config: Config) -> int:
+    """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
+    try:
+        server = Server(config)
+    except OSError as exc:
+        return fail("cannot listen on %s: %s" % (exc.filename, exc.strerror))
+    hurry = threading.Event()
+
+    def on_signal(_number: int, _frame: Any) -> None:
+        if stopping:
+            hurry.set()
+        stopping.append(True)
+        server.stop()
+
+    stopping: List[bool] = []
+    with server:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+        for address in server.addresses:
+            say("listening on %s" % address)
+        server.serve_forever()
+        aborted = server.drain(config.drain_timeout, hurry)
+        if aborted:
+            logging.getLogger(__name__).warning("stopped with %d sessions cut off", aborted)
+    return 0
+
+
+def say(line: str) -> None:
+    """Print, whatever has become of standard output."""
+    try:
+        print(line, flush=True)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def fail(message: str) -> int:
+    print("socks5-server: %s" % message, file=sys.stderr)
+    return EXIT_USAGE
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    args = vars(build_parser().parse_args(argv))
+    try:
+        config = read_config(args)
+    except ConfigError as exc:
+        return fail(str(exc))
+    configure_logging(logging.WARNING if "quiet" in args else logging.DEBUG if "verbose" in args else logging.INFO)
+    return serve(config)

@@ -1,0 +1,147 @@
+"""Every tunable once: its name, unit, default, why that default, and help text.
+
+The fields of Config are the command line (cli.py), the INI file and the table in README.rst; a test holds the three
+together. A value comes in as text and is judged here, before anything listens. Times are in seconds, sizes in bytes.
+"""
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields
+from ipaddress import ip_address
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple, TypeVar
+
+N = TypeVar("N", int, float)
+GROUPS = ("listening", "access", "leaving", "limits", "running", "watching")
+
+
+class ConfigError(ValueError):
+    """One line that names the option (or file:line) and what is wrong with it."""
+
+
+# ---- what text may stand for, each raising ValueError with the reason --------------------------------------------
+
+def seconds(text: str) -> float:
+    return _number(float, text, 1e9, "a number of seconds")
+
+
+def count(text: str) -> int:
+    return _number(int, text, 1 << 31, "a whole number from 0")
+
+
+def port(text: str) -> int:
+    return _number(int, text, 65535, "a port from 0 to 65535")
+
+
+def _number(kind: Callable[[str], N], text: str, most: float, what: str) -> N:
+    try:
+        value = kind(text)
+        if 0 <= value <= most:                  # false for a NaN, too
+            return value
+    except ValueError:
+        pass
+    raise ValueError("%r is not %s" % (text, what))
+
+
+def address(text: str) -> str:
+    """An IP address to listen on; a scope (fe80::1%eth0) may follow."""
+    if text == "localhost":
+        return "127.0.0.1"
+    try:
+        ip_address(text.partition("%")[0])      # 3.8 knows no scope
+    except ValueError:
+        raise ValueError("%r is not an IP address" % text) from None
+    return text
+
+
+def credentials(text: str) -> Tuple[str, str]:
+    """NAME:PASSWORD, each 1 to 255 bytes; the password may hold colons.                      RFC 1929 §2"""
+    name, colon, password = text.partition(":")
+    if not colon or not all(1 <= len(part.encode("utf-8", "surrogateescape")) <= 255 for part in (name, password)):
+        raise ValueError("not NAME:PASSWORD with 1 to 255 bytes each")      # never shows what was typed
+    return name, password
+
+
+def option(default: Any, flags: str, kind: Callable[[str], Any], group: str, help: str, *, metavar: str = "",
+           why: str = "", many: bool = False) -> Any:
+    """A Config field. `flags` as on the command line, the long one last; `why` is where the default comes from."""
+    return field(default=default, metadata={"flags": tuple(flags.split()), "kind": kind, "group": group, "help": help,
+                                            "metavar": metavar, "why": why, "many": many})
+
+
+@dataclass(frozen=True)
+class Config:
+    listen: Tuple[str, ...] = option(
+        ("127.0.0.1",), "-l --listen", address, "listening", metavar="ADDRESS", many=True,
+        help="address to listen on, repeatable; '::' serves IPv4 and IPv6",
+        why="nobody else can reach loopback, so the plain command is safe")
+    port: int = option(
+        1080, "-p --port", port, "listening", metavar="PORT", help="port to listen on; 0 takes any free one and prints it",
+        why="IANA's port for SOCKS, RFC 1928 §3")
+    user: Tuple[Tuple[str, str], ...] = option(
+        (), "-u --user", credentials, "access", metavar="NAME:PASSWORD", many=True,
+        help="let only this user in, repeatable; also from the environment as SOCKS5_USERS=NAME:PASSWORD,...")
+    open: bool = option(
+        False, "--open", bool, "access", help="serve everybody who can reach this port, without a password")
+    max_sessions: int = option(
+        0, "--max-sessions", count, "limits", metavar="N", help="most clients at once; 0 is what the descriptor limit carries",
+        why="a tunnel takes two descriptors")
+    handshake_timeout: float = option(
+        10.0, "--handshake-timeout", seconds, "limits", metavar="S", help="for the whole negotiation, up to the request",
+        why="RFC 1928 §6 gives 10 s to close after a failure; a slow modem needs one")
+    connect_timeout: float = option(
+        10.0, "--connect-timeout", seconds, "limits", metavar="S", help="for reaching the destination, all its addresses together",
+        why="shorter than what clients wait for us, so that they hear the reason")
+    idle_timeout: float = option(
+        3600.0, "--idle-timeout", seconds, "limits", metavar="S", help="for a tunnel without traffic; 0 is never",
+        why="longer than the pauses of ssh and IMAP clients")
+    half_closed_timeout: float = option(
+        300.0, "--half-closed-timeout", seconds, "limits", metavar="S",
+        help="for a tunnel of which one side is closed and the other silent; 0 is never",
+        why="a server may think that long about a request whose client has said all")
+    drain_timeout: float = option(
+        5.0, "--drain-timeout", seconds, "limits", metavar="S", help="for sessions to finish after SIGTERM or SIGINT",
+        why="inside the 10 s that `docker stop` allows")
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what cannot be served, or must not be without being asked for."""
+        if not self.listen:
+            raise ConfigError("--listen: no address")
+        names = [name for name, _ in self.user]
+        if len(set(names)) < len(names):
+            raise ConfigError("--user: a name was given twice")
+        beyond = [text for text in self.listen if not ip_address(text.partition("%")[0]).is_loopback]
+        if beyond and not self.user and not self.open:
+            raise ConfigError(
+                "--listen %s: everybody who reaches it could use this proxy; add --user NAME:PASSWORD to let in whom you "
+                "know, as in: python socks5_server.py -l %s -p %d -u NAME:PASSWORD (or --open, if everybody may)"
+                % (beyond[0], beyond[0], self.port))
+
+
+def options() -> List["Field[Any]"]:
+    """The fields of Config in the order in which people read them."""
+    return sorted(fields(Config), key=lambda item: GROUPS.index(item.metadata["group"]))
+
+
+def long_flag(item: "Field[Any]") -> str:
+    return str(item.metadata["flags"][-1])
+
+
+def parse(item: "Field[Any]", texts: Sequence[str], where: str) -> Any:
+    """The value of an option from its text, or from several for a repeatable one. ConfigError names `where`."""
+    kind, many = item.metadata["kind"], item.metadata["many"]
+    try:
+        if kind is bool:
+            return {"yes": True, "true": True, "on": True, "1": True,
+                    "no": False, "false": False, "off": False, "0": False}[texts[-1].lower()]
+        values = tuple(kind(text) for text in texts)
+    except KeyError:
+        raise ConfigError("%s: say yes or no, not %r" % (where, texts[-1])) from None
+    except ValueError as exc:
+        raise ConfigError("%s: %s" % (where, exc)) from None
+    return values if many else values[-1]
+
+
+def from_environment(environ: Mapping[str, str]) -> Dict[str, Any]:
+    """SOCKS5_USERS=NAME:PASSWORD,NAME:PASSWORD, so that a password need not stand in the list of processes."""
+    texts = [text for text in environ.get("SOCKS5_USERS", "").split(",") if text]
+    users = next(item for item in fields(Config) if item.name == "user")
+    return {"user": parse(users, texts, "SOCKS5_USERS")} if texts else {}

@@ -1,0 +1,127 @@
+"""CONNECT: reach the destination by whichever of its addresses answers first.
+
+Racing after RFC 8305 sections 4 and 5: both families in turn, the next attempt when one fails or after 250 ms, the first
+that connects wins. The client is watched meanwhile: if it resets, there is nobody left to connect for.
+"""
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections import deque
+from time import monotonic
+from typing import Deque, Dict, List, Optional, Sequence, Tuple
+
+from .errors import RequestRefused, name_of, rep_of, telling
+from .relay import WRITE, new_poll
+from .resolve import IP, family_of
+
+ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
+NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # saves a system call where it exists
+IN_PROGRESS = {errno.EINPROGRESS, errno.EWOULDBLOCK}    # Windows says the second
+
+
+def connect(addresses: Sequence[IP], port: int, timeout_s: float, client: Optional[socket.socket] = None) -> socket.socket:
+    """A connected, non-blocking socket to the first of `addresses` that answers, all within timeout_s (0: for ever).
+
+    Raises RequestRefused with the REP of the most telling failure, or ConnectionResetError when `client` has gone.
+    """
+    with _Race(port, timeout_s, client) as race:
+        return race.run(interleave(addresses))
+
+
+def interleave(addresses: Sequence[IP]) -> List[IP]:
+    """Families in turn, beginning with the resolver's first choice.                    RFC 8305 §4"""
+    first = [address for address in addresses if address.version == addresses[0].version]
+    other = [address for address in addresses if address.version != addresses[0].version]
+    mixed = [address for pair in zip(first, other) for address in pair]
+    return mixed + first[len(other):] + other[len(first):]
+
+
+class _Race:
+    """The attempts under way, and what became of the others."""
+
+    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket]) -> None:
+        self.port = port
+        self.client = client
+        self.began = monotonic()
+        self.deadline = self.began + timeout_s if timeout_s else float("inf")
+        self.pending: Dict[int, Tuple[socket.socket, IP]] = {}
+        self.failures: List[Tuple[OSError, str]] = []
+        self.poll = None
+
+    def __enter__(self) -> _Race:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock, _address in self.pending.values():
+            sock.close()
+
+    def run(self, addresses: Sequence[IP]) -> socket.socket:
+        waiting: Deque[IP] = deque(addresses)
+        while waiting or self.pending:
+            if waiting:
+                winner = self.start(waiting.popleft())
+                if winner:
+                    return winner
+            next_start = monotonic() + ATTEMPT_DELAY_S if waiting else float("inf")
+            while self.pending:
+                winner, failed = self.wait(min(next_start, self.deadline))
+                if winner:
+                    return winner
+                now = monotonic()
+                if now >= self.deadline:
+                    raise self.refusal(OSError(errno.ETIMEDOUT, ""))
+                if waiting and (failed or now >= next_start):
+                    break
+        raise self.refusal()
+
+    def start(self, address: IP) -> Optional[socket.socket]:
+        """Begin one attempt; the socket, if it connected on the spot as loopback does."""
+        try:
+            sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
+        except OSError as exc:                          # no descriptors, or no such family
+            return self.failed(address, exc)
+        if not NONBLOCK:
+            sock.setblocking(False)
+        error = sock.connect_ex((str(address), self.port))
+        if not error:
+            return sock
+        if error not in IN_PROGRESS:
+            sock.close()
+            return self.failed(address, OSError(error, os.strerror(error)))
+        if self.poll is None:
+            self.poll = new_poll()
+            if self.client is not None:
+                self.poll.register(self.client.fileno(), 0)     # a reset is reported all the same; a FIN may be a half-close
+        self.pending[sock.fileno()] = sock, address
+        self.poll.register(sock.fileno(), WRITE)
+        return None
+
+    def wait(self, until: float) -> Tuple[Optional[socket.socket], bool]:
+        """Look at the attempts until one connects (it is given back), one fails (True), or `until`."""
+        timeout_ms = None if until == float("inf") else max(0.0, until - monotonic()) * 1000 + 1
+        failed = False
+        for fd, _events in self.poll.poll(timeout_ms):
+            if fd not in self.pending:
+                raise ConnectionResetError(errno.ECONNRESET, "client left before %s answered" % self.tried())
+            sock, address = self.pending.pop(fd)
+            self.poll.unregister(fd)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if not error:
+                return sock, failed
+            sock.close()
+            self.failed(address, OSError(error, os.strerror(error)))
+            failed = True
+        return None, failed
+
+    def failed(self, address: IP, error: OSError) -> None:
+        self.failures.append((error, "%s %s after %.3f s" % (address, name_of(error), monotonic() - self.began)))
+
+    def tried(self) -> str:
+        silent = ["%s silent for %.3f s" % (address, monotonic() - self.began) for _, address in self.pending.values()]
+        return ", ".join([words for _, words in self.failures] + silent)
+
+    def refusal(self, *more: OSError) -> RequestRefused:
+        error = min([error for error, _ in self.failures] + list(more), key=telling)
+        return RequestRefused(rep_of(error), self.tried())

@@ -1,0 +1,58 @@
+"""What can go wrong, as exceptions that carry the answer.
+
+Deep code raises, one place answers (handler.py). `why` is for the log of whoever runs the server, never for the peer.
+"""
+from __future__ import annotations
+
+import errno
+from typing import Dict
+
+from .codes import Rep
+
+
+class SocksError(Exception):
+    """Anything that ends a SOCKS session before its tunnel stands."""
+
+
+class ProtocolError(SocksError):
+    """What came is not the protocol: there is no answer that the peer would understand, so close."""
+
+
+class RequestRefused(SocksError):
+    """The request is answered with `rep` and the connection closed; `why` goes to the log.        RFC 1928 §6"""
+
+    def __init__(self, rep: Rep, why: str) -> None:
+        super().__init__("%s: %s" % (rep.name, why))
+        self.rep = rep
+        self.why = why
+
+
+# What an OSError means to the client; whatever is not here is X'01'. The most telling first: where several addresses
+# fail, the failure that stands highest is the answer.
+REP_OF_ERRNO: Dict[int, Rep] = {
+    errno.ECONNREFUSED: Rep.CONNECTION_REFUSED,
+    errno.EACCES: Rep.NOT_ALLOWED,
+    errno.EPERM: Rep.NOT_ALLOWED,                   # a local firewall's
+    errno.EHOSTUNREACH: Rep.HOST_UNREACHABLE,
+    errno.EHOSTDOWN: Rep.HOST_UNREACHABLE,
+    errno.ENETUNREACH: Rep.NETWORK_UNREACHABLE,
+    errno.ENETDOWN: Rep.NETWORK_UNREACHABLE,
+    errno.EAFNOSUPPORT: Rep.ADDRESS_TYPE_NOT_SUPPORTED,
+    errno.ETIMEDOUT: Rep.TTL_EXPIRED,
+}
+_TELLING = list(REP_OF_ERRNO)
+
+
+def rep_of(error: OSError) -> Rep:
+    """The REP that tells the client what happened."""
+    return REP_OF_ERRNO.get(error.errno or 0, Rep.GENERAL_FAILURE)
+
+
+def telling(error: OSError) -> int:
+    """Sorts errors, the most telling first."""
+    return _TELLING.index(error.errno) if error.errno in REP_OF_ERRNO else len(_TELLING)
+
+
+def name_of(error: OSError) -> str:
+    """ECONNREFUSED and the like: what an administrator searches for."""
+    return errno.errorcode.get(error.errno or 0, str(error))

@@ -1,0 +1,206 @@
+"""One client, from the first byte to the last: read it next to RFC 1928, from section 3 to section 6.
+
+Deep code raises what the client is to be told; only `handle` answers. The negotiation is blocking code without
+time-outs: the whole of it has one deadline, and Sessions.expire shuts the connection down when that has passed.
+"""
+from __future__ import annotations
+
+import logging
+import socket
+from socketserver import StreamRequestHandler
+from time import monotonic
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional
+
+from . import auth
+from .codes import Cmd, Method, Rep
+from .connect import connect
+from .errors import ProtocolError, RequestRefused
+from .relay import Tunnel
+from .resolve import IP, address_of, resolve
+from .sessions import Session
+from .wire import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
+
+if TYPE_CHECKING:
+    from .server import Server
+
+log = logging.getLogger(__name__)
+
+READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
+LINGER_S = 1.0              # how long we read away what still comes after a refusal,
+LINGER_BYTES = 1 << 16      # and how much of it
+
+SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
+HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+             b"This is a SOCKS5 proxy, not an HTTP proxy or web server.\n"
+             b"Point the program at it with socks5h://HOST:PORT (curl: --socks5-hostname HOST:PORT;\n"
+             b"Firefox: Settings, Network Settings, SOCKS Host, SOCKS v5, Proxy DNS when using SOCKS v5).\n")
+
+
+class Inbox:
+    """What the client sends, exactly as much as is asked for; the rest stays for the tunnel."""
+
+    __slots__ = ("sock", "held")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.held = b""
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes. Raises EOFError when the client closes before."""
+        while len(self.held) < size:
+            self.held += self._receive()
+        piece, self.held = self.held[:size], self.held[size:]
+        return piece
+
+    def first(self) -> int:
+        """The next byte, which stays to be read."""
+        self.held = self.held or self._receive()
+        return self.held[0]
+
+    def rest(self) -> bytes:
+        piece, self.held = self.held, b""
+        return piece
+
+    def _receive(self) -> bytes:
+        data = self.sock.recv(READ_BYTES)       # one call a message, not one a field
+        if not data:
+            raise EOFError("client closed")
+        return data
+
+
+class Handler(StreamRequestHandler):
+    """Serves one client in its own thread."""
+
+    server: Server
+    request: socket.socket
+    session: Session
+
+    def setup(self) -> None:
+        """Instead of StreamRequestHandler's: its rfile reads ahead, and hides from the tunnel what it has read."""
+        self.connection = self.request
+        self.inbox = Inbox(self.connection)
+        self.session = self.server.sessions[self.request]
+
+    def handle(self) -> None:
+        """Serve the client until either side is done.                                   RFC 1928 §3 to §6"""
+        session = self.session
+        try:
+            self.negotiate()                                    # §3 METHOD, then its sub-negotiation
+            try:
+                request = Request.parse(self.inbox.read)        # §4
+                self.server.sessions.negotiated(session)
+                session.cmd, session.dst = request.cmd.name, request.dst
+                COMMANDS[request.cmd](self, request)            # §4 CONNECT | BIND | UDP ASSOCIATE
+            except RequestRefused as exc:                       # §6: the answer, then close within 10 s
+                session.ended_by, session.why = "refused", exc.why
+                self.reply(exc.rep)
+                self.linger()
+        except ProtocolError as exc:
+            session.ended_by, session.why = "refused", str(exc)
+            self.linger()
+        except (EOFError, OSError) as exc:                      # the client's doing, not our bug
+            session.ended_by = session.ended_by or "client"
+            session.why = session.why or str(getattr(exc, "strerror", None) or exc)
+
+    def finish(self) -> None:
+        log.info(Session.LINE, self.session.facts())
+
+    # ---- §3: the method, and who is it? ---------------------------------------------------------------------------
+
+    def negotiate(self) -> None:
+        """Agree on a METHOD and run its sub-negotiation. Raises ProtocolError when there is nothing to agree on."""
+        if self.inbox.first() != VER:
+            self.explain()
+        offered = Greeting.parse(self.inbox.read).methods
+        methods = self.server.methods
+        method = auth.choose(offered, methods)
+        self.connection.sendall(Selection(method).pack())
+        if method not in methods:
+            raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
+        self.session.user = methods[method](self)
+
+    def explain(self) -> None:
+        """Whoever does not speak SOCKS5 is told so in its own language, where we know it."""
+        first = self.inbox.first()
+        if first == 0x04:
+            self.connection.sendall(SOCKS4_REFUSAL)
+            raise ProtocolError("a SOCKS4 client")
+        if 0x41 <= first <= 0x5A:                               # a capital letter: GET, CONNECT, ...
+            self.connection.sendall(HTTP_HELP)
+            raise ProtocolError("an HTTP client")
+        raise ProtocolError("a TLS client" if first == 0x16 else "not SOCKS: first byte 0x%02x" % first)
+
+    def no_authentication(self) -> Optional[bytes]:
+        return None
+
+    def username_password(self) -> Optional[bytes]:
+        """RFC 1929: one try. The name that was let in."""
+        login = Login.parse(self.inbox.read)
+        if not self.server.users.check(login.uname, login.passwd):
+            self.connection.sendall(LoginStatus(0x01).pack())
+            self.session.user = login.uname
+            raise ProtocolError("wrong user name or password")
+        self.connection.sendall(LoginStatus(0x00).pack())
+        return login.uname
+
+    # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
+
+    def connect(self, request: Request) -> None:
+        config = self.server.config
+        addresses = self.permitted(request, resolve(request.dst.host))
+        with connect(addresses, request.dst.port, config.connect_timeout, self.connection) as remote:
+            remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            remote.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self.session.reached = address_of(remote.getpeername())
+            self.reply(Rep.SUCCEEDED, address_of(remote.getsockname()))
+            self.relay(remote)
+
+    def permitted(self, request: Request, addresses: List[IP]) -> List[IP]:
+        """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
+        return addresses
+
+    def unsupported(self, request: Request) -> None:
+        raise RequestRefused(Rep.COMMAND_NOT_SUPPORTED, "CMD %s" % request.cmd.phrase)
+
+    def relay(self, remote: socket.socket, early_down: bytes = b"") -> None:
+        """Tunnel until both sides are done. What the client sent behind its request goes first."""
+        config, sessions = self.server.config, self.server.sessions
+        tunnel = Tunnel(self.connection, remote, self.inbox.rest(), early_down,
+                        config.idle_timeout, config.half_closed_timeout)
+        sessions.attach(self.session, tunnel)
+        try:
+            tunnel.run()
+        finally:
+            sessions.detach(self.session)
+
+    # ---- §6: answers ----------------------------------------------------------------------------------------------
+
+    def reply(self, rep: Rep, bnd: Address = UNSPECIFIED) -> None:
+        self.session.rep = rep.name
+        self.connection.sendall(Reply(rep, bnd).pack())
+
+    def linger(self) -> None:
+        """Read away what still comes: closing on unread input sends RST, which can destroy the answer on its way."""
+        deadline, left = monotonic() + LINGER_S, LINGER_BYTES
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            while left > 0 and deadline > monotonic():
+                self.connection.settimeout(max(deadline - monotonic(), 0.001))
+                received = len(self.connection.recv(READ_BYTES))
+                if not received:
+                    break
+                left -= received
+        except OSError:                                         # a time-out, or gone: nothing more to wait for
+            pass
+
+
+COMMANDS: Dict[Cmd, Callable[[Handler, Request], None]] = {
+    Cmd.CONNECT: Handler.connect,
+    Cmd.BIND: Handler.unsupported,
+    Cmd.UDP_ASSOCIATE: Handler.unsupported,
+}
+
+# METHOD to the code of its sub-negotiation, which gives the user's name or raises ProtocolError.
+MethodTable = Dict[int, Callable[[Handler], Optional[bytes]]]
+ANYBODY: MethodTable = {Method.NO_AUTHENTICATION: Handler.no_authentication}
+BY_PASSWORD: MethodTable = {Method.USERNAME_PASSWORD: Handler.username_password}

@@ -1,0 +1,74 @@
+"""Names to addresses, with the traps closed.
+
+`getaddrinfo` is too willing for bytes that a stranger chose: it stops at a NUL and answers for what stood before it, so
+"127.0.0.1\\0.example" would be 127.0.0.1. A name reaches it only after `clean`. RFC 1928 section 5, RFC 1123 section 2.1.
+"""
+from __future__ import annotations
+
+import re
+import socket
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import List, Tuple, Union
+
+from .codes import Rep
+from .errors import RequestRefused
+from .wire import Address, Host, text
+
+IP = Union[IPv4Address, IPv6Address]
+Sockaddr = Tuple[Union[str, int], ...]
+
+# Letters, digits, hyphen and dot are RFC 1123's; the underscore stands in many names that people do use.
+ASCII_NAME = re.compile(rb"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
+
+
+def clean(name: bytes) -> Host:
+    """An IP address if the name is the text of one, else the name in ASCII (IDNA where it was UTF-8).
+
+    Raises RequestRefused X'04' for anything else: empty, NUL, control characters, spaces, empty labels, foreign bytes.
+    """
+    try:
+        address = ip_address(name.decode("ascii"))
+        if "%" not in str(address):             # a scope would choose one of our interfaces
+            return address
+    except ValueError:                          # UnicodeDecodeError is one
+        pass
+    ascii_name = name
+    try:
+        if not name.isascii():
+            ascii_name = name.decode("utf-8").encode("idna")
+    except UnicodeError:
+        ascii_name = b""
+    if len(ascii_name) > 253 + 1 or not ASCII_NAME.fullmatch(ascii_name):   # 253 and the root's dot: RFC 1035 §2.3.4
+        raise RequestRefused(Rep.HOST_UNREACHABLE, "not a name to look up: %s" % text(name))
+    return ascii_name
+
+
+def resolve(host: Host) -> List[IP]:
+    """Every address of `host`, the resolver's favourite first, without repetition. Blocks while names are looked up.
+
+    IPv4 in an IPv6 coat (::ffff:192.0.2.1) comes out as IPv4. Raises RequestRefused X'04' when nothing is found.
+    """
+    if isinstance(host, bytes):
+        host = clean(host)
+    if not isinstance(host, bytes):
+        return [unmapped(host)]
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        raise RequestRefused(Rep.HOST_UNREACHABLE, "%s does not resolve: %s" % (text(host), exc)) from None
+    addresses = (unmapped(ip_address(str(sockaddr[0]).partition("%")[0])) for *_, sockaddr in found)
+    return list(dict.fromkeys(addresses))
+
+
+def unmapped(address: IP) -> IP:
+    """The IPv4 address inside an IPv4-mapped one, else the address itself.             RFC 4291 §2.5.5.2"""
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def address_of(sockaddr: Sockaddr) -> Address:
+    """What getsockname, getpeername, accept and recvfrom give, as an Address; IPv4-mapped shown as IPv4."""
+    return Address(unmapped(ip_address(str(sockaddr[0]).partition("%")[0])), int(sockaddr[1]))
+
+
+def family_of(address: IP) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6

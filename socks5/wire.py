@@ -1,0 +1,352 @@
+"""Every message of SOCKS5 as a frozen dataclass: bytes in, facts out, no sockets and no decisions.
+
+Each message has one LAYOUT, the RFC's box as data. `parse` takes the fields through it in the RFC's order, and whoever
+wants to show a message (trace.py) walks over the same LAYOUT with `dissect`, so the two cannot drift apart.
+
+`read(n)` gives exactly n bytes or raises EOFError. A parser never asks for a byte that is not part of its message, so
+what a client sends behind its request stays where it is, for the tunnel.
+
+RFC 1928 sections 3 to 7, RFC 1929. All integers are in network order (big-endian).
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from typing import Callable, ClassVar, Dict, Iterator, Optional, Tuple, Union
+
+from .codes import METHOD_RANGES, Atyp, Cmd, Method, Rep, phrase
+from .errors import ProtocolError, RequestRefused
+
+VER = 0x05          # RFC 1928 §3
+AUTH_VER = 0x01     # RFC 1929 §2: the version of the sub-negotiation, not of SOCKS
+ReadExactly = Callable[[int], bytes]
+Raw = Dict[str, bytes]
+Host = Union[IPv4Address, IPv6Address, bytes]     # bytes: a domain name, just as it came
+ADDRESS_BYTES = {0x01: 4, 0x04: 16}               # by ATYP, RFC 1928 §5
+DOMAINNAME = int(Atyp.DOMAINNAME)
+
+
+class BytesReader:
+    """Gives a byte string piece by piece: the `read` for parsing what is already here, such as a datagram."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.at = 0
+
+    def __call__(self, size: int) -> bytes:
+        end = self.at + size
+        if end > len(self.data):
+            raise EOFError("message cut short after %d bytes" % len(self.data))
+        piece, self.at = self.data[self.at:end], end
+        return piece
+
+    def rest(self) -> bytes:
+        return self.data[self.at:]
+
+
+# ---- fields: what a LAYOUT is made of ----------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a message.
+
+    name    the RFC's name, unique in its message
+    size    in bytes; or the name of the earlier field that holds it; or None: ATYP decides, RFC 1928 §5
+    means   the bytes in words, for people; not asked for an address, which ATYP explains
+    must    the only value that may stand here (VER): anything else is not this protocol
+    secret  never to be shown
+    """
+
+    name: str
+    size: Union[int, str, None]
+    means: Callable[[bytes], str]
+    must: Optional[int] = None
+    secret: bool = False
+
+    def take(self, read: ReadExactly, earlier: Raw) -> bytes:
+        if self.size is None:
+            return take_address(read, earlier["ATYP"][0])
+        raw = read(self.size if isinstance(self.size, int) else earlier[self.size][0])
+        if self.must is not None and raw[0] != self.must:
+            raise ProtocolError("%s 0x%02x, expected 0x%02x" % (self.name, raw[0], self.must))
+        return raw
+
+    def words(self, raw: Raw) -> str:
+        """What this field of a message says, for people."""
+        if self.size is None:
+            host = Address.of(dict(raw, PORT=b""), self.name, "PORT").host
+            return text(host) if isinstance(host, bytes) else str(host)
+        return self.means(raw[self.name])
+
+
+Layout = Tuple[Field, ...]
+
+
+def take_address(read: ReadExactly, atyp: int) -> bytes:
+    """The raw address for `atyp`; a name with its length byte. Raises RequestRefused X'08' before it reads anything
+    when the ATYP is unknown: nobody can say how many bytes would follow."""
+    if atyp == DOMAINNAME:
+        length = read(1)
+        return length + read(length[0])
+    if atyp not in ADDRESS_BYTES:
+        raise RequestRefused(Rep.ADDRESS_TYPE_NOT_SUPPORTED, "ATYP 0x%02x" % atyp)
+    return read(ADDRESS_BYTES[atyp])
+
+
+def split(layout: Layout, read: ReadExactly) -> Raw:
+    """Read one message: the raw bytes of each field, in the RFC's order."""
+    raw: Raw = {}
+    for field in layout:
+        raw[field.name] = field.take(read, raw)
+    return raw
+
+
+def dissect(layout: Layout, message: bytes) -> Iterator[Tuple[Field, bytes, str]]:
+    """Each field of a message that is already here, its bytes and what they say; ends quietly where the message does."""
+    read = BytesReader(message)
+    raw: Raw = {}
+    for field in layout:
+        start = read.at
+        try:
+            field.take(read, raw)
+        except (EOFError, RequestRefused):
+            return
+        except ProtocolError:
+            pass                                # shown all the same: it is what came
+        raw[field.name] = message[start:read.at]
+        yield field, raw[field.name], field.words(raw)
+
+
+def text(name: bytes) -> str:
+    """Peer-chosen bytes as one quoted line of ASCII, whatever is in them."""
+    return ascii(name.decode("utf-8", "backslashreplace"))
+
+
+def _number(raw: bytes) -> str:
+    return str(int.from_bytes(raw, "big"))
+
+
+def _method(raw: bytes) -> str:
+    return phrase(Method, raw[0], METHOD_RANGES)
+
+
+VERSION = Field("VER", 1, lambda raw: "SOCKS version %d" % raw[0], must=VER)
+AUTH_VERSION = Field("VER", 1, lambda raw: "version %d of the username/password sub-negotiation" % raw[0],
+                     must=AUTH_VER)
+RESERVED = Field("RSV", 1, lambda raw: "reserved")
+ATYP = Field("ATYP", 1, lambda raw: phrase(Atyp, raw[0]))
+PORT_BYTES = 2
+
+
+def _address(prefix: str) -> Layout:
+    """ATYP, ADDR, PORT: the part that requests, replies and datagrams share.           RFC 1928 §5"""
+    return (ATYP, Field(prefix + ".ADDR", None, text), Field(prefix + ".PORT", PORT_BYTES, _number))
+
+
+# ---- addresses, RFC 1928 §5 --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Address:
+    """A host and a port as they stand in requests, replies and datagrams.              RFC 1928 §5
+
+        | ATYP | ADDR | PORT |     octets: 1 variable 2
+
+    ATYP is never stored: the host's type tells it.
+    """
+
+    host: Host
+    port: int
+
+    @classmethod
+    def of(cls, raw: Raw, addr: str, port: str) -> Address:
+        """From the raw bytes of a message's ATYP and of its fields named `addr` and `port`."""
+        packed = raw[addr]
+        host: Host = (packed[1:] if raw["ATYP"][0] == DOMAINNAME
+                      else IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed))
+        return cls(host, int.from_bytes(raw[port], "big"))
+
+    def pack(self) -> bytes:
+        """ATYP, ADDR and PORT. Raises ValueError for a name that is empty or longer than 255 bytes."""
+        port = self.port.to_bytes(2, "big")
+        if isinstance(self.host, bytes):
+            if not 1 <= len(self.host) <= 255:
+                raise ValueError("a name has 1 to 255 bytes, not %d" % len(self.host))
+            return bytes([Atyp.DOMAINNAME, len(self.host)]) + self.host + port
+        return bytes([Atyp.IPV4 if self.host.version == 4 else Atyp.IPV6]) + self.host.packed + port
+
+    def __str__(self) -> str:
+        """192.0.2.1:80, [2001:db8::1]:80 or 'example.com':80, safe to log whatever a peer put into the name."""
+        if isinstance(self.host, bytes):
+            return "%s:%d" % (text(self.host), self.port)
+        return "%s:%d" % (self.host if self.host.version == 4 else "[%s]" % self.host, self.port)
+
+
+UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply
+
+
+# ---- the method negotiation, RFC 1928 §3 -------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Greeting:
+    """client: these are the methods I can do.                                           RFC 1928 §3
+
+        | VER | NMETHODS | METHODS |     octets: 1 1 0..255
+    """
+
+    methods: bytes
+    LAYOUT: ClassVar[Layout] = (
+        VERSION, Field("NMETHODS", 1, lambda raw: "%d method(s) follow" % raw[0]),
+        Field("METHODS", "NMETHODS", lambda raw: ", ".join(_method(raw[i:i + 1]) for i in range(len(raw))) or "none"))
+
+    @classmethod
+    def parse(cls, read: ReadExactly) -> Greeting:
+        return cls(split(cls.LAYOUT, read)["METHODS"])
+
+    def pack(self) -> bytes:
+        return bytes([VER, len(self.methods)]) + self.methods
+
+
+@dataclass(frozen=True)
+class Selection:
+    """server: this is the method that we use, or X'FF' for none of them.                RFC 1928 §3
+
+        | VER | METHOD |     octets: 1 1
+    """
+
+    method: int
+    LAYOUT: ClassVar[Layout] = (VERSION, Field("METHOD", 1, _method))
+
+    @classmethod
+    def parse(cls, read: ReadExactly) -> Selection:
+        return cls(split(cls.LAYOUT, read)["METHOD"][0])
+
+    def pack(self) -> bytes:
+        return bytes([VER, self.method])
+
+
+# ---- username/password, RFC 1929 ---------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Login:
+    """client: this is who I am.                                                         RFC 1929 §2
+
+        | VER | ULEN | UNAME | PLEN | PASSWD |     octets: 1 1 1..255 1 1..255
+    """
+
+    uname: bytes
+    passwd: bytes
+    LAYOUT: ClassVar[Layout] = (
+        AUTH_VERSION, Field("ULEN", 1, lambda raw: "%s bytes of UNAME" % raw[0]), Field("UNAME", "ULEN", text),
+        Field("PLEN", 1, lambda raw: "%s bytes of PASSWD" % raw[0], secret=True),
+        Field("PASSWD", "PLEN", lambda raw: "", secret=True))
+
+    @classmethod
+    def parse(cls, read: ReadExactly) -> Login:
+        raw = split(cls.LAYOUT, read)
+        return cls(raw["UNAME"], raw["PASSWD"])
+
+    def pack(self) -> bytes:
+        """Raises ValueError for a field of more than 255 bytes."""
+        return bytes([AUTH_VER, len(self.uname)]) + self.uname + bytes([len(self.passwd)]) + self.passwd
+
+    def __repr__(self) -> str:
+        return "Login(uname=%r, passwd=...)" % self.uname
+
+
+@dataclass(frozen=True)
+class LoginStatus:
+    """server: X'00' you may go on; anything else is failure, and the connection closes. RFC 1929 §2
+
+        | VER | STATUS |     octets: 1 1
+    """
+
+    status: int
+    LAYOUT: ClassVar[Layout] = (
+        AUTH_VERSION, Field("STATUS", 1, lambda raw: "failure, the connection closes" if raw[0] else "success"))
+
+    @classmethod
+    def parse(cls, read: ReadExactly) -> LoginStatus:
+        return cls(split(cls.LAYOUT, read)["STATUS"][0])
+
+    def pack(self) -> bytes:
+        return bytes([AUTH_VER, self.status])
+
+
+# ---- request and reply, RFC 1928 §4 and §6 -----------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Request:
+    """client: do this for me.                                                           RFC 1928 §4
+
+        | VER | CMD | RSV | ATYP | DST.ADDR | DST.PORT |     octets: 1 1 1 1 variable 2
+    """
+
+    cmd: Cmd
+    dst: Address
+    LAYOUT: ClassVar[Layout] = (
+        VERSION, Field("CMD", 1, lambda raw: phrase(Cmd, raw[0])), RESERVED) + _address("DST")
+
+    @classmethod
+    def parse(cls, read: ReadExactly) -> Request:
+        """Raises RequestRefused X'07' for an unknown CMD, once the whole message is read; X'08' for an unknown ATYP."""
+        raw = split(cls.LAYOUT, read)           # RSV other than X'00' is tolerated
+        try:
+            return cls(Cmd(raw["CMD"][0]), Address.of(raw, "DST.ADDR", "DST.PORT"))
+        except ValueError:
+            raise RequestRefused(Rep.COMMAND_NOT_SUPPORTED, "CMD 0x%02x" % raw["CMD"][0]) from None
+
+    def pack(self) -> bytes:
+        return bytes([VER, self.cmd, 0x00]) + self.dst.pack()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """server: this is what came of it. BIND has two of them.                            RFC 1928 §6
+
+        | VER | REP | RSV | ATYP | BND.ADDR | BND.PORT |     octets: 1 1 1 1 variable 2
+    """
+
+    rep: int
+    bnd: Address = UNSPECIFIED
+    LAYOUT: ClassVar[Layout] = (
+        VERSION, Field("REP", 1, lambda raw: phrase(Rep, raw[0])), RESERVED) + _address("BND")
+
+    @classmethod
+    def parse(cls, read: ReadExactly) -> Reply:
+        """`rep` stays a plain number where the RFC has not assigned it."""
+        raw = split(cls.LAYOUT, read)
+        rep = raw["REP"][0]
+        return cls(Rep(rep) if rep <= Rep.ADDRESS_TYPE_NOT_SUPPORTED else rep, Address.of(raw, "BND.ADDR", "BND.PORT"))
+
+    def pack(self) -> bytes:
+        return bytes([VER, self.rep, 0x00]) + self.bnd.pack()
+
+
+# ---- datagrams, RFC 1928 §7 --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Datagram:
+    """A UDP datagram between client and relay, in either direction.                     RFC 1928 §7
+
+        | RSV | FRAG | ATYP | DST.ADDR | DST.PORT | DATA |     octets: 2 1 1 variable 2 variable
+    """
+
+    dst: Address
+    data: bytes
+    frag: int = 0
+    LAYOUT: ClassVar[Layout] = (
+        Field("RSV", 2, lambda raw: "reserved"),
+        Field("FRAG", 1, lambda raw: "stands alone" if not raw[0] else "fragment %d%s" % (
+            raw[0] & 0x7F, ", the last of its sequence" if raw[0] & 0x80 else "")),
+    ) + _address("DST")
+
+    @classmethod
+    def parse(cls, datagram: bytes) -> Datagram:
+        """From a whole datagram: DATA is whatever follows the header. Raises EOFError when it ends inside the header,
+        RequestRefused X'08' for an unknown ATYP."""
+        read = BytesReader(datagram)
+        raw = split(cls.LAYOUT, read)           # RSV other than X'0000' is tolerated
+        return cls(Address.of(raw, "DST.ADDR", "DST.PORT"), read.rest(), raw["FRAG"][0])
+
+    def pack(self) -> bytes:
+        return bytes([0x00, 0x00, self.frag]) + self.dst.pack() + self.data

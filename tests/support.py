@@ -1,0 +1,282 @@
+"""What the tests share: servers to talk to, a SOCKS5 client made of raw bytes, and ways to wait that are not sleeping."""
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from ipaddress import ip_address
+from pathlib import Path
+
+import socks5
+from socks5.codes import Cmd, Method, Rep
+from socks5.wire import Address, Greeting, Login, LoginStatus, Reply, Request, Selection
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "socks5_server.py"
+PATIENCE_S = 20             # for what should happen at once: long, because machines are slow, and never waited for in vain
+HAS_IPV6 = False
+with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as _probe:
+    _probe.bind(("::1", 0))
+    HAS_IPV6 = True
+
+
+# ---- our server --------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def running(handler=socks5.Handler, server_class=socks5.Server, **options):
+    """Our server in a thread of this process, on a free port; what is left of it at the end is closed."""
+    options.setdefault("port", 0)
+    with server_class(socks5.Config(**options), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join(PATIENCE_S)
+
+
+class Spawned:
+    """Our server as its users start it: a process. `ports` are those it printed, `log` what it wrote on stderr."""
+
+    def __init__(self, *args, env=None, python=sys.executable, script=SCRIPT, cwd=None, prefix=(), preexec_fn=None):
+        self.process = subprocess.Popen(
+            [*prefix, python, str(script), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, cwd=cwd, preexec_fn=preexec_fn, env=dict(os.environ, PYTHONUNBUFFERED="1", **(env or {})))
+        self.lines, self.log = [], []
+        self._news = threading.Condition()
+        self._readers = [threading.Thread(target=self._read, args=pair, daemon=True)
+                         for pair in ((self.process.stdout, self.lines), (self.process.stderr, self.log))]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, stream, lines):
+        for line in stream:
+            with self._news:
+                lines.append(line.rstrip("\n"))
+                self._news.notify_all()
+        with self._news:
+            self._news.notify_all()
+
+    def wait_line(self, pattern, lines=None, timeout=PATIENCE_S):
+        """The match of the first line that has `pattern`, waiting for it to be written; on stderr if not told otherwise."""
+        lines = self.log if lines is None else lines
+        deadline = time.monotonic() + timeout
+        with self._news:
+            while True:
+                for line in lines:
+                    found = re.search(pattern, line)
+                    if found:
+                        return found
+                if self.process.poll() is not None and not any(reader.is_alive() for reader in self._readers):
+                    raise AssertionError("ended with %s before %r: %s" % (self.process.returncode, pattern, self.lines + self.log))
+                if not self._news.wait(min(1, max(0, deadline - time.monotonic()))) and time.monotonic() > deadline:
+                    raise AssertionError("no line has %r: %s" % (pattern, self.lines + self.log))
+
+    @property
+    def port(self):
+        return int(self.wait_line(r"listening on .*:(\d+)$", self.lines).group(1))
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def end(self, number=signal.SIGTERM):
+        """Signal it, and wait for its end: the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            status = self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        for reader in self._readers:
+            reader.join(PATIENCE_S)
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return status
+
+
+@contextlib.contextmanager
+def spawned(*args, **kwargs):
+    """Our server as a process, listening; ended at the end. `-p 0` unless a port is among the arguments."""
+    if "-p" not in args:
+        args = ("-p", "0", *args)
+    server = Spawned(*args, **kwargs)
+    try:
+        server.wait_line("listening on", server.lines)
+        yield server
+    finally:
+        server.end(signal.SIGKILL)
+
+
+def run_cli(*args, env=None, input=None, cwd=None, timeout=PATIENCE_S, python=sys.executable):
+    """Run our command to its end: (exit status, stdout, stderr)."""
+    done = subprocess.run([python, str(SCRIPT), *map(str, args)], capture_output=True, text=True, input=input, cwd=cwd,
+                          timeout=timeout, env=dict(os.environ, **(env or {})))
+    return done.returncode, done.stdout, done.stderr
+
+
+# ---- the client's side, byte by byte -----------------------------------------------------------------------------
+
+def reader_of(sock):
+    """read(n) for the parsers of wire.py, from a blocking socket, never asking for more than n."""
+    def read(size):
+        data = b""
+        while len(data) < size:
+            piece = sock.recv(size - len(data))
+            if not piece:
+                raise EOFError("closed after %d of %d bytes" % (len(data), size))
+            data += piece
+        return data
+    return read
+
+
+def dial(server_address, timeout=PATIENCE_S):
+    """A TCP connection to our server; server_address as (host, port, ...) or a port on 127.0.0.1."""
+    if isinstance(server_address, int):
+        server_address = ("127.0.0.1", server_address)
+    return socket.create_connection(server_address[:2], timeout)
+
+
+def address(host, port):
+    """An Address from the text of an IP address or from a name."""
+    try:
+        return Address(ip_address(host), port)
+    except ValueError:
+        return Address(host if isinstance(host, bytes) else host.encode("utf-8"), port)
+
+
+def negotiate(sock, user=None):
+    """Greeting and, with user=(name, password) in bytes, the login. Raises AssertionError when we are not let in."""
+    read = reader_of(sock)
+    sock.sendall(Greeting(bytes([Method.USERNAME_PASSWORD if user else Method.NO_AUTHENTICATION])).pack())
+    method = Selection.parse(read).method
+    if method == Method.USERNAME_PASSWORD:
+        sock.sendall(Login(*user).pack())
+        assert LoginStatus.parse(read).status == 0, "login refused"
+    else:
+        assert method == Method.NO_AUTHENTICATION, "METHOD 0x%02x" % method
+
+
+def ask(sock, cmd, host, port):
+    """Send a request and read its (first) reply."""
+    sock.sendall(Request(cmd, address(host, port)).pack())
+    return Reply.parse(reader_of(sock))
+
+
+def connect_through(server_address, host, port, user=None):
+    """A socket connected to host:port through our server, or AssertionError with the REP."""
+    sock = dial(server_address)
+    try:
+        negotiate(sock, user)
+        reply = ask(sock, Cmd.CONNECT, host, port)
+        assert reply.rep == Rep.SUCCEEDED, reply
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def read_to_end(sock):
+    """Everything until EOF."""
+    pieces = []
+    while True:
+        piece = sock.recv(1 << 16)
+        if not piece:
+            return b"".join(pieces)
+        pieces.append(piece)
+
+
+def reset(sock):
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+# ---- the far side ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def target(serve=None, host="127.0.0.1", port=0):
+    """A TCP server that runs serve(connection) in a thread for each client; the default echoes until EOF, then closes.
+
+    Yields its (host, port). Exceptions of `serve` that are the peer's doing (OSError) are swallowed.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.listen(1024)
+
+    def one(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            (serve or echo)(connection)
+
+    def loop():
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=one, args=(listener.accept()[0],), daemon=True).start()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[:2]
+    finally:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(PATIENCE_S)
+
+
+def echo(connection):
+    while True:
+        data = connection.recv(1 << 16)
+        if not data:
+            return
+        connection.sendall(data)
+
+
+def closed_port(host="127.0.0.1"):
+    """A port on which nobody listens (a moment ago)."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.bind((host, 0))
+        return sock.getsockname()[1]
+
+
+# ---- waiting, counting, skipping ---------------------------------------------------------------------------------
+
+def wait_until(condition, what="", timeout=PATIENCE_S):
+    """For what tells nobody when it happens (a count in /proc): look again and again. AssertionError after `timeout`."""
+    deadline = time.monotonic() + timeout
+    never = threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("did not happen: %s" % (what or condition))
+        never.wait(0.01)
+
+
+def descriptors(pid="self"):
+    return len(os.listdir("/proc/%s/fd" % pid))
+
+
+def threads(pid="self"):
+    return len(os.listdir("/proc/%s/task" % pid))
+
+
+def need(test, present, what):
+    """Skip `test`, and say why, where `what` is missing; fail instead where CI has installed all that it needs."""
+    if not present:
+        if os.environ.get("SOCKS5_REQUIRE_CLIENTS") == "1":
+            test.fail("%s is required here" % what)
+        test.skipTest("%s is not here" % what)
+
+
+def need_program(test, name):
+    """The path of a real client or server program, or skip."""
+    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
+    need(test, path, name)
+    return path
