@@ -18,7 +18,8 @@ EXIT_USAGE = 2
 SECTION = "socks5"
 
 DESCRIPTION = "A SOCKS5 proxy server (RFC 1928, RFC 1929). Times are in seconds."
-EPILOG = "An option FILE has one section, [%s], and the long names: 'port = 1080'; repeatable ones take a line each." % SECTION
+EPILOG = ("An option FILE has one section, [%s], and the long names: 'port = 1080'; repeatable ones take a line each."
+          % SECTION)
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,7 +37,8 @@ def build_parser() -> Parser:
         meta = item.metadata
         text = meta["help"] + default_words(item.default)
         if meta["kind"] is bool:
-            groups[meta["group"]].add_argument(*meta["flags"], dest=item.name, action="store_const", const="yes", help=text)
+            groups[meta["group"]].add_argument(*meta["flags"], dest=item.name, action="store_const", const="yes",
+                                               help=text)
         else:
             groups[meta["group"]].add_argument(*meta["flags"], dest=item.name, action="append", metavar=meta["metavar"],
                                                help=text)
@@ -62,7 +64,8 @@ def read_config(args: Dict[str, Any]) -> Config:
     for item in options():
         if item.name in args:
             given = args[item.name]
-            values[item.name] = parse(item, given if isinstance(given, list) else [given], "/".join(item.metadata["flags"]))
+            where = "/".join(item.metadata["flags"])
+            values[item.name] = parse(item, given if isinstance(given, list) else [given], where)
     return Config(**values)
 
 

@@ -15,7 +15,7 @@ class Worded(IntEnum):
 
     phrase: str
 
-    def __new__(cls: Type[E], value: int, phrase: str) -> E:
+    def __new__(cls: Type[E], value: int, phrase: str = "") -> E:
         member = int.__new__(cls, value)
         member._value_ = value
         member.phrase = phrase

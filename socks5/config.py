@@ -74,7 +74,8 @@ class Config:
         help="address to listen on, repeatable; '::' serves IPv4 and IPv6",
         why="nobody else can reach loopback, so the plain command is safe")
     port: int = option(
-        1080, "-p --port", port, "listening", metavar="PORT", help="port to listen on; 0 takes any free one and prints it",
+        1080, "-p --port", port, "listening", metavar="PORT",
+        help="port to listen on; 0 takes any free one and prints it",
         why="IANA's port for SOCKS, RFC 1928 §3")
     user: Tuple[Tuple[str, str], ...] = option(
         (), "-u --user", credentials, "access", metavar="NAME:PASSWORD", many=True,
@@ -82,13 +83,16 @@ class Config:
     open: bool = option(
         False, "--open", bool, "access", help="serve everybody who can reach this port, without a password")
     max_sessions: int = option(
-        0, "--max-sessions", count, "limits", metavar="N", help="most clients at once; 0 is what the descriptor limit carries",
+        0, "--max-sessions", count, "limits", metavar="N",
+        help="most clients at once; 0 is what the descriptor limit carries",
         why="a tunnel takes two descriptors")
     handshake_timeout: float = option(
-        10.0, "--handshake-timeout", seconds, "limits", metavar="S", help="for the whole negotiation, up to the request",
+        10.0, "--handshake-timeout", seconds, "limits", metavar="S",
+        help="for the whole negotiation, up to the request",
         why="RFC 1928 §6 gives 10 s to close after a failure; a slow modem needs one")
     connect_timeout: float = option(
-        10.0, "--connect-timeout", seconds, "limits", metavar="S", help="for reaching the destination, all its addresses together",
+        10.0, "--connect-timeout", seconds, "limits", metavar="S",
+        help="for reaching the destination, all its addresses together",
         why="shorter than what clients wait for us, so that they hear the reason")
     idle_timeout: float = option(
         3600.0, "--idle-timeout", seconds, "limits", metavar="S", help="for a tunnel without traffic; 0 is never",
@@ -111,8 +115,8 @@ class Config:
         beyond = [text for text in self.listen if not ip_address(text.partition("%")[0]).is_loopback]
         if beyond and not self.user and not self.open:
             raise ConfigError(
-                "--listen %s: everybody who reaches it could use this proxy; add --user NAME:PASSWORD to let in whom you "
-                "know, as in: python socks5_server.py -l %s -p %d -u NAME:PASSWORD (or --open, if everybody may)"
+                "--listen %s: everybody who reaches it could use this proxy; add --user NAME:PASSWORD to let in whom "
+                "you know, as in: python socks5_server.py -l %s -p %d -u NAME:PASSWORD (or --open, if everybody may)"
                 % (beyond[0], beyond[0], self.port))
 
 

@@ -1,19 +1,20 @@
 """CONNECT: reach the destination by whichever of its addresses answers first.
 
-Racing after RFC 8305 sections 4 and 5: both families in turn, the next attempt when one fails or after 250 ms, the first
-that connects wins. The client is watched meanwhile: if it resets, there is nobody left to connect for.
+Racing after RFC 8305 sections 4 and 5: both families in turn, the next attempt when one fails or after 250 ms, the
+first that connects wins. The client is watched meanwhile: if it resets, there is nobody left to connect for.
 """
 from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 from collections import deque
 from time import monotonic
-from typing import Deque, Dict, List, Optional, Sequence, Tuple
+from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from .errors import RequestRefused, name_of, rep_of, telling
-from .relay import WRITE, new_poll
+from .relay import WRITE, SelectPoll, new_poll
 from .resolve import IP, family_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
@@ -21,7 +22,8 @@ NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # saves a system call wh
 IN_PROGRESS = {errno.EINPROGRESS, errno.EWOULDBLOCK}    # Windows says the second
 
 
-def connect(addresses: Sequence[IP], port: int, timeout_s: float, client: Optional[socket.socket] = None) -> socket.socket:
+def connect(addresses: Sequence[IP], port: int, timeout_s: float,
+            client: Optional[socket.socket] = None) -> socket.socket:
     """A connected, non-blocking socket to the first of `addresses` that answers, all within timeout_s (0: for ever).
 
     Raises RequestRefused with the REP of the most telling failure, or ConnectionResetError when `client` has gone.
@@ -48,7 +50,7 @@ class _Race:
         self.deadline = self.began + timeout_s if timeout_s else float("inf")
         self.pending: Dict[int, Tuple[socket.socket, IP]] = {}
         self.failures: List[Tuple[OSError, str]] = []
-        self.poll = None
+        self.poll: Union[select.poll, SelectPoll, None] = None      # made when an attempt has to be waited for
 
     def __enter__(self) -> _Race:
         return self
@@ -81,7 +83,8 @@ class _Race:
         try:
             sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
         except OSError as exc:                          # no descriptors, or no such family
-            return self.failed(address, exc)
+            self.failed(address, exc)
+            return None
         if not NONBLOCK:
             sock.setblocking(False)
         error = sock.connect_ex((str(address), self.port))
@@ -89,11 +92,12 @@ class _Race:
             return sock
         if error not in IN_PROGRESS:
             sock.close()
-            return self.failed(address, OSError(error, os.strerror(error)))
+            self.failed(address, OSError(error, os.strerror(error)))
+            return None
         if self.poll is None:
             self.poll = new_poll()
-            if self.client is not None:
-                self.poll.register(self.client.fileno(), 0)     # a reset is reported all the same; a FIN may be a half-close
+            if self.client is not None:                 # no events: a reset is reported all the same, and a FIN,
+                self.poll.register(self.client.fileno(), 0)     # which may be a half-close, is not
         self.pending[sock.fileno()] = sock, address
         self.poll.register(sock.fileno(), WRITE)
         return None
@@ -102,6 +106,7 @@ class _Race:
         """Look at the attempts until one connects (it is given back), one fails (True), or `until`."""
         timeout_ms = None if until == float("inf") else max(0.0, until - monotonic()) * 1000 + 1
         failed = False
+        assert self.poll is not None                    # something is pending
         for fd, _events in self.poll.poll(timeout_ms):
             if fd not in self.pending:
                 raise ConnectionResetError(errno.ECONNRESET, "client left before %s answered" % self.tried())

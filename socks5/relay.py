@@ -118,7 +118,8 @@ class Tunnel:
     the owner's, afterwards.
 
     idle_s, half_closed_s   how long nothing may move, before and after one side said EOF; 0 is for ever
-    ended_by                "client" or "remote", who said EOF or broke first; else "idle", "half-closed", or what abort said
+    ended_by                "client" or "remote", who said EOF or broke first; else "idle", "half-closed", or what
+                            abort said
     why                     the error that ended it, or ""
     """
 
@@ -173,7 +174,7 @@ class Tunnel:
         idle_s, name = self.idle_s, "idle"
         while True:
             for fd, events in ready:
-                mine, other = (up, down) if fd == client_fd else (down, up)   # this side's source, and what it is sink of
+                mine, other = (up, down) if fd == client_fd else (down, up)     # whose source, whose sink is it?
                 acted = False
                 if events & ~WRITE and not mine.done and not mine.chunk:
                     mine.fill()

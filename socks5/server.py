@@ -99,8 +99,8 @@ class Server(ThreadingTCPServer):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if hasattr(socket, "TCP_DEFER_ACCEPT"):
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_S)
-            address: Tuple[Any, ...] = (host, port, 0, socket.if_nametoindex(scope) if scope else 0) if six else (host, port)
-            listener.bind(address)
+            scope_id = socket.if_nametoindex(scope) if scope else 0
+            listener.bind((host, port, 0, scope_id) if six else (host, port))
             listener.listen(self.request_queue_size)
             listener.setblocking(False)
             return listener

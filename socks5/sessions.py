@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
-from time import monotonic, sleep
-from typing import Dict, Iterator, List, Optional, Union
+from time import monotonic
+from typing import Dict, Iterator, Optional, Union
 
 from .relay import Tunnel
 from .wire import Address, text
@@ -42,8 +42,8 @@ class Session:
             "up=%(up)d down=%(down)d seconds=%(seconds).3f ended=%(ended)s why=%(why)s")
 
     def facts(self) -> Dict[str, Union[str, int, float]]:
-        return {"client": str(self.client), "user": "-" if self.user is None else text(self.user), "cmd": self.cmd or "-",
-                "dst": str(self.dst or "-"), "reached": str(self.reached or "-"), "rep": self.rep or "-",
+        return {"client": str(self.client), "user": "-" if self.user is None else text(self.user),
+                "cmd": self.cmd or "-", "dst": str(self.dst or "-"), "reached": str(self.reached or "-"), "rep": self.rep or "-",
                 "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
                 "ended": self.ended_by or "-", "why": ascii(self.why) if self.why else "-"}
 

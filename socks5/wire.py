@@ -102,7 +102,7 @@ def split(layout: Layout, read: ReadExactly) -> Raw:
 
 
 def dissect(layout: Layout, message: bytes) -> Iterator[Tuple[Field, bytes, str]]:
-    """Each field of a message that is already here, its bytes and what they say; ends quietly where the message does."""
+    """Each field of a message that is here, its bytes and what they say; ends quietly where the message does."""
     read = BytesReader(message)
     raw: Raw = {}
     for field in layout:

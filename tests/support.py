@@ -1,4 +1,4 @@
-"""What the tests share: servers to talk to, a SOCKS5 client made of raw bytes, and ways to wait that are not sleeping."""
+"""What the tests share: servers to talk to, a SOCKS5 client made of raw bytes, ways to wait that are not sleeping."""
 import contextlib
 import os
 import re
