@@ -5,9 +5,10 @@ together. A value comes in as text and is judged here, before anything listens. 
 """
 from __future__ import annotations
 
+import random
 from dataclasses import Field, dataclass, field, fields
 from ipaddress import ip_address
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple, TypeVar
 
 N = TypeVar("N", int, float)
 GROUPS = ("listening", "access", "leaving", "limits", "running", "watching")
@@ -41,6 +42,30 @@ def _number(kind: Callable[[str], N], text: str, most: float, what: str) -> N:
     raise ValueError("%r is not %s" % (text, what))
 
 
+def port_range(text: str) -> Tuple[int, ...]:
+    """A-B, both included, as (A, B); a single A is (A, A)."""
+    low, _, high = text.partition("-")
+    try:
+        ports = int(low), int(high or low)
+    except ValueError:
+        ports = 0, 0
+    if not 1 <= ports[0] <= ports[1] <= 65535:
+        raise ValueError("%r is not a range of ports A-B within 1 to 65535" % text)
+    return ports
+
+
+def each_port(ports: Tuple[int, ...]) -> Iterator[int]:
+    """Every port of a port_range once, from a random one on, so that clients do not all start at the same; for an
+    option that was not given only 0, any free port."""
+    if not ports:
+        yield 0
+        return
+    size = ports[1] - ports[0] + 1
+    start = random.randrange(size)
+    for step in range(size):
+        yield ports[0] + (start + step) % size
+
+
 def address(text: str) -> str:
     """An IP address to listen on; a scope (fe80::1%eth0) may follow."""
     if text == "localhost":
@@ -49,6 +74,17 @@ def address(text: str) -> str:
         ip_address(text.partition("%")[0])      # 3.8 knows no scope
     except ValueError:
         raise ValueError("%r is not an IP address" % text) from None
+    return text
+
+
+def own_address(text: str) -> str:
+    """An IP address under which others reach us."""
+    try:
+        usable = not ip_address(text).is_unspecified and "%" not in text
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("%r is not an IP address that others could connect to" % text)
     return text
 
 
@@ -82,6 +118,11 @@ class Config:
         help="let only this user in, repeatable; also from the environment as SOCKS5_USERS=NAME:PASSWORD,...")
     open: bool = option(
         False, "--open", bool, "access", help="serve everybody who can reach this port, without a password")
+    advertise: Tuple[str, ...] = option(
+        (), "--advertise", own_address, "leaving", metavar="ADDRESS", many=True,
+        help="our address in the replies to BIND and UDP ASSOCIATE, when we are behind NAT; once for IPv4, once for IPv6")
+    bind_ports: Tuple[int, ...] = option(
+        (), "--bind-ports", port_range, "leaving", metavar="A-B", help="ports for BIND to listen on, instead of any")
     max_sessions: int = option(
         0, "--max-sessions", count, "limits", metavar="N",
         help="most clients at once; 0 is what the descriptor limit carries",
@@ -94,6 +135,9 @@ class Config:
         10.0, "--connect-timeout", seconds, "limits", metavar="S",
         help="for reaching the destination, all its addresses together",
         why="shorter than what clients wait for us, so that they hear the reason")
+    bind_timeout: float = option(
+        120.0, "--bind-timeout", seconds, "limits", metavar="S", help="for the peer of a BIND to come; 0 is never",
+        why="an FTP server calls back at once, but a person may first have to accept a file")
     idle_timeout: float = option(
         3600.0, "--idle-timeout", seconds, "limits", metavar="S", help="for a tunnel without traffic; 0 is never",
         why="longer than the pauses of ssh and IMAP clients")

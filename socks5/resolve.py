@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import List, Tuple, Union
+from typing import List, Sequence, Tuple, Union
 
 from .codes import Rep
 from .errors import RequestRefused
@@ -68,6 +68,11 @@ def unmapped(address: IP) -> IP:
 def address_of(sockaddr: Sockaddr) -> Address:
     """What getsockname, getpeername, accept and recvfrom give, as an Address; IPv4-mapped shown as IPv4."""
     return Address(unmapped(ip_address(str(sockaddr[0]).partition("%")[0])), int(sockaddr[1]))
+
+
+def advertised(addresses: Sequence[str], here: IP) -> IP:
+    """What a peer is to connect to: of the configured `addresses` the one of `here`'s family, else `here` itself."""
+    return next((address for address in map(ip_address, addresses) if address.version == here.version), here)
 
 
 def family_of(address: IP) -> int:
