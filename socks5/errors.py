@@ -5,7 +5,7 @@ Deep code raises, one place answers (handler.py). `why` is for the log of whoeve
 from __future__ import annotations
 
 import errno
-from typing import Dict
+from typing import Dict, Optional
 
 from .codes import Rep
 
@@ -51,6 +51,22 @@ def rep_of(error: OSError) -> Rep:
 def telling(error: OSError) -> int:
     """Sorts errors, the most telling first."""
     return _TELLING.index(error.errno) if error.errno in REP_OF_ERRNO else len(_TELLING)
+
+
+class ProxyError(SocksError, OSError):
+    """The proxy that we are a client of (client.py) did not do what it was asked for.
+
+    rep     its REP, from X'01' to X'FF'; None when there was no reply: it closed, let us not in, spoke something else
+    errno   what connect() would have said in the place of `rep`, for callers that know no SOCKS: ECONNREFUSED for X'05'
+    """
+
+    def __init__(self, words: str, rep: Optional[int] = None) -> None:
+        number = next((number for number, its_rep in REP_OF_ERRNO.items() if its_rep == rep), errno.ECONNABORTED)
+        super().__init__(number, words)
+        self.rep = rep
+
+    def __str__(self) -> str:
+        return str(self.strerror)
 
 
 def name_of(error: OSError) -> str:
