@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import Field, dataclass, field, fields
-from ipaddress import ip_address
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple, TypeVar
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple, TypeVar, Union
 
 N = TypeVar("N", int, float)
+Network = Union[IPv4Network, IPv6Network]
 GROUPS = ("listening", "access", "leaving", "limits", "running", "watching")
 
 
@@ -88,6 +89,22 @@ def own_address(text: str) -> str:
     return text
 
 
+def network(text: str) -> Network:
+    """An IP address or a network in CIDR form; one of IPv4-mapped addresses is the IPv4 network that it means."""
+    try:
+        net = ip_network(text)
+    except ValueError as exc:
+        raise ValueError("%s is not an address or a network: %s" % (ascii(text), exc)) from None
+    mapped = isinstance(net, IPv6Network) and net.prefixlen >= 96 and net.network_address.ipv4_mapped
+    return IPv4Network((mapped, net.prefixlen - 96)) if mapped else net
+
+
+def path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("not the name of a file")
+    return text
+
+
 def credentials(text: str) -> Tuple[str, str]:
     """NAME:PASSWORD, each 1 to 255 bytes; the password may hold colons.                      RFC 1929 §2"""
     name, colon, password = text.partition(":")
@@ -116,17 +133,34 @@ class Config:
     user: Tuple[Tuple[str, str], ...] = option(
         (), "-u --user", credentials, "access", metavar="NAME:PASSWORD", many=True,
         help="let only this user in, repeatable; also from the environment as SOCKS5_USERS=NAME:PASSWORD,...")
+    users: str = option(
+        "", "--users", path, "access", metavar="FILE",
+        help="let in only the users of this file: lines NAME:HASH, made by --hash-password; SIGHUP reads it again")
+    allow_from: Tuple[Network, ...] = option(
+        (), "--allow-from", network, "access", metavar="CIDR", many=True,
+        help="serve only clients at these addresses, repeatable; others are closed at once")
+    rules: str = option(
+        "", "--rules", path, "access", metavar="FILE",
+        help="who may reach what, the first rule that matches decides; SIGHUP reads it again")
     open: bool = option(
         False, "--open", bool, "access", help="serve everybody who can reach this port, without a password")
     advertise: Tuple[str, ...] = option(
         (), "--advertise", own_address, "leaving", metavar="ADDRESS", many=True,
-        help="our address in the replies to BIND and UDP ASSOCIATE, when we are behind NAT; once for IPv4, once for IPv6")
+        help="our address in replies to BIND and UDP ASSOCIATE, for a server behind NAT; one each for IPv4 and IPv6")
     bind_ports: Tuple[int, ...] = option(
         (), "--bind-ports", port_range, "leaving", metavar="A-B", help="ports for BIND to listen on, instead of any")
     max_sessions: int = option(
         0, "--max-sessions", count, "limits", metavar="N",
         help="most clients at once; 0 is what the descriptor limit carries",
         why="a tunnel takes two descriptors")
+    max_per_client: int = option(
+        0, "--max-per-client", count, "limits", metavar="N",
+        help="most connections from one address (IPv6: from one /64); 0 is any number",
+        why="a browser opens a hundred, and an office may share one address")
+    max_negotiating: int = option(
+        1000, "--max-negotiating", count, "limits", metavar="N",
+        help="most clients still before their request; beyond it the busiest address loses its longest silent one",
+        why="one thread each for up to 10 s: a hundred newcomers a second")
     handshake_timeout: float = option(
         10.0, "--handshake-timeout", seconds, "limits", metavar="S",
         help="for the whole negotiation, up to the request",
@@ -156,12 +190,23 @@ class Config:
         names = [name for name, _ in self.user]
         if len(set(names)) < len(names):
             raise ConfigError("--user: a name was given twice")
-        beyond = [text for text in self.listen if not ip_address(text.partition("%")[0]).is_loopback]
-        if beyond and not self.user and not self.open:
+        beyond = self.beyond()
+        if beyond and not (self.needs_password() or self.clients_limited() or self.rules or self.open):
             raise ConfigError(
                 "--listen %s: everybody who reaches it could use this proxy; add --user NAME:PASSWORD to let in whom "
-                "you know, as in: python socks5_server.py -l %s -p %d -u NAME:PASSWORD (or --open, if everybody may)"
-                % (beyond[0], beyond[0], self.port))
+                "you know, as in: python socks5_server.py -l %s -p %d -u NAME:PASSWORD (or --users FILE, or "
+                "--allow-from CIDR, or --rules FILE; or --open, if everybody may)" % (beyond[0], beyond[0], self.port))
+
+    def beyond(self) -> List[str]:
+        """The listening addresses that others than this machine reach."""
+        return [text for text in self.listen if not ip_address(text.partition("%")[0]).is_loopback]
+
+    def needs_password(self) -> bool:
+        return bool(self.user or self.users)
+
+    def clients_limited(self) -> bool:
+        """Whether --allow-from leaves anybody out: a /0 does not."""
+        return bool(self.allow_from) and all(net.prefixlen for net in self.allow_from)
 
 
 def options() -> List["Field[Any]"]:
