@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Callable, Dict, List, Optional
 from . import auth
 from .codes import Cmd, Method, Rep
 from .connect import connect
-from .errors import ProtocolError, RequestRefused
+from .errors import ProtocolError, RequestRefused, rep_of
 from .relay import Tunnel
 from .resolve import IP, address_of, resolve
 from .sessions import Session
@@ -99,8 +99,8 @@ class Handler(StreamRequestHandler):
             session.ended_by, session.why = "refused", str(exc)
             self.linger()
         except (EOFError, OSError) as exc:                      # the client's doing, not our bug
-            session.ended_by = session.ended_by or "client"
-            session.why = session.why or str(getattr(exc, "strerror", None) or exc)
+            if not session.ended_by:                            # else we shut it down: that, not the EOF, is why
+                session.ended_by, session.why = "client", str(getattr(exc, "strerror", None) or exc)
 
     def finish(self) -> None:
         log.info(Session.LINE, self.session.facts())
@@ -149,10 +149,14 @@ class Handler(StreamRequestHandler):
         config = self.server.config
         addresses = self.permitted(request, resolve(request.dst.host))
         with connect(addresses, request.dst.port, config.connect_timeout, self.connection) as remote:
-            remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            remote.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self.session.reached = address_of(remote.getpeername())
-            self.reply(Rep.SUCCEEDED, address_of(remote.getsockname()))
+            try:
+                remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                remote.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                self.session.reached = address_of(remote.getpeername())
+                bnd = address_of(remote.getsockname())
+            except OSError as exc:                              # accepted and reset already: ENOTCONN
+                raise RequestRefused(rep_of(exc), "reset by the destination at once") from None
+            self.reply(Rep.SUCCEEDED, bnd)
             self.relay(remote)
 
     def permitted(self, request: Request, addresses: List[IP]) -> List[IP]:

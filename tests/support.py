@@ -82,9 +82,6 @@ class Spawned:
     def port(self):
         return int(self.wait_line(r"listening on .*:(\d+)$", self.lines).group(1))
 
-    def signal(self, number):
-        self.process.send_signal(number)
-
     def end(self, number=signal.SIGTERM):
         """Signal it, and wait for its end: the exit status."""
         if self.process.poll() is None:
@@ -99,6 +96,9 @@ class Spawned:
         self.process.stdout.close()
         self.process.stderr.close()
         return status
+
+    def signal(self, number):               # stands last, because it hides the module of that name
+        self.process.send_signal(number)
 
 
 @contextlib.contextmanager
@@ -144,11 +144,13 @@ def dial(server_address, timeout=PATIENCE_S):
 
 
 def address(host, port):
-    """An Address from the text of an IP address or from a name."""
+    """An Address from the text of an IP address or from a name; bytes are always a name."""
+    if isinstance(host, bytes):
+        return Address(host, port)
     try:
         return Address(ip_address(host), port)
     except ValueError:
-        return Address(host if isinstance(host, bytes) else host.encode("utf-8"), port)
+        return Address(host.encode("utf-8"), port)
 
 
 def negotiate(sock, user=None):

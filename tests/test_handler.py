@@ -1,0 +1,577 @@
+"""One client's negotiation over real sockets: what is tolerated, what is refused, the deadline, the log line."""
+import contextlib
+import logging
+import re
+import select
+import signal
+import socket
+import threading
+import unittest
+from unittest import mock
+
+import socks5
+from socks5.codes import Cmd, Method, Rep
+from socks5.wire import UNSPECIFIED, Address, BytesReader, Greeting, Login, Reply, Request, Selection
+from tests import support
+from tests.support import PATIENCE_S, address, dial, read_to_end, reader_of, running, target, wait_until
+
+ANYBODY = Greeting(bytes([Method.NO_AUTHENTICATION])).pack()
+BY_PASSWORD = Greeting(bytes([Method.USERNAME_PASSWORD])).pack()
+ALICE = (b"alice", b"s3cret-of-alice")
+USERS = (("alice", "s3cret-of-alice"), ("bob", "pass:word"), ("zoë", "пароль"))
+LINE = re.compile(
+    r"session client=(?P<client>\S+) user=(?P<user>-|'.*?'|\".*?\") cmd=(?P<cmd>\S+) dst=(?P<dst>.+?) "
+    r"reached=(?P<reached>\S+) rep=(?P<rep>\S+) up=(?P<up>\d+) down=(?P<down>\d+) "
+    r"seconds=(?P<seconds>\d+\.\d{3}) ended=(?P<ended>.+?) why=(?P<why>.+)")
+
+
+def connect_to(destination):
+    return Request(Cmd.CONNECT, address(*destination[:2])).pack()
+
+
+def exchange(server, *pieces, end=False):
+    """Everything the server answers to `pieces`, each in a segment of its own; `end` says FIN behind them."""
+    with dial(server.server_address) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            client.sendall(piece)
+        if end:
+            client.shutdown(socket.SHUT_WR)
+        return read_to_end(client)
+
+
+class Case(unittest.TestCase):
+    """With one server for each class, started with its OPTIONS."""
+
+    OPTIONS = {}
+
+    @classmethod
+    def setUpClass(cls):
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        cls.server = stack.enter_context(running(**cls.OPTIONS))
+
+    def setUp(self):
+        log = logging.getLogger("socks5")
+        self.addCleanup(setattr, log, "disabled", log.disabled)
+
+    @contextlib.contextmanager
+    def logged(self, *patterns, level="DEBUG"):
+        """The log of what happens inside, in which each of `patterns` has to turn up."""
+        with self.assertLogs("socks5", level) as logs:
+            yield logs
+            for pattern in patterns:
+                try:
+                    wait_until(lambda: any(re.search(pattern, line) for line in logs.output))
+                except AssertionError:
+                    self.fail("no line has %r: %s" % (pattern, logs.output))
+
+    def all_gone(self):
+        wait_until(lambda: not len(self.server.sessions), "every session ended")
+
+
+class AnySplit(Case):
+    """Bytes come as the network likes."""
+
+    def conversation(self, destination):
+        """(what the client says, how much the server says before the echo)"""
+        return ANYBODY + connect_to(destination) + b"payload", 2 + 10
+
+    def check(self, client, prefix):
+        read = reader_of(client)
+        answers = read(prefix)
+        self.assertEqual(answers[0], 0x05)
+        self.assertEqual(answers[-10:-6], bytes([0x05, Rep.SUCCEEDED, 0x00, 0x01]))
+        self.assertEqual(read(7), b"payload")
+
+    def test_all_in_one_segment_with_payload_behind_the_request(self):
+        with target() as destination, dial(self.server.server_address) as client:
+            said, prefix = self.conversation(destination)
+            client.sendall(said)
+            self.check(client, prefix)
+
+    def test_one_segment_and_a_half_close_behind_it(self):
+        with target() as destination, dial(self.server.server_address) as client:
+            said, prefix = self.conversation(destination)
+            client.sendall(said)
+            client.shutdown(socket.SHUT_WR)
+            self.check(client, prefix)
+            self.assertEqual(client.recv(1), b"")
+
+    def test_cut_at_every_byte(self):
+        with target() as destination:
+            said, prefix = self.conversation(destination)
+            for cut in range(1, len(said)):
+                with self.subTest(cut=cut), dial(self.server.server_address) as client:
+                    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    client.sendall(said[:cut])
+                    client.sendall(said[cut:])
+                    self.check(client, prefix)
+
+    def test_a_byte_at_a_time(self):
+        """The server's socket gives one byte to each recv, however the network joined them."""
+        class Miser(socket.socket):
+            def recv(self, size, *flags):
+                return super().recv(min(size, 1), *flags)
+
+        class Server(socks5.Server):
+            def get_request(self, *args):
+                request, client_address = super().get_request(*args)
+                return Miser(request.family, request.type, fileno=request.detach()), client_address
+
+        with target() as destination, running(server_class=Server, **self.OPTIONS) as server:
+            said, prefix = self.conversation(destination)
+            with dial(server.server_address) as client:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for i in range(len(said)):
+                    client.sendall(said[i:i + 1])
+                self.check(client, prefix)
+
+    def test_payload_behind_the_request_reaches_the_target_first(self):
+        early = bytes(range(256)) * 64
+        with target() as destination, dial(self.server.server_address) as client:
+            client.sendall(self.conversation(destination)[0][:-7] + early)
+            client.sendall(b"later")
+            client.shutdown(socket.SHUT_WR)
+            self.assertTrue(read_to_end(client).endswith(early + b"later"))
+
+
+class AnySplitWithLogin(AnySplit):
+    OPTIONS = {"user": USERS}
+
+    def conversation(self, destination):
+        login = Login(*ALICE).pack()
+        return BY_PASSWORD + login + connect_to(destination) + b"payload", 2 + 2 + 10
+
+
+class Methods(Case):
+    """RFC 1928 section 3, without users."""
+
+    CASES = [("none offered", b"", 0xFF), ("no authentication", b"\0", 0x00),
+             ("it comes last of 255", bytes(range(254, -1, -1)), 0x00), ("GSSAPI only", b"\1", 0xFF),
+             ("password only", b"\2", 0xFF), ("both", b"\2\0", 0x00), ("FF itself", b"\xff", 0xFF),
+             ("the same twice", b"\0\0", 0x00), ("private ones", b"\x80\xfe", 0xFF)]
+
+    def test_which_method_is_chosen(self):
+        for name, offered, chosen in self.CASES:
+            with self.subTest(name):
+                answer = exchange(self.server, Greeting(offered).pack(), end=True)
+                self.assertEqual(answer, Selection(chosen).pack())
+
+    def test_no_acceptable_method_is_the_end_although_a_request_follows(self):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            listener.setblocking(False)
+            refused = Greeting(b"\1").pack()
+            with self.logged(r"rep=- .*ended=refused why=.*METHOD"):
+                answer = exchange(self.server, refused + ANYBODY + connect_to(listener.getsockname()))
+            self.assertEqual(answer, b"\x05\xff")
+            self.assertRaises(BlockingIOError, listener.accept)
+
+
+class MethodsWithUsers(Methods):
+    OPTIONS = {"user": USERS}
+    CASES = [("none offered", b"", 0xFF), ("no authentication", b"\0", 0xFF), ("both", b"\0\2", 0x02),
+             ("password only", b"\2", 0x02), ("all but password", bytes({*range(256)} - {2}), 0xFF),
+             ("GSSAPI and password", b"\1\2", 0x02)]
+
+
+class LoginTest(Case):
+    """RFC 1929."""
+
+    OPTIONS = {"user": USERS}
+
+    def test_let_in(self):
+        for name, uname, passwd in [("plain", *ALICE), ("colon in the password", b"bob", b"pass:word"),
+                                    ("bytes of UTF-8", "zoë".encode(), "пароль".encode())]:
+            with self.subTest(name), target() as destination:
+                with support.connect_through(self.server.server_address, *destination, user=(uname, passwd)) as client:
+                    client.sendall(b"hello")
+                    self.assertEqual(reader_of(client)(5), b"hello")
+
+    def test_wrong_is_01_and_nothing_behind_it_is_a_request(self):
+        cases = [("wrong password", b"alice", b"wrong"), ("empty password", b"alice", b""), ("both empty", b"", b""),
+                 ("empty name", b"", ALICE[1]), ("unknown user", b"mallory", ALICE[1]),
+                 ("somebody else's", b"bob", ALICE[1]),
+                 ("a prefix", b"alice", b"s3cret-of-alic"), ("one more", b"alice", b"s3cret-of-alice\0"),
+                 ("case", b"Alice", b"s3cret-of-alice"), ("not UTF-8", b"\xff\xfe", b"\xff"),
+                 ("another encoding", "zoë".encode("latin-1"), "пароль".encode()),
+                 ("255 bytes", b"a" * 255, b"b" * 255)]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            listener.setblocking(False)
+            for name, uname, passwd in cases:
+                with self.subTest(name):
+                    said = BY_PASSWORD + Login(uname, passwd).pack() + connect_to(listener.getsockname())
+                    with self.logged("ended=refused why='wrong user name or password'") as logs:
+                        answer = exchange(self.server, said)
+                    self.assertEqual(answer, b"\x05\x02" + b"\x01\x01")
+                    self.assertRaises(BlockingIOError, listener.accept)
+                    self.assertNotIn("s3cret", "".join(logs.output))
+
+    def test_one_try_only(self):
+        wrong, right = Login(b"alice", b"wrong").pack(), Login(*ALICE).pack()
+        self.assertEqual(exchange(self.server, BY_PASSWORD + wrong + right), b"\x05\x02\x01\x01")
+
+    def test_another_version_of_the_sub_negotiation_is_the_end(self):
+        with self.logged("ended=refused why='VER 0x05"):
+            answer = exchange(self.server, BY_PASSWORD + b"\x05" + Login(*ALICE).pack()[1:])
+        self.assertEqual(answer, b"\x05\x02")
+
+    def test_no_password_is_ever_logged(self):
+        with self.logged("user='alice' .*rep=CONNECTION_REFUSED") as logs:
+            said = BY_PASSWORD + Login(*ALICE).pack() + connect_to(("127.0.0.1", support.closed_port()))
+            self.assertEqual(exchange(self.server, said)[4:], Reply(Rep.CONNECTION_REFUSED).pack())
+        self.assertNotIn("s3cret", "".join(logs.output))
+
+    def test_users_of_the_environment(self):
+        with support.spawned(env={"SOCKS5_USERS": "carol:from:env,dave:x"}) as server, target() as destination:
+            for user in ((b"carol", b"from:env"), (b"dave", b"x")):
+                with self.subTest(user[0]), support.connect_through(server.port, *destination, user=user) as client:
+                    client.sendall(b"in")
+                    self.assertEqual(reader_of(client)(2), b"in")
+            with dial(server.port) as client:
+                client.sendall(BY_PASSWORD + Login(b"carol", b"x").pack())
+                self.assertEqual(read_to_end(client), b"\x05\x02\x01\x01")
+            with dial(server.port) as client:
+                client.sendall(ANYBODY)
+                self.assertEqual(read_to_end(client), b"\x05\xff")
+            server.wait_line(r"user='dave' cmd=CONNECT")
+            self.assertEqual(server.end(signal.SIGTERM), 0)
+            self.assertNotIn("from:env", "".join(server.log))
+
+
+class Strangers(Case):
+    """Whoever speaks something else gets help where we know the language, and a log line that names it."""
+
+    def test_each_is_told_in_its_own_language_and_named(self):
+        socks4 = b"\x04\x01\x00\x50\x7f\x00\x00\x01user\x00"
+        cases = [("SOCKS4", socks4, b"\x00\x5b" + bytes(6), "SOCKS4"),
+                 ("SOCKS4, first byte only", b"\x04", b"\x00\x5b" + bytes(6), "SOCKS4"),
+                 ("a TLS hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64), b"", "TLS"),
+                 ("a zero byte", bytes(40), b"", "0x00"), ("SSH", b"SSH-2.0-OpenSSH_9.6\r\n", None, None),
+                 ("garbage", b"\xde\xad\xbe\xef", b"", "0xde"), ("VER 06", b"\x06\x01\x00", b"", "0x06")]
+        for name, said, answer, word in cases:
+            with self.subTest(name):
+                with self.logged(r"cmd=- .*ended=refused why='.*%s" % (word or "")) as logs:
+                    answered = exchange(self.server, said)
+                if answer is not None:
+                    self.assertEqual(answered, answer)
+                self.assertEqual(len(logs.output), 1)
+
+    def test_http_gets_a_page_that_says_what_to_do(self):
+        for method in ("GET http://example.com/ HTTP/1.1", "CONNECT example.com:443 HTTP/1.1", "OPTIONS * HTTP/1.1"):
+            with self.subTest(method):
+                with self.logged(r"ended=refused why='.*HTTP"):
+                    said = "%s\r\nHost: example.com\r\nCookie: %s\r\n\r\n" % (method, "x" * 5000)
+                    page = exchange(self.server, said.encode())
+                self.assertRegex(page, rb"\AHTTP/1\.0 400 [^\r\n]+\r\n(?s:.*)\r\n\r\n(?s:.*)SOCKS5(?s:.*)socks5h://")
+
+    def test_another_version_in_the_request_is_closed_without_a_reply(self):
+        with self.logged("ended=refused why='VER 0x04"):
+            self.assertEqual(exchange(self.server, ANYBODY + b"\x04\x01\x00\x01\x7f\x00\x00\x01\x00\x50"), b"\x05\x00")
+
+    def test_gone_in_the_middle(self):
+        said = ANYBODY + connect_to((b"example.com", 80))
+        for cut in (1, 2, 3, 4, len(said) - 1):
+            with self.subTest("FIN after %d bytes" % cut):
+                with self.logged("rep=- .*ended=client"):
+                    self.assertEqual(exchange(self.server, said[:cut], end=True), b"\x05\x00" if cut >= 3 else b"")
+            with self.subTest("RST after %d bytes" % cut):
+                with self.logged("rep=- .*ended=client"), dial(self.server.server_address) as client:
+                    client.sendall(said[:cut])
+                    wait_until(lambda: len(self.server.sessions), "accepted")
+                    support.reset(client)
+                self.all_gone()
+
+
+class Deadline(Case):
+    """The whole negotiation has one absolute deadline."""
+
+    OPTIONS = {"handshake_timeout": 0.5, "user": USERS}
+
+    def test_every_way_to_be_slow(self):
+        """All at once. A silent connection may reach accept() a second late, because of TCP_DEFER_ACCEPT."""
+        login = Login(*ALICE).pack()
+        ways = {"silent": b"", "half a greeting": BY_PASSWORD[:2], "no login": BY_PASSWORD,
+                "half a login": BY_PASSWORD + login[:9], "no request": BY_PASSWORD + login,
+                "half a request": BY_PASSWORD + login + b"\x05\x01\x00\x03\xff" + b"a" * 40}
+        with contextlib.ExitStack() as stack:
+            destination = stack.enter_context(target())
+            tunnel = stack.enter_context(support.connect_through(self.server.server_address, *destination, user=ALICE))
+            logs = stack.enter_context(self.assertLogs("socks5", "INFO"))
+            clients = {name: stack.enter_context(dial(self.server.server_address)) for name in ways}
+            for name, said in ways.items():
+                clients[name].sendall(said)
+            for name, client in clients.items():
+                with self.subTest(name):
+                    self.assertLessEqual(len(read_to_end(client)), 4)           # Selection and LoginStatus, no more
+            wait_until(lambda: len(logs.output) == len(ways), "a log line for each")
+            for line in logs.output:
+                self.assertRegex(line, "rep=- .*ended=handshake timeout why=-$")
+            tunnel.sendall(b"a tunnel has no such deadline")
+            self.assertEqual(reader_of(tunnel)(29), b"a tunnel has no such deadline")
+
+    def test_a_byte_now_and_then_does_not_buy_time(self):
+        with dial(self.server.server_address) as client, self.logged("ended=handshake timeout"):
+            said = iter(Greeting(bytes([Method.USERNAME_PASSWORD]) * 255).pack())
+            client.settimeout(0.1)                              # the pace: all 257 bytes would take 25 s
+            for byte in said:
+                try:
+                    client.sendall(bytes([byte]))
+                    self.assertEqual(client.recv(1), b"")
+                    break
+                except socket.timeout:
+                    continue
+                except OSError:                                 # a byte that crossed the close
+                    break
+            self.assertGreater(len(list(said)), 0)
+
+    def test_it_ends_with_the_request_and_leaves_connect_its_own_time(self):
+        """A target that takes longer than the handshake may: here the handler is held up until that time is over."""
+        over = threading.Event()
+
+        class Slow(socks5.Handler):
+            def permitted(self, request, addresses):
+                over.wait(PATIENCE_S)
+                return super().permitted(request, addresses)
+
+        with target() as destination, running(Slow, handshake_timeout=0.3) as server, \
+                dial(server.server_address) as client, dial(server.server_address) as late:
+            client.sendall(ANYBODY + connect_to(destination) + b"hello")
+            self.assertEqual(reader_of(client)(2), b"\x05\x00")
+            late.sendall(ANYBODY[:1])
+            self.assertEqual(late.recv(1), b"")                 # came later and is over its time: so would be the first
+            over.set()
+            self.assertEqual(reader_of(client)(15)[10:], b"hello")
+
+
+class Lingering(Case):
+    """A refusal arrives although input is still unread: no RST overtakes it."""
+
+    OPTIONS = {"user": USERS}
+    LOGIN = BY_PASSWORD + Login(*ALICE).pack()
+
+    def refusals(self):
+        """(name, what is said, what is answered) of each refusal that has an answer"""
+        yield "request", self.LOGIN + connect_to((b"a..b", 80)), b"\5\2\1\0" + Reply(Rep.HOST_UNREACHABLE).pack()
+        yield "unknown ATYP", self.LOGIN + b"\5\1\0\7", b"\5\2\1\0" + Reply(Rep.ADDRESS_TYPE_NOT_SUPPORTED).pack()
+        yield "login", BY_PASSWORD + Login(b"alice", b"wrong").pack(), b"\5\2\1\1"
+        yield "METHOD", ANYBODY, b"\5\xff"
+        yield "SOCKS4", b"\4\1\0\x50\1\2\3\4\0", b"\0\x5b" + bytes(6)
+
+    def test_40_kb_behind_it(self):
+        for name, said, answer in self.refusals():
+            with self.subTest(name):
+                self.assertEqual(exchange(self.server, said + bytes(40000)), answer)   # and an EOF, no reset
+
+    def test_more_comes_after_it(self):
+        for name, said, answer in self.refusals():
+            with self.subTest(name), dial(self.server.server_address) as client:
+                client.sendall(said)
+                self.assertEqual(read_to_end(client), answer)
+                for _ in range(10):                             # the server has said FIN, and still takes this
+                    client.sendall(bytes(2000))
+                client.shutdown(socket.SHUT_WR)
+                self.all_gone()
+                self.assertEqual(client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0)
+
+    def test_100_kb_behind_it(self):
+        """More than is read away: the answer is there before the reset."""
+        for name, said, answer in self.refusals():
+            with self.subTest(name), dial(self.server.server_address) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 400000)
+                with contextlib.suppress(ConnectionError):      # the reset may come while we still send
+                    client.sendall(said + bytes(100000))
+                self.assertEqual(reader_of(client)(len(answer)), answer)
+
+    def test_whoever_never_stops_is_cut_off(self):
+        with dial(self.server.server_address) as client:
+            client.sendall(ANYBODY)
+            with self.assertRaises(ConnectionError):
+                for _ in range(1000):
+                    client.sendall(bytes(1 << 16))
+
+    def test_whoever_never_closes_is_not_waited_for(self):
+        with dial(self.server.server_address) as client:
+            client.sendall(ANYBODY)
+            self.assertEqual(read_to_end(client), b"\5\xff")
+            self.all_gone()
+
+    def test_whoever_never_reads_costs_nobody_else_anything(self):
+        """A receive buffer as small as it can be: our help page may not fit, the others are served, and it ends."""
+        with contextlib.ExitStack() as stack:
+            for said in (b"GET / HTTP/1.0\r\n\r\n", ANYBODY, BY_PASSWORD + Login(b"a", b"b").pack()):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+                client.connect(self.server.server_address)
+                client.sendall(said)
+            self.assertEqual(exchange(self.server, ANYBODY), b"\5\xff")
+            self.all_gone()
+
+
+class Requests(Case):
+    """RFC 1928 sections 4 to 6."""
+
+    def answer(self, request, end=False):
+        """The REP of `request`, whose reply must be whole, and the last thing said."""
+        answer = exchange(self.server, ANYBODY + request, end=end)
+        self.assertEqual(answer[:2], b"\x05\x00")
+        reply = Reply.parse(BytesReader(answer[2:]))
+        self.assertEqual(answer[2:], Reply(reply.rep, UNSPECIFIED).pack())
+        return reply.rep
+
+    def test_unknown_cmd(self):
+        for cmd in (0x00, 0x04, 0x09, 0x7F, 0xFF):
+            for name, rest in [("IPv4", connect_to(("127.0.0.1", 80))[2:]), ("IPv6", connect_to(("::1", 80))[2:]),
+                               ("name", connect_to(("localhost", 80))[2:])]:
+                with self.subTest("CMD %02x to %s" % (cmd, name)):
+                    with self.logged("cmd=- .*rep=COMMAND_NOT_SUPPORTED .*ended=refused why='CMD 0x%02x'" % cmd):
+                        self.assertEqual(self.answer(bytes([0x05, cmd]) + rest), Rep.COMMAND_NOT_SUPPORTED)
+
+    def test_unknown_cmd_is_answered_once_the_whole_message_is_there(self):
+        whole = b"\x05\x09" + connect_to(("localhost", 80))[2:]
+        self.assertEqual(exchange(self.server, ANYBODY + whole[:-1], end=True), b"\x05\x00")
+
+    def test_unknown_atyp_is_answered_at_once(self):
+        """Nobody can say how many bytes would follow, so none is waited for: the client sends none, and no FIN."""
+        for atyp in (0x00, 0x02, 0x05, 0x7F, 0xFF):
+            with self.subTest("ATYP %02x" % atyp):
+                with self.logged("rep=ADDRESS_TYPE_NOT_SUPPORTED .*why='ATYP 0x%02x'" % atyp):
+                    rep = self.answer(bytes([0x05, Cmd.CONNECT, 0x00, atyp]))
+                self.assertEqual(rep, Rep.ADDRESS_TYPE_NOT_SUPPORTED)
+
+    def test_rsv_is_tolerated(self):
+        with target() as destination:
+            for rsv in (0x01, 0x7F, 0xFF):
+                with self.subTest("RSV %02x" % rsv), dial(self.server.server_address) as client:
+                    request = bytearray(connect_to(destination))
+                    request[2] = rsv
+                    client.sendall(ANYBODY + request)
+                    self.assertEqual(reader_of(client)(4), b"\x05\x00\x05\x00")
+
+    def test_bad_names(self):
+        names = [b"", b"\0", b"127.0.0.1\0.example.com", b"127.0.0.1\0", b"local host", b" localhost", b"localhost\n",
+                 b"a\tb", b"\x7f", b"a..b", b".", b".localhost", b"a" * 64 + b".example", b"a." * 127 + b"a",
+                 b"\xff\xfe", b"\xc3\x28",
+                 b"fe80::1%lo", b"[::1]", b"localhost:80", b"http://localhost", b"*", b"a/b", b"a" * 255]
+        port = support.closed_port()
+        for name in names:
+            with self.subTest(name):
+                raw = bytes([0x05, Cmd.CONNECT, 0x00, 0x03, len(name)]) + name + port.to_bytes(2, "big")
+                with self.logged("rep=HOST_UNREACHABLE .*ended=refused"):
+                    self.assertEqual(self.answer(raw), Rep.HOST_UNREACHABLE)
+
+    def test_a_name_that_is_an_address_is_that_address(self):
+        for host in ("127.0.0.1", "::1"):
+            if ":" in host and not support.HAS_IPV6:
+                continue
+            with self.subTest(host), target(host=host) as (_, port), dial(self.server.server_address) as client:
+                with self.logged("dst='%s':%d reached=%s " % (host, port, re.escape(str(address(host, port))))):
+                    client.sendall(ANYBODY + Request(Cmd.CONNECT, Address(host.encode(), port)).pack() + b"x")
+                    self.assertEqual(reader_of(client)(4)[2:], b"\x05\x00")
+                    client.shutdown(socket.SHUT_WR)
+                    self.assertTrue(read_to_end(client).endswith(b"x"))
+
+    def test_bnd_is_what_the_target_sees(self):
+        seen = []
+        with target(lambda connection: seen.append(connection.getpeername()[:2])) as destination:
+            with dial(self.server.server_address) as client:
+                support.negotiate(client)
+                reply = support.ask(client, Cmd.CONNECT, *destination)
+                self.assertEqual(client.recv(1), b"")
+        self.assertEqual([(str(reply.bnd.host), reply.bnd.port)], seen)
+
+    def test_a_refused_port_is_05(self):
+        with self.logged("rep=CONNECTION_REFUSED up=0 down=0 .*why='127.0.0.1 ECONNREFUSED"):
+            self.assertEqual(self.answer(connect_to(("127.0.0.1", support.closed_port()))), Rep.CONNECTION_REFUSED)
+
+    def test_a_remote_that_resets_at_once_still_gets_its_client_a_reply(self):
+        """The reset is there before the handler looks at the connection: `connect` is made to wait for it."""
+        import socks5.handler as module
+        plain = module.connect
+
+        def connect_and_wait(*args):
+            remote = plain(*args)
+            select.select([remote], [], [], PATIENCE_S)
+            return remote
+
+        with target(support.reset) as destination, mock.patch.object(module, "connect", connect_and_wait):
+            self.assertEqual(self.answer(connect_to(destination)), Rep.GENERAL_FAILURE)
+
+
+class LogLine(Case):
+    """One line for each session, complete, and nobody else writes into it."""
+
+    def test_a_tunnel(self):
+        with target() as destination:
+            name = Address(b"localhost", destination[1])
+            with self.logged("session ") as logs, dial(self.server.server_address) as client:
+                here = "%s:%d" % client.getsockname()[:2]
+                client.sendall(ANYBODY + Request(Cmd.CONNECT, name).pack() + b"four")
+                client.shutdown(socket.SHUT_WR)
+                self.assertEqual(read_to_end(client)[-4:], b"four")
+            facts = LINE.search(logs.output[-1]).groupdict()
+            self.assertLess(float(facts.pop("seconds")), PATIENCE_S)
+            self.assertEqual(facts, {
+                "client": here, "user": "-", "cmd": "CONNECT", "dst": "'localhost':%d" % destination[1],
+                "reached": "127.0.0.1:%d" % destination[1], "rep": "SUCCEEDED", "up": "4", "down": "4",
+                "ended": "client", "why": "-"})
+
+    def test_who_ended_it(self):
+        with self.subTest("remote"), target(lambda connection: connection.sendall(b"bye")) as destination:
+            with self.logged("rep=SUCCEEDED up=0 down=3 .*ended=remote why=-"):
+                with support.connect_through(self.server.server_address, *destination) as client:
+                    self.assertEqual(read_to_end(client), b"bye")
+        with self.subTest("client's reset"), target() as destination:
+            with self.logged("rep=SUCCEEDED .*ended=client why='client: "):
+                support.reset(support.connect_through(self.server.server_address, *destination))
+
+    def test_a_forged_line_is_impossible(self):
+        forged = b"\r\n2030-01-01 INFO session client=10.0.0.1:1 user=- cmd=CONNECT\x1b[2J\0\x85\xe2\x80\xa8"
+        with running(user=USERS) as guarded:
+            cases = [("name", self.server, ANYBODY + Request(Cmd.CONNECT, Address(forged, 80)).pack()),
+                     ("user", guarded, BY_PASSWORD + Login(forged, b"x").pack()), ("first bytes", self.server, forged),
+                     ("HTTP", self.server, b"GET " + forged)]
+            for name, server, said in cases:
+                with self.subTest(name):
+                    with self.logged("session ") as logs:
+                        exchange(server, said, end=True)
+                    self.assertEqual(len(logs.records), 1)
+                    message = logs.records[0].getMessage()
+                    self.assertRegex(message, LINE)
+                    self.assertRegex(message, r"\A[ -~]+\Z")        # one line of printable ASCII
+
+    def test_quotes_do_not_end_a_field(self):
+        for name in (b"x' rep=SUCCEEDED why='", b'x" rep=SUCCEEDED "', b"x' \" rep=SUCCEEDED"):
+            with self.subTest(name), self.logged("session ") as logs:
+                exchange(self.server, ANYBODY + Request(Cmd.CONNECT, Address(name, 80)).pack())
+                wait_until(lambda: logs.records)
+                expected = " dst=%a:80 reached=- rep=HOST_UNREACHABLE " % name.decode()
+                self.assertIn(expected, logs.records[0].getMessage())
+
+
+class NeverReads(Case):
+    def test_a_client_that_never_reads_stops_its_own_tunnel_only(self):
+        """The target pushes until everything on the way is full; its client ends it whenever it likes."""
+        sent, ended = [], threading.Event()
+
+        def push(connection):
+            connection.settimeout(PATIENCE_S)
+            try:
+                while True:
+                    sent.append(connection.send(bytes(1 << 16)))
+            finally:
+                ended.set()
+
+        with target(push) as destination, target() as echo:
+            client = support.connect_through(self.server.server_address, *destination)
+            wait_until(lambda: sum(sent) > 1 << 18)
+            with support.connect_through(self.server.server_address, *echo) as other:
+                other.sendall(b"served all the same")
+                self.assertEqual(reader_of(other)(19), b"served all the same")
+            support.reset(client)
+            self.assertTrue(ended.wait(PATIENCE_S))
+            self.all_gone()
