@@ -1,14 +1,40 @@
 """Which METHOD to pick, and is this UNAME and PASSWD right?
 
-Bytes in, decisions out; reads no socket. RFC 1928 section 3, RFC 1929.
+Bytes in, decisions out; reads no socket. Passwords in a file are slow to check on purpose, so that a stolen file is
+worth little; what was right once is recognised by a keyed digest from then on. RFC 1928 section 3, RFC 1929.
 """
 from __future__ import annotations
 
+import base64
+import hashlib
 import hmac
-from typing import Dict, Iterable
+import os
+import secrets
+import stat
+import threading
+from dataclasses import dataclass
+from time import monotonic
+from typing import Callable, Dict, Hashable, Iterable, List, Optional, Set, Tuple
 
 from .codes import Method
-from .config import Config
+from .config import Config, ConfigError
+from .errors import ProtocolError
+
+# One of OWASP's equal choices for scrypt (Password Storage Cheat Sheet): 16 MiB, a fifth of a second.
+SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 14, 8, 5
+PBKDF2_ROUNDS = 600000                  # the same source, for SHA-256
+MOST_BYTES = 1 << 28                    # what one scrypt may take: a line in the file must not cost us all memory
+SALT_BYTES = KEY_BYTES = 16
+
+SLOW = threading.BoundedSemaphore(2)    # slow checks at a time, whatever is thrown at us
+SLOW_WAIT_S = 5.0                       # for one's turn: half of the handshake's time
+
+LATE_AFTER = 3                          # failures without consequence: people mistype
+REFUSE_AFTER = 6                        # failures, and then nothing is looked at for a time
+LATE_S = 1.0                            # doubles with every failure between the two
+REFUSE_S = 30.0                         # doubles with every failure after
+REFUSE_MOST_S = 900.0
+ADDRESSES = 10000                       # remembered at most: 3 MB
 
 
 def choose(offered: bytes, acceptable: Iterable[int]) -> int:
@@ -16,20 +42,252 @@ def choose(offered: bytes, acceptable: Iterable[int]) -> int:
     return next((method for method in acceptable if method in offered), int(Method.NO_ACCEPTABLE))
 
 
+# ---- one password -------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Hash:
+    """A password as the users file keeps it.
+
+    scrypt$N$R$P$SALT$KEY or pbkdf2$ROUNDS$SALT$KEY, with SALT and KEY in base64
+    """
+
+    kind: str
+    cost: Tuple[int, ...]
+    salt: bytes
+    key: bytes
+
+    @classmethod
+    def of(cls, password: bytes, kind: str = "", cost: Tuple[int, ...] = ()) -> Hash:
+        kind = kind or ("scrypt" if hasattr(hashlib, "scrypt") else "pbkdf2")
+        cost = cost or ((SCRYPT_N, SCRYPT_R, SCRYPT_P) if kind == "scrypt" else (PBKDF2_ROUNDS,))
+        salt = secrets.token_bytes(SALT_BYTES)
+        return cls(kind, cost, salt, derive(kind, cost, salt, password))
+
+    @classmethod
+    def parse(cls, text: str) -> Hash:
+        """Raises ValueError with what is wrong, never with the text."""
+        kind, *cost, salt, key = text.split("$") if text.count("$") >= 2 else ("", "", "")
+        if (kind, len(cost)) not in (("scrypt", 3), ("pbkdf2", 1)):
+            raise ValueError("the part after the colon is not what --hash-password prints")
+        try:
+            made = cls(kind, tuple(map(int, cost)), *(base64.b64decode(part, validate=True) for part in (salt, key)))
+        except ValueError:
+            raise ValueError("the hash is damaged") from None
+        if len(made.key) < KEY_BYTES or len(made.salt) < 8:
+            raise ValueError("the hash is cut short")
+        made.judge_cost()
+        return made
+
+    def judge_cost(self) -> None:
+        """Raises ValueError for what this Python cannot compute, or should not."""
+        if self.kind == "pbkdf2":
+            if not 1 <= self.cost[0] <= 10000000:
+                raise ValueError("pbkdf2 takes 1 to 10000000 rounds")
+            return
+        n, r, p = self.cost
+        if n < 2 or n & (n - 1) or r < 1 or not 1 <= p <= 64 or 128 * r * (n + p) > MOST_BYTES:
+            raise ValueError("scrypt takes N a power of 2, P up to 64, and 128 * R * (N + P) up to %d" % MOST_BYTES)
+        if not hasattr(hashlib, "scrypt"):
+            raise ValueError("this Python has no scrypt: make the line again with --hash-password")
+
+    def matches(self, password: bytes) -> bool:
+        return hmac.compare_digest(derive(self.kind, self.cost, self.salt, password, len(self.key)), self.key)
+
+    def __str__(self) -> str:
+        parts = [base64.b64encode(part).decode() for part in (self.salt, self.key)]
+        return "$".join([self.kind, *map(str, self.cost), *parts])
+
+
+def derive(kind: str, cost: Tuple[int, ...], salt: bytes, password: bytes, size: int = KEY_BYTES) -> bytes:
+    """The slow hash. RFC 7914 (scrypt), RFC 8018 §5.2 (PBKDF2)."""
+    if kind == "pbkdf2":
+        return hashlib.pbkdf2_hmac("sha256", password, salt, cost[0], size)
+    n, r, p = cost
+    return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, dklen=size, maxmem=128 * r * (n + p + 2) + (1 << 20))
+
+
+# ---- everybody's passwords ----------------------------------------------------------------------------------------
+
 class Users:
-    """Who may come in with username/password. Empty (and false) when everybody may."""
+    """Who may come in with username/password. False when everybody may, without one.
+
+    Those of --user and those of the --users file. Read once: a reload makes new ones, which know nobody yet. Raises
+    ConfigError with file:line.
+    """
 
     def __init__(self, config: Config) -> None:
-        self._passwords: Dict[bytes, bytes] = {_encode(name): _encode(password) for name, password in config.user}
+        self._needed = config.needs_password()
+        self._key = secrets.token_bytes(32)
+        self._hashes = dict(read_users(config.users)) if config.users else {}
+        self._known: Set[bytes] = set()                 # keyed digests of what is right: as many as there are users
+        self._checks: Dict[bytes, Check] = {}           # under way
+        self._lock = threading.Lock()
+        for name, password in config.user:
+            if encode(name) in self._hashes:
+                raise ConfigError("--user: %s is also in %s" % (ascii(name), config.users))
+            self._known.add(self.attempt(encode(name), encode(password)))
+        self.names = sorted([*(encode(name) for name, _ in config.user), *self._hashes])
 
     def __bool__(self) -> bool:
-        return bool(self._passwords)
+        return self._needed
+
+    def attempt(self, uname: bytes, passwd: bytes) -> bytes:
+        """What tells two attempts apart and says nothing to who does not have the key."""
+        return hashlib.blake2b(bytes([len(uname)]) + uname + passwd, key=self._key, digest_size=32).digest()
 
     def check(self, uname: bytes, passwd: bytes) -> bool:
-        """Compared as bytes, in a time that tells neither how much was right nor whether the name exists."""
-        expected = self._passwords.get(uname, b"")
-        return hmac.compare_digest(expected, passwd) and expected != b""
+        """Compared as bytes, in a time that tells neither how much was right nor whether the name exists.
+
+        May wait for its turn; raises ProtocolError when that takes too long.
+        """
+        if not uname or not passwd:                     # simply wrong, also where a configuration has it
+            return False
+        attempt = self.attempt(uname, passwd)
+        if attempt in self._known:                      # no secret is compared here: nobody can aim at a digest
+            return True
+        if not self._hashes:
+            return False
+        with self._lock:
+            running = self._checks.get(attempt)
+            mine = self._checks[attempt] = running or Check()
+        if running:                                     # a browser's hundred connections are one check
+            running.done.wait(2 * SLOW_WAIT_S)
+        else:
+            try:
+                mine.right = self._check_slowly(uname, passwd)
+                if mine.right:
+                    self._known.add(attempt)
+            finally:
+                with self._lock:
+                    del self._checks[attempt]
+                mine.done.set()
+        if mine.right is None:
+            raise ProtocolError("too many passwords are being checked")
+        return mine.right
+
+    def _check_slowly(self, uname: bytes, passwd: bytes) -> Optional[bool]:
+        expected = self._hashes.get(uname)
+        # For a name that does not exist, one of the others is worked on: costs may differ from line to line.
+        decoys = list(self._hashes.values())
+        work = expected or decoys[self.attempt(uname, b"")[0] % len(decoys)]
+        if not SLOW.acquire(timeout=SLOW_WAIT_S):
+            return None
+        try:
+            return work.matches(passwd) and expected is not None
+        finally:
+            SLOW.release()
 
 
-def _encode(text: str) -> bytes:
+class Check:
+    """A slow check under way; `right` is None when it came to nothing."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.right: Optional[bool] = None
+
+
+def read_users(path: str) -> List[Tuple[bytes, Hash]]:
+    """The lines NAME:HASH of a file; empty ones and # comments do not count. Raises ConfigError with file:line."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
+                raise ConfigError("--users %s: others can write this file (chmod o-w)" % path)
+            lines = file.read().split("\n")
+    except OSError as exc:
+        raise ConfigError("--users %s: %s" % (path, exc.strerror)) from None
+    found: Dict[bytes, Hash] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        name, colon, rest = line.partition(":")
+        try:
+            if not colon or not 1 <= len(encode(name)) <= 255:
+                raise ValueError("not NAME:HASH with a name of 1 to 255 bytes")
+            if encode(name) in found:
+                raise ValueError("%s is here for the second time" % ascii(name))
+            found[encode(name)] = Hash.parse(rest)
+        except ValueError as exc:
+            raise ConfigError("%s:%d: %s" % (path, number, exc)) from None
+    if not found:
+        raise ConfigError("--users %s: nobody is in it" % path)
+    return list(found.items())
+
+
+def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
+
+
+# ---- whoever guesses ----------------------------------------------------------------------------------------------
+
+class Record:
+    """What is held against one origin."""
+
+    __slots__ = ("failures", "last", "until", "pending")
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.last = 0.0                             # when the last one failed
+        self.until = 0.0                            # nothing is looked at before
+        self.pending: Dict[bytes, int] = {}         # attempts being checked, and how many of each
+
+
+class Throttle:
+    """Makes guessing slow. An origin is an IPv4 address or an IPv6 /64; the caller says which.
+
+    Failures are answered late, then refused unseen for a time that doubles. One password tried on many connections at
+    once is one attempt. A success clears the record, and so does as long a silence as the longest refusal.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._records: Dict[Hashable, Record] = {}  # the one that failed longest ago first
+
+    def check(self, users: Users, origin: Hashable, uname: bytes, passwd: bytes) -> Tuple[bool, float]:
+        """Whether this is right, and how many seconds the answer is to be held back. Raises ProtocolError."""
+        attempt = users.attempt(uname, passwd)
+        if not self.enter(origin, attempt):
+            return False, 0.0
+        right = None
+        try:
+            right = users.check(uname, passwd)
+        finally:
+            delay = self.leave(origin, attempt, right)
+        return right, delay
+
+    def enter(self, origin: Hashable, attempt: bytes) -> bool:
+        """Whether this attempt is looked at; leave() must follow if so."""
+        with self._lock:
+            record = self._records.get(origin) or Record()
+            now = self._clock()
+            if record.failures and now > max(record.until, record.last) + REFUSE_MOST_S:
+                record.failures = 0
+            busy = len(record.pending) + (attempt not in record.pending)
+            # Attempts under way count as failed: a thousand at a time are no way round the limit.
+            if now < record.until or busy > 1 and record.failures + busy > REFUSE_AFTER:
+                return False
+            record.pending[attempt] = record.pending.get(attempt, 0) + 1
+            self._records[origin] = record
+            return True
+
+    def leave(self, origin: Hashable, attempt: bytes, right: Optional[bool]) -> float:
+        """The attempt's end; right is None when it was not decided. The seconds by which the answer is late."""
+        with self._lock:
+            record = self._records.pop(origin, None) or Record()
+            others = record.pending.pop(attempt, 1) - 1
+            if others:
+                record.pending[attempt] = others
+            if right:
+                record.failures, record.until = 0, 0.0
+            elif right is not None and not others:
+                record.failures += 1
+                record.last = self._clock()
+            if record.failures > REFUSE_AFTER:
+                over = min(record.failures - REFUSE_AFTER - 1, 16)
+                record.until = record.last + min(REFUSE_S * 2 ** over, REFUSE_MOST_S)
+            if record.failures or record.pending:
+                self._records[origin] = record
+                if len(self._records) > ADDRESSES:
+                    del self._records[next(iter(self._records))]
+            late = 0 if right is not False else record.failures - LATE_AFTER
+            return LATE_S * 2 ** (min(late, REFUSE_AFTER - LATE_AFTER) - 1) if late > 0 else 0.0
