@@ -12,6 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Callable, Dict, List, Optional
 
 from . import auth
+from .bind import Rendezvous, expected
 from .codes import Cmd, Method, Rep
 from .connect import connect
 from .errors import ProtocolError, RequestRefused, rep_of
@@ -159,6 +160,19 @@ class Handler(StreamRequestHandler):
             self.reply(Rep.SUCCEEDED, bnd)
             self.relay(remote)
 
+    def bind(self, request: Request) -> None:
+        config = self.server.config
+        peers = self.permitted(request, expected(request.dst))
+        with Rendezvous(self.connection, peers, config.bind_ports, config.advertise) as rendezvous:
+            self.reply(Rep.SUCCEEDED, rendezvous.bnd)           # the first: where we listen
+            remote, peer = rendezvous.wait(config.bind_timeout)
+        with remote:                                            # and the listener is closed: one peer only
+            self.session.reached = peer
+            self.inbox.held += rendezvous.early
+            self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
+            self.relay(remote)
+        self.session.why = rendezvous.also(self.session.why)
+
     def permitted(self, request: Request, addresses: List[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
         return addresses
@@ -200,7 +214,7 @@ class Handler(StreamRequestHandler):
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Request], None]] = {
     Cmd.CONNECT: Handler.connect,
-    Cmd.BIND: Handler.unsupported,
+    Cmd.BIND: Handler.bind,
     Cmd.UDP_ASSOCIATE: Handler.unsupported,
 }
 

@@ -67,7 +67,12 @@ def unmapped(address: IP) -> IP:
 
 def address_of(sockaddr: Sockaddr) -> Address:
     """What getsockname, getpeername, accept and recvfrom give, as an Address; IPv4-mapped shown as IPv4."""
-    return Address(unmapped(ip_address(str(sockaddr[0]).partition("%")[0])), int(sockaddr[1]))
+    return Address(ip_of(sockaddr), int(sockaddr[1]))
+
+
+def ip_of(sockaddr: Sockaddr) -> IP:
+    """The same without the port."""
+    return unmapped(ip_address(str(sockaddr[0]).partition("%")[0]))
 
 
 def advertised(addresses: Sequence[str], here: IP) -> IP:
