@@ -149,6 +149,9 @@ class Config:
         help="our address in replies to BIND and UDP ASSOCIATE, for a server behind NAT; one each for IPv4 and IPv6")
     bind_ports: Tuple[int, ...] = option(
         (), "--bind-ports", port_range, "leaving", metavar="A-B", help="ports for BIND to listen on, instead of any")
+    udp_ports: Tuple[int, ...] = option(
+        (), "--udp-ports", port_range, "leaving", metavar="A-B",
+        help="ports for UDP ASSOCIATE, two or three for each client at a time, instead of any")
     max_sessions: int = option(
         0, "--max-sessions", count, "limits", metavar="N",
         help="most clients at once; 0 is what the descriptor limit carries",
@@ -179,6 +182,10 @@ class Config:
         300.0, "--half-closed-timeout", seconds, "limits", metavar="S",
         help="for a tunnel of which one side is closed and the other silent; 0 is never",
         why="a server may think that long about a request whose client has said all")
+    udp_idle_timeout: float = option(
+        300.0, "--udp-idle-timeout", seconds, "limits", metavar="S",
+        help="for a UDP association without datagrams; 0 is never",
+        why="RFC 4787 §4.3 recommends 5 minutes for a mapping")
     drain_timeout: float = option(
         5.0, "--drain-timeout", seconds, "limits", metavar="S", help="for sessions to finish after SIGTERM or SIGINT",
         why="inside the 10 s that `docker stop` allows")

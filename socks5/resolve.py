@@ -1,14 +1,18 @@
 """Names to addresses, with the traps closed.
 
 `getaddrinfo` is too willing for bytes that a stranger chose: it stops at a NUL and answers for what stood before it, so
-"127.0.0.1\\0.example" would be 127.0.0.1. A name reaches it only after `clean`. RFC 1928 section 5, RFC 1123 section 2.1.
+"127.0.0.1\\0.example" would be 127.0.0.1. A name reaches it only after `clean`. RFC 1928 section 5, RFC 1123
+section 2.1. `resolve` is for a thread that may block; Names is for one that may not.
 """
 from __future__ import annotations
 
 import re
 import socket
+from collections import deque
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import List, Sequence, Tuple, Union
+from threading import Condition, Thread
+from time import monotonic
+from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from .codes import Rep
 from .errors import RequestRefused
@@ -16,6 +20,14 @@ from .wire import Address, Host, text
 
 IP = Union[IPv4Address, IPv6Address]
 Sockaddr = Tuple[Union[str, int], ...]
+Tell = Callable[[bytes, Sequence[IP]], None]
+
+LOOKUP_THREADS = 16             # a resolver that hangs holds one of them for each name,
+LOOKUP_NAMES = 256              # and more names than this are not waited for
+LOOKUP_REST_S = 1.0             # a thread without work ends after that
+ANSWER_S = 30.0                 # getaddrinfo does not tell the TTL: short enough for names that move
+FAILURE_S = 5.0                 # RFC 2308 §7.1: failures may be remembered for 5 minutes at the most
+ANSWERS = 1024
 
 # Letters, digits, hyphen and dot are RFC 1123's; the underscore stands in many names that people do use.
 ASCII_NAME = re.compile(rb"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
@@ -82,3 +94,67 @@ def advertised(addresses: Sequence[str], here: IP) -> IP:
 
 def family_of(address: IP) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+class Names:
+    """Looks names up in threads of its own, for who must not block; remembers answers, and failures, for a short time.
+
+    Threads are started when there is work and end when there is none; all that is kept is bounded.
+    """
+
+    def __init__(self) -> None:
+        self._news = Condition()
+        self._queue: Deque[bytes] = deque()
+        self._asking: Dict[bytes, List[Tell]] = {}                      # queued, or being looked up
+        self._known: Dict[bytes, Tuple[float, Sequence[IP]]] = {}       # and until when
+        self._threads = self._resting = 0
+
+    def ask(self, name: bytes, tell: Tell) -> Optional[Sequence[IP]]:
+        """The addresses of a `clean` name, none if it does not resolve; or None, and another thread will call
+        tell(name, addresses). Raises RequestRefused X'01' when too many names are waiting."""
+        with self._news:
+            until, addresses = self._known.get(name, (0.0, ()))
+            if until > monotonic():
+                return addresses
+            if name in self._asking:
+                self._asking[name].append(tell)
+                return None
+            if len(self._asking) >= LOOKUP_NAMES:
+                raise RequestRefused(Rep.GENERAL_FAILURE, "%d names are waiting" % LOOKUP_NAMES)
+            if len(self._queue) >= self._resting and self._threads < LOOKUP_THREADS:
+                self._start()
+            self._asking[name] = [tell]
+            self._queue.append(name)
+            self._news.notify()
+        return None
+
+    def _start(self) -> None:
+        try:
+            Thread(target=self._work, name="names", daemon=True).start()
+            self._threads += 1
+        except (RuntimeError, MemoryError):             # out of threads: those that there are will do
+            if not self._threads:
+                raise RequestRefused(Rep.GENERAL_FAILURE, "no thread to look names up") from None
+
+    def _work(self) -> None:
+        while True:
+            with self._news:
+                self._resting += 1
+                found = self._news.wait_for(lambda: self._queue, LOOKUP_REST_S)
+                self._resting -= 1
+                if not found:
+                    self._threads -= 1
+                    return
+                name = self._queue.popleft()
+            addresses: Sequence[IP] = ()
+            try:
+                addresses = resolve(name)
+            except (RequestRefused, MemoryError):
+                pass
+            with self._news:
+                while len(self._known) >= ANSWERS:
+                    del self._known[next(iter(self._known))]
+                self._known[name] = monotonic() + (ANSWER_S if addresses else FAILURE_S), addresses
+                tells = self._asking.pop(name)
+            for tell in tells:
+                tell(name, addresses)

@@ -19,7 +19,7 @@ from .auth import Users
 from .config import Config
 from .handler import ANYBODY, BY_PASSWORD, Handler
 from .relay import READ, new_poll
-from .resolve import address_of
+from .resolve import Names, address_of
 from .sessions import Sessions
 from .wire import Address
 
@@ -60,6 +60,7 @@ class Server(ThreadingTCPServer):
     def __init__(self, config: Optional[Config] = None, handler: Type[Handler] = Handler) -> None:
         self.config = config or Config()
         self.users = Users(self.config)
+        self.names = Names()
         self.methods = dict(BY_PASSWORD if self.users else ANYBODY)
         raise_descriptor_limit()
         self.sessions = Sessions(self.config.max_sessions or descriptor_limit(), self.config.handshake_timeout)
