@@ -19,6 +19,7 @@ from .errors import ProtocolError, RequestRefused, rep_of
 from .relay import Tunnel
 from .resolve import IP, address_of, resolve
 from .sessions import Session
+from .udp import Association
 from .wire import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 if TYPE_CHECKING:
@@ -173,6 +174,21 @@ class Handler(StreamRequestHandler):
             self.relay(remote)
         self.session.why = rendezvous.also(self.session.why)
 
+    def udp_associate(self, request: Request) -> None:
+        """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
+        config, session = self.server.config, self.session
+        with Association(self.connection, str(session.client.host), config.udp_ports, config.advertise,
+                         self.server.names, self.permits_datagram) as association:
+            self.reply(Rep.SUCCEEDED, association.bnd)
+            association.run(config.udp_idle_timeout)
+            session.up, session.down = association.up, association.down
+            session.ended_by = session.ended_by or association.ended_by
+            session.why = "; ".join(filter(None, (session.why, association.why, association.summary())))
+
+    def permits_datagram(self, address: IP, port: int) -> bool:
+        """May this client's datagrams go there?"""
+        return True
+
     def permitted(self, request: Request, addresses: List[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
         return addresses
@@ -215,7 +231,7 @@ class Handler(StreamRequestHandler):
 COMMANDS: Dict[Cmd, Callable[[Handler, Request], None]] = {
     Cmd.CONNECT: Handler.connect,
     Cmd.BIND: Handler.bind,
-    Cmd.UDP_ASSOCIATE: Handler.unsupported,
+    Cmd.UDP_ASSOCIATE: Handler.udp_associate,
 }
 
 # METHOD to the code of its sub-negotiation, which gives the user's name or raises ProtocolError.
