@@ -16,6 +16,11 @@ from .server import Server
 
 EXIT_USAGE = 2
 SECTION = "socks5"
+INI_ERRORS = {
+    configparser.MissingSectionHeaderError: "the line [%s] must come first" % SECTION,
+    configparser.DuplicateSectionError: "this section is there already",
+    configparser.DuplicateOptionError: "this option is there already",
+}
 
 DESCRIPTION = "A SOCKS5 proxy server (RFC 1928, RFC 1929). Times are in seconds."
 EPILOG = ("An option FILE has one section, [%s], and the long names: 'port = 1080'; repeatable ones take a line each."
@@ -25,7 +30,7 @@ EPILOG = ("An option FILE has one section, [%s], and the long names: 'port = 108
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, no usage text: whoever wants that asks for --help."""
-        self.exit(EXIT_USAGE, "%s: %s\n" % (self.prog, message))
+        self.exit(EXIT_USAGE, "%s: %s\n" % (self.prog, " ".join(message.split())))
 
 
 def build_parser() -> Parser:
@@ -51,7 +56,7 @@ def build_parser() -> Parser:
 
 
 def default_words(default: Any) -> str:
-    if isinstance(default, bool) or default == ():
+    if isinstance(default, bool) or default in ((), ""):
         return ""
     return " (default %s)" % (" ".join(default) if isinstance(default, tuple) else
                               "%g" % default if isinstance(default, float) else default)
@@ -71,14 +76,17 @@ def read_config(args: Dict[str, Any]) -> Config:
 
 def read_file(path: str) -> Dict[str, Any]:
     """The options of an INI file. Raises ConfigError with the file, and the line where the parser knows it."""
-    ini = configparser.ConfigParser(interpolation=None, strict=True)
+    ini = configparser.ConfigParser(interpolation=None, default_section="")     # else [DEFAULT] would count for nothing
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:      # Windows editors put a BOM in front
             ini.read_file(file)
     except OSError as exc:
         raise ConfigError("--config %s: %s" % (path, exc.strerror)) from None
-    except (configparser.Error, UnicodeDecodeError) as exc:
-        raise ConfigError("--config %s" % " ".join(str(exc).split())) from None
+    except UnicodeDecodeError:
+        raise ConfigError("--config %s: not UTF-8" % path) from None
+    except configparser.Error as exc:                       # its own words show the line, which may hold a password
+        (line, *_), *_ = getattr(exc, "errors", None) or [[getattr(exc, "lineno", "?")]]
+        raise ConfigError("--config %s:%s: %s" % (path, line, INI_ERRORS.get(type(exc), "not NAME = VALUE"))) from None
     known = {long_flag(item)[2:]: item for item in options()}
     values = {}
     for section in ini.sections():
@@ -87,8 +95,8 @@ def read_file(path: str) -> Dict[str, Any]:
         for name, text in ini[section].items():
             if name not in known:
                 raise ConfigError("--config %s: no option is called %r" % (path, name))
-            values[known[name].name] = parse(known[name], text.split("\n") if known[name].metadata["many"] else [text],
-                                             "%s: %s" % (path, name))
+            lines = [line for line in text.split("\n") if line] if known[name].metadata["many"] else [text]
+            values[known[name].name] = parse(known[name], lines or [""], "%s: %s" % (path, name))
     return values
 
 
@@ -106,8 +114,10 @@ def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
     try:
         server = Server(config)
+    except ConfigError as exc:                              # in a users or rules file
+        return fail(str(exc))
     except OSError as exc:
-        return fail("cannot listen on %s: %s" % (exc.filename, exc.strerror))
+        return fail("cannot listen on %s: %s" % (exc.filename, exc.strerror or exc.args[0]))
     hurry = threading.Event()
 
     def on_signal(_number: int, _frame: Any) -> None:

@@ -71,10 +71,13 @@ def address(text: str) -> str:
     """An IP address to listen on; a scope (fe80::1%eth0) may follow."""
     if text == "localhost":
         return "127.0.0.1"
+    host, percent, _scope = text.partition("%")         # 3.8 knows no scope
     try:
-        ip_address(text.partition("%")[0])      # 3.8 knows no scope
+        usable = ip_address(host).version == 6 or not percent
     except ValueError:
-        raise ValueError("%r is not an IP address" % text) from None
+        usable = False
+    if not usable:
+        raise ValueError("%r is not an IP address" % text)
     return text
 
 
@@ -114,10 +117,12 @@ def credentials(text: str) -> Tuple[str, str]:
 
 
 def option(default: Any, flags: str, kind: Callable[[str], Any], group: str, help: str, *, metavar: str = "",
-           why: str = "", many: bool = False) -> Any:
-    """A Config field. `flags` as on the command line, the long one last; `why` is where the default comes from."""
-    return field(default=default, metadata={"flags": tuple(flags.split()), "kind": kind, "group": group, "help": help,
-                                            "metavar": metavar, "why": why, "many": many})
+           why: str = "", many: bool = False, secret: bool = False) -> Any:
+    """A Config field. `flags` as on the command line, the long one last; `why` is where the default comes from; a
+    `secret` is not in repr(config)."""
+    return field(default=default, repr=not secret, metadata={
+        "flags": tuple(flags.split()), "kind": kind, "group": group, "help": help, "metavar": metavar, "why": why,
+        "many": many})
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class Config:
         help="port to listen on; 0 takes any free one and prints it",
         why="IANA's port for SOCKS, RFC 1928 §3")
     user: Tuple[Tuple[str, str], ...] = option(
-        (), "-u --user", credentials, "access", metavar="NAME:PASSWORD", many=True,
+        (), "-u --user", credentials, "access", metavar="NAME:PASSWORD", many=True, secret=True,
         help="let only this user in, repeatable; also from the environment as SOCKS5_USERS=NAME:PASSWORD,...")
     users: str = option(
         "", "--users", path, "access", metavar="FILE",
