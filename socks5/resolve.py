@@ -92,6 +92,11 @@ def advertised(addresses: Sequence[str], here: IP) -> IP:
     return next((address for address in map(ip_address, addresses) if address.version == here.version), here)
 
 
+def subscriber(address: IP) -> IP:
+    """What stands for whoever has this address in limits: of an IPv6 one its /64, all of which one host can use."""
+    return address if isinstance(address, IPv4Address) else IPv6Address(int(address) >> 64 << 64)
+
+
 def family_of(address: IP) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 

@@ -136,6 +136,12 @@ class Rules:
             raise ConfigError("%s: lets in everybody who reaches %s; add 'from CIDR' or 'user NAME' to this rule, or "
                               "say --open, if everybody may" % (opener.where, self.config.beyond()[0]))
 
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def __bool__(self) -> bool:
+        return True
+
     def opener(self) -> Optional[Rule]:
         """The rule that makes this an open proxy: it lets in strangers without a password. None where none does."""
         config = self.config

@@ -13,14 +13,15 @@ import threading
 from ipaddress import ip_address
 from socketserver import BaseServer, ThreadingTCPServer
 from time import monotonic, sleep
-from typing import Any, List, Optional, Tuple, Type
+from typing import Any, Dict, List, Optional, Tuple, Type
 
-from .auth import Users
-from .config import Config
+from .auth import Throttle, Users
+from .config import Config, ConfigError
 from .handler import ANYBODY, BY_PASSWORD, Handler
 from .relay import READ, new_poll
-from .resolve import Names, address_of
-from .sessions import Sessions
+from .resolve import Names, address_of, ip_of, subscriber
+from .rules import Rules
+from .sessions import Full, Sessions
 from .wire import Address
 
 try:
@@ -48,8 +49,9 @@ class Server(ThreadingTCPServer):
             print(server.server_address)
             server.serve_forever()          # until server.shutdown() in another thread
 
-    Listens from the start: raises OSError (with the address in `filename`) when it cannot. `server_address` is the
-    first address, `addresses` are all of them. `methods` maps each METHOD, best first, to its sub-negotiation.
+    Listens from the start: raises OSError (with the address in `filename`) when it cannot, ConfigError for a bad file.
+    `server_address` is the first address, `addresses` are all of them. `methods` maps each METHOD, best first, to its
+    sub-negotiation.
     """
 
     daemon_threads = True
@@ -59,11 +61,13 @@ class Server(ThreadingTCPServer):
 
     def __init__(self, config: Optional[Config] = None, handler: Type[Handler] = Handler) -> None:
         self.config = config or Config()
-        self.users = Users(self.config)
+        self.users, self.rules = Users(self.config), Rules(self.config)
+        self.throttle = Throttle()
         self.names = Names()
         self.methods = dict(BY_PASSWORD if self.users else ANYBODY)
         raise_descriptor_limit()
-        self.sessions = Sessions(self.config.max_sessions or descriptor_limit(), self.config.handshake_timeout)
+        self.sessions = Sessions(self.config.max_sessions or descriptor_limit(), self.config.handshake_timeout,
+                                 self.config.max_per_client, self.config.max_negotiating)
         self.listeners: List[socket.socket] = []
         try:
             for text in self.config.listen:
@@ -76,9 +80,10 @@ class Server(ThreadingTCPServer):
         self.socket = self.listeners[0]
         BaseServer.__init__(self, self.socket.getsockname(), handler)
         self._stopping = threading.Event()
+        self._reloading = threading.Event()
         self._stopped = threading.Event()
         self._stopped.set()
-        self._complained = -COMPLAIN_EVERY_S
+        self._complained: Dict[str, float] = {}
 
     @property
     def addresses(self) -> List[Address]:
@@ -125,6 +130,8 @@ class Server(ThreadingTCPServer):
                 for fd, _events in poll.poll(poll_interval * 1000):
                     if fd in by_fd:
                         self.accept_from(by_fd[fd])
+                    else:
+                        self._wakeup.recv(64)           # or serving again after shutdown() would spin
                 self.service_actions()
         finally:
             self._stopping.clear()
@@ -133,6 +140,9 @@ class Server(ThreadingTCPServer):
     def stop(self) -> None:
         """Make serve_forever return soon. Unlike shutdown() it does not wait: a signal handler may call it."""
         self._stopping.set()
+        self._wake()
+
+    def _wake(self) -> None:
         try:
             self._waker.send(b"x")
         except OSError:
@@ -145,6 +155,24 @@ class Server(ThreadingTCPServer):
 
     def service_actions(self) -> None:
         self.sessions.expire()
+        if self._reloading.is_set():
+            self._reloading.clear()
+            self.reload()
+
+    def reload_soon(self) -> None:
+        """Make serve_forever reload(). A signal handler may call it."""
+        self._reloading.set()
+        self._wake()
+
+    def reload(self) -> bool:
+        """Read users and rules again, for what is asked from now on. Where one of the files is bad, both stay."""
+        try:
+            self.users, self.rules = Users(self.config), Rules(self.config)
+        except ConfigError as exc:
+            log.error("not reloaded, users and rules stay as they were: %s", exc)
+            return False
+        log.info("reloaded users=%(users)d rules=%(rules)d", {"users": len(self.users.names), "rules": len(self.rules)})
+        return True
 
     # ---- one connection -------------------------------------------------------------------------------------------
 
@@ -161,6 +189,9 @@ class Server(ThreadingTCPServer):
         except (RuntimeError, MemoryError, OSError) as exc:     # RuntimeError: can't start new thread
             self.complain("no thread for a client, which is closed: %s", exc)
             self.shutdown_request(request)
+        except Exception:                                       # in an overridden hook: as socketserver does
+            self.handle_error(request, client_address)
+            self.shutdown_request(request)
 
     def get_request(self, listener: Optional[socket.socket] = None) -> Tuple[socket.socket, Any]:
         """Accept one connection. When resources have run out, rest a little before raising."""
@@ -175,10 +206,16 @@ class Server(ThreadingTCPServer):
         return request, client_address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        if self.sessions.admit(request, address_of(client_address)):
-            return True
-        self.complain("max-sessions %d reached: %s is closed", self.sessions.most, address_of(client_address))
-        return False
+        client, ip = address_of(client_address), ip_of(client_address)
+        if not self.rules.admits(ip):
+            log.info("refused client=%(client)s why=%(why)s", {"client": str(client), "why": "'not in --allow-from'"})
+            return False
+        try:
+            self.sessions.admit(request, client, subscriber(ip))
+        except Full as exc:
+            self.complain("%s: %s is closed", exc, client)
+            return False
+        return True
 
     def shutdown_request(self, request: Any) -> None:
         """Every request ends here: out of the registry first, then closed. FIN or RST is the handler's choice."""
@@ -189,10 +226,10 @@ class Server(ThreadingTCPServer):
         log.exception("bug while serving %s", address_of(client_address))
 
     def complain(self, message: str, *args: Any) -> None:
-        """A warning that would come with every connection: once a minute is enough."""
+        """A warning that would come with every connection: once a minute is enough, for each of them."""
         now = monotonic()
-        if now - self._complained >= COMPLAIN_EVERY_S:
-            self._complained = now
+        if now - self._complained.get(message, -COMPLAIN_EVERY_S) >= COMPLAIN_EVERY_S:
+            self._complained[message] = now
             log.warning(message, *args)
 
     # ---- the end --------------------------------------------------------------------------------------------------

@@ -9,21 +9,25 @@ import itertools
 import socket
 import threading
 from time import monotonic
-from typing import Dict, Iterator, Optional, Union
+from typing import Dict, Hashable, Iterator, Optional, Union
 
 from .relay import Tunnel
 from .wire import Address, text
+
+GRACE_S = 1.0           # nobody is called silent before: whoever is fast is never in the way
+LEAVING = 32            # whoever was shut down holds one of the spare descriptors until its thread has noticed
 
 
 class Session:
     """What there is to know about one client, for the log and for whoever watches."""
 
-    __slots__ = ("number", "client", "sock", "started", "user", "cmd", "dst", "reached", "rep", "tunnel", "up", "down",
-                 "ended_by", "why")
+    __slots__ = ("number", "client", "origin", "sock", "started", "user", "cmd", "dst", "reached", "rep", "tunnel",
+                 "up", "down", "ended_by", "why", "leaving")
 
-    def __init__(self, number: int, client: Address, sock: socket.socket) -> None:
+    def __init__(self, number: int, client: Address, origin: Hashable, sock: socket.socket) -> None:
         self.number = number
         self.client = client
+        self.origin = origin
         self.sock = sock
         self.started = monotonic()
         self.user: Optional[bytes] = None
@@ -36,6 +40,7 @@ class Session:
         self.down = 0
         self.ended_by = ""
         self.why = ""
+        self.leaving = False                        # shut down to make room
 
     # The order in which a session's facts stand in the log; a fact that there is not is "-".
     LINE = ("session client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s reached=%(reached)s rep=%(rep)s "
@@ -43,21 +48,37 @@ class Session:
 
     def facts(self) -> Dict[str, Union[str, int, float]]:
         return {"client": str(self.client), "user": "-" if self.user is None else text(self.user),
-                "cmd": self.cmd or "-", "dst": str(self.dst or "-"), "reached": str(self.reached or "-"), "rep": self.rep or "-",
-                "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
+                "cmd": self.cmd or "-", "dst": str(self.dst or "-"), "reached": str(self.reached or "-"),
+                "rep": self.rep or "-", "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
                 "ended": self.ended_by or "-", "why": ascii(self.why) if self.why else "-"}
 
 
-class Sessions:
-    """The live sessions, by their client's socket."""
+class Full(Exception):
+    """There is no room for one more session."""
 
-    def __init__(self, most: int, handshake_s: float) -> None:
+
+class Sessions:
+    """The live sessions, by their client's socket.
+
+    most              of them at once
+    most_per_origin   of these from one origin, 0 for any number; an origin is who shares one limit: an IPv4 address, an
+                      IPv6 /64
+    most_negotiating  before their request. Beyond it, and when there is no room at all, the origin with most of them
+                      loses the one that has been at it longest: silence crowds out nobody but the silent.
+    """
+
+    def __init__(self, most: int, handshake_s: float, most_per_origin: int = 0, most_negotiating: int = 0) -> None:
         self.most = most
         self.handshake_s = handshake_s
+        self.most_per_origin = most_per_origin
+        self.most_negotiating = most_negotiating
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._live: Dict[socket.socket, Session] = {}
-        self._negotiating: Dict[Session, float] = {}    # to their deadlines, which come in this order
+        self._negotiating: Dict[Session, None] = {}     # the oldest, whose deadline comes first, first
+        self._live_of: Dict[Hashable, int] = {}         # by origin
+        self._negotiating_of: Dict[Hashable, Dict[Session, None]] = {}
+        self._leaving = 0                               # shut down to make room, and not gone yet
 
     def __len__(self) -> int:
         return len(self._live)
@@ -69,28 +90,62 @@ class Sessions:
     def __getitem__(self, sock: socket.socket) -> Session:
         return self._live[sock]
 
-    def admit(self, sock: socket.socket, client: Address) -> Optional[Session]:
-        """A new session, or None when there are `most` of them already."""
-        session = Session(next(self._numbers), client, sock)
+    def admit(self, sock: socket.socket, client: Address, origin: Hashable = None) -> Session:
+        """A new session. Raises Full when there is no room for it."""
+        session = Session(next(self._numbers), client, client.host if origin is None else origin, sock)
         with self._lock:
-            if len(self._live) >= self.most:
-                return None
+            mine = self._live_of.get(session.origin, 0)
+            if 0 < self.most_per_origin <= mine:
+                raise Full("max-per-client %d reached by %s" % (self.most_per_origin, session.origin))
+            if 0 < self.most_negotiating <= len(self._negotiating):
+                self._make_room()
+            full = len(self._live) - min(self._leaving, LEAVING) >= self.most
+            if full and not (self._leaving < LEAVING and self._make_room()):
+                raise Full("max-sessions %d reached" % self.most)
             self._live[sock] = session
-            if self.handshake_s:
-                self._negotiating[session] = session.started + self.handshake_s
+            self._live_of[session.origin] = mine + 1
+            self._negotiating[session] = None
+            self._negotiating_of.setdefault(session.origin, {})[session] = None
         return session
+
+    def _make_room(self) -> bool:
+        """Shut down the longest negotiating session of the origin that has most of them, unless it is new as well."""
+        if not self._negotiating:
+            return False
+        busiest: Dict[Session, None] = max(self._negotiating_of.values(), key=len)
+        victim = next(iter(busiest))
+        if monotonic() - victim.started < GRACE_S:
+            return False
+        self._settle(victim)
+        victim.leaving = True
+        self._leaving += 1
+        self._shut(victim, "still negotiating, when others came")
+        return True
+
+    def _settle(self, session: Session) -> None:
+        """It is no longer negotiating."""
+        if session in self._negotiating:
+            del self._negotiating[session]
+            mine = self._negotiating_of[session.origin]
+            del mine[session]
+            if not mine:
+                del self._negotiating_of[session.origin]
 
     def remove(self, sock: socket.socket) -> None:
         """To be called before `sock` is closed."""
         with self._lock:
             session = self._live.pop(sock, None)
             if session:
-                self._negotiating.pop(session, None)
+                self._settle(session)
+                self._leaving -= session.leaving
+                self._live_of[session.origin] -= 1
+                if not self._live_of[session.origin]:
+                    del self._live_of[session.origin]
 
     def negotiated(self, session: Session) -> None:
         """The request is here: the handshake's deadline no longer holds."""
         with self._lock:
-            self._negotiating.pop(session, None)
+            self._settle(session)
 
     def attach(self, session: Session, tunnel: Tunnel) -> None:
         with self._lock:
@@ -106,13 +161,12 @@ class Sessions:
 
     def expire(self) -> None:
         """Shut down whoever is over the handshake's deadline; the thread that serves it sees EOF and closes."""
-        if not self._negotiating:
+        if not self._negotiating or not self.handshake_s:
             return
-        now = monotonic()
+        since = monotonic() - self.handshake_s
         with self._lock:
-            late = list(itertools.takewhile(lambda item: item[1] <= now, self._negotiating.items()))
-            for session, _deadline in late:
-                del self._negotiating[session]
+            for session in list(itertools.takewhile(lambda session: session.started <= since, self._negotiating)):
+                self._settle(session)
                 self._shut(session, "handshake timeout")
 
     def abort(self, why: str) -> None:
