@@ -132,8 +132,6 @@ class Server(ThreadingTCPServer):
                         self.accept_from(by_fd[fd])
                     else:
                         self._wakeup.recv(64)           # or serving again after shutdown() would spin
-                    else:
-                        self._wakeup.recv(64)           # or serving again after shutdown() would spin
                 self.service_actions()
         finally:
             self._stopping.clear()
@@ -190,9 +188,6 @@ class Server(ThreadingTCPServer):
                 self.shutdown_request(request)
         except (RuntimeError, MemoryError, OSError) as exc:     # RuntimeError: can't start new thread
             self.complain("no thread for a client, which is closed: %s", exc)
-            self.shutdown_request(request)
-        except Exception:                                       # in an overridden hook: as socketserver does
-            self.handle_error(request, client_address)
             self.shutdown_request(request)
         except Exception:                                       # in an overridden hook: as socketserver does
             self.handle_error(request, client_address)
