@@ -1,0 +1,596 @@
+"""The server around the handler: listening, running out of everything, draining, leaking nothing, being a package."""
+import contextlib
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unittest
+from unittest import mock
+
+import socks5
+from socks5.codes import Cmd, Method, Rep
+from socks5.wire import Address, Greeting, Reply, Request
+from tests import support
+from tests.support import (HAS_IPV6, PATIENCE_S, ROOT, address, connect_through, descriptors, dial, need, read_to_end,
+                           reader_of, reset, run_cli, running, spawned, target, threads, wait_until)
+
+try:
+    import resource
+except ImportError:                     # Windows
+    resource = None
+
+ANYBODY = Greeting(bytes([Method.NO_AUTHENTICATION])).pack()
+HAS_PROC = os.path.isdir("/proc/self/fd")
+
+
+def echoes(tunnel, data=b"ping"):
+    """Whether `tunnel` brings back what is sent into it."""
+    tunnel.sendall(data)
+    return reader_of(tunnel)(len(data)) == data
+
+
+def refuses(port):
+    """Whether nobody listens on `port` any more."""
+    try:
+        dial(port).close()
+    except ConnectionError:
+        return True
+    return False
+
+
+def closed_unserved(client):
+    """Whether the server closes `client`, which has sent its greeting, without a word."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def limited(soft, hard):
+    """preexec_fn for a server with these descriptor limits."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+@contextlib.contextmanager
+def crowd_echo():
+    """An echo server for thousands of connections in one thread."""
+    with selectors.DefaultSelector() as selector, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(4096)
+        wake, waker = socket.socketpair()
+        for sock in (listener, wake):
+            selector.register(sock, selectors.EVENT_READ)
+
+        def loop():
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is wake:
+                        return
+                    if key.fileobj is listener:
+                        selector.register(listener.accept()[0], selectors.EVENT_READ)
+                        continue
+                    data = key.fileobj.recv(4096)
+                    if data:
+                        key.fileobj.send(data)
+                    else:
+                        selector.unregister(key.fileobj)
+                        key.fileobj.close()
+
+        thread = threading.Thread(target=loop)
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            waker.close()
+            thread.join(PATIENCE_S)
+            for key in list(selector.get_map().values()):
+                key.fileobj.close()
+
+
+class Listening(unittest.TestCase):
+    def test_port_0_is_told(self):
+        with spawned("-l", "127.0.0.1") as server, target() as destination:
+            self.assertEqual(server.lines, ["listening on 127.0.0.1:%d" % server.port])
+            with connect_through(server.port, *destination) as tunnel:
+                self.assertTrue(echoes(tunnel))
+
+    def test_several_addresses_share_the_port(self):
+        need(self, HAS_IPV6, "IPv6")
+        with spawned("-l", "127.0.0.1", "-l", "::1", "-l", "127.0.0.2") as server, target() as destination:
+            port = int(server.wait_line(r"listening on 127\.0\.0\.2:(\d+)$", server.lines).group(1))
+            shown = ["127.0.0.1", "[::1]", "127.0.0.2"]
+            self.assertEqual(server.lines, ["listening on %s:%d" % (host, port) for host in shown])
+            for host in ("127.0.0.1", "::1", "127.0.0.2"):
+                with self.subTest(host), connect_through((host, port), *destination) as tunnel:
+                    self.assertTrue(echoes(tunnel))
+
+    def test_dual_stack_shows_ipv4_clients_as_ipv4(self):
+        need(self, HAS_IPV6, "IPv6")
+        with spawned("-l", "::", "--open") as server, target() as destination:
+            for host in ("127.0.0.1", "::1"):
+                with self.subTest(host):
+                    with connect_through((host, server.port), *destination) as tunnel:
+                        here = str(address(*tunnel.getsockname()[:2]))
+                    server.wait_line("client=%s user=- cmd=CONNECT .*rep=SUCCEEDED" % re.escape(here))
+
+    def test_ipv6_any_beside_ipv4_any(self):
+        need(self, HAS_IPV6, "IPv6")
+        with running(listen=("::", "0.0.0.0"), open=True) as server, target() as destination:
+            self.assertEqual([str(here.host) for here in server.addresses], ["::", "0.0.0.0"])
+            for host in ("127.0.0.1", "::1"):
+                with self.subTest(host), connect_through((host, server.server_address[1]), *destination) as tunnel:
+                    self.assertTrue(echoes(tunnel))
+
+    def test_ipv6_loopback_does_not_take_ipv4(self):
+        need(self, HAS_IPV6, "IPv6")
+        with running(listen=("::1",)) as server:
+            self.assertTrue(refuses(server.server_address[1]))
+
+    def test_port_in_use_is_one_line(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            status, out, err = run_cli("-p", port)
+        self.assertEqual((status, out), (2, ""))
+        self.assertRegex(err, r"\A[^\n]*cannot listen on 127\.0\.0\.1 port %d: Address already in use\n\Z" % port)
+
+    def test_second_address_that_fails_leaves_nothing_open(self):
+        need(self, HAS_PROC, "/proc")
+        before = descriptors()
+        for bad in ("192.0.2.1", "fe80::1%no-such-interface"):
+            with self.subTest(bad), self.assertRaises(OSError) as raised:
+                socks5.Server(socks5.Config(listen=("127.0.0.1", bad), port=0, open=True))
+            self.assertRegex(raised.exception.filename, r"\A%s port \d+\Z" % re.escape(bad))
+        self.assertEqual(descriptors(), before)
+
+    def test_the_same_port_right_after_kill_9(self):
+        with target() as destination, spawned() as server:
+            port = server.port
+            with connect_through(port, *destination) as tunnel:
+                self.assertTrue(echoes(tunnel))
+                server.end(signal.SIGKILL)
+                with spawned("-p", port) as again, connect_through(again.port, *destination) as other:
+                    self.assertTrue(echoes(other))
+
+
+class RunningOut(unittest.TestCase):
+    def setUp(self):
+        need(self, resource and HAS_PROC, "/proc and resource limits")
+
+    def cpu_seconds(self, pid):
+        with open("/proc/%d/stat" % pid) as file:
+            fields = file.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def test_descriptors(self):
+        """Accepting rests, says so once, and starts again; a tunnel that stands does not notice."""
+        with contextlib.ExitStack() as stack:
+            destination = stack.enter_context(target())
+            server = stack.enter_context(spawned("--max-sessions", 1000, preexec_fn=limited(64, 64)))
+            tunnel = stack.enter_context(connect_through(server.port, *destination))
+            hogs = contextlib.ExitStack()
+            stack.enter_context(hogs)
+            clients = [hogs.enter_context(dial(server.port)) for _ in range(80)]
+            for client in clients:
+                client.sendall(ANYBODY)
+            server.wait_line("WARNING cannot accept: Too many open files; [45][0-9] sessions live")
+            began, cpu = time.monotonic(), self.cpu_seconds(server.process.pid)
+            while time.monotonic() < began + 1:
+                self.assertTrue(echoes(tunnel))
+                threading.Event().wait(0.05)
+            busy = (self.cpu_seconds(server.process.pid) - cpu) / (time.monotonic() - began)
+            self.assertLess(busy, 0.4)                          # of a processor; one that never rests takes all of it
+            self.assertEqual(reader_of(clients[0])(2), b"\x05\x00")
+            self.assertEqual(support.ask(clients[0], Cmd.CONNECT, *destination), Reply(Rep.GENERAL_FAILURE))
+            hogs.close()
+            with connect_through(server.port, *destination) as other:
+                self.assertTrue(echoes(other))
+            self.assertTrue(echoes(tunnel))
+            self.assertEqual(len([line for line in server.log if "cannot accept" in line]), 1)
+
+    def test_max_sessions(self):
+        with target() as destination, running(max_sessions=2) as server, self.assertLogs("socks5", "WARNING") as logs:
+            with connect_through(server.server_address, *destination) as first:
+                with connect_through(server.server_address, *destination) as second:
+                    for _ in range(3):
+                        with dial(server.server_address) as third:
+                            third.sendall(ANYBODY)
+                            self.assertTrue(closed_unserved(third))
+                    self.assertTrue(echoes(first) and echoes(second))
+                wait_until(lambda: len(server.sessions) == 1)
+                with connect_through(server.server_address, *destination) as other:
+                    self.assertTrue(echoes(other) and echoes(first))
+        self.assertEqual(len(logs.output), 1)
+        self.assertRegex(logs.output[0], r"max-sessions 2 reached: 127\.0\.0\.1:\d+ is closed")
+
+    def test_threads(self):
+        """While no thread can be started, a client who needs one is closed, and nobody else."""
+        with contextlib.ExitStack() as stack:
+            destination = stack.enter_context(crowd_echo())
+            server = stack.enter_context(running())
+            tunnels = [stack.enter_context(connect_through(server.server_address, *destination)) for _ in range(3)]
+            logs = stack.enter_context(self.assertLogs("socks5", "WARNING"))
+            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+                for _ in range(100):                            # those whose thread was there already are served
+                    client = stack.enter_context(dial(server.server_address))
+                    client.sendall(ANYBODY)
+                    if closed_unserved(client):
+                        break
+                else:
+                    self.fail("100 clients served without a thread to start")
+                self.assertTrue(all(map(echoes, tunnels)))
+            with connect_through(server.server_address, *destination) as other:
+                self.assertTrue(echoes(other))
+        self.assertIn("can't start new thread", logs.output[0])
+
+    def test_each_kind_of_trouble_is_told(self):
+        """Once a minute each: one does not hide the other."""
+        with running(max_sessions=1) as server, self.assertLogs("socks5", "WARNING") as logs, target() as destination:
+            with connect_through(server.server_address, *destination), dial(server.server_address) as client:
+                client.sendall(ANYBODY)
+                self.assertTrue(closed_unserved(client))
+            wait_until(lambda: not len(server.sessions))
+
+            def no_more(*args):
+                raise RuntimeError("can't start new thread")
+
+            with mock.patch.object(server, "process_request", no_more), dial(server.server_address) as client:
+                client.sendall(ANYBODY)
+                self.assertTrue(closed_unserved(client))
+        self.assertEqual([record.getMessage().split()[0] for record in logs.records], ["max-sessions", "no"])
+
+    def test_soft_descriptor_limit_is_raised(self):
+        hard = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        with spawned(preexec_fn=limited(100, hard)) as server:
+            with open("/proc/%d/limits" % server.process.pid) as file:
+                self.assertRegex(file.read(), r"Max open files +%d +%d " % (hard, hard))
+
+    def test_1100_tunnels_at_once(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        need(self, hard == resource.RLIM_INFINITY or hard >= 5000, "a descriptor limit of 5000")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with contextlib.ExitStack() as stack:
+            destination = stack.enter_context(crowd_echo())
+            server = stack.enter_context(spawned("-q"))
+            request = Request(Cmd.CONNECT, address(*destination)).pack()
+            tunnels = []
+            for _ in range(1100):
+                tunnels.append(stack.enter_context(dial(server.port)))
+                tunnels[-1].sendall(ANYBODY + request)
+            for tunnel in tunnels:
+                self.assertEqual(reader_of(tunnel)(12)[:4], b"\x05\x00\x05\x00")
+            self.assertGreater(descriptors(server.process.pid), 2200)
+            for number, tunnel in enumerate(tunnels):
+                tunnel.sendall(b"%04d" % number)
+            for number, tunnel in enumerate(tunnels):
+                self.assertEqual(reader_of(tunnel)(4), b"%04d" % number)
+
+
+class Stopping(unittest.TestCase):
+    def test_idle_server_ends_at_once(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number.name), spawned("--drain-timeout", 600) as server:
+                self.assertEqual(server.end(number), 0)
+
+    def test_live_tunnel_may_finish(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number.name), target() as destination, spawned("--drain-timeout", 600) as server:
+                port = server.port
+                with connect_through(port, *destination) as tunnel:
+                    server.signal(number)
+                    wait_until(lambda: refuses(port), "no longer listening")
+                    self.assertTrue(echoes(tunnel, b"to the end"))
+                    tunnel.shutdown(socket.SHUT_WR)
+                    self.assertEqual(read_to_end(tunnel), b"")
+                self.assertEqual(server.process.wait(PATIENCE_S), 0)
+                server.wait_line("rep=SUCCEEDED up=10 down=10 .*ended=client why=-")
+
+    def cut(self, tunnel):
+        """A cut-off tunnel must never look complete: it ends with RST."""
+        with self.assertRaises(ConnectionResetError):
+            tunnel.recv(1)
+
+    def test_what_is_left_is_cut(self):
+        ended = []
+
+        def serve(connection):
+            try:
+                support.echo(connection)
+                ended.append("EOF")
+            except OSError as exc:
+                ended.append(type(exc))
+
+        with target(serve) as destination, spawned("--drain-timeout", "0.3") as server:
+            with connect_through(server.port, *destination) as tunnel, dial(server.port) as half:
+                half.sendall(ANYBODY[:1])
+                self.assertTrue(echoes(tunnel))
+                server.signal(signal.SIGTERM)
+                self.cut(tunnel)
+                self.assertTrue(closed_unserved(half))
+            self.assertEqual(server.process.wait(PATIENCE_S), 0)
+            wait_until(lambda: ended)
+            self.assertEqual(ended, [ConnectionResetError])
+            server.wait_line("rep=SUCCEEDED up=4 down=4 .*ended=server stopped why=-")
+            server.wait_line(r"WARNING stopped with [12] sessions cut off")
+
+    def test_second_signal_ends_it_at_once(self):
+        term, int_ = signal.SIGTERM, signal.SIGINT
+        for first, second in [(term, term), (int_, term), (term, int_)]:
+            with self.subTest("%s %s" % (first.name, second.name)):
+                with target() as destination, spawned("--drain-timeout", 600) as server:
+                    port = server.port
+                    with connect_through(port, *destination) as tunnel:
+                        server.signal(first)
+                        wait_until(lambda: refuses(port), "no longer listening")
+                        self.assertTrue(echoes(tunnel))
+                        server.signal(second)
+                        self.cut(tunnel)
+                    self.assertEqual(server.process.wait(PATIENCE_S), 0)
+
+
+class NothingLeaks(unittest.TestCase):
+    """After 2,000 connections that ended in every way, descriptors and threads are back where they were."""
+
+    def setUp(self):
+        need(self, HAS_PROC, "/proc")
+
+    def ways(self, port, echo, resetting):
+        """Functions of one connected client each; what they leave open, the server ends."""
+        tunnel = ANYBODY + Request(Cmd.CONNECT, address(*echo)).pack() + b"ping"
+
+        def said(data, end=lambda client: client.close()):
+            def act(client):
+                client.sendall(data)
+                end(client)
+            return act
+
+        def answered(end, ask=tunnel, size=16):
+            def act(client):
+                client.sendall(ask)
+                reader_of(client)(size)
+                end(client)
+            return act
+
+        def half_close(client):
+            client.shutdown(socket.SHUT_WR)
+            read_to_end(client)
+            client.close()
+
+        def stay(_client):
+            pass
+
+        refused = ANYBODY + Request(Cmd.CONNECT, address("127.0.0.1", support.closed_port())).pack()
+        nameless = ANYBODY + Request(Cmd.CONNECT, Address(b"a..b", 80)).pack()
+        reset_by_remote = ANYBODY + Request(Cmd.CONNECT, address(*resetting)).pack()
+        return [
+            answered(lambda client: client.close()), answered(reset), answered(half_close),
+            said(tunnel), said(tunnel, reset), said(b"", stay), said(b""), said(b"", reset),
+            said(ANYBODY[:1], stay), said(ANYBODY[:1]), said(ANYBODY[:2], reset), said(ANYBODY, stay),
+            answered(stay, refused, 12), answered(reset, nameless, 12), answered(stay, nameless, 12),
+            said(reset_by_remote, stay), said(b"\x05\x01\x02", stay), said(b"GET / HTTP/1.0\r\n\r\n", stay),
+            said(b"\x04", stay), said(os.urandom(100)),
+        ]
+
+    def test_2000_connections(self):
+        def hang_up(connection):
+            reset(connection)
+
+        with target() as echo, target(hang_up) as resetting, spawned("-q", "--handshake-timeout", "0.5") as server:
+            pid, port = server.process.pid, server.port
+            ways = self.ways(port, echo, resetting)
+
+            def go_round(times):
+                clients = []
+                for _ in range(times):
+                    for act in ways:
+                        client = dial(port)
+                        clients.append(client)
+                        act(client)
+                for client in clients:
+                    with contextlib.suppress(OSError):          # those that stay are ended by the server
+                        if client.fileno() != -1:
+                            read_to_end(client)
+                    client.close()
+
+            fds = descriptors(pid)
+            go_round(50)
+            wait_until(lambda: descriptors(pid) <= fds, "descriptors back at %d" % fds)
+            wait_until(lambda: threads(pid) < 20, "no thread left but spare ones")
+            before = threads(pid)
+            go_round(50)
+            wait_until(lambda: descriptors(pid) <= fds, "descriptors back at %d" % fds)
+            wait_until(lambda: threads(pid) <= before, "threads back at %d" % before)
+            with connect_through(port, *echo) as tunnel:
+                self.assertTrue(echoes(tunnel))
+
+    def test_start_and_stop(self):
+        with target() as destination:
+            counts = []
+            for _ in range(5):
+                with running() as server:
+                    with connect_through(server.server_address, *destination) as tunnel:
+                        self.assertTrue(echoes(tunnel))
+                    wait_until(lambda: not len(server.sessions))
+                counts.append(descriptors())
+            self.assertEqual(counts[1:], counts[:-1])
+
+
+class Package(unittest.TestCase):
+    """Server is a socketserver class, and behaves as one."""
+
+    def test_shutdown_from_another_thread(self):
+        with socks5.Server(socks5.Config(port=0)) as server:
+            host, port = server.server_address[:2]
+            self.assertEqual((host, server.addresses), ("127.0.0.1", [address("127.0.0.1", port)]))
+            self.assertGreater(port, 0)
+            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread.start()
+            with target() as destination, connect_through(server.server_address, *destination) as tunnel:
+                self.assertTrue(echoes(tunnel))
+                server.shutdown()
+                thread.join(PATIENCE_S)
+                self.assertFalse(thread.is_alive())
+                self.assertTrue(echoes(tunnel))                 # shutdown() ends the loop, server_close() the sessions
+        self.assertTrue(refuses(port))
+
+    def test_serving_again_after_shutdown(self):
+        loops = []
+
+        class Server(socks5.Server):
+            def service_actions(self):
+                loops.append(1)
+                super().service_actions()
+
+        with target() as destination, Server(socks5.Config(port=0)) as server:
+            for _ in range(2):
+                thread = threading.Thread(target=server.serve_forever, args=(600,), daemon=True)
+                thread.start()
+                for _ in range(10):
+                    with connect_through(server.server_address, *destination) as tunnel:
+                        self.assertTrue(echoes(tunnel))
+                server.shutdown()
+                thread.join(PATIENCE_S)
+            self.assertLess(len(loops), 100)                    # a loop that spins makes thousands
+
+    def test_service_actions_come_without_connections(self):
+        called = threading.Event()
+
+        class Server(socks5.Server):
+            def service_actions(self):
+                super().service_actions()
+                called.set()
+
+        with running(server_class=Server):
+            self.assertTrue(called.wait(PATIENCE_S))
+
+    def test_verify_request(self):
+        asked = []
+
+        class Picky(socks5.Server):
+            def verify_request(self, request, client_address):
+                asked.append(client_address[0])
+                return len(asked) != 1 and super().verify_request(request, client_address)
+
+        with running(server_class=Picky) as server, target() as destination:
+            with dial(server.server_address) as client:
+                client.sendall(ANYBODY)
+                self.assertTrue(closed_unserved(client))
+            with connect_through(server.server_address, *destination) as tunnel:
+                self.assertTrue(echoes(tunnel))
+        self.assertEqual(asked, ["127.0.0.1", "127.0.0.1"])
+
+    def test_each_request_is_processed_and_shut_down_once(self):
+        calls = []
+
+        class Counting(socks5.Server):
+            def process_request(self, request, client_address):
+                calls.append("process")
+                super().process_request(request, client_address)
+
+            def shutdown_request(self, request):
+                super().shutdown_request(request)
+                calls.append("shutdown")
+
+        with running(server_class=Counting) as server, target() as destination:
+            for _ in range(3):
+                connect_through(server.server_address, *destination).close()
+            wait_until(lambda: calls.count("shutdown") == 3)
+        self.assertEqual(sorted(calls), ["process"] * 3 + ["shutdown"] * 3)
+
+    def test_process_request_that_fails_costs_that_client_only(self):
+        errors = []
+
+        class Buggy(socks5.Server):
+            def process_request(self, request, client_address):
+                if not errors:
+                    raise ValueError("a bug")
+                super().process_request(request, client_address)
+
+            def handle_error(self, request, client_address):
+                errors.append(sys.exc_info()[0])
+
+        with running(server_class=Buggy) as server, target() as destination:
+            with dial(server.server_address) as client:
+                client.sendall(ANYBODY)
+                self.assertTrue(closed_unserved(client))
+            with connect_through(server.server_address, *destination) as tunnel:
+                self.assertTrue(echoes(tunnel))
+        self.assertEqual(errors, [ValueError])
+
+    def test_handler_subclass_decides_what_may_be_reached(self):
+        class Strict(socks5.Handler):
+            def permitted(self, request, addresses):
+                if request.dst.port == 25:
+                    raise socks5.RequestRefused(Rep.NOT_ALLOWED, "no mail from here")
+                return super().permitted(request, addresses)
+
+        with running(Strict) as server, target() as destination:
+            with self.assertLogs("socks5", "INFO") as logs, dial(server.server_address) as client:
+                support.negotiate(client)
+                self.assertEqual(support.ask(client, Cmd.CONNECT, "127.0.0.1", 25), Reply(Rep.NOT_ALLOWED))
+                client.close()
+                wait_until(lambda: logs.records)
+            self.assertRegex(logs.output[0], "rep=NOT_ALLOWED .*ended=refused why='no mail from here'")
+            with connect_through(server.server_address, *destination) as tunnel:
+                self.assertTrue(echoes(tunnel))
+
+    def test_a_bug_in_a_handler_is_logged_as_one_and_ends_its_client_only(self):
+        class Buggy(socks5.Handler):
+            def permitted(self, request, addresses):
+                return addresses if request.dst.port != 25 else 1 // 0
+
+        with running(Buggy) as server, target() as destination:
+            with self.assertLogs("socks5", "ERROR") as logs, dial(server.server_address) as client:
+                support.negotiate(client)
+                client.sendall(Request(Cmd.CONNECT, address("127.0.0.1", 25)).pack())
+                self.assertEqual(client.recv(1), b"")
+            self.assertRegex(logs.output[0], r"bug while serving 127\.0\.0\.1:\d+\n(?s:.*)ZeroDivisionError")
+            with connect_through(server.server_address, *destination) as tunnel:
+                self.assertTrue(echoes(tunnel))
+
+    def test_the_root_logger_is_not_ours(self):
+        script = """
+import logging, os, signal
+root, ours = logging.getLogger(), logging.getLogger("socks5")
+before = root.handlers[:], root.level
+import socks5, socks5.cli
+from tests.support import connect_through, running, target
+with running() as server, target() as destination:
+    connect_through(server.server_address, *destination).close()
+assert ours.handlers == [] and ours.level == logging.NOTSET and ours.propagate, "the package configures no logging"
+socks5.cli.say = lambda line: os.kill(os.getpid(), signal.SIGTERM)      # as soon as it listens
+status = socks5.cli.main(["-p", "0"])
+assert status == 0, status
+assert (root.handlers, root.level) == before, root.handlers
+"""
+        done = python(script)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+
+class Readme(unittest.TestCase):
+    """Each `.. code-block:: python` of README.rst that says "# runs in the tests" does run."""
+
+    def test_its_examples_run(self):
+        path = ROOT / "README.rst"
+        need(self, path.exists(), "README.rst")
+        text = path.read_text(encoding="utf-8")
+        blocks = re.findall(r"^\.\. code-block:: python\n((?:\n|[ \t]+.*\n)+)", text + "\n", re.MULTILINE)
+        blocks = [block for block in blocks if "# runs in the tests" in block]
+        need(self, blocks, "a python block that runs in the tests")
+        for number, block in enumerate(blocks):
+            with self.subTest("block %d" % number):
+                indent = re.match(r"\n*([ \t]+)", block).group(1)
+                code = "\n".join(line[len(indent):] for line in block.split("\n"))
+                done = python(code)
+                self.assertEqual(done.returncode, 0, code + done.stderr)
