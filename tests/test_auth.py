@@ -72,7 +72,7 @@ class Check(unittest.TestCase):
                 self.assertIs(known.check(uname, passwd), right)
 
     def test_compared_as_bytes_whatever_their_encoding(self):
-        known = users("j\u00fcrgen:\u20ac5", "raw\udcff:\udc80\udcfe")     # the last: foreign bytes from argv or environ
+        known = users("j\u00fcrgen:\u20ac5", "raw\udcff:\udc80\udcfe")    # the last: foreign bytes from argv or environ
         for name, uname, passwd, right in (
                 ("UTF-8", "j\u00fcrgen".encode(), "\u20ac5".encode(), True),
                 ("Latin-1 is other bytes", "j\u00fcrgen".encode("latin-1"), "\u20ac5".encode(), False),

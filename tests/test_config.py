@@ -1,0 +1,255 @@
+"""config.py: what text may stand for, what is refused and in which words, and that Config lists every tunable once."""
+import dataclasses
+import random
+import unittest
+from ipaddress import ip_network
+
+from socks5 import config
+from socks5.config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+
+# For each kind of value: a text, and what it stands for. No default of any option is among them.
+SAMPLES = {
+    bool: ("yes", True),
+    config.seconds: ("7.5", 7.5),
+    config.count: ("7", 7),
+    config.port: ("7", 7),
+    config.port_range: ("7000-7009", (7000, 7009)),
+    config.address: ("::1", "::1"),
+    config.own_address: ("192.0.2.7", "192.0.2.7"),
+    config.network: ("192.0.2.0/24", ip_network("192.0.2.0/24")),
+    config.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
+    config.path: ("/no/such/file", "/no/such/file"),
+}
+WRONG = {
+    bool: ("", "maybe", "2", "y", "yes no"),
+    config.seconds: ("", "x", "-1", "-0.001", "nan", "-nan", "inf", "1e10", "10s", "1,5", "0x10", "1 0"),
+    config.count: ("", "x", "-1", "1.5", "1e3", "0x10", "inf", "nan", str((1 << 31) + 1), "9" * 5000),
+    config.port: ("", "x", "-1", "65536", "80.0", "http", "1080 1081", "9" * 5000),
+    config.port_range: ("", "-", "x", "0", "0-9", "9-8", "1-65536", "-5", "1-2-3", "1-x", "7,8"),
+    config.address: ("", "x", "256.0.0.1", "127.0.0.1:80", "[::1]", "::1/64", "127.1", "127.0.0.1%lo", "%lo",
+                     "example.com"),
+    config.own_address: ("", "x", "0.0.0.0", "::", "fe80::1%lo", "192.0.2.0/24", "example.com"),
+    config.network: ("", "x", "192.0.2.1/24", "192.0.2.0/33", "::/129", "example.com", "192.0.2.0-192.0.2.9"),
+    config.credentials: ("", ":", "alice", "alice:", ":secret", "a" * 256 + ":x", "x:" + "a" * 256,
+                         "\u20ac" * 86 + ":x"),
+    config.path: ("", "a\0b"),
+}
+
+
+def option_named(name):
+    return next(item for item in options() if item.name == name)
+
+
+class Options(unittest.TestCase):
+    """One description, three faces: every field says all that the three need."""
+
+    def test_each_is_described(self):
+        for item in options():
+            meta = item.metadata
+            with self.subTest(item.name):
+                self.assertEqual(long_flag(item), "--" + item.name.replace("_", "-"), "three faces, one name")
+                self.assertTrue(all(flag.startswith("-") for flag in meta["flags"]))
+                self.assertIn(meta["group"], GROUPS)
+                self.assertTrue(meta["help"])
+                self.assertNotIn("\n", meta["help"])
+                self.assertEqual(bool(meta["metavar"]), meta["kind"] is not bool)
+                self.assertIn(meta["kind"], SAMPLES, "give tests/test_config.py a sample of this kind of value")
+
+    def test_numbers_say_where_their_default_comes_from(self):
+        for item in options():
+            if isinstance(item.default, (int, float)) and not isinstance(item.default, bool):
+                with self.subTest(item.name):
+                    self.assertTrue(item.metadata["why"])
+
+    def test_no_flag_stands_for_two_options(self):
+        flags = [flag for item in options() for flag in item.metadata["flags"]]
+        self.assertEqual(len(flags), len(set(flags)))
+
+    def test_read_in_the_order_of_the_groups(self):
+        groups = [GROUPS.index(item.metadata["group"]) for item in options()]
+        self.assertEqual(groups, sorted(groups))
+        self.assertEqual({item.name for item in options()}, {item.name for item in dataclasses.fields(Config)})
+
+    def test_units_are_in_the_kind(self):
+        for item in options():
+            if item.name.endswith("_timeout"):
+                with self.subTest(item.name):
+                    self.assertEqual((item.metadata["kind"], type(item.default), item.metadata["metavar"]),
+                                     (config.seconds, float, "S"))
+
+    def test_defaults_are_the_designs(self):
+        defaults = Config()
+        self.assertEqual((defaults.listen, defaults.port), (("127.0.0.1",), 1080))
+        self.assertEqual((defaults.user, defaults.open), ((), False))
+        self.assertEqual((defaults.handshake_timeout, defaults.idle_timeout, defaults.drain_timeout), (10, 3600, 5))
+
+
+class Parse(unittest.TestCase):
+    def test_every_option_takes_a_sample(self):
+        for item in options():
+            text, value = SAMPLES[item.metadata["kind"]]
+            with self.subTest(item.name):
+                self.assertNotEqual(value, item.default, "a sample must not be a default")
+                self.assertEqual(parse(item, [text], "x"), (value,) if item.metadata["many"] else value)
+
+    def test_several(self):
+        self.assertEqual(parse(option_named("listen"), ["::1", "127.0.0.1"], "x"), ("::1", "127.0.0.1"))
+        self.assertEqual(parse(option_named("port"), ["1", "2"], "x"), 2, "the last one counts")
+        self.assertIs(parse(option_named("open"), ["yes", "no"], "x"), False)
+
+    def test_yes_and_no(self):
+        for text in ("yes", "true", "on", "1", "YES", "True"):
+            with self.subTest(text):
+                self.assertIs(parse(option_named("open"), [text], "x"), True)
+        for text in ("no", "false", "off", "0", "No"):
+            with self.subTest(text):
+                self.assertIs(parse(option_named("open"), [text], "x"), False)
+
+    def test_what_is_refused_and_where(self):
+        for item in options():
+            for text in WRONG[item.metadata["kind"]]:
+                with self.subTest(item.name, text=text[:20]):
+                    with self.assertRaises(ConfigError) as caught:
+                        parse(item, [text], "here")
+                    self.check_line(str(caught.exception), "here: ")
+
+    def check_line(self, line, start):
+        self.assertTrue(line.startswith(start) and len(line) > len(start), line[:200])
+        self.assertTrue(line.isprintable(), "not one line of text: %r" % line[:200])
+
+    def test_limits(self):
+        for kind, text, value in ((config.port, "0", 0), (config.port, "65535", 65535), (config.count, "0", 0),
+                                  (config.seconds, "0", 0.0), (config.seconds, "1e3", 1000.0),
+                                  (config.seconds, "0.05", 0.05), (config.seconds, "1000000000", 1e9), (config.port_range, "1-65535", (1, 65535)),
+                                  (config.port_range, "80", (80, 80))):
+            with self.subTest(kind.__name__, text=text):
+                self.assertEqual(kind(text), value)
+
+    def test_addresses(self):
+        for text, value in (("localhost", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("::", "::"),
+                            ("fe80::1%eth0", "fe80::1%eth0"), ("::ffff:127.0.0.1", "::ffff:127.0.0.1")):
+            with self.subTest(text):
+                self.assertEqual(config.address(text), value)
+
+    def test_networks(self):
+        for text, value in (("192.0.2.7", "192.0.2.7/32"), ("::1", "::1/128"), ("0.0.0.0/0", "0.0.0.0/0"),
+                            ("::/0", "::/0"), ("::ffff:192.0.2.0/120", "192.0.2.0/24"), ("::ffff:0:0/96", "0.0.0.0/0")):
+            with self.subTest(text):
+                self.assertEqual(config.network(text), ip_network(value))
+
+    def test_credentials(self):
+        for name, text, pair in (("plain", "a:b", ("a", "b")), ("colons", "a:b:c:", ("a", "b:c:")),
+                                 ("spaces stay", " a : b ", (" a ", " b ")), ("comma", "a:b,c", ("a", "b,c")),
+                                 ("foreign bytes", "\udcff:\udcfe", ("\udcff", "\udcfe")),
+                                 ("255 bytes each", "a" * 255 + ":" + "b" * 255, ("a" * 255, "b" * 255)),
+                                 ("85 characters, 255 bytes", "\u20ac" * 85 + ":x", ("\u20ac" * 85, "x"))):
+            with self.subTest(name):
+                self.assertEqual(config.credentials(text), pair)
+
+    def test_a_password_is_never_shown(self):
+        for text in ("s3cret", ":s3cret", "s3cret:", "a" * 256 + ":s3cret", "alice:" + "s3cret" * 50):
+            with self.subTest(text[-20:]):
+                with self.assertRaises(ConfigError) as caught:
+                    parse(option_named("user"), [text], "here")
+                self.assertNotIn("s3cret", str(caught.exception))
+
+    def test_garbage_raises_nothing_else(self):
+        seeded = random.Random(1929)
+        alphabet = "0123456789-+._:/%eExXaAnif \t\n\0\u0663\u20ac\udcff"
+        for number in range(3000):
+            text = "".join(seeded.choice(alphabet) for _ in range(seeded.randrange(12)))
+            for item in options():
+                try:
+                    parse(item, [text], "here")
+                except ConfigError as exc:
+                    self.check_line(str(exc), "here: ")
+                except Exception as exc:
+                    self.fail("%s from %r: %r" % (item.name, text, exc))
+
+
+class EachPort(unittest.TestCase):
+    def test_every_port_once(self):
+        for ports in ((7000, 7000), (7000, 7009), (1, 65535)):
+            with self.subTest(ports):
+                self.assertEqual(sorted(config.each_port(ports)), list(range(ports[0], ports[1] + 1)))
+
+    def test_any_free_one(self):
+        self.assertEqual(list(config.each_port(())), [0])
+
+    def test_not_always_the_same_first(self):
+        self.assertGreater(len({next(config.each_port((1, 65535))) for _ in range(20)}), 1)
+
+
+class Environment(unittest.TestCase):
+    def test_users(self):
+        for text, values in ((None, {}), ("", {}), (",,", {}), ("alice:secret", {"user": (("alice", "secret"),)}),
+                             ("alice:s:1,bob:x", {"user": (("alice", "s:1"), ("bob", "x"))}),
+                             ("alice:secret,", {"user": (("alice", "secret"),)})):
+            with self.subTest(text):
+                self.assertEqual(from_environment({} if text is None else {"SOCKS5_USERS": text}), values)
+
+    def test_wrong_ones_are_named_and_not_shown(self):
+        for text in ("s3cret", "alice:s3cret,bob", ":s3cret"):
+            with self.subTest(text):
+                with self.assertRaises(ConfigError) as caught:
+                    from_environment({"SOCKS5_USERS": text})
+                self.assertTrue(str(caught.exception).startswith("SOCKS5_USERS: "))
+                self.assertNotIn("s3cret", str(caught.exception))
+
+
+class WholeConfig(unittest.TestCase):
+    def test_nothing_listens_beyond_loopback_for_everybody_unless_told(self):
+        for listen in ("0.0.0.0", "::", "192.0.2.1", "2001:db8::1", "fe80::1%eth0", "::ffff:0.0.0.0"):
+            for name, others in (("alone", ()), ("behind loopback", ("127.0.0.1", "::1"))):
+                with self.subTest(name, listen=listen):
+                    with self.assertRaises(ConfigError) as caught:
+                        Config(listen=others + (listen,), port=1234)
+                    words = str(caught.exception)
+                    self.assertTrue(words.startswith("--listen %s: " % listen), words)
+                    self.assertTrue(words.isprintable(), "one line")
+                    for command in ("python socks5_server.py -l %s -p 1234 -u NAME:PASSWORD" % listen, "--open"):
+                        self.assertIn(command, words)
+        everybody = tuple(map(ip_network, ("0.0.0.0/0", "::/0")))
+        for name, networks in (("all of both", everybody), ("all of IPv4", everybody[:1]),
+                               ("all, and one", everybody + (ip_network("192.0.2.1"),))):
+            with self.subTest(name):
+                self.assertRaises(ConfigError, Config, listen=("0.0.0.0",), allow_from=networks)
+
+    def test_what_makes_it_safe(self):
+        for name, values in (("users", {"user": (("a", "b"),)}), ("a users file", {"users": "file"}),
+                             ("rules", {"rules": "file"}), ("one network", {"allow_from": (ip_network("192.0.2.0/24"),)}), ("told", {"open": True})):
+            with self.subTest(name):
+                self.assertEqual(Config(listen=("::",), **values).listen, ("::",))
+
+    def test_loopback_needs_nothing(self):
+        for listen in ("127.0.0.1", "127.8.9.10", "::1", "::1%lo"):
+            with self.subTest(listen):
+                self.assertEqual(Config(listen=(listen,)).listen, (listen,))
+
+    def test_no_address(self):
+        with self.assertRaises(ConfigError) as caught:
+            Config(listen=())
+        self.assertIn("--listen", str(caught.exception))
+
+    def test_a_user_twice(self):
+        with self.assertRaises(ConfigError) as caught:
+            Config(user=(("alice", "s3cret"), ("bob", "x"), ("alice", "other")))
+        self.assertIn("--user", str(caught.exception))
+        self.assertNotIn("s3cret", str(caught.exception))
+
+    def test_passwords_are_not_in_its_repr(self):
+        for shown in (repr(Config(user=(("alice", "s3cret"),))), str(Config(user=(("alice", "s3cret"),)))):
+            self.assertNotIn("s3cret", shown)
+            self.assertIn("port=1080", shown)
+
+    def test_cannot_be_changed(self):
+        for item in options():
+            with self.subTest(item.name):
+                self.assertRaises(dataclasses.FrozenInstanceError, setattr, Config(), item.name, None)
+
+    def test_an_error_is_a_value_error(self):
+        self.assertTrue(issubclass(ConfigError, ValueError))
+
+
+if __name__ == "__main__":
+    unittest.main()
