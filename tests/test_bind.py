@@ -1,0 +1,648 @@
+"""BIND: who may come, where, for how long, and what is left when it is over."""
+import contextlib
+import ctypes
+import ftplib
+import io
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+from ipaddress import ip_address
+from unittest.mock import patch
+
+import socks5
+from socks5 import client
+from socks5.bind import EARLY_BYTES, Rendezvous, expected
+from socks5.codes import Cmd, Rep
+from socks5.errors import ProxyError, RequestRefused
+from socks5.waiting import SelectPoll
+from socks5.wire import Address, Reply, Request
+
+from .support import (
+    HAS_IPV6, PATIENCE_S, ask, descriptors, dial, need, need_program, negotiate, read_to_end, reader_of, reset, running,
+    spawned, threads, wait_until)
+
+LOCAL = ("127.0.0.1", 0)
+
+
+def call(bnd, source=None):
+    """Connect to where a BIND listens, from the address `source`."""
+    return socket.create_connection(bnd, PATIENCE_S, source_address=source and (source, 0))
+
+
+def is_closed(bnd):
+    try:
+        call(bnd).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def both_ways(test, one, other):
+    """The two sockets are the ends of one tunnel."""
+    for sender, receiver in ((one, other), (other, one)):
+        sender.settimeout(PATIENCE_S)
+        receiver.settimeout(PATIENCE_S)
+        sender.sendall(b"some words")
+        test.assertEqual(receiver.recv(100), b"some words")
+
+
+class WhoComes(unittest.TestCase):
+    def test_whom_a_request_expects(self):
+        cases = [("IPv4", Address(ip_address("192.0.2.1"), 21), ["192.0.2.1"]),
+                 ("IPv4-mapped", Address(ip_address("::ffff:192.0.2.1"), 21), ["192.0.2.1"]),
+                 ("IPv6", Address(ip_address("2001:db8::1"), 0), ["2001:db8::1"]),
+                 ("literal as a name", Address(b"192.0.2.1", 21), ["192.0.2.1"]),
+                 ("anybody", Address(ip_address("0.0.0.0"), 21), ["0.0.0.0"]),
+                 ("anybody on IPv6", Address(ip_address("::"), 0), ["::"]),
+                 ("anybody, as a name", Address(b"0.0.0.0", 0), ["0.0.0.0"]),
+                 ("neither address nor port", Address(b"", 0), ["0.0.0.0"])]
+        for name, dst, peers in cases:
+            with self.subTest(name):
+                self.assertEqual(expected(dst), [ip_address(peer) for peer in peers])
+        for name, dst in [("no address but a port", Address(b"", 21)), ("no name", Address(b"a b", 21)),
+                          ("nobody has it", Address(b"nobody.invalid", 21))]:
+            with self.subTest(name), self.assertRaises(RequestRefused) as caught:
+                expected(dst)
+            self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+
+    def test_a_name_for_0_0_0_0_is_nobody(self):
+        """Name servers that block a name answer so; it must not open the port to everybody."""
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("0.0.0.0", 0))]
+        with patch("socket.getaddrinfo", return_value=found):
+            with self.assertRaises(RequestRefused) as caught:
+                expected(Address(b"ads.example", 21))
+        self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+
+    def test_the_expected_peer(self):
+        cases = [("IPv4", "127.0.0.2"), ("IPv4-mapped", "::ffff:127.0.0.2"), ("anybody", "0.0.0.0"),
+                 ("anybody on IPv6", "::"), ("anybody, as a name", b"0.0.0.0")]
+        with running() as server:
+            for name, host in cases:
+                with self.subTest(name), client.bind(server.server_address, (host, 21)) as waiting:
+                    self.assertEqual(waiting.bnd[0], "127.0.0.1")
+                    with call(waiting.bnd, "127.0.0.2") as peer:
+                        sock, who = waiting.accept(PATIENCE_S)
+                        with sock:
+                            self.assertEqual(who, peer.getsockname())
+                            self.assertTrue(is_closed(waiting.bnd), "one peer only")
+                            both_ways(self, sock, peer)
+
+    def test_IPv6(self):
+        need(self, HAS_IPV6, "IPv6")
+        for name, listen in [("client on IPv6", "::1"), ("client on IPv4", "127.0.0.1"), ("dual-stack", "::")]:
+            with self.subTest(name), running(listen=(listen,), open=True) as server:
+                proxy = ("127.0.0.1", server.server_address[1]) if listen == "::" else server.server_address[:2]
+                with client.bind(proxy, ("::1", 21)) as waiting, call(waiting.bnd) as peer:
+                    self.assertEqual(waiting.bnd[0], "::1")
+                    sock, who = waiting.accept(PATIENCE_S)
+                    with sock:
+                        self.assertEqual(who, peer.getsockname()[:2])
+                        both_ways(self, sock, peer)
+
+    def test_dual_stack_tells_an_IPv4_client_an_IPv4_address(self):
+        need(self, HAS_IPV6, "IPv6")
+        with running(listen=("::",), open=True) as server:
+            with client.bind(("127.0.0.1", server.server_address[1])) as waiting, call(waiting.bnd):
+                self.assertEqual(waiting.bnd[0], "127.0.0.1")
+                waiting.accept(PATIENCE_S)[0].close()
+
+    def test_strangers_are_turned_away_logged_and_counted(self):
+        with running() as server, self.assertLogs("socks5", "INFO") as logs:
+            with client.bind(server.server_address, ("127.0.0.2", 21)) as waiting:
+                for _ in range(2):
+                    with call(waiting.bnd) as stranger:
+                        name = "%s:%d" % stranger.getsockname()
+                        self.assertEqual(read_to_end(stranger), b"")
+                        wait_until(lambda: any("stranger bnd=" in line and name in line for line in logs.output))
+                with call(waiting.bnd, "127.0.0.2") as peer:
+                    sock, _ = waiting.accept(PATIENCE_S)
+                    with sock:
+                        both_ways(self, sock, peer)
+            wait_until(lambda: "session client=" in logs.output[-1])
+        self.assertRegex(logs.output[-1], r"dst=127.0.0.2:21 reached=127.0.0.2:\d+ rep=SUCCEEDED up=10 down=10 ")
+        self.assertIn("why='2 strangers turned away'", logs.output[-1])
+
+    def test_rules_are_asked_about_the_expected_peer(self):
+        asked = []
+
+        class Ruled(socks5.Handler):
+            def permitted(self, request, addresses):
+                asked.append(list(map(str, addresses)))
+                if request.dst.port == 22:
+                    raise RequestRefused(Rep.NOT_ALLOWED, "by the test")
+                return addresses
+
+        with running(Ruled) as server:
+            client.bind(server.server_address, ("127.0.0.1", 21)).close()
+            client.bind(server.server_address, ("0.0.0.0", 21)).close()
+            with self.assertRaises(ProxyError) as caught:
+                client.bind(server.server_address, ("127.0.0.1", 22))
+        self.assertEqual(caught.exception.rep, Rep.NOT_ALLOWED)
+        self.assertEqual(asked, [["127.0.0.1"], ["0.0.0.0"], ["127.0.0.1"]])
+
+
+class Waiting(unittest.TestCase):
+    """Between the two replies."""
+
+    def test_nobody_comes(self):
+        with running(bind_timeout=0.05) as server, self.assertLogs("socks5", "INFO") as logs:
+            with client.bind(server.server_address, LOCAL) as waiting:
+                with self.assertRaises(ProxyError) as caught:
+                    waiting.accept(PATIENCE_S)
+                self.assertEqual(waiting.sock.recv(1), b"")
+                self.assertTrue(is_closed(waiting.bnd))
+            wait_until(lambda: "session client=" in logs.output[-1])
+        self.assertEqual(caught.exception.rep, Rep.TTL_EXPIRED)
+        self.assertIn("rep=TTL_EXPIRED", logs.output[-1])
+        self.assertIn("ended=refused why='nobody came within 0.05 s'", logs.output[-1])
+
+    def test_the_client_leaves(self):
+        ways = [("close", socket.socket.close), ("reset", reset),
+                ("shutdown", lambda sock: sock.shutdown(socket.SHUT_WR)),
+                ("close after early data", lambda sock: (sock.sendall(b"x" * 5000), sock.close()))]
+        with running() as server, self.assertLogs("socks5", "INFO") as logs:
+            for name, leave in ways:
+                with self.subTest(name):
+                    waiting = client.bind(server.server_address, ("127.0.0.2", 21))
+                    with waiting:
+                        with call(waiting.bnd) as stranger:
+                            self.assertEqual(read_to_end(stranger), b"")
+                        leave(waiting.sock)
+                        wait_until(lambda: is_closed(waiting.bnd), "listener closed")
+                        wait_until(lambda: not len(server.sessions), "session over")
+                    wait_until(lambda: "session client=" in logs.output[-1])
+                    self.assertIn("reached=- rep=SUCCEEDED", logs.output[-1])
+                    self.assertIn("ended=client", logs.output[-1])
+                    if name != "reset":
+                        self.assertRegex(logs.output[-1], r"anybody came; \d+ strangers? turned away'$")
+
+    def test_what_the_client_sends_early_reaches_the_peer_first(self):
+        with running() as server:
+            for name, early in [("behind the request", True), ("while waiting", False)]:
+                with self.subTest(name), dial(server.server_address) as sock:
+                    negotiate(sock)
+                    request = Request(Cmd.BIND, Address(ip_address("127.0.0.1"), 21)).pack()
+                    sock.sendall(request + b"one " if early else request)
+                    bnd = Reply.parse(reader_of(sock)).bnd
+                    sock.sendall(b"two ")
+                    with call((str(bnd.host), bnd.port)) as peer:
+                        self.assertEqual(Reply.parse(reader_of(sock)).rep, Rep.SUCCEEDED)
+                        sock.sendall(b"three")
+                        sock.shutdown(socket.SHUT_WR)
+                        self.assertEqual(read_to_end(peer), b"one two three" if early else b"two three")
+
+    def test_early_data_is_bounded_and_none_is_lost(self):
+        data = os.urandom(1 << 20)
+        with running() as server, client.bind(server.server_address, LOCAL) as waiting:
+            sender = threading.Thread(target=waiting.sock.sendall, args=(data,))
+            waiting.sock.settimeout(None)
+            sender.start()
+            with call(waiting.bnd) as peer:
+                sock, _ = waiting.accept()
+                received = b""
+                while len(received) < len(data):
+                    received += peer.recv(1 << 16)
+                sender.join(PATIENCE_S)
+                sock.close()
+        self.assertTrue(received == data)
+
+    @contextlib.contextmanager
+    def rendezvous(self):
+        """A Rendezvous, its client's far end, and what wait(0) does in a thread: [result or exception]."""
+        with socket.create_server(LOCAL) as listener, socket.create_connection(listener.getsockname()) as far:
+            near, _ = listener.accept()
+            outcome = []
+
+            def wait():
+                try:
+                    outcome.append(rendezvous.wait(0))
+                except (EOFError, OSError, RequestRefused) as exc:
+                    outcome.append(exc)
+
+            with near, Rendezvous(near, [ip_address("127.0.0.1")]) as rendezvous:
+                thread = threading.Thread(target=wait)
+                thread.start()
+                yield rendezvous, far, outcome
+                thread.join(PATIENCE_S)
+                self.assertFalse(thread.is_alive())
+
+    def test_it_reads_no_more_than_it_keeps(self):
+        with self.rendezvous() as (rendezvous, far, outcome):
+            far.sendall(b"x" * (EARLY_BYTES + 6000))
+            wait_until(lambda: len(rendezvous.early) == EARLY_BYTES)
+            self.assertEqual(outcome, [])
+            call((str(rendezvous.bnd.host), rendezvous.bnd.port)).close()
+            wait_until(lambda: outcome)
+            outcome[0][0].close()
+            self.assertEqual(len(rendezvous.early), EARLY_BYTES)
+            self.assertEqual(len(rendezvous.client.recv(1 << 16)), 6000, "which are left to the tunnel")
+
+    @unittest.skipUnless(sys.platform == "linux", "elsewhere a FIN behind unread data is not told")
+    def test_a_client_that_leaves_behind_too_much_early_data_is_noticed(self):
+        with self.rendezvous() as (rendezvous, far, outcome):
+            far.sendall(b"x" * (EARLY_BYTES + 6000))
+            wait_until(lambda: len(rendezvous.early) == EARLY_BYTES)
+            far.close()
+        self.assertIsInstance(outcome[0], EOFError)
+
+    def test_without_poll_and_without_RDHUP(self):
+        with patch("socks5.bind.LEFT", 0), patch("socks5.bind.new_poll", SelectPoll):
+            with self.subTest("client leaves"), self.rendezvous() as (_, far, outcome):
+                far.close()
+            self.assertIsInstance(outcome[0], EOFError)
+            with self.subTest("peer comes"), self.rendezvous() as (rendezvous, far, outcome):
+                far.sendall(b"x" * (EARLY_BYTES + 1))
+                wait_until(lambda: len(rendezvous.early) == EARLY_BYTES)
+                with call((str(rendezvous.bnd.host), rendezvous.bnd.port)) as peer:
+                    wait_until(lambda: outcome)
+                    self.assertEqual(str(outcome[0][1]), "%s:%d" % peer.getsockname())
+                outcome[0][0].close()
+
+    def test_draining_ends_it(self):
+        with running() as server, self.assertLogs("socks5", "INFO") as logs:
+            with client.bind(server.server_address, LOCAL) as waiting:
+                self.assertEqual([session.cmd for session in server.sessions], ["BIND"])
+                self.assertEqual(server.drain(0), 1)
+                self.assertEqual(waiting.sock.recv(1), b"")
+                self.assertTrue(is_closed(waiting.bnd))
+            wait_until(lambda: "session client=" in logs.output[-1])
+        self.assertRegex(logs.output[-1], "ended='?server.stopped")
+
+
+class Where(unittest.TestCase):
+    def test_advertise_is_told_and_every_address_of_ours_listened_on(self):
+        with running(advertise=("2001:db8::5", "203.0.113.5")) as server:
+            for name, expect, ours, told in [("IPv4", "127.0.0.1", "127.0.0.3", "203.0.113.5"),
+                                             ("anybody", "0.0.0.0", "127.0.0.3", "203.0.113.5"),
+                                             ("IPv6", "::1", "::1", "2001:db8::5")]:
+                if name == "IPv6" and not HAS_IPV6:
+                    continue
+                with self.subTest(name), client.bind(server.server_address, (expect, 21)) as waiting:
+                    self.assertEqual(waiting.bnd[0], told)
+                    with call((ours, waiting.bnd[1]), expect if expect != "0.0.0.0" else None) as peer:
+                        sock, _ = waiting.accept(PATIENCE_S)
+                        with sock:
+                            both_ways(self, sock, peer)
+
+    def test_otherwise_only_that_address_is_listened_on(self):
+        with running() as server, client.bind(server.server_address) as waiting:
+            self.assertEqual(waiting.bnd[0], "127.0.0.1")
+            self.assertTrue(is_closed(("127.0.0.3", waiting.bnd[1])))
+
+    def test_advertise_of_the_other_family_changes_nothing(self):
+        with running(advertise=("2001:db8::5",)) as server, client.bind(server.server_address) as waiting:
+            self.assertEqual(waiting.bnd[0], "127.0.0.1")
+
+    def test_ports_from_the_range_and_no_others(self):
+        first = two_free_ports()
+        with running(bind_ports=(first, first + 1)) as server, self.assertLogs("socks5", "INFO") as logs:
+            with client.bind(server.server_address, LOCAL) as one, client.bind(server.server_address, LOCAL) as two:
+                self.assertEqual({one.bnd[1], two.bnd[1]}, {first, first + 1})
+                with self.assertRaises(ProxyError) as caught:
+                    client.bind(server.server_address, LOCAL)
+                self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
+                wait_until(lambda: any("ports %d-%d: EADDRINUSE" % (first, first + 1) in line for line in logs.output))
+                for waiting in (one, two):
+                    with call(waiting.bnd) as peer:             # and we close first: TIME_WAIT is ours
+                        sock, _ = waiting.accept(PATIENCE_S)
+                        sock.close()
+                        self.assertEqual(read_to_end(peer), b"")
+            with self.subTest("again at once"):
+                for _ in range(4):
+                    with client.bind(server.server_address, LOCAL) as again:
+                        self.assertIn(again.bnd[1], (first, first + 1))
+
+
+def two_free_ports():
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(LOCAL)
+            port = one.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                two.bind(("127.0.0.1", port + 1))
+                return port
+
+
+class RunningOut(unittest.TestCase):
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "counts descriptors in /proc")
+    def test_500_ended_in_every_way_leave_nothing(self):
+        def finished(waiting):
+            with call(waiting.bnd, "127.0.0.2") as peer:
+                sock, _ = waiting.accept(PATIENCE_S)
+                peer.sendall(b"bye")
+                with sock:
+                    self.assertEqual(sock.recv(9), b"bye")
+
+        def reset_by_peer(waiting):
+            peer = call(waiting.bnd, "127.0.0.2")
+            sock, _ = waiting.accept(PATIENCE_S)
+            reset(peer)
+            with sock:
+                self.assertRaises(ConnectionResetError, sock.recv, 1)
+
+        def peer_gone_at_once(waiting):
+            reset(call(waiting.bnd, "127.0.0.2"))
+            waiting.sock.settimeout(PATIENCE_S)
+            with contextlib.suppress(ConnectionResetError):
+                read_to_end(waiting.sock)
+
+        def stranger_then_client_leaves(waiting):
+            with call(waiting.bnd) as stranger, contextlib.suppress(ConnectionResetError):
+                stranger.sendall(b"let me in")
+                read_to_end(stranger)
+
+        def timed_out(waiting):
+            self.assertRaises(ProxyError, waiting.accept, PATIENCE_S)
+
+        ways = [finished, reset_by_peer, peer_gone_at_once, stranger_then_client_leaves,
+                lambda waiting: reset(waiting.sock), lambda waiting: waiting.sock.sendall(b"x" * 70000),
+                lambda waiting: None, timed_out]
+        with spawned("-q", "--bind-timeout", "1") as server:
+            proxy, pid = ("127.0.0.1", server.port), server.process.pid
+            before = descriptors(pid), threads(pid)
+            for _ in range(2):
+                with contextlib.ExitStack() as stack:
+                    batch = [stack.enter_context(client.bind(proxy, ("127.0.0.2", 21))) for _ in range(250)]
+                    for number, waiting in enumerate(batch):
+                        with contextlib.suppress(ProxyError, ConnectionRefusedError):   # slow machine: the 1 s is over
+                            ways[number * len(ways) // len(batch)](waiting)
+                for host in (b"no name", "nobody.invalid"):
+                    self.assertRaises(ProxyError, client.bind, proxy, (host, 21))
+            wait_until(lambda: (descriptors(pid), threads(pid)) == before,
+                       "%s, but %s" % (before, (descriptors(pid), threads(pid))))
+
+    @unittest.skipUnless(sys.platform == "linux", "sets a limit for the server")
+    def test_no_descriptors(self):
+        import resource
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+        with spawned("--max-sessions", "1000", preexec_fn=limit) as server:
+            proxy = ("127.0.0.1", server.port)
+            with contextlib.ExitStack() as stack:
+                waiting = stack.enter_context(client.bind(proxy, LOCAL))
+                clients = []
+                while descriptors(server.process.pid) < 40:
+                    clients.append(stack.enter_context(dial(proxy)))
+                    negotiate(clients[-1])
+                with self.subTest("to listen"):
+                    self.assertEqual(ask(clients[-1], Cmd.BIND, "127.0.0.1", 0).rep, Rep.GENERAL_FAILURE)
+                    self.assertEqual(clients[-1].recv(1), b"")
+                    clients.pop().close()
+                    wait_until(lambda: descriptors(server.process.pid) < 40)
+                    clients.append(stack.enter_context(dial(proxy)))
+                    negotiate(clients[-1])
+                with self.subTest("to accept"):
+                    with contextlib.suppress(ConnectionResetError):     # when the listener is closed that soon
+                        stack.enter_context(call(waiting.bnd))
+                    with self.assertRaises(ProxyError) as caught:
+                        waiting.accept(PATIENCE_S)
+                    self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
+                    server.wait_line(r"cmd=BIND .* why='cannot accept: EMFILE'")
+            with self.subTest("it goes on afterwards"), client.bind(proxy, LOCAL) as waiting, call(waiting.bnd) as peer:
+                sock, _ = waiting.accept(PATIENCE_S)
+                with sock:
+                    both_ways(self, sock, peer)
+
+
+# ---- two hosts ---------------------------------------------------------------------------------------------------
+
+NEAR = {4: "198.51.100.1", 6: "2001:db8:51::1"}
+FAR = {4: "198.51.100.2", 6: "2001:db8:51::2"}
+
+
+class TwoHosts(unittest.TestCase):
+    """The proxy and a client on its loopback on one host, the peer on another."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.names = ["bind-%s-%d" % (end, os.getpid()) for end in ("near", "far")]
+        try:
+            for name in cls.names:
+                subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
+                cls.addClassCleanup(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
+            ip = "ip -n %s " % cls.names[0]
+            lines = [ip + "link add bind0 type veth peer name bind0 netns %s" % cls.names[1]]
+            for name, addresses in zip(cls.names, (NEAR, FAR)):
+                ip = "ip -n %s " % name
+                lines += [ip + "link set lo up", ip + "addr add %s/24 dev bind0" % addresses[4],
+                          ip + "addr add %s/64 dev bind0 nodad" % addresses[6], ip + "link set bind0 up"]
+            for line in lines:
+                subprocess.run(line.split(), check=True, capture_output=True)
+            cls.why_not = ""
+        except (OSError, subprocess.CalledProcessError) as exc:
+            cls.why_not = str(getattr(exc, "stderr", None) or exc)
+
+    def setUp(self):
+        need(self, not self.why_not, "the right to make network namespaces (%s)" % self.why_not)
+
+    def at(self, name, function, *args, **kwargs):
+        """function() in a thread that has moved to the namespace: sockets that it makes live there for good."""
+        outcome = []
+
+        def run():
+            with open("/run/netns/" + name) as namespace:
+                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000):     # CLONE_NEWNET
+                    outcome.append(OSError(ctypes.get_errno(), "setns"))
+                    return
+            try:
+                outcome.append(function(*args, **kwargs))
+            except Exception as exc:
+                outcome.append(exc)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(PATIENCE_S)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+    def near(self, function, *args, **kwargs):
+        return self.at(self.names[0], function, *args, **kwargs)
+
+    def far(self, function, *args, **kwargs):
+        return self.at(self.names[1], function, *args, **kwargs)
+
+    def proxy(self, *args):
+        return spawned(*args, prefix=("ip", "netns", "exec", self.names[0]))
+
+    def test_a_loopback_client_is_told_an_address_that_the_peer_can_reach(self):
+        with self.proxy() as server:
+            for version in (4, 6):
+                with self.subTest("IPv%d" % version):
+                    with self.near(client.bind, ("127.0.0.1", server.port), (FAR[version], 21)) as waiting:
+                        self.assertEqual(waiting.bnd[0], NEAR[version])
+                        with self.near(call, waiting.bnd) as stranger:
+                            self.assertEqual(read_to_end(stranger), b"")
+                        with self.far(call, waiting.bnd) as peer:
+                            sock, who = waiting.accept(PATIENCE_S)
+                            with sock:
+                                self.assertEqual(who, peer.getsockname()[:2])
+                                both_ways(self, sock, peer)
+
+    def test_no_way_to_the_peer(self):
+        with self.proxy() as server:
+            for name, host in [("IPv4", "192.0.2.1"), ("IPv6", "2001:db8:99::1")]:
+                with self.subTest(name), self.assertRaises(ProxyError) as caught:
+                    self.near(client.bind, ("127.0.0.1", server.port), (host, 21))
+                self.assertEqual(caught.exception.rep, Rep.NETWORK_UNREACHABLE)
+
+    def test_for_anybody_it_is_where_the_client_reached_us(self):
+        for version in (4, 6):
+            with self.subTest("IPv%d" % version), self.proxy("-l", NEAR[version], "--open") as server:
+                with self.far(client.bind, (NEAR[version], server.port)) as waiting:
+                    self.assertEqual(waiting.bnd[0], NEAR[version])
+                    with self.far(call, waiting.bnd) as peer:
+                        sock, _ = waiting.accept(PATIENCE_S)
+                        with sock:
+                            both_ways(self, sock, peer)
+
+    def test_behind_NAT_another_address_is_told_and_ours_answers(self):
+        with self.proxy("--advertise", "203.0.113.5") as server:
+            with self.near(client.bind, ("127.0.0.1", server.port), (FAR[4], 21)) as waiting:
+                self.assertEqual(waiting.bnd[0], "203.0.113.5")
+                with self.far(call, (NEAR[4], waiting.bnd[1])) as peer:
+                    sock, _ = waiting.accept(PATIENCE_S)
+                    with sock:
+                        both_ways(self, sock, peer)
+
+
+# ---- real programs -----------------------------------------------------------------------------------------------
+
+FTP_SERVER = """
+import sys
+from pyftpdlib.authorizers import DummyAuthorizer
+from pyftpdlib.handlers import FTPHandler
+from pyftpdlib.servers import FTPServer
+FTPHandler.authorizer = DummyAuthorizer()
+FTPHandler.authorizer.add_anonymous(sys.argv[2], perm="elradfmw")
+server = FTPServer((sys.argv[1], 0), FTPHandler)
+print(server.address[1], flush=True)
+server.serve_forever()
+"""
+
+NODE_BIND = """
+const { SocksClient } = require(process.argv[1] + '/socks');
+const client = new SocksClient({
+  command: 'bind', proxy: { host: '127.0.0.1', port: +process.argv[2], type: 5 },
+  destination: { host: '127.0.0.1', port: 0 } });
+client.on('error', error => { console.log('error ' + error.message); process.exit(1); });
+client.on('bound', info => console.log(info.remoteHost.host + ' ' + info.remoteHost.port));
+client.on('established', info => {
+  console.log(info.remoteHost.host + ' ' + info.remoteHost.port);
+  info.socket.pipe(info.socket);
+  info.socket.resume();
+});
+client.connect();
+"""
+
+# libc's accept() by its name: CPython calls accept4(), which Dante does not know.
+SOCKSIFIED = """
+import ctypes, socket, sys
+listener = socket.socket()
+listener.bind(("0.0.0.0", 0))
+listener.listen(1)
+print("%s %d" % listener.getsockname(), flush=True)
+size = ctypes.c_uint(128)
+fd = ctypes.CDLL(None).accept(listener.fileno(), ctypes.create_string_buffer(128), ctypes.byref(size))
+sock = socket.socket(fileno=fd)
+sock.sendall(sock.recv(100))
+sock.recv(1)
+"""
+
+
+class ActiveFTP(ftplib.FTP):
+    """An FTP client in active mode that has a SOCKS5 proxy between itself and the server, both ways."""
+
+    def __init__(self, proxy, host, port):
+        super().__init__(timeout=PATIENCE_S)
+        self.proxy = proxy
+        self.host, self.port = host, port
+        self.sock = client.connect(proxy, (host, port))
+        self.sock.settimeout(PATIENCE_S)
+        self.af = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.file = self.sock.makefile("r", encoding=self.encoding)
+        self.welcome = self.getresp()
+        self.set_pasv(False)
+
+    def makeport(self):
+        waiting = client.bind(self.proxy, (self.host, self.port))
+        try:
+            (self.sendport if self.af == socket.AF_INET else self.sendeprt)(*waiting.bnd)
+        except ftplib.Error:
+            waiting.close()
+            raise
+        return waiting
+
+
+class Programs(unittest.TestCase):
+    @contextlib.contextmanager
+    def program(self, *args, **kwargs):
+        """A program that tells by lines on stdout what we need to know."""
+        process = subprocess.Popen(list(map(str, args)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   **kwargs)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def ftp_server(self, host="127.0.0.1"):
+        python = os.environ.get("SOCKS5_VENV_PYTHON", sys.executable)
+        have = subprocess.run([python, "-c", "import pyftpdlib"], capture_output=True).returncode == 0
+        need(self, have, "pyftpdlib (in SOCKS5_VENV_PYTHON)")
+        home = tempfile.TemporaryDirectory()
+        self.addCleanup(home.cleanup)
+        return self.program(python, "-W", "ignore", "-c", FTP_SERVER, host, home.name)
+
+    def test_FTP_in_active_mode(self):
+        data = os.urandom(3000000)
+        for name, host in [("PORT", "127.0.0.1")] + [("EPRT", "::1")] * HAS_IPV6:
+            with self.subTest(name), self.ftp_server(host) as server, running() as proxy:
+                with ActiveFTP(proxy.server_address, host, int(server.stdout.readline())) as ftp:
+                    ftp.login()
+                    ftp.storbinary("STOR file", io.BytesIO(data))
+                    self.assertEqual(ftp.nlst(), ["file"])
+                    down = io.BytesIO()
+                    ftp.retrbinary("RETR file", down.write)
+                    self.assertTrue(down.getvalue() == data)
+                    self.assertEqual(ftp.retrbinary("RETR file", down.write)[:3], "226")
+
+    def test_node_socks(self):
+        node = need_program(self, "node")
+        modules = os.environ.get("SOCKS5_NODE_MODULES", "")
+        need(self, os.path.isdir(os.path.join(modules, "socks")), "Node's socks (in SOCKS5_NODE_MODULES)")
+        with running() as proxy, self.program(node, "-e", NODE_BIND, modules, proxy.server_address[1]) as program:
+            host, port = program.stdout.readline().split()
+            with call((host, int(port))) as peer:
+                self.assertEqual(program.stdout.readline().split(), ["127.0.0.1", str(peer.getsockname()[1])])
+                peer.sendall(b"there and back")
+                self.assertEqual(peer.recv(100), b"there and back")
+
+    def test_dante_socksify(self):
+        socksify = need_program(self, "socksify")
+        with running() as proxy, tempfile.NamedTemporaryFile("w", suffix=".conf") as config:
+            config.write("""route {
+                from: 0.0.0.0/0 to: 0.0.0.0/0 via: 127.0.0.1 port = %d
+                protocol: tcp
+                proxyprotocol: socks_v5
+                method: none
+                }
+                """ % proxy.server_address[1])
+            config.flush()
+            env = dict(os.environ, SOCKS_CONF=config.name)
+            with self.program(socksify, sys.executable, "-c", SOCKSIFIED, env=env) as program:
+                host, port = program.stdout.readline().split()
+                with call((host, int(port))) as peer:
+                    self.assertEqual([session.cmd for session in proxy.sessions], ["BIND"])
+                    peer.sendall(b"there and back")
+                    self.assertEqual(peer.recv(100), b"there and back")
+
+
+if __name__ == "__main__":
+    unittest.main()
