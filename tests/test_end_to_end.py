@@ -1,0 +1,145 @@
+"""The whole server as its users get it: a copy of two things, a package, one file; with nothing installed."""
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from tests.support import (HAS_IPV6, ROOT, SCRIPT, connect_through, need, need_program, reader_of, spawned, target,
+                           wait_until)
+
+BIG_BYTES = 200 << 20
+BLOCK = os.urandom(1 << 20)
+
+
+def blocks(size):
+    """`size` bytes of which no MiB is like another, piece by piece."""
+    for number in range(size >> 20):
+        yield b"%08d" % number
+        yield memoryview(BLOCK)[8:]
+
+
+def digest(pieces):
+    found = hashlib.sha1()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
+
+
+def arriving(sock):
+    """What comes until EOF, piece by piece."""
+    buffer = bytearray(1 << 18)
+    while True:
+        size = sock.recv_into(buffer)
+        if not size:
+            return
+        yield memoryview(buffer)[:size]
+
+
+class Ways(unittest.TestCase):
+    """Each way to start it, from a folder that is not the project's, by a Python that sees nothing else."""
+
+    def setUp(self):
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.elsewhere = self.folder / "elsewhere"
+        self.elsewhere.mkdir()
+
+    def copy(self):
+        """A clean copy: the script and the package, no more."""
+        copy = self.folder / "copy"
+        copy.mkdir()
+        shutil.copy(str(SCRIPT), str(copy))
+        shutil.copytree(str(ROOT / "socks5"), str(copy / "socks5"), ignore=shutil.ignore_patterns("__pycache__"))
+        return copy
+
+    def check(self, *args, cwd, **kwargs):
+        env = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
+        with target() as destination, spawned(*args, cwd=str(cwd), env=env, **kwargs) as server:
+            port = server.port
+            with connect_through(port, *destination) as tunnel:
+                tunnel.sendall(b"from end to end")
+                self.assertEqual(reader_of(tunnel)(15), b"from end to end")
+            server.wait_line(r"session client=127\.0\.0\.1:\d+ user=- cmd=CONNECT .*up=15 down=15 ")
+            self.assertEqual(server.end(signal.SIGTERM), 0)
+            self.assertEqual(server.lines, ["listening on 127.0.0.1:%d" % port])
+
+    def test_script(self):
+        self.check(cwd=self.elsewhere, script=self.copy() / SCRIPT.name)
+
+    def test_script_is_executable(self):
+        need(self, os.name == "posix", "a system with #!")
+        done = subprocess.run([str(self.copy() / SCRIPT.name), "--version"], capture_output=True)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    def test_module(self):
+        self.check("socks5", "-p", "0", cwd=self.copy(), script="-m")
+
+    def test_script_through_a_link(self):
+        link = self.elsewhere / "socks"
+        link.symlink_to(self.copy() / SCRIPT.name)
+        self.check(cwd=self.folder, script=link)
+
+    def test_folder_that_cannot_be_written(self):
+        copy = self.copy()
+        for path in [copy, copy / "socks5"]:
+            path.chmod(0o555)
+            self.addCleanup(path.chmod, 0o755)
+        self.check(cwd=self.elsewhere, script=copy / SCRIPT.name)
+
+    def test_zipapp(self):
+        make = need_program(self, "make")
+        copy = self.copy()
+        for name in ("Makefile", "LICENSE"):
+            shutil.copy(str(ROOT / name), str(copy))
+        done = subprocess.run([make, "zipapp", "PYTHON=" + sys.executable], cwd=str(copy), capture_output=True,
+                              text=True)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        app = self.elsewhere / "socks5_server.pyz"
+        shutil.move(str(copy / "dist" / "socks5_server.pyz"), str(app))
+        shutil.rmtree(str(copy))
+        self.check(cwd=self.folder, script=app)
+
+    def test_isolated_python(self):
+        """-I -S: no environment, no site-packages; the standard library is all it needs."""
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from socks5.cli import main; sys.exit(main())"
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(self.copy()), "--version"],
+                              cwd=str(self.elsewhere), capture_output=True)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+
+class Big(unittest.TestCase):
+    """A file as large as what people download; its hash must match."""
+
+    def through(self, host, size):
+        def serve(connection):
+            for piece in blocks(size):
+                connection.sendall(piece)
+
+        with target(serve, host=host) as destination, spawned("-l", host) as server:
+            with connect_through((host, server.port), *destination) as tunnel:
+                self.assertEqual(digest(arriving(tunnel)), digest(blocks(size)))
+            server.wait_line("up=0 down=%d .*ended=remote why=-" % size)
+
+    def test_200_mb_over_ipv4(self):
+        self.through("127.0.0.1", BIG_BYTES)
+
+    def test_200_mb_over_ipv6(self):
+        need(self, HAS_IPV6, "IPv6")
+        self.through("::1", BIG_BYTES)
+
+    def test_up(self):
+        found = []
+        with target(lambda connection: found.append(digest(arriving(connection)))) as destination, spawned() as server:
+            with connect_through(server.port, *destination) as tunnel:
+                for piece in blocks(BIG_BYTES // 4):
+                    tunnel.sendall(piece)
+            wait_until(lambda: found)
+            server.wait_line("up=%d down=0 .*ended=client why=-" % (BIG_BYTES // 4))
+        self.assertEqual(found, [digest(blocks(BIG_BYTES // 4))])
