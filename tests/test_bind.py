@@ -122,7 +122,7 @@ class WhoComes(unittest.TestCase):
                     sock, _ = waiting.accept(PATIENCE_S)
                     with sock:
                         both_ways(self, sock, peer)
-            wait_until(lambda: "session client=" in logs.output[-1])
+            wait_until(lambda: "session client=" in "".join(logs.output[-1:]))
         self.assertRegex(logs.output[-1], r"dst=127.0.0.2:21 reached=127.0.0.2:\d+ rep=SUCCEEDED up=10 down=10 ")
         self.assertIn("why='2 strangers turned away'", logs.output[-1])
 
@@ -155,7 +155,7 @@ class Waiting(unittest.TestCase):
                     waiting.accept(PATIENCE_S)
                 self.assertEqual(waiting.sock.recv(1), b"")
                 self.assertTrue(is_closed(waiting.bnd))
-            wait_until(lambda: "session client=" in logs.output[-1])
+            wait_until(lambda: "session client=" in "".join(logs.output[-1:]))
         self.assertEqual(caught.exception.rep, Rep.TTL_EXPIRED)
         self.assertIn("rep=TTL_EXPIRED", logs.output[-1])
         self.assertIn("ended=refused why='nobody came within 0.05 s'", logs.output[-1])
@@ -174,7 +174,7 @@ class Waiting(unittest.TestCase):
                         leave(waiting.sock)
                         wait_until(lambda: is_closed(waiting.bnd), "listener closed")
                         wait_until(lambda: not len(server.sessions), "session over")
-                    wait_until(lambda: "session client=" in logs.output[-1])
+                    wait_until(lambda: "session client=" in "".join(logs.output[-1:]))
                     self.assertIn("reached=- rep=SUCCEEDED", logs.output[-1])
                     self.assertIn("ended=client", logs.output[-1])
                     if name != "reset":
@@ -269,7 +269,7 @@ class Waiting(unittest.TestCase):
                 self.assertEqual(server.drain(0), 1)
                 self.assertEqual(waiting.sock.recv(1), b"")
                 self.assertTrue(is_closed(waiting.bnd))
-            wait_until(lambda: "session client=" in logs.output[-1])
+            wait_until(lambda: "session client=" in "".join(logs.output[-1:]))
         self.assertRegex(logs.output[-1], "ended='?server.stopped")
 
 
