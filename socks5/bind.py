@@ -12,12 +12,12 @@ import select
 import socket
 from ipaddress import IPv4Address, IPv6Address
 from time import monotonic
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 from .codes import Rep
 from .config import each_port
 from .errors import RequestRefused, name_of, rep_of, telling
-from .relay import READ, new_poll
+from .waiting import READ, new_poll
 from .resolve import IP, Sockaddr, address_of, advertised, clean, family_of, ip_of, resolve
 from .wire import Address, text
 
@@ -53,14 +53,16 @@ class Rendezvous:
     peers      as `expected` gives them
     bnd        where the peer is to connect to, never 0.0.0.0
     early      what the client has sent since, for the peer
+    permit     where anybody may come: may this one?
     strangers  how many came that were not expected
 
     Raises RequestRefused: X'01' when no port is free, X'03' and the like when there is no way to the peer.
     """
 
     def __init__(self, client: socket.socket, peers: Sequence[IP], ports: Tuple[int, ...] = (),
-                 advertise: Sequence[str] = ()) -> None:
+                 advertise: Sequence[str] = (), permit: Callable[[IP], bool] = lambda peer: True) -> None:
         self.client = client
+        self.permit = permit
         self.peers = frozenset(peers)
         self.anybody = all(peer.is_unspecified for peer in peers)
         self.early = b""
@@ -120,7 +122,7 @@ class Rendezvous:
         except OSError as exc:                  # would come back at once, for as long as it lasts
             raise RequestRefused(rep_of(exc), self.also("cannot accept: %s" % name_of(exc))) from None
         peer = address_of(sockaddr)
-        if self.anybody or peer.host in self.peers:
+        if self.permit(ip_of(sockaddr)) if self.anybody else peer.host in self.peers:
             remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             remote.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             return remote, peer

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from .errors import RequestRefused, name_of, rep_of, telling
-from .relay import WRITE, SelectPoll, new_poll
+from .waiting import WRITE, SelectPoll, new_poll
 from .resolve import IP, family_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5

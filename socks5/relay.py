@@ -3,56 +3,24 @@
 Knows no SOCKS and never logs. Half-close is passed on, so a client may shut its sending side and still read; a reset on
 one side becomes a reset on the other, so that a cut-off download never looks complete.
 
-Both sockets are non-blocking: a blocking send in one direction deadlocks with a peer that answers while it is still
-being sent to. A Pipe per direction reads only while it holds nothing and writes only while it holds something: that is
-the whole of backpressure, and of half-close.
+Nothing blocks in here: a blocking send in one direction deadlocks with a peer that answers while it is still being sent
+to. A Pipe per direction reads only while it holds nothing and writes only while it holds something: that is the whole of
+backpressure, and of half-close. A direction that is busy goes through the kernel (splice.py) until it falls quiet.
 """
 from __future__ import annotations
 
 import os
-import select
 import socket
 import struct
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Callable, List, Optional, Tuple, Union
+
+from . import splice
+from .waiting import READ, WRITE, new_poll
 
 CHUNK_BYTES = 1 << 16                       # one read; an idle tunnel holds none
+QUIET_S = 0.5                               # after which a kernel pipe is given back; and how late abort() may be seen
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # SO_LINGER on, for 0 s: close() sends RST
-
-# The numbers of poll(2), the same wherever there is one.
-READ = getattr(select, "POLLIN", 0x01)
-WRITE = getattr(select, "POLLOUT", 0x04)
-BROKEN = getattr(select, "POLLERR", 0x08)
-
-
-class SelectPoll:
-    """select.poll() for systems that have only select(): the same four methods."""
-
-    def __init__(self) -> None:
-        self._wanted: Dict[int, int] = {}
-
-    def register(self, fd: int, events: int) -> None:
-        self._wanted[fd] = events
-
-    modify = register
-
-    def unregister(self, fd: int) -> None:
-        del self._wanted[fd]
-
-    def poll(self, timeout_ms: Optional[float] = None) -> List[Tuple[int, int]]:
-        readers = [fd for fd, events in self._wanted.items() if events & READ]
-        writers = [fd for fd, events in self._wanted.items() if events & WRITE]
-        # Windows tells of a connect that failed in the third set only.
-        ready = select.select(readers, writers, writers, None if timeout_ms is None else timeout_ms / 1000)
-        found: Dict[int, int] = {}
-        for fds, event in zip(ready, (READ, WRITE, BROKEN)):
-            for fd in fds:
-                found[fd] = found.get(fd, 0) | event
-        return list(found.items())
-
-
-def new_poll() -> "Union[select.poll, SelectPoll]":
-    """A poll object: select.select() raises for descriptors from 1024 up, which is about 500 tunnels."""
-    return select.poll() if hasattr(select, "poll") else SelectPoll()
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)       # spares small tunnels from making their sockets non-blocking
 
 
 def reset_on_close(sock: socket.socket) -> None:
@@ -72,45 +40,77 @@ class Broken(Exception):
 
 
 class Pipe:
-    """One direction: at most one chunk in hand, read from `source` and not yet taken by `sink`.
+    """One direction: what was read from `source` and not yet taken by `sink`.
 
+    held    bytes in hand: in `chunk`, or in the kernel pipe where there is one
     total   bytes that the sink has taken
     done    the source said EOF, and nothing is in hand
+    full    the last read filled its buffer, so there is more, and a kernel pipe pays
     """
 
-    __slots__ = ("source", "sink", "names", "chunk", "total", "done")
+    __slots__ = ("source", "sink", "names", "chunk", "kernel", "held", "total", "done", "full")
 
     def __init__(self, source: socket.socket, sink: socket.socket, names: Tuple[str, str], early: bytes = b"") -> None:
         self.source = source
         self.sink = sink
         self.names = names
         self.chunk: Union[bytes, memoryview] = early
+        self.kernel: Optional[splice.KernelPipe] = None
+        self.held = len(early)
         self.total = 0
         self.done = False
+        self.full = False
 
-    def fill(self) -> None:
-        """The source is readable, and nothing is in hand: take a chunk and pass on what fits, or note the EOF."""
+    def fill(self) -> bool:
+        """The source is readable, and nothing is in hand: take what is there and pass on what fits, or note the EOF.
+
+        True when the loop has to think: a rest in hand, the EOF, or more to come. Raises Broken.
+        """
         try:
-            self.chunk = self.source.recv(CHUNK_BYTES)
+            if self.kernel:
+                self.held = self.kernel.fill(self.source.fileno())
+            else:
+                self.chunk = self.source.recv(CHUNK_BYTES, DONTWAIT)
+                self.held = len(self.chunk)
+                self.full = self.held == CHUNK_BYTES
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError as exc:
             raise Broken(self.names[0], exc) from None
-        if self.chunk:
-            self.drain()
-        else:
+        if not self.held:
             self.done = True
+            return True
+        self.drain()
+        return self.held > 0 or self.full
 
     def drain(self) -> None:
-        """Pass on what the sink takes of the chunk."""
+        """Pass on what the sink takes of what is in hand. Raises Broken."""
         try:
-            sent = self.sink.send(self.chunk)
+            if self.kernel:
+                sent = self.kernel.empty(self.sink.fileno())
+            else:
+                sent = self.sink.send(self.chunk, DONTWAIT)
+                self.chunk = memoryview(self.chunk)[sent:] if sent < self.held else b""
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
             raise Broken(self.names[1], exc) from None
+        self.held -= sent
         self.total += sent
-        self.chunk = memoryview(self.chunk)[sent:] if sent < len(self.chunk) else b""
+
+    def promote(self) -> bool:
+        """Go through the kernel from now on, where it can be had. Both sockets must not block. Nothing is in hand."""
+        try:
+            self.kernel = splice.KernelPipe()
+        except OSError:
+            return False
+        self.full = False
+        return True
+
+    def demote(self) -> None:
+        if self.kernel:
+            self.kernel.close()
+            self.kernel = None
 
 
 class Tunnel:
@@ -118,15 +118,16 @@ class Tunnel:
     the owner's, afterwards.
 
     idle_s, half_closed_s   how long nothing may move, before and after one side said EOF; 0 is for ever
+    on_bulk                 told True when the thread turns to bulk work, and False when that is over
     ended_by                "client" or "remote", who said EOF or broke first; else "idle", "half-closed", or what
                             abort said
     why                     the error that ended it, or ""
     """
 
-    __slots__ = ("client", "remote", "up", "down", "idle_s", "half_closed_s", "ended_by", "why", "aborted")
+    __slots__ = ("client", "remote", "up", "down", "idle_s", "half_closed_s", "on_bulk", "ended_by", "why", "aborted")
 
     def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", early_down: bytes = b"",
-                 idle_s: float = 0, half_closed_s: float = 0) -> None:
+                 idle_s: float = 0, half_closed_s: float = 0, on_bulk: Optional[Callable[[bool], None]] = None) -> None:
         """`early` are bytes of the client's that were read before the tunnel stood, `early_down` the remote's."""
         self.client = client
         self.remote = remote
@@ -134,21 +135,25 @@ class Tunnel:
         self.down = Pipe(remote, client, ("remote", "client"), early_down)
         self.idle_s = idle_s
         self.half_closed_s = half_closed_s
+        self.on_bulk = on_bulk
         self.ended_by = ""
         self.why = ""
         self.aborted = ""
 
     def run(self) -> None:
         """Relay until both sides are done, or the tunnel is. Raises nothing: `ended_by` and `why` tell."""
-        for sock in (self.client, self.remote):
-            if sock.gettimeout() != 0:
-                sock.setblocking(False)
+        # A socket with a time-out waits for it, whatever the flag says.
+        if not DONTWAIT or self.client.gettimeout() or self.remote.gettimeout():
+            self._make_nonblocking()
         try:
             self._loop()
         except Broken as exc:
             self.ended_by = self.ended_by or exc.side
             self.why = "%s: %s" % (exc.side, exc.error.strerror or exc.error)
             reset_on_close(self.client if exc.side == "remote" else self.remote)
+        finally:
+            self.up.held = self.down.held = 0       # what nobody can take any more
+            self._demote()
         if self.aborted or self.ended_by in ("idle", "half-closed"):
             self.ended_by = self.aborted or self.ended_by
             reset_on_close(self.client)
@@ -157,7 +162,8 @@ class Tunnel:
     def abort(self, why: str) -> None:
         """End the tunnel from another thread, which must know that the sockets are still open.
 
-        A shut receiving side wakes the loop and sends nothing: closing is still up to the owner, who then resets.
+        A shut receiving side wakes the loop and sends nothing: closing is still up to the owner, who then resets. A
+        loop that waits only to send is not woken, but looks up every QUIET_S.
         """
         self.aborted = why
         for sock in (self.client, self.remote):
@@ -169,39 +175,68 @@ class Tunnel:
 
     def _loop(self) -> None:
         up, down = self.up, self.down
-        watch = _Watch(self.client.fileno(), self.remote.fileno())
-        client_fd, ready = watch.client_fd, [(watch.client_fd, WRITE), (watch.remote_fd, WRITE)]
-        idle_s, name = self.idle_s, "idle"
+        watch = _Watch(self.client, self.remote)
+        ends = {watch.client_fd: (up, down), watch.remote_fd: (down, up)}     # by side: whose source, whose sink
+        ready: List[Tuple[int, int]] = [(fd, WRITE) for fd in ends]           # something may be in hand already
+        poll = watch.poll.poll
+        wait_s = quiet_s = 0.0                      # how long to wait now; how long nothing has moved
+        think = True
         while True:
             for fd, events in ready:
-                mine, other = (up, down) if fd == client_fd else (down, up)     # whose source, whose sink is it?
+                mine, other = ends[fd]
                 acted = False
-                if events & ~WRITE and not mine.done and not mine.chunk:
-                    mine.fill()
+                if events & ~WRITE and not mine.held and not mine.done:
                     acted = True
-                    if mine.done:
-                        if self.aborted:
-                            return
-                        self._pass_on(mine)
-                        idle_s, name = self.half_closed_s, "half-closed"
-                if other.chunk and events & ~READ:
+                    if mine.fill():
+                        think = True
+                        if mine.done:
+                            if self.aborted:
+                                return
+                            self._pass_on(mine, other)
+                        elif mine.full and not mine.held and splice.available:
+                            self._promote(mine)
+                if other.held and events & ~READ:
                     other.drain()
-                    acted = True
+                    acted = think = True
                 if not acted and events & ~(READ | WRITE):
                     self._look_at(mine, fd, watch)
+                    think = True
             if self.aborted or (up.done and down.done):
                 return
-            ready = watch.wait(
-                (0 if up.done or up.chunk else READ) | (WRITE if down.chunk else 0),
-                (0 if down.done or down.chunk else READ) | (WRITE if up.chunk else 0), idle_s)
+            if think:                               # a ping-pong never comes here
+                watch.want(up, down)
+                wait_s = self._patience(quiet_s)
+            ready = poll(wait_s * 1000 if wait_s else None)
+            think = not ready or quiet_s > 0
+            quiet_s = 0.0 if ready else quiet_s + wait_s
             if not ready:
-                self.ended_by = name
-                self.why = "nothing moved for %g s" % idle_s
-                return
+                self._demote()
+                if self._tired(quiet_s):
+                    return
 
-    def _pass_on(self, pipe: Pipe) -> None:
+    def _limit(self) -> Tuple[float, str]:
+        return (self.half_closed_s, "half-closed") if self.up.done or self.down.done else (self.idle_s, "idle")
+
+    def _patience(self, quiet_s: float) -> float:
+        """How long to wait for the next event, in seconds; 0 is for ever."""
+        limit_s, _name = self._limit()
+        left_s = max(limit_s - quiet_s, 0.001) if limit_s else 0.0
+        if self.up.held or self.down.held or self.up.kernel or self.down.kernel:
+            return min(left_s or QUIET_S, QUIET_S)
+        return left_s
+
+    def _tired(self, quiet_s: float) -> bool:
+        limit_s, name = self._limit()
+        if not limit_s or quiet_s < limit_s:
+            return False
+        self.ended_by, self.why = name, "nothing moved for %g s" % limit_s
+        return True
+
+    def _pass_on(self, pipe: Pipe, other: Pipe) -> None:
         """EOF on one side becomes FIN on the other, once what was in hand has been delivered."""
         self.ended_by = self.ended_by or pipe.names[0]
+        if other.done:                      # then both are, and close() says it
+            return
         try:
             pipe.sink.shutdown(socket.SHUT_WR)
         except OSError:                     # the sink has gone, and its own direction will say so
@@ -214,6 +249,27 @@ class Tunnel:
             raise Broken(pipe.names[0], OSError(error, os.strerror(error)))
         watch.mute(fd)
 
+    def _make_nonblocking(self) -> None:
+        for sock in (self.client, self.remote):
+            if sock.gettimeout() != 0:
+                sock.setblocking(False)
+
+    def _promote(self, pipe: Pipe) -> None:
+        """A direction with nothing in hand and much to come: let the kernel carry it."""
+        if not pipe.kernel:
+            self._make_nonblocking()        # splice() has no flag that does it for a socket
+            if pipe.promote() and self.on_bulk:
+                self.on_bulk(True)
+
+    def _demote(self) -> None:
+        """Give kernel pipes back that have nothing in them; at the end, all of them."""
+        had = self.up.kernel or self.down.kernel
+        for pipe in (self.up, self.down):
+            if not pipe.held:
+                pipe.demote()
+        if had and self.on_bulk and not (self.up.kernel or self.down.kernel):
+            self.on_bulk(False)
+
 
 class _Watch:
     """What the loop waits for; speaks to the poll object only when that changes.
@@ -224,24 +280,25 @@ class _Watch:
 
     __slots__ = ("client_fd", "remote_fd", "poll", "wanted", "muted")
 
-    def __init__(self, client_fd: int, remote_fd: int) -> None:
-        self.client_fd = client_fd
-        self.remote_fd = remote_fd
+    def __init__(self, client: socket.socket, remote: socket.socket) -> None:
+        self.client_fd = client.fileno()
+        self.remote_fd = remote.fileno()
         self.poll = new_poll()
         self.wanted = (-1, -1)              # of client and remote; -1: not registered
         self.muted = -1
+
+    def want(self, up: Pipe, down: Pipe) -> None:
+        """To read whatever has nothing in hand and is not done, to write what is in hand."""
+        client = (0 if up.done or up.held else READ) | (WRITE if down.held else 0)
+        remote = (0 if down.done or down.held else READ) | (WRITE if up.held else 0)
+        if (client, remote) != self.wanted:
+            self.wanted = (self._want(self.client_fd, client, self.wanted[0]),
+                           self._want(self.remote_fd, remote, self.wanted[1]))
 
     def mute(self, fd: int) -> None:
         self.poll.unregister(fd)
         self.muted = fd
         self.wanted = (-1, self.wanted[1]) if fd == self.client_fd else (self.wanted[0], -1)
-
-    def wait(self, client: int, remote: int, timeout_s: float) -> List[Tuple[int, int]]:
-        """(fd, events) of what is ready; empty when nothing was for timeout_s (0: for ever)."""
-        if (client, remote) != self.wanted:
-            self.wanted = (self._want(self.client_fd, client, self.wanted[0]),
-                           self._want(self.remote_fd, remote, self.wanted[1]))
-        return self.poll.poll(timeout_s * 1000 if timeout_s else None)
 
     def _want(self, fd: int, events: int, before: int) -> int:
         if before == -1:

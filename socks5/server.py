@@ -15,13 +15,14 @@ from socketserver import BaseServer, ThreadingTCPServer
 from time import monotonic, sleep
 from typing import Any, Dict, List, Optional, Tuple, Type
 
-from .auth import Throttle, Users
+from .auth import Users
 from .config import Config, ConfigError
 from .handler import ANYBODY, BY_PASSWORD, Handler
-from .relay import READ, new_poll
+from .waiting import READ, new_poll
 from .resolve import Names, address_of, ip_of, subscriber
 from .rules import Rules
 from .sessions import Full, Sessions
+from .throttle import Throttle
 from .wire import Address
 
 try:
