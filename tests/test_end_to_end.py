@@ -86,13 +86,6 @@ class Ways(unittest.TestCase):
         link.symlink_to(self.copy() / SCRIPT.name)
         self.check(cwd=self.folder, script=link)
 
-    def test_folder_that_cannot_be_written(self):
-        copy = self.copy()
-        for path in [copy, copy / "socks5"]:
-            path.chmod(0o555)
-            self.addCleanup(path.chmod, 0o755)
-        self.check(cwd=self.elsewhere, script=copy / SCRIPT.name)
-
     def test_zipapp(self):
         make = need_program(self, "make")
         copy = self.copy()

@@ -1,0 +1,280 @@
+"""Real clients through the server: curl, git, PySocks. Each is looked for, and its test skipped where it is missing."""
+import contextlib
+import hashlib
+import os
+import re
+import socket
+import ssl
+import subprocess
+import tempfile
+import threading
+import unittest
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
+from socketserver import ThreadingMixIn
+
+from tests.support import HAS_IPV6, PATIENCE_S, closed_port, need, need_program, spawned
+
+BIG_BYTES = 200 << 20
+BLOCK = os.urandom(1 << 20)
+
+
+class Pages(BaseHTTPRequestHandler):
+    """/ says hello; /big is as large as it says, without a file on the disk."""
+
+    def do_GET(self):
+        pieces = [b"hello from the other side\n"] if self.path == "/" else [BLOCK] * (BIG_BYTES >> 20)
+        self.send_response(200)
+        self.send_header("Content-Length", str(sum(map(len, pieces))))
+        self.end_headers()
+        for piece in pieces:
+            self.wfile.write(piece)
+
+    def do_PUT(self):
+        found, left = hashlib.sha1(), int(self.headers["Content-Length"])
+        while left:
+            piece = self.rfile.read(min(left, 1 << 16))
+            found.update(piece)
+            left -= len(piece)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(found.hexdigest().encode())
+
+    def log_message(self, *args):
+        pass
+
+
+class QuietFiles(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+class Threading(ThreadingMixIn, HTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+
+class ThreadingV6(Threading):
+    address_family = socket.AF_INET6
+
+
+@contextlib.contextmanager
+def web(handler=Pages, host="127.0.0.1", tls=None):
+    """A web server; its port."""
+    with (ThreadingV6 if ":" in host else Threading)((host, 0), handler) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join(PATIENCE_S)
+
+
+def environment(**more):
+    """Ours, without what would lead a client around the proxy, and without the habits of whoever runs the tests."""
+    env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return dict(env, HOME=os.devnull, GIT_CONFIG_NOSYSTEM="1", GIT_TERMINAL_PROMPT="0", **more)
+
+
+class Case(unittest.TestCase):
+    """With a server for each test."""
+
+    def setUp(self):
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.enter = stack.enter_context
+
+    def run_client(self, *args, status=0, text=True, **kwargs):
+        """What the client prints; it must end with `status`."""
+        kwargs.setdefault("env", environment())
+        done = subprocess.run(list(map(str, args)), stdin=subprocess.DEVNULL, capture_output=True, text=text,
+                              timeout=PATIENCE_S, **kwargs)
+        self.assertEqual(done.returncode, status, done.stderr)
+        return done.stdout
+
+    def refused(self, *args):
+        """What the client says on stderr when the proxy lets it down."""
+        done = subprocess.run(list(map(str, args)), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              timeout=PATIENCE_S, env=environment())
+        self.assertIn(done.returncode, (7, 97), done.stderr)    # curl: 97 from 7.73 on
+        self.assertEqual(done.stdout, "")
+        return done.stderr
+
+
+class Curl(Case):
+    def setUp(self):
+        super().setUp()
+        self.command = [need_program(self, "curl"), "-q", "-sS", "--noproxy", "", "--max-time", str(PATIENCE_S)]
+
+    def curl(self, *args):
+        return self.run_client(*self.command, *args)
+
+    def test_by_address_and_by_name(self):
+        """(how the proxy is named, with which option, what is asked for, what the server must have seen)"""
+        server, port = self.enter(spawned()), self.enter(web())
+        cases = [("127.0.0.1", "--socks5", "127.0.0.1", "127.0.0.1"),
+                 ("127.0.0.1", "--socks5", "localhost", "127.0.0.1"),
+                 ("127.0.0.1", "--socks5-hostname", "localhost", "'localhost'"),
+                 ("localhost", "--socks5-hostname", "localhost", "'localhost'")]
+        for proxy, option, host, seen in cases:
+            with self.subTest("%s %s %s" % (option, proxy, host)):
+                page = self.curl("-4", option, "%s:%d" % (proxy, server.port), "http://%s:%d/" % (host, port))
+                self.assertEqual(page, "hello from the other side\n")
+                server.wait_line(r"cmd=CONNECT dst=%s:%d reached=127\.0\.0\.1:%d rep=SUCCEEDED"
+                                 % (re.escape(seen), port, port))
+                server.log.clear()
+
+    def test_ipv6(self):
+        need(self, HAS_IPV6, "IPv6")
+        server, port = self.enter(spawned("-l", "::1")), self.enter(web(host="::1"))
+        for option in ("--socks5", "--socks5-hostname"):
+            with self.subTest(option):
+                page = self.curl("-g", option, "[::1]:%d" % server.port, "http://[::1]:%d/" % port)
+                self.assertEqual(page, "hello from the other side\n")
+        server.wait_line(r"client=\[::1\]:\d+ .*dst=\[::1\]:%d reached=\[::1\]:%d rep=SUCCEEDED" % (port, port))
+
+    def test_200_mb(self):
+        hosts = ["127.0.0.1"] + ["::1"] * HAS_IPV6
+        for host in hosts:
+            with self.subTest(host), spawned("-l", host) as server, web(host=host) as port:
+                url = "http://%s:%d/big" % ("[%s]" % host if ":" in host else "localhost", port)
+                found, expected = hashlib.sha1(), hashlib.sha1()
+                args = [*self.command, "-g", "--socks5-hostname", "localhost:%d" % server.port, url]
+                with subprocess.Popen(args, stdout=subprocess.PIPE, env=environment()) as client:
+                    for piece in iter(partial(client.stdout.read, 1 << 18), b""):
+                        found.update(piece)
+                self.assertEqual(client.returncode, 0)
+                for _ in range(BIG_BYTES >> 20):
+                    expected.update(BLOCK)
+                self.assertEqual(found.hexdigest(), expected.hexdigest())
+
+    def test_upload(self):
+        server, port = self.enter(spawned()), self.enter(web())
+        folder = self.enter(tempfile.TemporaryDirectory())
+        path = Path(folder, "upload")
+        path.write_bytes(BLOCK * 8)
+        answer = self.curl("--socks5", "127.0.0.1:%d" % server.port, "-H", "Expect:", "-T", path,
+                           "http://127.0.0.1:%d/upload" % port)
+        self.assertEqual(answer, hashlib.sha1(BLOCK * 8).hexdigest())
+
+    def test_user_and_password(self):
+        server, port = self.enter(spawned("-u", "alice:s3cret", "-u", "bob:with:colon")), self.enter(web())
+        for user in ("alice:s3cret", "bob:with:colon"):
+            with self.subTest(user):
+                page = self.curl("--socks5", "127.0.0.1:%d" % server.port, "--proxy-user", user,
+                                 "http://127.0.0.1:%d/" % port)
+                self.assertEqual(page, "hello from the other side\n")
+        page = self.curl("--proxy", "socks5h://alice:s3cret@127.0.0.1:%d" % server.port,
+                         "http://localhost:%d/" % port)
+        self.assertEqual(page, "hello from the other side\n")
+        for args in (["--proxy-user", "alice:wrong"], []):
+            with self.subTest("refused %s" % args):
+                self.refused(*self.command, "--socks5", "127.0.0.1:%d" % server.port, *args,
+                             "http://127.0.0.1:%d/" % port)
+
+    def test_what_curl_says_of_a_refusal(self):
+        """The REP is in its message: 5 where nobody listens, 4 for a name that there is not."""
+        server = self.enter(spawned())
+        for host, word in [("127.0.0.1", r"\(5\)|refused"), ("no.such.name.invalid", r"\(4\)|unreachable")]:
+            with self.subTest(host):
+                said = self.refused(*self.command, "--socks5-hostname", "127.0.0.1:%d" % server.port,
+                                    "http://%s:%d/" % (host, closed_port()))
+                self.assertRegex(said, word)
+
+    def test_used_as_an_http_proxy_it_explains_itself(self):
+        server = self.enter(spawned())
+        page = self.curl("--proxy", "http://127.0.0.1:%d" % server.port, "http://example.invalid/")
+        self.assertIn("SOCKS5 proxy", page)
+
+    def test_socks4_is_refused(self):
+        server = self.enter(spawned())
+        said = self.refused(*self.command, "--socks4", "127.0.0.1:%d" % server.port, "http://127.0.0.1:1/")
+        self.assertRegex(said, r"\(91\)|rejected")
+        server.wait_line("why='a SOCKS4 client'")
+
+    def test_https_with_a_certificate_of_our_own(self):
+        openssl = need_program(self, "openssl")
+        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        (folder / "cnf").write_text(
+            "[req]\ndistinguished_name=dn\nx509_extensions=ext\nprompt=no\n[dn]\nCN=localhost\n"
+            "[ext]\nsubjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=critical,CA:true\n")
+        self.run_client(openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                        "-config", folder / "cnf", "-keyout", folder / "key", "-out", folder / "cert")
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(str(folder / "cert"), str(folder / "key"))
+        server, port = self.enter(spawned()), self.enter(web(tls=tls))
+        for option, host in [("--socks5", "127.0.0.1"), ("--socks5-hostname", "localhost")]:
+            with self.subTest(option):
+                big = self.curl(option, "127.0.0.1:%d" % server.port, "--cacert", folder / "cert",
+                                "--output", folder / "big", "--write-out", "%{http_code} %{ssl_verify_result}",
+                                "https://%s:%d/big" % (host, port))
+                self.assertEqual(big, "200 0")
+                self.assertEqual((folder / "big").stat().st_size, BIG_BYTES)
+
+
+class Git(Case):
+    def test_clone(self):
+        git = need_program(self, "git")
+        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        env = environment(GIT_CONFIG_GLOBAL=os.devnull, GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.org",
+                          GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@example.org")
+        run = partial(self.run_client, git, env=env)
+        run("init", "-q", folder / "work")
+        for number in range(20):
+            (folder / "work" / ("file%d" % number)).write_bytes(os.urandom(20000))
+        run("-C", folder / "work", "add", ".")
+        run("-C", folder / "work", "commit", "-q", "-m", "twenty files")
+        run("clone", "-q", "--bare", folder / "work", folder / "served" / "project.git")
+        run("-C", folder / "served" / "project.git", "update-server-info")
+        server = self.enter(spawned())
+        port = self.enter(web(partial(QuietFiles, directory=str(folder / "served"))))
+        run("-c", "http.proxy=socks5h://127.0.0.1:%d" % server.port, "clone", "-q",
+            "http://localhost:%d/project.git" % port, folder / "cloned")
+        heads = {run("-C", folder / name, "rev-parse", "HEAD") for name in ("work", "cloned")}
+        self.assertEqual(len(heads), 1)
+        self.assertEqual(run("-C", folder / "cloned", "fsck", "--strict"), "")
+        server.wait_line("dst='localhost':%d .*rep=SUCCEEDED" % port)
+
+
+class PySocks(Case):
+    SCRIPT = """
+import sys
+import socks
+proxy, host, port, rdns, user, password = sys.argv[1:]
+sock = socks.socksocket()
+sock.set_proxy(socks.SOCKS5, "127.0.0.1", int(proxy), rdns == "yes", user or None, password or None)
+sock.settimeout(20)
+sock.connect((host, int(port)))
+print("bnd", sock.getproxysockname()[0])
+sock.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+print(b"".join(iter(lambda: sock.recv(1000), b"")).split(b"\\r\\n\\r\\n")[1].decode(), end="")
+"""
+
+    def pysocks(self, server, host, port, rdns="yes", user="", password="", **kwargs):
+        return self.run_client(self.python, "-c", self.SCRIPT, server.port, host, port, rdns, user, password, **kwargs)
+
+    def setUp(self):
+        super().setUp()
+        self.python = os.environ.get("SOCKS5_VENV_PYTHON")
+        need(self, self.python, "a Python with PySocks (SOCKS5_VENV_PYTHON)")
+
+    def test_connect(self):
+        server, port = self.enter(spawned()), self.enter(web())
+        for host, rdns in [("127.0.0.1", "yes"), ("localhost", "yes"), ("127.0.0.1", "no")]:
+            with self.subTest("%s, names resolved by the server: %s" % (host, rdns)):
+                self.assertEqual(self.pysocks(server, host, port, rdns), "bnd 127.0.0.1\nhello from the other side\n")
+
+    def test_ipv6(self):
+        need(self, HAS_IPV6, "IPv6")
+        server, port = self.enter(spawned()), self.enter(web(host="::1"))
+        self.assertEqual(self.pysocks(server, "::1", port), "bnd ::1\nhello from the other side\n")
+
+    def test_password(self):
+        server, port = self.enter(spawned("-u", "alice:s3cret")), self.enter(web())
+        said = self.pysocks(server, "127.0.0.1", port, user="alice", password="s3cret")
+        self.assertEqual(said, "bnd 127.0.0.1\nhello from the other side\n")
+        self.assertEqual(self.pysocks(server, "127.0.0.1", port, user="alice", password="wrong", status=1), "")
