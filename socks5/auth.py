@@ -13,8 +13,7 @@ import secrets
 import stat
 import threading
 from dataclasses import dataclass
-from time import monotonic
-from typing import Callable, Dict, Hashable, Iterable, List, Optional, Set, Tuple
+from typing import Dict, Iterable, List, Optional, Set, Tuple
 
 from .codes import Method
 from .config import Config, ConfigError
@@ -28,13 +27,6 @@ SALT_BYTES = KEY_BYTES = 16
 
 SLOW = threading.BoundedSemaphore(2)    # slow checks at a time, whatever is thrown at us
 SLOW_WAIT_S = 5.0                       # for one's turn: half of the handshake's time
-
-LATE_AFTER = 3                          # failures without consequence: people mistype
-REFUSE_AFTER = 6                        # failures, and then nothing is looked at for a time
-LATE_S = 1.0                            # doubles with every failure between the two
-REFUSE_S = 30.0                         # doubles with every failure after
-REFUSE_MOST_S = 900.0
-ADDRESSES = 10000                       # remembered at most: 3 MB
 
 
 def choose(offered: bytes, acceptable: Iterable[int]) -> int:
@@ -213,81 +205,14 @@ def read_users(path: str) -> List[Tuple[bytes, Hash]]:
     return list(found.items())
 
 
+def line_for(name: str, password: bytes) -> str:
+    """The line for the users file. Raises ValueError for a name or a password that could never log in."""
+    if not 1 <= len(encode(name)) <= 255 or not name.isprintable() or set(name) & set(": ") or name[0] == "#":
+        raise ValueError("a user name has 1 to 255 bytes, no colon, no spaces and no # in front")
+    if not 1 <= len(password) <= 255:
+        raise ValueError("a password has 1 to 255 bytes")
+    return "%s:%s" % (name, Hash.of(password))
+
+
 def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
-
-
-# ---- whoever guesses ----------------------------------------------------------------------------------------------
-
-class Record:
-    """What is held against one origin."""
-
-    __slots__ = ("failures", "last", "until", "pending")
-
-    def __init__(self) -> None:
-        self.failures = 0
-        self.last = 0.0                             # when the last one failed
-        self.until = 0.0                            # nothing is looked at before
-        self.pending: Dict[bytes, int] = {}         # attempts being checked, and how many of each
-
-
-class Throttle:
-    """Makes guessing slow. An origin is an IPv4 address or an IPv6 /64; the caller says which.
-
-    Failures are answered late, then refused unseen for a time that doubles. One password tried on many connections at
-    once is one attempt. A success clears the record, and so does as long a silence as the longest refusal.
-    """
-
-    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._records: Dict[Hashable, Record] = {}  # the one that failed longest ago first
-
-    def check(self, users: Users, origin: Hashable, uname: bytes, passwd: bytes) -> Tuple[bool, float]:
-        """Whether this is right, and how many seconds the answer is to be held back. Raises ProtocolError."""
-        attempt = users.attempt(uname, passwd)
-        if not self.enter(origin, attempt):
-            return False, 0.0
-        right = None
-        try:
-            right = users.check(uname, passwd)
-        finally:
-            delay = self.leave(origin, attempt, right)
-        return right, delay
-
-    def enter(self, origin: Hashable, attempt: bytes) -> bool:
-        """Whether this attempt is looked at; leave() must follow if so."""
-        with self._lock:
-            record = self._records.get(origin) or Record()
-            now = self._clock()
-            if record.failures and now > max(record.until, record.last) + REFUSE_MOST_S:
-                record.failures = 0
-            busy = len(record.pending) + (attempt not in record.pending)
-            # Attempts under way count as failed: a thousand at a time are no way round the limit.
-            if now < record.until or busy > 1 and record.failures + busy > REFUSE_AFTER:
-                return False
-            record.pending[attempt] = record.pending.get(attempt, 0) + 1
-            self._records[origin] = record
-            return True
-
-    def leave(self, origin: Hashable, attempt: bytes, right: Optional[bool]) -> float:
-        """The attempt's end; right is None when it was not decided. The seconds by which the answer is late."""
-        with self._lock:
-            record = self._records.pop(origin, None) or Record()
-            others = record.pending.pop(attempt, 1) - 1
-            if others:
-                record.pending[attempt] = others
-            if right:
-                record.failures, record.until = 0, 0.0
-            elif right is not None and not others:
-                record.failures += 1
-                record.last = self._clock()
-            if record.failures > REFUSE_AFTER:
-                over = min(record.failures - REFUSE_AFTER - 1, 16)
-                record.until = record.last + min(REFUSE_S * 2 ** over, REFUSE_MOST_S)
-            if record.failures or record.pending:
-                self._records[origin] = record
-                if len(self._records) > ADDRESSES:
-                    del self._records[next(iter(self._records))]
-            late = 0 if right is not False else record.failures - LATE_AFTER
-            return LATE_S * 2 ** (min(late, REFUSE_AFTER - LATE_AFTER) - 1) if late > 0 else 0.0

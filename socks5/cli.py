@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import getpass
 import logging
 import os
 import signal
@@ -11,6 +12,8 @@ import threading
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
 from . import __version__
+from .auth import line_for
+from .check import report, warnings
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
 from .server import Server
 
@@ -47,7 +50,11 @@ def build_parser() -> Parser:
         else:
             groups[meta["group"]].add_argument(*meta["flags"], dest=item.name, action="append", metavar=meta["metavar"],
                                                help=text)
+    groups["access"].add_argument("--hash-password", metavar="NAME", nargs="?", const="", help="ask for a password, or "
+                                  "read a line from a pipe, print the line for the users FILE, and end")
     running, watching = groups["running"], groups["watching"]
+    running.add_argument("--check", action="store_true", help="read everything, say what would be served to whom, and "
+                         "end: with 0, or 2 and the error")
     running.add_argument("--config", metavar="FILE", help="read options from an INI file; the command line goes first")
     watching.add_argument("-v", "--verbose", action="store_true", help="log the steps of every negotiation, too")
     watching.add_argument("-q", "--quiet", action="store_true", help="log only warnings and errors")
@@ -130,12 +137,33 @@ def serve(config: Config) -> int:
     with server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, lambda _number, _frame: server.reload_soon())
+        for warning in warnings(config, server.rules):
+            logging.getLogger(__name__).warning(warning)
         for address in server.addresses:
             say("listening on %s" % address)
         server.serve_forever()
         aborted = server.drain(config.drain_timeout, hurry)
         if aborted:
             logging.getLogger(__name__).warning("stopped with %d sessions cut off", aborted)
+    return 0
+
+
+def hash_password(name: str) -> int:
+    """Asks twice, without echo; or takes the password from one line of a pipe. The exit status."""
+    try:
+        if sys.stdin and sys.stdin.isatty():
+            name = name or input("user name: ")
+            password = getpass.getpass("password: ")
+            if getpass.getpass("the same again: ") != password:
+                return fail("--hash-password: these are two passwords")
+            typed = password.encode("utf-8", "surrogateescape")
+        else:
+            typed = sys.stdin.buffer.readline().rstrip(b"\r\n") if sys.stdin else b""
+        say(line_for(name or "NAME", typed))
+    except (ValueError, EOFError, KeyboardInterrupt) as exc:
+        return fail("--hash-password: %s" % (exc if isinstance(exc, ValueError) else "nothing was typed"))
     return 0
 
 
@@ -154,8 +182,13 @@ def fail(message: str) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = vars(build_parser().parse_args(argv))
+    if "hash_password" in args:
+        return hash_password(args["hash_password"])
     try:
         config = read_config(args)
+        if "check" in args:
+            say("\n".join(report(config)))
+            return 0
     except ConfigError as exc:
         return fail(str(exc))
     configure_logging(logging.WARNING if "quiet" in args else logging.DEBUG if "verbose" in args else logging.INFO)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import socket
+from functools import partial
+from ipaddress import ip_address
 from socketserver import StreamRequestHandler
 from time import monotonic
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Set
 
 from . import auth
 from .bind import Rendezvous, expected
@@ -17,10 +19,12 @@ from .codes import Cmd, Method, Rep
 from .connect import connect
 from .errors import ProtocolError, RequestRefused, rep_of
 from .relay import Tunnel
-from .resolve import IP, address_of, resolve
+from .resolve import IP, address_of, name_in, resolve
+from .rules import Asker
 from .sessions import Session
 from .udp import Association
-from .wire import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
+from .waiting import new_poll
+from .wire import UNSPECIFIED, VER, Address, Greeting, Host, Login, LoginStatus, Reply, Request, Selection, text
 
 if TYPE_CHECKING:
     from .server import Server
@@ -30,6 +34,7 @@ log = logging.getLogger(__name__)
 READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
 LINGER_BYTES = 1 << 16      # and how much of it
+TOLD = 10                   # rules that one association may name in the log
 
 SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
 HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
@@ -82,6 +87,7 @@ class Handler(StreamRequestHandler):
         self.connection = self.request
         self.inbox = Inbox(self.connection)
         self.session = self.server.sessions[self.request]
+        self.told: Set[str] = set()             # rules that a line in the log has named
 
     def handle(self) -> None:
         """Serve the client until either side is done.                                   RFC 1928 §3 to §6"""
@@ -92,6 +98,7 @@ class Handler(StreamRequestHandler):
                 request = Request.parse(self.inbox.read)        # §4
                 self.server.sessions.negotiated(session)
                 session.cmd, session.dst = request.cmd.name, request.dst
+                self.foresee(request)
                 COMMANDS[request.cmd](self, request)            # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
                 session.ended_by, session.why = "refused", exc.why
@@ -137,10 +144,16 @@ class Handler(StreamRequestHandler):
 
     def username_password(self) -> Optional[bytes]:
         """RFC 1929: one try. The name that was let in."""
-        login = Login.parse(self.inbox.read)
-        if not self.server.users.check(login.uname, login.passwd):
+        login, session, server = Login.parse(self.inbox.read), self.session, self.server
+        who = login.uname, login.passwd
+        right, late_s = server.throttle.judge(session.origin, server.users.attempt(*who),
+                                              partial(server.users.check, *who))
+        if not right:
+            log.warning("auth_failed client=%(client)s user=%(user)s",       # README.rst: fail2ban looks for it
+                        {"client": str(session.client.host), "user": text(login.uname)})
+            session.user = login.uname
+            self.pause(late_s)
             self.connection.sendall(LoginStatus(0x01).pack())
-            self.session.user = login.uname
             raise ProtocolError("wrong user name or password")
         self.connection.sendall(LoginStatus(0x00).pack())
         return login.uname
@@ -164,7 +177,8 @@ class Handler(StreamRequestHandler):
     def bind(self, request: Request) -> None:
         config = self.server.config
         peers = self.permitted(request, expected(request.dst))
-        with Rendezvous(self.connection, peers, config.bind_ports, config.advertise) as rendezvous:
+        permit = partial(self.permits_caller, request)
+        with Rendezvous(self.connection, peers, config.bind_ports, config.advertise, permit) as rendezvous:
             self.reply(Rep.SUCCEEDED, rendezvous.bnd)           # the first: where we listen
             remote, peer = rendezvous.wait(config.bind_timeout)
         with remote:                                            # and the listener is closed: one peer only
@@ -178,20 +192,52 @@ class Handler(StreamRequestHandler):
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
         config, session = self.server.config, self.session
         with Association(self.connection, str(session.client.host), config.udp_ports, config.advertise,
-                         self.server.names, self.permits_datagram) as association:
+                         self.server.names, self.permits_datagram, lambda: self.server.rules) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             association.run(config.udp_idle_timeout)
             session.up, session.down = association.up, association.down
             session.ended_by = session.ended_by or association.ended_by
             session.why = "; ".join(filter(None, (session.why, association.why, association.summary())))
 
-    def permits_datagram(self, address: IP, port: int) -> bool:
-        """May this client's datagrams go there?"""
-        return True
+    # ---- may this client do that? ---------------------------------------------------------------------------------
+
+    def asker(self, cmd: Cmd) -> Asker:
+        return Asker(ip_address(str(self.session.client.host)), self.session.user, cmd)
+
+    def foresee(self, request: Request) -> None:
+        """Before anything is looked up. Raises RequestRefused X'02' for what no address could make right."""
+        udp = request.cmd == Cmd.UDP_ASSOCIATE                  # whose destinations come with the datagrams
+        verdict = self.server.rules.foresee(self.asker(request.cmd), None if udp else request.dst.port,
+                                            None if udp else name_in(request.dst.host))
+        if not verdict.allowed:
+            raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
 
     def permitted(self, request: Request, addresses: List[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
-        return addresses
+        asker, name, allowed, why = self.asker(request.cmd), name_in(request.dst.host), [], ""
+        for address in addresses:
+            verdict = self.server.rules.judge(asker, address, request.dst.port, name)
+            if verdict.allowed:
+                allowed.append(address)
+            else:
+                why = why or "%s denied by %s" % (address, verdict.where)
+        if not allowed:
+            raise RequestRefused(Rep.NOT_ALLOWED, why)
+        return allowed
+
+    def permits_caller(self, request: Request, peer: IP) -> bool:
+        """For a BIND that expects nobody in particular: may this one come?"""
+        return self.server.rules.judge(self.asker(Cmd.BIND), peer, request.dst.port).allowed
+
+    def permits_datagram(self, address: IP, port: int, name: Host) -> bool:
+        """May this client's datagrams go there? The first that a rule denies is logged, for each rule."""
+        verdict = self.server.rules.judge(self.asker(Cmd.UDP_ASSOCIATE), address, port, name_in(name))
+        if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:
+            self.told.add(verdict.where)
+            log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", {
+                "client": str(self.session.client), "user": self.session.facts()["user"],
+                "dst": str(Address(address, port)), "why": ascii("denied by %s" % verdict.where)})
+        return verdict.allowed
 
     def unsupported(self, request: Request) -> None:
         raise RequestRefused(Rep.COMMAND_NOT_SUPPORTED, "CMD %s" % request.cmd.phrase)
@@ -212,6 +258,13 @@ class Handler(StreamRequestHandler):
     def reply(self, rep: Rep, bnd: Address = UNSPECIFIED) -> None:
         self.session.rep = rep.name
         self.connection.sendall(Reply(rep, bnd).pack())
+
+    def pause(self, seconds: float) -> None:
+        """Wait; not for one who has left, or been shut down."""
+        if seconds:
+            poll = new_poll()
+            poll.register(self.connection.fileno(), 0)          # what is told unasked: a hang-up, an error
+            poll.poll(seconds * 1000)
 
     def linger(self) -> None:
         """Read away what still comes: closing on unread input sends RST, which can destroy the answer on its way."""

@@ -10,9 +10,9 @@ import re
 import socket
 from collections import deque
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from time import monotonic
-from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Deque, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 from .codes import Rep
 from .errors import RequestRefused
@@ -22,12 +22,17 @@ IP = Union[IPv4Address, IPv6Address]
 Sockaddr = Tuple[Union[str, int], ...]
 Tell = Callable[[bytes, Sequence[IP]], None]
 
+T = TypeVar("T")
+
 LOOKUP_THREADS = 16             # a resolver that hangs holds one of them for each name,
 LOOKUP_NAMES = 256              # and more names than this are not waited for
 LOOKUP_REST_S = 1.0             # a thread without work ends after that
 ANSWER_S = 30.0                 # getaddrinfo does not tell the TTL: short enough for names that move
 FAILURE_S = 5.0                 # RFC 2308 §7.1: failures may be remembered for 5 minutes at the most
 ANSWERS = 1024
+WAITING_NAMES = 8               # of one Waiting, so that others have lookups left,
+WAITING_ITEMS = 64              # and what may wait for them
+WAITING_BYTES = 1 << 18
 
 # Letters, digits, hyphen and dot are RFC 1123's; the underscore stands in many names that people do use.
 ASCII_NAME = re.compile(rb"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
@@ -53,6 +58,12 @@ def clean(name: bytes) -> Host:
     if len(ascii_name) > 253 + 1 or not ASCII_NAME.fullmatch(ascii_name):   # 253 and the root's dot: RFC 1035 §2.3.4
         raise RequestRefused(Rep.HOST_UNREACHABLE, "not a name to look up: %s" % text(name))
     return ascii_name
+
+
+def name_in(host: Host) -> Optional[bytes]:
+    """The name that a request goes by, in ASCII; None for an address, or nothing. Raises RequestRefused as `clean`."""
+    host = clean(host) if isinstance(host, bytes) and host else host
+    return host if isinstance(host, bytes) and host else None
 
 
 def resolve(host: Host) -> List[IP]:
@@ -101,6 +112,10 @@ def family_of(address: IP) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
 
 
+class Busy(Exception):
+    """Too much is waiting for names already."""
+
+
 class Names:
     """Looks names up in threads of its own, for who must not block; remembers answers, and failures, for a short time.
 
@@ -116,7 +131,7 @@ class Names:
 
     def ask(self, name: bytes, tell: Tell) -> Optional[Sequence[IP]]:
         """The addresses of a `clean` name, none if it does not resolve; or None, and another thread will call
-        tell(name, addresses). Raises RequestRefused X'01' when too many names are waiting."""
+        tell(name, addresses). Raises Busy when too many names are waiting."""
         with self._news:
             until, addresses = self._known.get(name, (0.0, ()))
             if until > monotonic():
@@ -125,7 +140,7 @@ class Names:
                 self._asking[name].append(tell)
                 return None
             if len(self._asking) >= LOOKUP_NAMES:
-                raise RequestRefused(Rep.GENERAL_FAILURE, "%d names are waiting" % LOOKUP_NAMES)
+                raise Busy("%d names are waiting" % LOOKUP_NAMES)
             if len(self._queue) >= self._resting and self._threads < LOOKUP_THREADS:
                 self._start()
             self._asking[name] = [tell]
@@ -139,7 +154,7 @@ class Names:
             self._threads += 1
         except (RuntimeError, MemoryError):             # out of threads: those that there are will do
             if not self._threads:
-                raise RequestRefused(Rep.GENERAL_FAILURE, "no thread to look names up") from None
+                raise Busy("no thread to look names up") from None
 
     def _work(self) -> None:
         while True:
@@ -163,3 +178,55 @@ class Names:
                 tells = self._asking.pop(name)
             for tell in tells:
                 tell(name, addresses)
+
+
+class Waiting(Generic[T]):
+    """Things of one poll loop that wait for the addresses of names. `readable` wakes the loop: then `take`.
+
+    The sockets belong to the loop's thread, which closes them; a lookup may outlive that, so its answer is left under
+    a lock and only while there is somebody to take it.
+    """
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+        self.readable, self._bell = socket.socketpair()
+        self._lock = Lock()
+        self._open = True
+        self._answers: List[Tuple[bytes, Sequence[IP]]] = []
+        self._items: Dict[bytes, List[Tuple[T, int]]] = {}      # by name, with their sizes
+
+    def ask(self, name: bytes, item: T, size: int) -> Optional[Sequence[IP]]:
+        """The addresses of a `clean` name; or None, and `item`, of `size` bytes, is kept for take(). Raises Busy."""
+        if name not in self._items:
+            if len(self._items) >= WAITING_NAMES:
+                raise Busy("%d names are waiting" % WAITING_NAMES)
+            addresses = self.names.ask(name, self._tell)
+            if addresses is not None:
+                return addresses
+            self._items[name] = []
+        sizes = [size for items in self._items.values() for _item, size in items]
+        if len(sizes) >= WAITING_ITEMS or sum(sizes) + size > WAITING_BYTES:
+            raise Busy("%d bytes are waiting" % sum(sizes))
+        self._items[name].append((item, size))
+        return None
+
+    def take(self) -> Iterator[Tuple[T, Sequence[IP]]]:
+        """Every item whose addresses have come, in order."""
+        with self._lock:
+            self.readable.recv(4096)
+            answers, self._answers = self._answers, []
+        for name, addresses in answers:
+            for item, _size in self._items.pop(name):
+                yield item, addresses
+
+    def _tell(self, name: bytes, addresses: Sequence[IP]) -> None:
+        with self._lock:
+            if self._open:
+                self._answers.append((name, addresses))
+                self._bell.send(b"\0")                  # never blocks: WAITING_NAMES of them at the most
+
+    def close(self) -> None:
+        with self._lock:
+            self._open = False
+            self.readable.close()
+            self._bell.close()

@@ -9,10 +9,12 @@ import itertools
 import socket
 import threading
 from time import monotonic
-from typing import Dict, Hashable, Iterator, Optional, Union
+from typing import TYPE_CHECKING, Dict, Hashable, Iterator, Optional, Union
 
-from .relay import Tunnel
 from .wire import Address, text
+
+if TYPE_CHECKING:
+    from .relay import Tunnel               # a neighbour, which is only held and told to end
 
 GRACE_S = 1.0           # nobody is called silent before: whoever is fast is never in the way
 LEAVING = 32            # whoever was shut down holds one of the spare descriptors until its thread has noticed
