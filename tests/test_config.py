@@ -120,8 +120,8 @@ class Parse(unittest.TestCase):
     def test_limits(self):
         for kind, text, value in ((config.port, "0", 0), (config.port, "65535", 65535), (config.count, "0", 0),
                                   (config.seconds, "0", 0.0), (config.seconds, "1e3", 1000.0),
-                                  (config.seconds, "0.05", 0.05), (config.seconds, "1000000000", 1e9), (config.port_range, "1-65535", (1, 65535)),
-                                  (config.port_range, "80", (80, 80))):
+                                  (config.seconds, "0.05", 0.05), (config.seconds, "1000000000", 1e9),
+                                  (config.port_range, "1-65535", (1, 65535)), (config.port_range, "80", (80, 80))):
             with self.subTest(kind.__name__, text=text):
                 self.assertEqual(kind(text), value)
 
@@ -217,7 +217,8 @@ class WholeConfig(unittest.TestCase):
 
     def test_what_makes_it_safe(self):
         for name, values in (("users", {"user": (("a", "b"),)}), ("a users file", {"users": "file"}),
-                             ("rules", {"rules": "file"}), ("one network", {"allow_from": (ip_network("192.0.2.0/24"),)}), ("told", {"open": True})):
+                             ("rules", {"rules": "file"}),
+                             ("one network", {"allow_from": (ip_network("192.0.2.0/24"),)}), ("told", {"open": True})):
             with self.subTest(name):
                 self.assertEqual(Config(listen=("::",), **values).listen, ("::",))
 

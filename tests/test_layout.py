@@ -1,0 +1,232 @@
+"""The house as DESIGN has it: who imports whom, what is where, how large a room may be, and who may print."""
+import ast
+import subprocess
+import sys
+import unittest
+
+from tests import support
+
+PACKAGE = support.ROOT / "socks5"
+DOORS = ("__init__", "__main__")            # they have no level and no test file of their own; test_main.py has both
+MOST_LINES = 300
+
+# From the ground up: a module imports only from lines above its own, never from a neighbour on the same line.
+LEVELS = (
+    "codes",
+    "errors",
+    "wire config",
+    "waiting splice fragments datagrams",
+    "auth throttle rules resolve relay trace sessions",
+    "client connect bind udp",
+    "handler",
+    "server",
+    "workers status",
+    "selftest check",
+    "cli",
+)
+LEVEL = {name: at for at, names in enumerate(LEVELS) for name in names.split()}
+WITHOUT_SOCKETS = "wire"                    # up to this one's level nobody imports any of these
+SOCKETS = {"socket", "select", "selectors", "threading", "socketserver", "asyncio", "ssl"}
+
+TOP_LEVEL = {"setup.cfg", "pyproject.toml", "socks5_server.py", "socks5", "tests", "Makefile", "README.rst", "LICENSE",
+             ".ci", ".gitignore"}
+
+# Python before 3.10 cannot say what its standard library is: this is what we use of it.
+STDLIB = set(getattr(sys, "stdlib_module_names", None) or """
+    __future__ argparse array base64 binascii collections concurrent configparser contextlib ctypes dataclasses datetime
+    email enum errno fcntl functools getpass hashlib heapq hmac html http io ipaddress itertools json logging math mmap
+    multiprocessing os pathlib platform queue random re resource secrets select selectors shutil signal socket
+    socketserver ssl stat string struct subprocess sys tempfile textwrap threading time traceback types typing
+    unicodedata urllib uuid warnings weakref""".split())
+
+
+def modules():
+    """The names of the modules, all of them."""
+    return sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def tree_of(name):
+    return ast.parse((PACKAGE / (name + ".py")).read_text(encoding="utf-8"), name + ".py")
+
+
+def walk(node, types_too=False):
+    """Every node below; what only the type checker reads is left out unless asked for."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test) and not types_too:
+            child = ast.Module(child.orelse, [])
+        yield child
+        yield from walk(child, types_too)
+
+
+def imports(tree, types_too=False):
+    """(ours, others): the modules of this package and the top-level packages that a module imports anywhere."""
+    ours, others = set(), set()
+    for node in walk(tree, types_too):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first, _, rest = alias.name.partition(".")
+                if first == "socks5":
+                    ours.add(rest)
+                else:
+                    others.add(first)
+        elif isinstance(node, ast.ImportFrom) and (node.level or node.module.partition(".")[0] == "socks5"):
+            module = node.module or "" if node.level else node.module.partition(".")[2]
+            ours.update([module] if module else (alias.name for alias in node.names if alias.name in modules()))
+        elif isinstance(node, ast.ImportFrom):
+            others.add(node.module.partition(".")[0])
+    return ours, others
+
+
+class Imports(unittest.TestCase):
+    def test_every_module_has_its_level(self):
+        self.assertEqual(sorted(set(modules()) - set(DOORS) - set(LEVEL)), [], "say in LEVELS where it belongs")
+        self.assertEqual(len(LEVEL), sum(len(names.split()) for names in LEVELS), "a module on two levels")
+
+    def test_upwards_only_and_never_from_a_neighbour(self):
+        for name in modules():
+            if name in DOORS:
+                continue
+            for other in sorted(imports(tree_of(name))[0]):
+                with self.subTest("%s imports %s" % (name, other)):
+                    self.assertIn(other, LEVEL)
+                    self.assertLess(LEVEL[other], LEVEL.get(name, -1), "level %d imports level %d" % (
+                        LEVEL.get(name, -1), LEVEL[other]))
+
+    def test_types_come_from_modules_that_exist(self):
+        for name in modules():
+            with self.subTest(name):
+                self.assertLessEqual(imports(tree_of(name), types_too=True)[0], set(modules()))
+
+    def test_the_ground_floor_knows_no_sockets(self):
+        for name in modules():
+            if LEVEL.get(name, 99) <= LEVEL[WITHOUT_SOCKETS]:
+                with self.subTest(name):
+                    self.assertEqual(imports(tree_of(name), types_too=True)[1] & SOCKETS, set())
+
+    def test_nothing_outside_the_standard_library(self):
+        for name in modules():
+            with self.subTest(name):
+                self.assertLessEqual(imports(tree_of(name), types_too=True)[1], STDLIB)
+        script = ast.parse(support.SCRIPT.read_text(encoding="utf-8"))
+        self.assertEqual(imports(script), ({"cli"}, {"sys"}))
+
+    def test_annotations_are_not_evaluated(self):
+        for name in modules():
+            if name not in DOORS:
+                with self.subTest(name):
+                    first = [node for node in tree_of(name).body if isinstance(node, ast.ImportFrom)][:1]
+                    self.assertEqual([node.module for node in first], ["__future__"])
+
+    def test_this_finder_of_imports_finds_them(self):
+        for text, found in (("import os.path", (set(), {"os"})), ("from os import path", (set(), {"os"})),
+                            ("from . import wire", ({"wire"}, set())), ("from . import __version__", (set(), set())),
+                            ("from .wire import VER", ({"wire"}, set())), ("import socks5.cli", ({"cli"}, set())),
+                            ("from socks5.wire import VER", ({"wire"}, set())),
+                            ("from socks5 import wire", ({"wire"}, set())),
+                            ("def f():\n    from .cli import main", ({"cli"}, set())),
+                            ("try:\n    import a\nexcept ImportError:\n    import b", (set(), {"a", "b"})),
+                            ("if TYPE_CHECKING:\n    from .cli import main\nelse:\n    import os", (set(), {"os"}))):
+            with self.subTest(text):
+                self.assertEqual(imports(ast.parse(text)), found)
+
+
+class Rooms(unittest.TestCase):
+    def test_every_module_has_its_test_file(self):
+        for name in modules():
+            if name not in DOORS:
+                with self.subTest(name):
+                    self.assertTrue((support.ROOT / "tests" / ("test_%s.py" % name)).exists())
+
+    def test_every_module_is_on_the_map(self):
+        on_the_map = ast.get_docstring(tree_of("__init__")).split()
+        for name in modules():
+            if name not in DOORS:
+                with self.subTest(name):
+                    self.assertTrue(name in on_the_map, "not in the docstring of socks5/__init__.py, the map")
+
+    def test_every_module_opens_with_what_it_does(self):
+        for name in modules():
+            with self.subTest(name):
+                self.assertTrue(ast.get_docstring(tree_of(name)))
+
+    def test_none_is_too_large(self):
+        for path in sorted(PACKAGE.rglob("*.py")):
+            with self.subTest(path.name):
+                self.assertLessEqual(len(path.read_text(encoding="utf-8").splitlines()), MOST_LINES)
+
+    def test_no_room_inside_a_room(self):
+        self.assertEqual([path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"], [])
+
+    def test_top_level(self):
+        support.need(self, (support.ROOT / ".git").exists(), "a git checkout")
+        try:
+            listed = subprocess.run(["git", "ls-files", "-z"], cwd=str(support.ROOT), stdout=subprocess.PIPE,
+                                    stderr=subprocess.DEVNULL, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            support.need(self, False, "a git that lists this checkout")
+        tops = {name.partition("/")[0] for name in listed.stdout.decode().split("\0") if name}
+        self.assertEqual(sorted(tops - TOP_LEVEL), [])
+        self.assertEqual(sorted(TOP_LEVEL - tops), [], "missing")
+
+
+PRINTERS = {"print", "input", "exit", "quit", "breakpoint"}
+STREAMS = {"exit", "stdout", "stderr", "stdin", "__stdout__", "__stderr__", "_exit", "abort"}
+
+
+def speaks(tree):
+    """The places in a module that print, read the keyboard or end the process."""
+    found = []
+    for node in walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in PRINTERS:
+            found.append("%s()" % node.func.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) \
+                and node.value.id in ("sys", "os") and node.attr in STREAMS:
+            found.append("%s.%s" % (node.value.id, node.attr))
+        elif isinstance(node, ast.ImportFrom) and node.module in ("sys", "os"):
+            found.extend("%s.%s" % (node.module, alias.name) for alias in node.names if alias.name in STREAMS)
+        elif isinstance(node, ast.Name) and node.id == "SystemExit":
+            found.append("SystemExit")
+    return found
+
+
+class Voices(unittest.TestCase):
+    # A forked worker must never return into the code of its parent, so it ends in os._exit.
+    ALLOWED = {"cli": None, "__main__": {"sys.exit"}, "workers": {"os._exit"}}
+
+    def test_only_the_command_line_prints_or_exits(self):
+        for name in modules():
+            allowed = self.ALLOWED.get(name, set())
+            if allowed is not None:
+                with self.subTest(name):
+                    self.assertLessEqual(set(speaks(tree_of(name))), allowed)
+
+    def test_this_finder_of_voices_finds_them(self):
+        for text in ("print('x')", "import sys\nsys.exit(1)", "raise SystemExit", "from sys import stderr", "exit()",
+                     "def f():\n    os._exit(0)", "sys.stdout.write('x')"):
+            with self.subTest(text):
+                self.assertEqual(len(speaks(ast.parse(text))), 1)
+        self.assertEqual(speaks(ast.parse("pprint(sys.platform)\nself.exit()\nexited = 1")), [])
+        self.assertTrue(speaks(tree_of("cli")))
+
+    def test_nobody_configures_logging_but_the_command_line(self):
+        for name in modules():
+            if name != "cli":
+                with self.subTest(name):
+                    used = {node.attr for node in walk(tree_of(name)) if isinstance(node, ast.Attribute)}
+                    self.assertEqual(used & {"basicConfig", "dictConfig", "addHandler", "setLevel", "StreamHandler"},
+                                     set())
+
+
+class Waiting(unittest.TestCase):
+    def test_only_one_module_asks_the_kernel_to_wait(self):
+        """select.select raises for descriptors from 1024 up: everybody takes new_poll()."""
+        for name in modules():
+            if name != "waiting":
+                with self.subTest(name):
+                    calls = [node.func for node in walk(tree_of(name)) if isinstance(node, ast.Call)]
+                    self.assertEqual([call.attr for call in calls if isinstance(call, ast.Attribute)
+                                      and isinstance(call.value, ast.Name) and call.value.id == "select"], [])
+
+
+if __name__ == "__main__":
+    unittest.main()

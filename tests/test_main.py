@@ -1,0 +1,62 @@
+"""__init__.py, __main__.py and socks5_server.py: the ways in."""
+import subprocess
+import sys
+import tempfile
+import unittest
+
+import socks5
+from tests import support
+
+VERSION = "socks5-server %s\n" % socks5.__version__
+
+
+def python(*argv, **kwargs):
+    done = subprocess.run([sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          timeout=support.PATIENCE_S, **kwargs)
+    return done.returncode, done.stdout, done.stderr
+
+
+class WaysIn(unittest.TestCase):
+    def test_all_are_the_same_command(self):
+        with tempfile.TemporaryDirectory() as elsewhere:
+            for name, argv, cwd in (("python -m socks5", ["-m", "socks5"], support.ROOT),
+                                    ("python socks5_server.py", ["socks5_server.py"], support.ROOT),
+                                    ("from elsewhere", [support.SCRIPT], elsewhere),
+                                    ("with nothing installed", ["-S", "-E", "-s", support.SCRIPT], elsewhere)):
+                with self.subTest(name):
+                    self.assertEqual(python(*argv, "--version", cwd=cwd), (0, VERSION, ""))
+                    status, out, err = python(*argv, "-p", "x", cwd=cwd)
+                    self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
+
+    def test_the_entry_point_of_the_package(self):
+        setup = (support.ROOT / "setup.cfg").read_text(encoding="utf-8")
+        self.assertIn("socks5-server = socks5.cli:main", setup)
+        self.assertIn("version = attr: socks5.__version__", setup)
+
+
+class Package(unittest.TestCase):
+    def test_names(self):
+        self.assertEqual(sorted(set(socks5.__all__)), sorted(socks5.__all__), "a name twice")
+        for name in socks5.__all__:
+            with self.subTest(name):
+                self.assertTrue(hasattr(socks5, name))
+        self.assertLessEqual({"Config", "ConfigError", "Handler", "ProtocolError", "RequestRefused", "Server",
+                              "SocksError", "__version__"}, set(socks5.__all__))
+        self.assertRegex(socks5.__version__, r"\A\d+\.\d+\.\d+\Z")
+
+    def test_import_does_nothing_but_define(self):
+        code = ("import sys, logging, threading, signal; before = signal.getsignal(signal.SIGTERM); import socks5; "
+                "assert not logging.getLogger().handlers, 'root logger'; "
+                "assert not logging.getLogger('socks5').handlers, 'our logger'; "
+                "assert threading.active_count() == 1, 'a thread'; "
+                "assert signal.getsignal(signal.SIGTERM) is before, 'a signal'; "
+                "assert 'socks5.cli' not in sys.modules and 'argparse' not in sys.modules, 'the command line'")
+        self.assertEqual(python("-E", "-S", "-c", code, cwd=support.ROOT), (0, "", ""))
+
+    def test_import_warns_of_nothing(self):
+        code = "import socks5.cli, socks5.__main__"
+        self.assertEqual(python("-W", "error", "-c", code, cwd=support.ROOT), (0, "", ""))
+
+
+if __name__ == "__main__":
+    unittest.main()
