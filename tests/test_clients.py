@@ -88,10 +88,10 @@ class Case(unittest.TestCase):
         self.addCleanup(stack.close)
         self.enter = stack.enter_context
 
-    def run_client(self, *args, status=0, text=True, **kwargs):
+    def run_client(self, *args, status=0, **kwargs):
         """What the client prints; it must end with `status`."""
         kwargs.setdefault("env", environment())
-        done = subprocess.run(list(map(str, args)), stdin=subprocess.DEVNULL, capture_output=True, text=text,
+        done = subprocess.run(list(map(str, args)), stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               timeout=PATIENCE_S, **kwargs)
         self.assertEqual(done.returncode, status, done.stderr)
         return done.stdout

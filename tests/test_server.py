@@ -1,5 +1,6 @@
 """The server around the handler: listening, running out of everything, draining, leaking nothing, being a package."""
 import contextlib
+import errno
 import os
 import re
 import selectors
@@ -212,6 +213,28 @@ class RunningOut(unittest.TestCase):
                 self.assertTrue(echoes(other))
             self.assertTrue(echoes(tunnel))
             self.assertEqual(len([line for line in server.log if "cannot accept" in line]), 1)
+
+    def test_accept_that_fails_and_recovers(self):
+        """What the system says when it has run out of something else: each ends no loop, and waits for better times."""
+        plain = socket.socket.accept
+        for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
+            troubles = [OSError(number, os.strerror(number))] * 3
+
+            def accept(sock):
+                if troubles:
+                    raise troubles.pop()
+                return plain(sock)
+
+            with self.subTest(errno.errorcode[number]), running() as server, \
+                    mock.patch.object(socket.socket, "accept", accept):
+                exhausted = number != errno.ECONNABORTED        # one client's bad luck, and no news
+                with self.assertLogs("socks5") as logs, dial(server.server_address) as client:
+                    client.sendall(ANYBODY + b"\x05\x09\x00\x01" + bytes(6))
+                    self.assertEqual(read_to_end(client), b"\x05\x00" + Reply(Rep.COMMAND_NOT_SUPPORTED).pack())
+                    client.close()
+                    wait_until(lambda: any("session client=" in line for line in logs.output))
+                self.assertEqual(troubles, [])
+                self.assertEqual(sum("cannot accept: " in line for line in logs.output), exhausted)
 
     def test_max_sessions(self):
         with target() as destination, running(max_sessions=2) as server, self.assertLogs("socks5", "WARNING") as logs:
