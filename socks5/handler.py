@@ -98,6 +98,7 @@ class Handler(StreamRequestHandler):
                 request = Request.parse(self.inbox.read)        # §4
                 self.server.sessions.negotiated(session)
                 session.cmd, session.dst = request.cmd.name, request.dst
+                session.step("request", cmd=session.cmd, dst=str(request.dst))
                 self.foresee(request)
                 COMMANDS[request.cmd](self, request)            # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
@@ -123,6 +124,7 @@ class Handler(StreamRequestHandler):
         offered = Greeting.parse(self.inbox.read).methods
         methods = self.server.methods
         method = auth.choose(offered, methods)
+        self.session.step("method", offered=offered.hex() or "-", chosen="%02x" % method)
         self.connection.sendall(Selection(method).pack())
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
@@ -155,6 +157,7 @@ class Handler(StreamRequestHandler):
             self.pause(late_s)
             self.connection.sendall(LoginStatus(0x01).pack())
             raise ProtocolError("wrong user name or password")
+        session.step("login", user=text(login.uname))
         self.connection.sendall(LoginStatus(0x00).pack())
         return login.uname
 

@@ -6,6 +6,7 @@ down, through here and under the lock, so that nobody ever touches a descriptor 
 from __future__ import annotations
 
 import itertools
+import logging
 import socket
 import threading
 from time import monotonic
@@ -15,6 +16,8 @@ from .wire import Address, text
 
 if TYPE_CHECKING:
     from .relay import Tunnel               # a neighbour, which is only held and told to end
+
+log = logging.getLogger(__name__)
 
 GRACE_S = 1.0           # nobody is called silent before: whoever is fast is never in the way
 LEAVING = 32            # whoever was shut down holds one of the spare descriptors until its thread has noticed
@@ -53,6 +56,12 @@ class Session:
                 "cmd": self.cmd or "-", "dst": str(self.dst or "-"), "reached": str(self.reached or "-"),
                 "rep": self.rep or "-", "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
                 "ended": self.ended_by or "-", "why": ascii(self.why) if self.why else "-"}
+
+    def step(self, word: str, **facts: str) -> None:
+        """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
+        if log.isEnabledFor(logging.DEBUG):
+            facts = dict(client=str(self.client), **facts)
+            log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in facts), facts)
 
 
 class Full(Exception):
