@@ -80,7 +80,7 @@ class Rendezvous:
         self.listener.close()
 
     def wait(self, timeout_s: float) -> Tuple[socket.socket, Address]:
-        """The connection of the expected peer, and who that is. The listener is closed by then: one peer only.
+        """The connection of the expected peer, and who that is. Leave the `with` then: one peer only.
 
         Raises EOFError or OSError when the client leaves, RequestRefused X'06' after timeout_s (0: never), X'01' when
         we have no descriptor for whoever comes.
@@ -88,7 +88,7 @@ class Rendezvous:
         deadline = monotonic() + timeout_s if timeout_s else float("inf")
         poll = new_poll()
         poll.register(self.listener.fileno(), READ)
-        poll.register(self.client.fileno(), READ | LEFT)
+        poll.register(self.client.fileno(), READ)
         while True:
             left_ms = (deadline - monotonic()) * 1000
             if left_ms <= 0:
@@ -96,11 +96,11 @@ class Rendezvous:
             for fd, events in poll.poll(min(left_ms + 1, WAIT_MS)):
                 if fd == self.client.fileno():
                     self.hear(events)
-                    poll.modify(fd, LEFT | (READ if len(self.early) < EARLY_BYTES else 0))
+                    if len(self.early) >= EARLY_BYTES:
+                        poll.modify(fd, LEFT)
                     continue
                 came = self.accept()
                 if came:
-                    self.listener.close()
                     return came
 
     def hear(self, events: int) -> None:

@@ -180,32 +180,39 @@ class Waiting(unittest.TestCase):
                     if name != "reset":
                         self.assertRegex(logs.output[-1], r"anybody came; \d+ strangers? turned away'$")
 
+    def let_it_read(self, bnd):
+        """What the client has sent so far is read: no later than in the same turn as a stranger who came after it."""
+        with call(bnd) as stranger:
+            self.assertEqual(read_to_end(stranger), b"")
+
     def test_what_the_client_sends_early_reaches_the_peer_first(self):
         with running() as server:
             for name, early in [("behind the request", True), ("while waiting", False)]:
                 with self.subTest(name), dial(server.server_address) as sock:
                     negotiate(sock)
-                    request = Request(Cmd.BIND, Address(ip_address("127.0.0.1"), 21)).pack()
+                    request = Request(Cmd.BIND, Address(ip_address("127.0.0.2"), 21)).pack()
                     sock.sendall(request + b"one " if early else request)
-                    bnd = Reply.parse(reader_of(sock)).bnd
+                    reply = Reply.parse(reader_of(sock)).bnd
+                    bnd = str(reply.host), reply.port
                     sock.sendall(b"two ")
-                    with call((str(bnd.host), bnd.port)) as peer:
+                    self.let_it_read(bnd)
+                    with call(bnd, "127.0.0.2") as peer:
                         self.assertEqual(Reply.parse(reader_of(sock)).rep, Rep.SUCCEEDED)
                         sock.sendall(b"three")
                         sock.shutdown(socket.SHUT_WR)
                         self.assertEqual(read_to_end(peer), b"one two three" if early else b"two three")
 
-    def test_early_data_is_bounded_and_none_is_lost(self):
+    def test_early_data_beyond_what_is_kept_is_not_lost(self):
         data = os.urandom(1 << 20)
-        with running() as server, client.bind(server.server_address, LOCAL) as waiting:
-            sender = threading.Thread(target=waiting.sock.sendall, args=(data,))
+        with running() as server, client.bind(server.server_address, ("127.0.0.2", 21)) as waiting:
             waiting.sock.settimeout(None)
+            waiting.sock.sendall(data[:EARLY_BYTES + 6000])
+            self.let_it_read(waiting.bnd)
+            sender = threading.Thread(target=waiting.sock.sendall, args=(data[EARLY_BYTES + 6000:],))
             sender.start()
-            with call(waiting.bnd) as peer:
+            with call(waiting.bnd, "127.0.0.2") as peer:
                 sock, _ = waiting.accept()
-                received = b""
-                while len(received) < len(data):
-                    received += peer.recv(1 << 16)
+                received = reader_of(peer)(len(data))
                 sender.join(PATIENCE_S)
                 sock.close()
         self.assertTrue(received == data)
@@ -312,9 +319,12 @@ class Where(unittest.TestCase):
                         sock.close()
                         self.assertEqual(read_to_end(peer), b"")
             with self.subTest("again at once"):
-                for _ in range(4):
-                    with client.bind(server.server_address, LOCAL) as again:
-                        self.assertIn(again.bnd[1], (first, first + 1))
+                wait_until(lambda: not len(server.sessions))
+                with client.bind(server.server_address, LOCAL) as one:
+                    for _ in range(8):                          # each starts at a random port
+                        with client.bind(server.server_address, LOCAL) as two:
+                            self.assertEqual({one.bnd[1], two.bnd[1]}, {first, first + 1})
+                        wait_until(lambda: len(server.sessions) == 1)
 
 
 def two_free_ports():
@@ -372,8 +382,9 @@ class RunningOut(unittest.TestCase):
                             ways[number * len(ways) // len(batch)](waiting)
                 for host in (b"no name", "nobody.invalid"):
                     self.assertRaises(ProxyError, client.bind, proxy, (host, 21))
-            wait_until(lambda: (descriptors(pid), threads(pid)) == before,
-                       "%s, but %s" % (before, (descriptors(pid), threads(pid))))
+            # The server may keep some threads for the next clients; of each way there are 62.
+            wait_until(lambda: descriptors(pid) <= before[0] and threads(pid) <= before[1] + 40,
+                       "back to about %s descriptors and threads" % (before,))
 
     @unittest.skipUnless(sys.platform == "linux", "sets a limit for the server")
     def test_no_descriptors(self):
