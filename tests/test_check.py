@@ -1,0 +1,196 @@
+"""check.py and --check: what would be served, to whom, what is open; and that nothing is listened on."""
+import contextlib
+import io
+import os
+import socket
+import sys
+import tempfile
+import unittest
+from ipaddress import ip_network
+from pathlib import Path
+from unittest import mock
+
+from socks5 import auth
+from socks5.auth import Hash
+from socks5.check import report
+from socks5.cli import main
+from socks5.config import Config
+from tests.support import SCRIPT, closed_port, connect_through, run_cli, spawned, target
+
+OPEN = "warning: open proxy: everybody who reaches %s is let in without a password"
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def write(self, name, *lines):
+        path = self.folder / name
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(path)
+
+    def users(self, *names):
+        return self.write("users", *("%s:%s" % (name, Hash.of(b"secret", "pbkdf2", (1,))) for name in names))
+
+
+class Report(Case):
+    def test_lines(self):
+        users = self.users("bob", "zo\u00eb")
+        rules = self.write("rules", "# office", "allow from 10.0.0.0/8 to any", "deny user bob", "allow user eve")
+        everywhere = {"listen": ("0.0.0.0",), "port": 1081}
+        for name, options, present, absent in (
+                ("plain", {}, ["would listen on 127.0.0.1:1080", "clients: this machine's own",
+                               "users: nobody is asked for a password",
+                               "rules: the default ones, the first that matches decides", "  deny to 169.254.0.0/16", "  and what none of them matches is denied"], ["warning"]),
+                ("addresses", {"listen": ("127.0.0.1", "::1", "fe80::1%eth0", "::"), "open": True},
+                 ["would listen on 127.0.0.1:1080", "would listen on [::1]:1080", "would listen on [fe80::1%eth0]:1080",
+                  "would listen on [::]:1080", "clients: whoever reaches these addresses",
+                  OPEN % "[fe80::1%eth0]:1080, [::]:1080"], []),
+                ("any port", {"port": 0}, ["would listen on 127.0.0.1, any free port"], ["warning"]),
+                ("open", dict(everywhere, open=True), [OPEN % "0.0.0.0:1081"], []),
+                ("open by a rule",
+                 dict(everywhere, open=True, rules=self.write("open", "deny port 25", "allow to any")),
+                 [OPEN % "0.0.0.0:1081" + " (%s/open:2: allow to any)" % self.folder], []),
+                ("open, but for a rule", dict(everywhere, open=True, rules=rules), [], ["open proxy"]),
+                ("users", dict(everywhere, users=users, user=(("al", "x"),)),
+                 ["users: only with a password: 'al', 'bob', 'zo\\xeb'"], ["warning", "secret"]),
+                ("clients", dict(everywhere, allow_from=(ip_network("10.0.0.0/8"), ip_network("::1/128"))),
+                 ["clients: only those at 10.0.0.0/8, ::1/128"], ["warning"]),
+                ("clients from everywhere", dict(everywhere, open=True, allow_from=(ip_network("0.0.0.0/0"),)),
+                 ["clients: only those at 0.0.0.0/0", OPEN % "0.0.0.0:1081"], []),
+                ("rules", {"rules": rules, "users": users},
+                 ["rules: %s, the first that matches decides" % rules, "  allow from 10.0.0.0/8 to any",
+                  "warning: %s:4: there is no user 'eve'" % rules], ["user 'bob'", "open proxy", "office"])):
+            lines = report(Config(**options))
+            for line in present:
+                with self.subTest(name, line=line):
+                    self.assertIn(line, lines)
+            for word in absent:
+                with self.subTest(name, absent=word):
+                    self.assertNotIn(word, "\n".join(lines))
+
+    def test_a_thousand_users(self):
+        users = report(Config(user=tuple(("u%03d" % number, "x") for number in range(1000))))[2]
+        self.assertTrue(users.endswith("'u009' and 990 more"), users)
+
+
+class CommandLine(Case):
+    def test_0_and_nothing_listens(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            status, out, err = run_cli("--check", "-p", port)
+            self.assertEqual((status, out.split("\n")[0], err), (0, "would listen on 127.0.0.1:%d" % port, ""))
+
+    def test_open_proxy(self):
+        status, out, err = run_cli("--check", "-l", "0.0.0.0", "--open")
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn(OPEN % "0.0.0.0:1080", out)
+
+    def test_starting_one_is_warned_of_as_well(self):
+        with spawned("-l", "0.0.0.0", "--open") as server:
+            server.wait_line(r"WARNING open proxy: everybody who reaches 0\.0\.0\.0, any free port is let in")
+
+    def test_2_and_the_error(self):
+        bad_rules, bad_users = self.write("rules", "allow", "allow nobody"), self.write("users", "bob:secret")
+        for name, args, why in (
+                ("rules", ["--rules", bad_rules], bad_rules + ":2: 'nobody' is not a part of a rule"),
+                ("users", ["--users", bad_users], bad_users + ":1: the part after the colon"),
+                ("no file", ["--users", self.folder / "none"], "/none: No such file or directory"),
+                ("an option", ["-p", "x"], "-p/--port: 'x' is not a port"),
+                ("open, and not asked for", ["-l", "0.0.0.0"], "everybody who reaches it could use this proxy"),
+                ("open by a rule", ["-l", "0.0.0.0", "--rules", self.write("open", "allow")],
+                 "/open:1: lets in everybody")):
+            with self.subTest(name):
+                status, out, err = run_cli("--check", *args)
+                self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+                self.assertIn(why, err)
+                self.assertNotIn("secret", err)
+
+
+class HashPassword(Case):
+    """--hash-password, and that its line is let in."""
+
+    def hash_password(self, *args, typed):
+        """Exit status, stdout and stderr; in this process, and cheap."""
+        pipe = io.TextIOWrapper(io.BytesIO(typed))
+        with mock.patch.object(auth, "SCRYPT_N", 2), mock.patch.object(sys, "stdin", pipe), \
+                contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            return main(["--hash-password", *args]), out.getvalue(), err.getvalue()
+
+    def test_a_line_from_a_pipe(self):
+        cyrillic = "\u043f\u0430\u0440\u043e\u043b\u044c".encode()
+        for name, args, typed, expected in (
+                ("with a name", ["alice"], b"s3cret: of alice\n", ("alice", b"s3cret: of alice")),
+                ("without one", [], b"secret\n", ("NAME", b"secret")),
+                ("no newline", ["bob"], b"secret", ("bob", b"secret")),
+                ("from Windows", ["bob"], b"secret\r\n", ("bob", b"secret")),
+                ("one line only", ["bob"], b"secret\nmore\n", ("bob", b"secret")),
+                ("spaces count", ["bob"], b" secret \n", ("bob", b" secret ")),
+                ("any bytes", ["bob"], b"\xff\x80\n", ("bob", b"\xff\x80")),
+                ("UTF-8", ["zo\u00eb"], cyrillic + b"\n", ("zo\u00eb", cyrillic))):
+            with self.subTest(name):
+                status, out, err = self.hash_password(*args, typed=typed)
+                self.assertEqual((status, err, out.count("\n")), (0, "", 1))
+                user, _, line = out.rstrip("\n").partition(":")
+                self.assertEqual(user, expected[0])
+                self.assertTrue(Hash.parse(line).matches(expected[1]))
+                self.assertFalse(Hash.parse(line).matches(expected[1] + b"x"))
+
+    def test_not_these(self):
+        for name, user, typed in (("nothing", "bob", b""), ("an empty line", "bob", b"\n"),
+                                  ("too long", "bob", b"x" * 256), ("a colon", "b:b", b"x\n"), ("a space", "b b", b"x\n"), ("a comment", "#b", b"x\n"),
+                                  ("a long name", "b" * 256, b"x\n"), ("a newline", "b\nb", b"x\n")):
+            with self.subTest(name):
+                status, out, err = self.hash_password(user, typed=typed)
+                self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+                self.assertIn("--hash-password: a ", err)
+
+    def test_no_two_lines_are_alike(self):
+        self.assertEqual(len({self.hash_password("bob", typed=b"x")[1] for _ in range(2)}), 2)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs a terminal of its own")
+    def test_on_a_terminal_twice_and_without_echo(self):
+        import pty                                          # where there is no fork, there is none
+        for name, typed, status in (("the same", ["bob", "secret", "secret"], 0),
+                                    ("two", ["bob", "secret", "Secret"], 2)):
+            with self.subTest(name):
+                child, fd = pty.fork()
+                if not child:
+                    os.execv(sys.executable, [sys.executable, str(SCRIPT), "--hash-password"])
+                shown = b""
+                for prompt, line in zip((b"user name: ", b"password: ", b"again: "), typed):
+                    while prompt not in shown:
+                        shown += os.read(fd, 1000)
+                    before, shown = shown, b""
+                    os.write(fd, line.encode() + b"\n")
+                try:
+                    while True:
+                        shown += os.read(fd, 1000)
+                except OSError:                             # EIO: the other end is closed
+                    pass
+                ended = os.waitpid(child, 0)[1]
+                os.close(fd)
+                self.assertEqual(os.WEXITSTATUS(ended), status)
+                self.assertNotIn(b"ecret", before + shown)
+                if not status:
+                    user, _, line = shown.decode().strip().rpartition("\n")[2].partition(":")
+                    self.assertEqual(user, "bob")
+                    self.assertTrue(Hash.parse(line).matches(b"secret"))
+                else:
+                    self.assertIn(b"these are two passwords", shown)
+
+    def test_the_line_lets_in(self):
+        line = run_cli("--hash-password", "alice", input="s3cret\n")[1]
+        users = self.write("users", line.strip())
+        with target() as destination, spawned("--users", users, "-p", closed_port()) as server:
+            connect_through(server.port, *destination, user=(b"alice", b"s3cret")).close()
+            with self.assertRaises(AssertionError):
+                connect_through(server.port, *destination, user=(b"alice", b"s3cre"))
+
+
+if __name__ == "__main__":
+    unittest.main()

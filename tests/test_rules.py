@@ -1,0 +1,550 @@
+"""rules.py: what a line says, what it decides, and that the server does as it says."""
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+import unittest
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from unittest import mock
+
+from socks5.codes import Cmd, Rep
+from socks5.config import Config, ConfigError
+from socks5.rules import ALL_PORTS, Asker, Rule, Rules, inside
+from socks5.wire import Datagram, Reply
+from tests.support import (HAS_IPV6, PATIENCE_S, address, ask, closed_port, connect_through, dial, echo, need,
+                           negotiate, reader_of, run_cli, running, spawned, target, wait_until)
+
+ELSEWHERE = "192.0.2.7"
+DRESSED = {
+    "IPv4-mapped": "::ffff:%02x%02x:%02x%02x",
+    "6to4": "2002:%02x%02x:%02x%02x::9",
+    "NAT64": "64:ff9b::%02x%02x:%02x%02x",
+    "a network's own NAT64": "64:ff9b:1::%02x%02x:%02x%02x",
+    "IPv4-translated": "::ffff:0:%02x%02x:%02x%02x",
+    "IPv4-compatible": "::%02x%02x:%02x%02x"}
+
+
+def dressed(form, host):
+    return DRESSED[form] % tuple(ip_address(host).packed)
+
+
+def own_address():
+    """An address of this machine that is not loopback, or None."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(("198.51.100.1", 9))                  # chooses a route, sends nothing
+        mine = probe.getsockname()[0]
+        return None if ip_address(mine).is_loopback else mine
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name) / "rules"
+
+    def write(self, *lines):
+        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(self.path)
+
+    def rules(self, *lines, **options):
+        return Rules(Config(rules=self.write(*lines), **options))
+
+    def judge(self, rules, host, port=80, name=None, client="127.0.0.1", user=None, cmd=Cmd.CONNECT):
+        verdict = rules.judge(Asker(ip_address(client), user, cmd), ip_address(host), port, name)
+        return verdict.allowed, verdict.where.replace(str(self.path), "F")
+
+
+class Reading(Case):
+    def test_every_part(self):
+        for line, facts in (
+                ("allow", {}), ("deny", {}),
+                ("allow user bob", {"user": b"bob"}),
+                ('allow user "bob the builder"', {"user": b"bob the builder"}),
+                ("allow user j\u00fcrgen", {"user": "j\u00fcrgen".encode()}),
+                ("deny from 10.0.0.0/8", {"source": ip_network("10.0.0.0/8")}),
+                ("deny from 2001:db8::/32", {"source": ip_network("2001:db8::/32")}),
+                ("deny from ::ffff:10.0.0.0/104", {"source": ip_network("10.0.0.0/8")}),
+                ("deny from any", {}),
+                ("deny to any", {"anywhere": True}),
+                ("deny to 192.0.2.1", {"network": ip_network("192.0.2.1/32")}),
+                ("deny to ::1", {"network": ip_network("::1/128")}),
+                ("deny to ::ffff:127.0.0.1", {"network": ip_network("127.0.0.1/32")}),
+                ("deny to ::/0", {"network": ip_network("::/0")}),
+                ("deny to 64:ff9b::/96", {"network": ip_network("64:ff9b::/96")}),
+                ("deny to Example.COM", {"name": b"example.com"}),
+                ("deny to example.com.", {"name": b"example.com"}),
+                ("deny to .Example.com", {"name": b".example.com"}),
+                ("deny to localhost", {"name": b"localhost"}),
+                ("deny to b\u00fccher.example", {"name": b"xn--bcher-kva.example"}),
+                ("deny port 25", {"ports": (25, 25)}),
+                ("deny port 0-65535", {"ports": ALL_PORTS}),
+                ("deny port 6660-6669", {"ports": (6660, 6669)}),
+                ("deny command connect", {"cmd": Cmd.CONNECT}),
+                ("deny command bind", {"cmd": Cmd.BIND}),
+                ("deny command udp", {"cmd": Cmd.UDP_ASSOCIATE}),
+                ("\tdeny  port 1  # why not", {"ports": (1, 1)}),
+                ("allow command udp port 53 to any from ::1 user x",
+                 {"cmd": Cmd.UDP_ASSOCIATE, "ports": (53, 53), "anywhere": True, "source": ip_network("::1"),
+                  "user": b"x"})):
+            with self.subTest(line):
+                rule, = self.rules(line).rules
+                words = " ".join(line.partition("  #")[0].replace('"', "").split())
+                self.assertEqual(rule, Rule(words.startswith("allow"), "%s:1" % self.path, words, **facts))
+
+    def test_lines_are_counted_as_an_editor_does(self):
+        rules = self.rules("# first", "", "allow to any", "   ", "deny", "#deny")
+        self.assertEqual([rule.where for rule in rules.rules], ["%s:%d" % (self.path, number) for number in (3, 5)])
+        self.assertEqual(len(rules), 2)
+
+    def test_an_empty_file_denies_everything(self):
+        rules = self.rules("# nothing yet")
+        self.assertTrue(rules)
+        self.assertEqual(self.judge(rules, "192.0.2.1"), (False, "F: no rule allows it"))
+
+    def test_mistakes(self):
+        for line, why in (
+                ("permit", "a rule starts with allow or deny, not 'permit'"),
+                ("Allow", "a rule starts with allow or deny"),
+                ("allow all", "'all' is not a part of a rule: allow"),
+                ("allow to", "nothing follows 'to'"),
+                ("allow port 1 port 2", "'port' stands here twice"),
+                ("allow from 10.0.0.1/8", "has host bits set"),
+                ("allow from example.com", "'example.com' is not an address or a network"),
+                ("allow to 10.0.0.0/33", "is not an address or a network"),
+                ("allow to 300.1.1.1", "is not an address or a network"),
+                ("allow to 2001:db8::g", "is not an address or a network"),
+                ("allow to a..b", "'a..b' is neither an address nor a name"),
+                ("allow to *.example.com", "is neither an address nor a name"),
+                ("allow to .", "is neither an address nor a name"),
+                ("allow to \u00fc..a", "is neither an address nor a name"),
+                ('allow to ""', "is neither an address nor a name"),
+                ("allow port x", "'x' is not a port"),
+                ("allow port 65536", "'65536' is not a port"),
+                ("allow port 2-1", "'2-1' is not a port"),
+                ("allow port -1", "'-1' is not a port"),
+                ("allow port 1-", "'1-' is not a port"),
+                ("allow port \u0661", "is not a port"),
+                ("allow command http", "'http' is not connect, bind or udp"),
+                ("allow to 64:ff9b::/96", "stands for IPv4 addresses"),
+                ("allow to 2002::/16", "stands for IPv4 addresses")):
+            with self.subTest(line), self.assertRaises(ConfigError) as caught:
+                self.rules("allow to any", line)
+            with self.subTest(line + ", said"):
+                self.assertIn(why, str(caught.exception))
+                self.assertTrue(str(caught.exception).startswith("%s:2: " % self.path))
+                self.assertRegex(str(caught.exception), r"\A[ -~]+\Z")
+
+    def test_no_file(self):
+        with self.assertRaisesRegex(ConfigError, r"^--rules /nowhere/at/all: No such file or directory$"):
+            Rules(Config(rules="/nowhere/at/all"))
+
+    @unittest.skipUnless(os.name == "posix", "elsewhere files have no such mode")
+    def test_who_can_write_it_makes_our_rules(self):
+        self.write("allow")
+        self.path.chmod(0o646)
+        with self.assertRaisesRegex(ConfigError, "others can write this file"):
+            Rules(Config(rules=str(self.path)))
+        self.path.chmod(0o644)
+        self.assertEqual(len(Rules(Config(rules=str(self.path)))), 1)
+
+
+class Judging(Case):
+    def test_the_first_that_matches(self):
+        rules = self.rules("deny to 192.0.2.0/25", "allow to 192.0.2.0/24", "deny to 192.0.2.200",
+                           "allow to 198.51.100.1")
+        for host, expected in (("192.0.2.1", (False, "F:1")), ("192.0.2.129", (True, "F:2")),
+                               ("192.0.2.200", (True, "F:2")), ("198.51.100.1", (True, "F:4")),
+                               ("198.51.100.2", (False, "F: no rule allows it")),
+                               ("2001:db8::1", (False, "F: no rule allows it"))):
+            with self.subTest(host):
+                self.assertEqual(self.judge(rules, host), expected)
+
+    def test_every_condition_must_hold(self):
+        rules = self.rules("allow user bob from 10.0.0.0/8 to 192.0.2.0/24 port 80-81 command connect")
+        right = {"host": "192.0.2.1", "port": 80, "client": "10.9.9.9", "user": b"bob", "cmd": Cmd.CONNECT}
+        self.assertEqual(self.judge(rules, **right), (True, "F:1"))
+        self.assertEqual(self.judge(rules, **dict(right, port=81)), (True, "F:1"))
+        for wrong in ({"host": "192.0.3.1"}, {"port": 79}, {"port": 82}, {"client": "11.0.0.1"},
+                      {"client": "2001:db8::1"}, {"user": b"Bob"}, {"user": None}, {"user": b""},
+                      {"cmd": Cmd.BIND}, {"cmd": Cmd.UDP_ASSOCIATE}):
+            with self.subTest(wrong):
+                self.assertFalse(self.judge(rules, **dict(right, **wrong))[0])
+
+    def test_names(self):
+        rules = self.rules("deny to bad.example", "deny to .worse.example", "allow to any")
+        for name, allowed in ((b"bad.example", False), (b"BAD.example.", False), (b"sub.bad.example", True),
+                              (b"notbad.example", True), (b"worse.example", False), (b"a.b.Worse.Example", False),
+                              (b"notworse.example", True), (None, True), (b"example", True)):
+            with self.subTest(name):
+                self.assertEqual(self.judge(rules, "192.0.2.1", name=name)[0], allowed)
+
+    def test_ipv4_in_any_dress_is_judged_as_ipv4(self):
+        denying = self.rules("deny to 192.0.2.0/24", "allow to any")
+        allowing = self.rules("allow to 192.0.2.0/24")
+        six = self.rules("allow to ::/0")
+        for form in DRESSED:
+            with self.subTest(form):
+                worn = dressed(form, "192.0.2.1")
+                self.assertEqual(inside(ip_address(worn)), ip_address("192.0.2.1"))
+                self.assertEqual(self.judge(denying, worn), (False, "F:1"))
+                self.assertEqual(self.judge(allowing, worn), (True, "F:1"))
+                self.assertFalse(self.judge(six, worn)[0], "to allow all of IPv6 allows no IPv4")
+        self.assertTrue(self.judge(six, "2001:db8::1")[0])
+
+    def test_a_dress_itself_can_be_denied(self):
+        rules = self.rules("deny to 2002::/16", "allow to any")
+        self.assertFalse(self.judge(rules, dressed("6to4", "192.0.2.1"))[0])
+        self.assertTrue(self.judge(rules, "192.0.2.1")[0])
+
+    def test_what_is_no_dress(self):
+        for host in ("2001:db8::c000:201", "::", "::1", "64:ff9b:2::c000:201", "::fffe:192.0.2.1", "fe80::c000:201"):
+            with self.subTest(host):
+                self.assertEqual(inside(ip_address(host)), ip_address(host))
+
+    def test_from_looks_at_the_address_itself(self):
+        """6to4 and the like are anybody's to make up: a client does not become IPv4 by them."""
+        rules = self.rules("allow from 10.0.0.0/8")
+        self.assertFalse(self.judge(rules, "192.0.2.1", client=dressed("6to4", "10.0.0.1"))[0])
+
+
+LOCAL = ("127.0.0.1", "127.255.255.254", "::1", "0.0.0.0", "0.1.2.3", "::", "169.254.169.254", "fe80::1")
+
+
+class Defaults(Case):
+    """Without a file; and what holds in spite of one."""
+
+    def test_clients_on_loopback_reach_anything(self):
+        rules = Rules(Config())
+        for client in ("127.0.0.1", "127.8.8.8", "::1"):
+            for host in (*LOCAL, "192.0.2.1", "10.0.0.1", "2001:db8::1"):
+                with self.subTest((client, host)):
+                    self.assertTrue(self.judge(rules, host, client=client)[0])
+
+    def test_others_reach_anything_but_this_machine_and_its_link(self):
+        rules = Rules(Config())
+        for client in (ELSEWHERE, "10.0.0.1", "2001:db8::7", "fe80::7"):
+            for host in LOCAL:
+                with self.subTest((client, host)):
+                    allowed, where = self.judge(rules, host, client=client)
+                    self.assertFalse(allowed)
+                    self.assertRegex(where, r"^default rules:\d+$")
+            for host in ("192.0.2.1", "10.0.0.1", "2001:db8::1", "fd00::1", "169.253.0.1", "1.0.0.0", "128.0.0.1",
+                         "fec0::1"):
+                with self.subTest((client, host)):
+                    self.assertTrue(self.judge(rules, host, client=client)[0])
+
+    def test_nor_in_any_dress(self):
+        for form in DRESSED:
+            for host in ("127.0.0.1", "169.254.169.254", "0.0.0.0"):
+                if (form, host) != ("IPv4-compatible", "0.0.0.0"):      # is ::
+                    with self.subTest((form, host)):
+                        self.assertFalse(self.judge(Rules(Config()), dressed(form, host), client=ELSEWHERE)[0])
+
+    def test_a_bind_for_anybody_reaches_nobody(self):
+        for rules in (Rules(Config()), self.rules("allow")):
+            for host in ("0.0.0.0", "::"):
+                self.assertTrue(self.judge(rules, host, client=ELSEWHERE, cmd=Cmd.BIND)[0])
+            self.assertFalse(self.judge(rules, "127.0.0.1", client=ELSEWHERE, cmd=Cmd.BIND)[0])
+
+    def test_to_open_this_machine_takes_words_that_mean_it(self):
+        """Whoever owns a name makes it resolve to 127.0.0.1: that a name is allowed does not allow this."""
+        for line, opens in (("allow", False), ("allow from 0.0.0.0/0", False), ("allow port 80", False),
+                            ("allow to .example.com", False), ("allow to www.example.com", False),
+                            ("allow to any", True), ("allow to 127.0.0.1", True), ("allow to 0.0.0.0/0", True)):
+            rules = self.rules(line)
+            with self.subTest(line):
+                self.assertEqual(self.judge(rules, "127.0.0.1", name=b"www.example.com", client=ELSEWHERE)[0], opens)
+                if "from" not in line:
+                    self.assertTrue(self.judge(rules, "127.0.0.1", name=b"www.example.com")[0], "is there already")
+            with self.subTest(line + ", NAT64"):
+                self.assertEqual(self.judge(rules, dressed("NAT64", "127.0.0.1"), name=b"www.example.com",
+                                            client=ELSEWHERE)[0], opens)
+
+
+class Foreseeing(Case):
+    def test_before_anything_is_known(self):
+        for lines, port, name, allowed in (
+                (["allow to 192.0.2.1"], 80, b"a.example", True),           # it might resolve to that
+                (["deny to 192.0.2.1", "allow to any"], 80, b"a.example", True),
+                (["deny to .example", "allow to any"], 80, b"a.example", False),
+                (["deny to .example", "allow to any"], 80, b"a.test", True),
+                (["allow to .test"], 80, b"a.example", False),
+                (["deny port 80", "allow to any"], 80, b"a.example", False),
+                (["deny port 80", "allow to any"], None, None, True),
+                (["allow port 80"], None, None, True),
+                (["allow port 80"], 81, b"a.example", False),
+                (["allow to .test"], None, None, True),
+                (["deny to .test", "allow"], None, None, True),
+                (["deny command connect", "allow to any"], None, None, False),
+                (["deny user bob", "allow to any"], 80, b"a.example", True),
+                (["allow user bob"], 80, b"a.example", False),
+                (["deny from 127.0.0.0/8", "allow to any"], None, None, False),
+                ([], None, None, False)):
+            with self.subTest((lines, port, name)):
+                verdict = self.rules(*lines).foresee(Asker(ip_address("127.0.0.1"), None, Cmd.CONNECT), port, name)
+                self.assertEqual(verdict.allowed, allowed)
+
+
+class OpenProxy(Case):
+    def test_a_file_that_lets_in_everybody_is_refused(self):
+        for lines, where in ((["allow"], 1), (["allow to 10.0.0.0/8"], 1),
+                             (["deny port 25", "allow from 0.0.0.0/0"], 2),
+                             (["allow from 10.0.0.0/8", "allow from ::/0"], 2), (["deny user bob", "allow"], 2),
+                             (["deny port 1-2", "deny command udp", "allow command bind"], 3)):
+            why = r":%d: lets in everybody who reaches 0\.0\.0\.0; add 'from" % where
+            with self.subTest(lines), self.assertRaisesRegex(ConfigError, why):
+                self.rules(*lines, listen=("127.0.0.1", "0.0.0.0"))
+
+    def test_unless(self):
+        for name, lines, options in (
+                ("nobody can reach it", ["allow"], {"listen": ("127.0.0.1", "::1")}),
+                ("it was asked for", ["allow"], {"open": True}),
+                ("there are users", ["allow"], {"user": (("a", "b"),)}),
+                ("clients are limited", ["allow"], {"allow_from": (ip_network("10.0.0.0/8"),)}),
+                ("by the rule", ["allow from 10.0.0.0/8", "allow user bob"], {}),
+                ("by a rule before", ["allow from 10.0.0.0/8", "deny", "allow"], {})):
+            with self.subTest(name):
+                self.assertTrue(self.rules(*lines, **dict({"listen": ("0.0.0.0",)}, **options)))
+
+    def test_allow_from_everywhere_limits_nobody(self):
+        everywhere = (ip_network("0.0.0.0/0"),)
+        with self.assertRaisesRegex(ConfigError, "everybody who reaches it"):
+            Config(listen=("0.0.0.0",), allow_from=everywhere)
+        with self.assertRaisesRegex(ConfigError, "lets in everybody"):
+            self.rules("allow", listen=("0.0.0.0",), allow_from=everywhere)
+
+
+class Serving(Case):
+    """The real server does as its rules say, tells REP 02, and names the rule in the log."""
+
+    def setUp(self):
+        super().setUp()
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.enter = stack.enter_context
+
+    def serve(self, *lines, **options):
+        return self.enter(running(rules=self.write(*lines), **options))
+
+    def refusal(self, server, cmd, host, port, user=None):
+        """The reply, and the session's `why`, of one request."""
+        with self.assertLogs("socks5", "INFO") as logs, dial(server.server_address) as client:
+            mine = "session client=%s:%d " % client.getsockname()[:2]
+            negotiate(client, user)
+            reply = ask(client, cmd, host, port)
+            client.shutdown(socket.SHUT_RDWR)
+            wait_until(lambda: any(mine in line for line in logs.output))
+        line = next(line for line in logs.output if mine in line)
+        return reply.rep, line.partition(" why=")[2].replace(str(self.path), "F")
+
+    def test_connect(self):
+        destination = self.enter(target())
+        server = self.serve("deny to 127.0.0.2", "deny to .invalid", "allow port %d" % destination[1])
+        with connect_through(server.server_address, *destination) as client:
+            client.sendall(b"allowed")
+            self.assertEqual(reader_of(client)(7), b"allowed")
+        for name, host, port, why in (
+                ("address", "127.0.0.2", destination[1], "'127.0.0.2 denied by F:1'"),
+                ("address as a name", b"127.0.0.2", destination[1], "'127.0.0.2 denied by F:1'"),
+                ("mapped address", "::ffff:127.0.0.2", destination[1], "'127.0.0.2 denied by F:1'"),
+                ("port", "127.0.0.1", destination[1] ^ 1, "'denied by F: no rule allows it'"),
+                ("name", b"secret.INVALID", destination[1], "'denied by F:2'")):
+            with self.subTest(name):
+                self.assertEqual(self.refusal(server, Cmd.CONNECT, host, port), (Rep.NOT_ALLOWED, why))
+
+    def test_no_name_is_looked_up_for_who_may_not_reach_it(self):
+        server = self.serve("deny to .invalid", "allow to any")
+        with mock.patch("socks5.handler.resolve", side_effect=AssertionError("was looked up")):
+            self.assertEqual(self.refusal(server, Cmd.CONNECT, b"passwords.invalid", 80)[0], Rep.NOT_ALLOWED)
+
+    def test_every_address_of_a_name_is_judged_and_only_what_is_allowed_is_dialled(self):
+        destination = self.enter(target())
+        server = self.serve("deny to 127.0.0.2", "allow")
+        found = [ip_address("127.0.0.2"), ip_address("127.0.0.1")]
+        trap = self.enter(socket.socket())
+        trap.bind(("127.0.0.2", destination[1]))
+        trap.listen()
+        trap.setblocking(False)
+        with mock.patch("socks5.handler.resolve", return_value=found):
+            with connect_through(server.server_address, b"rebinding.example", destination[1]) as client:
+                client.sendall(b"x")
+                self.assertEqual(reader_of(client)(1), b"x")
+            found.pop()
+            self.assertEqual(self.refusal(server, Cmd.CONNECT, b"rebinding.example", destination[1]),
+                             (Rep.NOT_ALLOWED, "'127.0.0.2 denied by F:1'"))
+        self.assertRaises(BlockingIOError, trap.accept)
+
+    def test_by_user(self):
+        destination = self.enter(target())
+        server = self.serve("allow user alice", user=(("alice", "a"), ("bob", "b")))
+        connect_through(server.server_address, *destination, user=(b"alice", b"a")).close()
+        self.assertEqual(self.refusal(server, Cmd.CONNECT, *destination, user=(b"bob", b"b")),
+                         (Rep.NOT_ALLOWED, "'denied by F: no rule allows it'"))
+
+    def test_bind_by_the_expected_peer(self):
+        server = self.serve("deny to 127.0.0.9", "allow command connect", "allow to 127.0.0.1 command bind")
+        self.assertEqual(self.refusal(server, Cmd.BIND, "127.0.0.9", 80),
+                         (Rep.NOT_ALLOWED, "'127.0.0.9 denied by F:1'"))
+        self.assertEqual(self.refusal(server, Cmd.BIND, "0.0.0.0", 0)[0], Rep.NOT_ALLOWED)
+        self.assertEqual(self.refusal(server, Cmd.BIND, "127.0.0.1", 80)[0], Rep.SUCCEEDED)
+
+    def test_bind_for_anybody_is_judged_when_somebody_calls(self):
+        server = self.serve("deny to 127.0.0.9", "allow")
+        with dial(server.server_address) as client:
+            negotiate(client)
+            bnd = ask(client, Cmd.BIND, "0.0.0.0", 0).bnd
+            with socket.create_connection((str(bnd.host), bnd.port), PATIENCE_S, ("127.0.0.9", 0)) as stranger:
+                self.assertEqual(stranger.recv(1), b"")
+            with socket.create_connection((str(bnd.host), bnd.port), PATIENCE_S, ("127.0.0.8", 0)) as peer:
+                reply = Reply.parse(reader_of(client))
+                self.assertEqual((reply.rep, str(reply.bnd.host)), (Rep.SUCCEEDED, "127.0.0.8"))
+                peer.sendall(b"hello")
+                self.assertEqual(reader_of(client)(5), b"hello")
+
+    def test_udp_is_judged_by_datagram(self):
+        server = self.serve("deny to 127.0.0.2 command udp", "deny to localhost command udp", "allow")
+        sinks = []
+        for host in ("127.0.0.1", "127.0.0.2"):
+            sinks.append(self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
+            sinks[-1].bind((host, sinks[0].getsockname()[1] if sinks[1:] else 0))
+            sinks[-1].settimeout(PATIENCE_S)
+        port = sinks[0].getsockname()[1]
+        with self.assertLogs("socks5", "INFO") as logs, dial(server.server_address) as client:
+            negotiate(client)
+            bnd = ask(client, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).bnd
+            sender = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            for host in ("127.0.0.2", "127.0.0.2", b"localhost", "127.0.0.1"):
+                sender.sendto(Datagram(address(host, port), b"to %a" % (host,)).pack(), (str(bnd.host), bnd.port))
+            self.assertEqual(sinks[0].recv(100), b"to '127.0.0.1'")
+            wait_until(lambda: sum("denied client=" in line for line in logs.output) == 2)
+            client.shutdown(socket.SHUT_RDWR)
+            wait_until(lambda: any("session client=" in line for line in logs.output))
+        sinks[1].setblocking(False)
+        self.assertRaises(BlockingIOError, sinks[1].recv, 100)
+        self.assertIn("3 not allowed", logs.output[-1])
+        denials = [line.replace(str(self.path), "F") for line in logs.output if "denied client=" in line]
+        self.assertEqual(len(denials), 2, "one for each rule")
+        self.assertIn("dst=127.0.0.2:%d why='denied by F:1'" % port, denials[0])
+        self.assertIn("why='denied by F:2'", denials[1])
+
+    def test_udp_forbidden_altogether(self):
+        server = self.serve("deny command udp", "allow to any")
+        self.assertEqual(self.refusal(server, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0), (Rep.NOT_ALLOWED, "'denied by F:1'"))
+
+    def test_from_elsewhere_this_machine_is_out_of_reach(self):
+        mine = own_address()
+        need(self, mine, "an address that is not loopback")
+        destination = self.enter(target(host="0.0.0.0"))
+        with running(listen=("0.0.0.0",), open=True) as server:
+            here = mine, server.server_address[1]
+            server.server_address = here                                        # dialled from there, too
+            connect_through(here, mine, destination[1]).close()
+            for host in ("127.0.0.1", b"localhost", "0.0.0.0", "::ffff:127.0.0.1", "64:ff9b::7f00:1",
+                         "169.254.169.254"):
+                with self.subTest(host):
+                    rep, why = self.refusal(server, Cmd.CONNECT, host, destination[1])
+                    self.assertEqual(rep, Rep.NOT_ALLOWED)
+                    self.assertRegex(why, r"denied by default rules:\d+'")
+
+    def test_allow_from(self):
+        destination = self.enter(target())
+        server = self.enter(running(allow_from=(ip_network("127.0.0.0/29"), ip_network("2001:db8::/32"))))
+        for source, served in (("127.0.0.7", True), ("127.0.0.8", False)):
+            with self.subTest(source), self.assertLogs("socks5", "INFO") as logs:
+                with socket.create_connection(server.server_address[:2], PATIENCE_S, (source, 0)) as client:
+                    if served:
+                        negotiate(client)
+                        self.assertEqual(ask(client, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
+                    else:
+                        with contextlib.suppress(ConnectionError):
+                            client.sendall(b"\5\1\0")
+                            self.assertEqual(client.recv(2), b"")
+                        self.assertRegex(logs.output[-1], r"refused client=127\.0\.0\.8:\d+ why='not in --allow-from'")
+                wait_until(lambda: logs.output)
+
+    @unittest.skipUnless(HAS_IPV6, "no IPv6 here")
+    def test_allow_from_knows_ipv4_that_comes_by_ipv6(self):
+        with target() as destination, running(listen=("::",), allow_from=(ip_network("127.0.0.0/8"),)) as server:
+            connect_through(server.server_address[1], *destination).close()
+            with dial(("::1", server.server_address[1])) as client, contextlib.suppress(ConnectionError):
+                client.sendall(b"\5\1\0")
+                self.assertEqual(client.recv(2), b"")
+
+
+class Reloading(Case):
+    def test_new_rules_for_new_requests_and_old_tunnels_stay(self):
+        with target() as destination, running(rules=self.write("allow")) as server:
+            with connect_through(server.server_address, *destination) as tunnel:
+                self.write("deny to 127.0.0.1", "allow")
+                self.assertTrue(server.reload())
+                with dial(server.server_address) as client:
+                    negotiate(client)
+                    self.assertEqual(ask(client, Cmd.CONNECT, *destination).rep, Rep.NOT_ALLOWED)
+                tunnel.sendall(b"still here")
+                self.assertEqual(reader_of(tunnel)(10), b"still here")
+
+    def test_a_bad_file_changes_nothing(self):
+        with target() as destination, running(rules=self.write("allow")) as server:
+            rules, users = server.rules, server.users
+            for name, line, why in (("mistake", "alow", "rules:1: a rule starts with"), ("gone", None, "No such file")):
+                self.write(line) if line else self.path.unlink()
+                with self.subTest(name), self.assertLogs("socks5", "ERROR") as logs:
+                    self.assertFalse(server.reload())
+                    self.assertRegex(logs.output[0], "not reloaded, users and rules stay as they were: .*" + why)
+                self.assertIs(server.rules, rules)
+                self.assertIs(server.users, users)
+                connect_through(server.server_address, *destination).close()
+
+    def test_an_association_is_judged_again(self):
+        """Its destinations are remembered, for speed; not across a reload."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink, running(rules=self.write("allow")) as server:
+            sink.bind(("127.0.0.1", 0))
+            sink.settimeout(PATIENCE_S)
+            with dial(server.server_address) as client, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                negotiate(client)
+                bnd = ask(client, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).bnd
+                raw = Datagram(address(*sink.getsockname()), b"x").pack()
+                for _ in range(2):
+                    sender.sendto(raw, (str(bnd.host), bnd.port))
+                    self.assertEqual(sink.recv(10), b"x")
+                self.write("deny to 127.0.0.1", "allow")
+                self.assertTrue(server.reload())
+                with self.assertLogs("socks5", "INFO") as logs:
+                    sender.sendto(raw, (str(bnd.host), bnd.port))
+                    wait_until(lambda: logs.output)
+                self.assertIn(":1'", logs.output[0])
+                sink.setblocking(False)
+                self.assertRaises(BlockingIOError, sink.recv, 10)
+
+    @unittest.skipUnless(hasattr(signal, "SIGHUP"), "no SIGHUP here")
+    def test_by_sighup(self):
+        with target(echo) as destination, spawned("--rules", self.write("allow")) as server:
+            with connect_through(server.port, *destination) as tunnel:
+                self.write("deny")
+                server.signal(signal.SIGHUP)
+                server.wait_line(r"reloaded users=0 rules=1$")
+                with self.assertRaisesRegex(AssertionError, "NOT_ALLOWED"):
+                    connect_through(server.port, *destination)
+                self.write("allow", "perhaps")
+                server.signal(signal.SIGHUP)
+                server.wait_line(r"ERROR not reloaded, .*rules:2: a rule starts with allow or deny, not 'perhaps'$")
+                tunnel.sendall(b"untouched")
+                self.assertEqual(reader_of(tunnel)(9), b"untouched")
+                self.write("allow")
+                server.signal(signal.SIGHUP)
+                wait_until(lambda: sum("reloaded users" in line for line in server.log) == 2)
+                connect_through(server.port, *destination).close()
+
+
+class Starting(Case):
+    def test_a_bad_file_is_one_line_and_2(self):
+        self.write("allow", "allow port http")
+        status, out, err = run_cli("-p", closed_port(), "--rules", self.path)
+        self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+        self.assertIn("%s:2: 'http' is not a port or a range of them" % self.path, err)
+
+
+if __name__ == "__main__":
+    unittest.main()
