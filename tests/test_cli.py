@@ -352,11 +352,22 @@ class Serving(Case):
                 self.assertEqual(main(*argv)[0], 0)
                 self.assertEqual(levels, [level])
 
-    def test_the_root_logger_stays_as_it_was(self):
-        root = logging.getLogger()
-        before = root.handlers[:], root.level
-        main("-p", "0", "-v")
-        self.assertEqual((root.handlers, root.level), before)
+    def test_the_root_logger_stays_as_it_was_and_hears_nothing(self):
+        root, heard, level = logging.getLogger(), [], logging.getLogger().level
+        listener = logging.Handler()
+        listener.emit = heard.append
+        root.addHandler(listener)
+        self.addCleanup(root.removeHandler, listener)
+        self.addCleanup(root.setLevel, level)
+        root.setLevel(logging.ERROR)
+
+        def serve(config):
+            logging.getLogger("socks5.server").error("one line")
+            return 0
+        with mock.patch.object(cli, "serve", serve):
+            status, out, err = main("-v")
+        self.assertEqual((status, out, err.count("one line")), (0, "", 1))
+        self.assertEqual((root.level, heard), (logging.ERROR, []))
 
     def test_say_survives_a_closed_output(self):
         closed = io.StringIO()
