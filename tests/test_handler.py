@@ -66,7 +66,7 @@ class Case(unittest.TestCase):
         self.addCleanup(log.removeHandler, quiet)
 
     @contextlib.contextmanager
-    def logged(self, *patterns, level="DEBUG"):
+    def logged(self, *patterns, level="INFO"):
         """The log of what happens inside, in which each of `patterns` has to turn up."""
         with self.assertLogs("socks5", level) as logs:
             yield logs
@@ -215,7 +215,7 @@ class LoginTest(Case):
             for name, uname, passwd in cases:
                 with self.subTest(name):
                     said = BY_PASSWORD + Login(uname, passwd).pack() + connect_to(listener.getsockname())
-                    with self.logged("ended=refused why='wrong user name or password'") as logs:
+                    with self.logged("ended=refused why='wrong user name or password'", level="DEBUG") as logs:
                         answer = exchange(self.server, said)
                     self.assertEqual(answer, b"\x05\x02" + b"\x01\x01")
                     self.assertRaises(BlockingIOError, listener.accept)
@@ -231,7 +231,7 @@ class LoginTest(Case):
         self.assertEqual(answer, b"\x05\x02")
 
     def test_no_password_is_ever_logged(self):
-        with self.logged("user='alice' .*rep=CONNECTION_REFUSED") as logs:
+        with self.logged("user='alice' .*rep=CONNECTION_REFUSED", level="DEBUG") as logs:
             said = BY_PASSWORD + Login(*ALICE).pack() + connect_to(("127.0.0.1", support.closed_port()))
             self.assertEqual(exchange(self.server, said)[4:], Reply(Rep.CONNECTION_REFUSED).pack())
         self.assertNotIn("s3cret", "".join(logs.output))
@@ -548,7 +548,7 @@ class LogLine(Case):
                      ("HTTP", self.server, b"GET " + forged)]
             for name, server, said in cases:
                 with self.subTest(name):
-                    with self.logged(r"\A[A-Z]+:[a-z0-9.]+:session ") as logs:
+                    with self.logged(r"\A[A-Z]+:[a-z0-9.]+:session ", level="DEBUG") as logs:
                         exchange(server, said, end=True)
                     for record in logs.records:
                         self.assertRegex(record.getMessage(), r"\A[ -~]+\Z")        # one line of printable ASCII
