@@ -17,8 +17,8 @@ from typing import Callable, List, Optional, Sequence, Tuple
 from .codes import Rep
 from .config import each_port
 from .errors import RequestRefused, name_of, rep_of, telling
-from .waiting import READ, new_poll
 from .resolve import IP, Sockaddr, address_of, advertised, clean, family_of, ip_of, resolve
+from .waiting import READ, new_poll
 from .wire import Address, text
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ BACKLOG = 64                        # strangers must not crowd out the peer whil
 DISCARD = 9                         # a port to ask the routes with, never sent to: RFC 863
 TAKEN = {errno.EADDRINUSE, errno.EACCES}        # by somebody else, or below 1024: perhaps the next port is free
 LEFT = getattr(select, "POLLRDHUP", 0)          # Linux: a FIN is told even when we no longer read
-WAIT_MS = 1e9                       # poll() takes no more than 24 days at a time
 
 
 def expected(dst: Address) -> List[IP]:
@@ -85,15 +84,15 @@ class Rendezvous:
         Raises EOFError or OSError when the client leaves, RequestRefused X'06' after timeout_s (0: never), X'01' when
         we have no descriptor for whoever comes.
         """
-        deadline = monotonic() + timeout_s if timeout_s else float("inf")
+        deadline = monotonic() + timeout_s
         poll = new_poll()
         poll.register(self.listener.fileno(), READ)
         poll.register(self.client.fileno(), READ)
         while True:
-            left_ms = (deadline - monotonic()) * 1000
-            if left_ms <= 0:
+            left_ms = (deadline - monotonic()) * 1000 if timeout_s else None
+            if left_ms is not None and left_ms <= 0:
                 raise RequestRefused(Rep.TTL_EXPIRED, self.also("nobody came within %g s" % timeout_s))
-            for fd, events in poll.poll(min(left_ms + 1, WAIT_MS)):
+            for fd, events in poll.poll(left_ms and left_ms + 1):
                 if fd == self.client.fileno():
                     self.hear(events)
                     if len(self.early) >= EARLY_BYTES:

@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 N = TypeVar("N", int, float)
 Network = Union[IPv4Network, IPv6Network]
+MOST_S = 2000000            # 23 days: poll() counts milliseconds in 31 bits
 GROUPS = ("listening", "access", "leaving", "limits", "running", "watching")
 
 
@@ -22,7 +23,7 @@ class ConfigError(ValueError):
 # ---- what text may stand for, each raising ValueError with the reason --------------------------------------------
 
 def seconds(text: str) -> float:
-    return _number(float, text, 1e9, "a number of seconds")
+    return _number(float, text, MOST_S, "a number of seconds from 0 to %d" % MOST_S)
 
 
 def count(text: str) -> int:

@@ -1,6 +1,5 @@
 """BIND: who may come, where, for how long, and what is left when it is over."""
 import contextlib
-import ctypes
 import ftplib
 import io
 import os
@@ -22,8 +21,8 @@ from socks5.waiting import SelectPoll
 from socks5.wire import Address, Reply, Request
 
 from .support import (
-    HAS_IPV6, PATIENCE_S, ask, descriptors, dial, need, need_program, negotiate, read_to_end, reader_of, reset, running,
-    spawned, threads, wait_until)
+    FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, ask, descriptors, dial, need, need_program, negotiate, read_to_end,
+    reader_of, reset, running, spawned, threads, wait_until)
 
 LOCAL = ("127.0.0.1", 0)
 
@@ -231,7 +230,7 @@ class Waiting(unittest.TestCase):
                     outcome.append(exc)
 
             with near, Rendezvous(near, [ip_address("127.0.0.1")]) as rendezvous:
-                thread = threading.Thread(target=wait)
+                thread = threading.Thread(target=wait, daemon=True)
                 thread.start()
                 yield rendezvous, far, outcome
                 thread.join(PATIENCE_S)
@@ -423,64 +422,8 @@ class RunningOut(unittest.TestCase):
 
 # ---- two hosts ---------------------------------------------------------------------------------------------------
 
-NEAR = {4: "198.51.100.1", 6: "2001:db8:51::1"}
-FAR = {4: "198.51.100.2", 6: "2001:db8:51::2"}
-
-
-class TwoHosts(unittest.TestCase):
+class Hosts(TwoHosts, unittest.TestCase):
     """The proxy and a client on its loopback on one host, the peer on another."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.names = ["bind-%s-%d" % (end, os.getpid()) for end in ("near", "far")]
-        try:
-            for name in cls.names:
-                subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
-                cls.addClassCleanup(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
-            ip = "ip -n %s " % cls.names[0]
-            lines = [ip + "link add bind0 type veth peer name bind0 netns %s" % cls.names[1]]
-            for name, addresses in zip(cls.names, (NEAR, FAR)):
-                ip = "ip -n %s " % name
-                lines += [ip + "link set lo up", ip + "addr add %s/24 dev bind0" % addresses[4],
-                          ip + "addr add %s/64 dev bind0 nodad" % addresses[6], ip + "link set bind0 up"]
-            for line in lines:
-                subprocess.run(line.split(), check=True, capture_output=True)
-            cls.why_not = ""
-        except (OSError, subprocess.CalledProcessError) as exc:
-            cls.why_not = str(getattr(exc, "stderr", None) or exc)
-
-    def setUp(self):
-        need(self, not self.why_not, "the right to make network namespaces (%s)" % self.why_not)
-
-    def at(self, name, function, *args, **kwargs):
-        """function() in a thread that has moved to the namespace: sockets that it makes live there for good."""
-        outcome = []
-
-        def run():
-            with open("/run/netns/" + name) as namespace:
-                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000):     # CLONE_NEWNET
-                    outcome.append(OSError(ctypes.get_errno(), "setns"))
-                    return
-            try:
-                outcome.append(function(*args, **kwargs))
-            except Exception as exc:
-                outcome.append(exc)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join(PATIENCE_S)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
-
-    def near(self, function, *args, **kwargs):
-        return self.at(self.names[0], function, *args, **kwargs)
-
-    def far(self, function, *args, **kwargs):
-        return self.at(self.names[1], function, *args, **kwargs)
-
-    def proxy(self, *args):
-        return spawned(*args, prefix=("ip", "netns", "exec", self.names[0]))
 
     def test_a_loopback_client_is_told_an_address_that_the_peer_can_reach(self):
         with self.proxy() as server:
