@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import socket
+import struct
 from collections import deque
 from time import monotonic
 from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
@@ -18,13 +19,14 @@ from .waiting import WRITE, SelectPoll, new_poll
 from .resolve import IP, family_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
-NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # saves a system call where it exists
+# Linux: connect() itself gives up waiting after a millisecond (one tick), with EINPROGRESS.        socket(7)
+AT_ONCE = struct.pack("ll", 0, 1000) if hasattr(socket, "TCP_DEFER_ACCEPT") and struct.calcsize("P") == 8 else b""
 IN_PROGRESS = {errno.EINPROGRESS, errno.EWOULDBLOCK}    # Windows says the second
 
 
 def connect(addresses: Sequence[IP], port: int, timeout_s: float,
             client: Optional[socket.socket] = None) -> socket.socket:
-    """A connected, non-blocking socket to the first of `addresses` that answers, all within timeout_s (0: for ever).
+    """A connected socket to the first of `addresses` that answers, all within timeout_s (0: for ever).
 
     Raises RequestRefused with the REP of the most telling failure, or ConnectionResetError when `client` has gone.
     """
@@ -62,11 +64,13 @@ class _Race:
     def run(self, addresses: Sequence[IP]) -> socket.socket:
         waiting: Deque[IP] = deque(addresses)
         while waiting or self.pending:
+            known = len(self.failures)
             if waiting:
                 winner = self.start(waiting.popleft())
                 if winner:
                     return winner
-            next_start = monotonic() + ATTEMPT_DELAY_S if waiting else float("inf")
+            delay_s = ATTEMPT_DELAY_S if len(self.failures) == known else 0.0       # it failed on the spot
+            next_start = monotonic() + delay_s if waiting else float("inf")
             while self.pending:
                 winner, failed = self.wait(min(next_start, self.deadline))
                 if winner:
@@ -81,11 +85,13 @@ class _Race:
     def start(self, address: IP) -> Optional[socket.socket]:
         """Begin one attempt; the socket, if it connected on the spot as loopback does."""
         try:
-            sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
+            sock = socket.socket(family_of(address), socket.SOCK_STREAM)
         except OSError as exc:                          # no descriptors, or no such family
             self.failed(address, exc)
             return None
-        if not NONBLOCK:
+        if AT_ONCE:                                     # what is near answers within this one call
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, AT_ONCE)
+        else:
             sock.setblocking(False)
         error = sock.connect_ex((str(address), self.port))
         if not error:

@@ -249,7 +249,8 @@ class Handler(StreamRequestHandler):
         """Tunnel until both sides are done. What the client sent behind its request goes first."""
         config, sessions = self.server.config, self.server.sessions
         tunnel = Tunnel(self.connection, remote, self.inbox.rest(), early_down,
-                        config.idle_timeout, config.half_closed_timeout)
+                        config.idle_timeout, config.half_closed_timeout,
+                        self.server.home.on_bulk if self.server.home else None)
         sessions.attach(self.session, tunnel)
         try:
             tunnel.run()

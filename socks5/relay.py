@@ -3,9 +3,10 @@
 Knows no SOCKS and never logs. Half-close is passed on, so a client may shut its sending side and still read; a reset on
 one side becomes a reset on the other, so that a cut-off download never looks complete.
 
-Nothing blocks in here: a blocking send in one direction deadlocks with a peer that answers while it is still being sent
-to. A Pipe per direction reads only while it holds nothing and writes only while it holds something: that is the whole of
-backpressure, and of half-close. A direction that is busy goes through the kernel (splice.py) until it falls quiet.
+Nothing blocks in here: a blocking send in one direction deadlocks with a peer that answers while it is still being
+sent to. A Pipe per direction reads only while it holds nothing and writes only while it holds something: that is the
+whole of backpressure, and of half-close. A direction that is busy goes through the kernel (splice.py) until it falls
+quiet.
 """
 from __future__ import annotations
 

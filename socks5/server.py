@@ -1,43 +1,38 @@
 """The ThreadingTCPServer: listen, accept, cap, expire, drain.
 
-Every connection gets a Handler in a thread of its own. The hooks are socketserver's (get_request, verify_request,
-process_request, service_actions, shutdown_request, handle_error) and may be overridden as there.
+Every connection gets a Handler in a thread of its own, which waited in accept() for it or is new. The hooks are
+socketserver's (get_request, verify_request, process_request, service_actions, shutdown_request, handle_error) and may
+be overridden as there.
 """
 from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 import threading
-from ipaddress import ip_address
 from socketserver import BaseServer, ThreadingTCPServer
 from time import monotonic, sleep
-from typing import Any, Dict, List, Optional, Tuple, Type
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
 
+from . import listening
 from .auth import Users
 from .config import Config, ConfigError
 from .handler import ANYBODY, BY_PASSWORD, Handler
-from .waiting import READ, new_poll
+from .home import Home
 from .resolve import Names, address_of, ip_of, subscriber
 from .rules import Rules
 from .sessions import Full, Sessions
 from .throttle import Throttle
+from .waiting import READ, new_poll
 from .wire import Address
-
-try:
-    import resource
-except ImportError:                     # Windows has no such limit
-    resource = None                     # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25                           # how late a handshake's deadline may be noticed
-BACKLOG = 4096                          # Linux's own most since 5.4 (net.core.somaxconn)
 STACK_BYTES = 256 * 1024                # address space, not memory; getaddrinfo wants some 100 KiB of it
-DEFER_ACCEPT_S = 1                      # Linux: until the greeting is there, a silent client costs no thread
-SPARE_DESCRIPTORS = 64                  # for listeners, log, resolver, BIND and the like
-DESCRIPTORS_PER_SESSION = 2
+# Threads that wait in accept() themselves: starting one costs about as much as a whole negotiation. Only where shutting
+# a listener down wakes them, which is Linux, which has this option.
+SPARES = 8 if hasattr(socket, "TCP_DEFER_ACCEPT") else 0
 COMPLAIN_EVERY_S = 60.0
 REST_S = 0.1                            # without it, accept() at the descriptor limit spins
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -57,27 +52,23 @@ class Server(ThreadingTCPServer):
 
     daemon_threads = True
     block_on_close = False                  # our own set of live sessions is drained instead
-    allow_reuse_address = os.name == "posix"        # elsewhere it would share the port with whoever comes
-    request_queue_size = BACKLOG
+    allow_reuse_address = listening.REUSE_ADDRESS
+    request_queue_size = listening.BACKLOG
 
-    def __init__(self, config: Optional[Config] = None, handler: Type[Handler] = Handler) -> None:
+    def __init__(self, config: Optional[Config] = None, handler: Type[Handler] = Handler,
+                 listeners: Sequence[socket.socket] = (), home: Optional[Home] = None) -> None:
+        """`listeners` are open already where several processes share them; `home` is the CPU to stay on."""
         self.config = config or Config()
+        self.home = home
         self.users, self.rules = Users(self.config), Rules(self.config)
         self.throttle = Throttle()
         self.names = Names()
         self.methods = dict(BY_PASSWORD if self.users else ANYBODY)
-        raise_descriptor_limit()
-        self.sessions = Sessions(self.config.max_sessions or descriptor_limit(), self.config.handshake_timeout,
+        listening.raise_descriptor_limit()
+        self.sessions = Sessions(self.config.max_sessions or listening.session_limit(), self.config.handshake_timeout,
                                  self.config.max_per_client, self.config.max_negotiating)
-        self.listeners: List[socket.socket] = []
-        try:
-            for text in self.config.listen:
-                port = self.listeners[0].getsockname()[1] if self.listeners else self.config.port
-                self.listeners.append(self.listen_on(text, port))
-            self._wakeup, self._waker = socket.socketpair()
-        except OSError:
-            self.server_close()
-            raise
+        self.listeners = list(listeners) or listening.open_all(self.config.listen, self.config.port)
+        self._wakeup, self._waker = socket.socketpair()
         self.socket = self.listeners[0]
         BaseServer.__init__(self, self.socket.getsockname(), handler)
         self._stopping = threading.Event()
@@ -85,36 +76,13 @@ class Server(ThreadingTCPServer):
         self._stopped = threading.Event()
         self._stopped.set()
         self._complained: Dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._waiting = dict.fromkeys(self.listeners, 0)    # threads in accept()
+        self._here = threading.local()                      # .accepted: this thread serves what it accepts
 
     @property
     def addresses(self) -> List[Address]:
         return [address_of(listener.getsockname()) for listener in self.listeners]
-
-    def listen_on(self, text: str, port: int) -> socket.socket:
-        """A listening socket. "::" takes IPv4 as well, unless 0.0.0.0 is listened on in its own right."""
-        host, _, scope = text.partition("%")
-        six = ip_address(host).version == 6
-        listener = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
-        try:
-            if self.allow_reuse_address:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if six:
-                dual = host == "::" and "0.0.0.0" not in self.config.listen
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
-            # What is accepted inherits these on Linux; get_request sets them elsewhere.
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if hasattr(socket, "TCP_DEFER_ACCEPT"):
-                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_S)
-            scope_id = socket.if_nametoindex(scope) if scope else 0
-            listener.bind((host, port, 0, scope_id) if six else (host, port))
-            listener.listen(self.request_queue_size)
-            listener.setblocking(False)
-            return listener
-        except OSError as exc:
-            listener.close()
-            exc.filename = "%s port %d" % (text, port)
-            raise
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -122,21 +90,65 @@ class Server(ThreadingTCPServer):
         """Serve until shutdown(). Calls service_actions() every poll_interval seconds at the least."""
         self._stopped.clear()
         threading.stack_size(STACK_BYTES)
+        if self.home:
+            self.home.settle()
         poll = new_poll()
+        poll.register(self._wakeup.fileno(), READ)
         by_fd = {listener.fileno(): listener for listener in self.listeners}
-        for fd in [*by_fd, self._wakeup.fileno()]:
-            poll.register(fd, READ)
+        for fd, listener in by_fd.items():
+            listener.setblocking(bool(SPARES))
+            if not SPARES:
+                poll.register(fd, READ)
         try:
             while not self._stopping.is_set():
+                for listener, waiting in self._waiting.items():
+                    if SPARES and not waiting:              # at first; and when none could be started, once more
+                        self.start_spare(listener)
                 for fd, _events in poll.poll(poll_interval * 1000):
                     if fd in by_fd:
                         self.accept_from(by_fd[fd])
                     else:
-                        self._wakeup.recv(64)           # or serving again after shutdown() would spin
+                        self._wakeup.recv(64)               # or serving again after shutdown() would spin
                 self.service_actions()
         finally:
+            self._stopping.set()
+            self._release_spares()
             self._stopping.clear()
             self._stopped.set()
+
+    def start_spare(self, listener: socket.socket) -> bool:
+        """One more thread that waits in accept(); False when the system has none to give."""
+        with self._lock:
+            self._waiting[listener] += 1
+        try:
+            threading.Thread(target=self.accept_loop, args=(listener,), daemon=True).start()
+        except (RuntimeError, MemoryError):
+            with self._lock:
+                self._waiting[listener] -= 1
+            return False
+        return True
+
+    def accept_loop(self, listener: socket.socket) -> None:
+        """Accept and serve, until there are enough threads that do. Counted in `_waiting` while it waits."""
+        self._here.accepted = True
+        while True:
+            self.accept_from(listener)
+            with self._lock:
+                if self._stopping.is_set() or self._waiting[listener] >= SPARES:
+                    return
+                self._waiting[listener] += 1
+
+    def _release_spares(self) -> None:
+        """Wake the threads in accept(), which takes a moment without listening; who comes later waits in the queue."""
+        for listener in self.listeners if SPARES else ():
+            deadline = monotonic() + 1
+            try:
+                listener.shutdown(socket.SHUT_RDWR)
+                while self._waiting[listener] and monotonic() < deadline:
+                    sleep(0.001)
+                listener.listen(self.request_queue_size)
+            except OSError:                                 # closed by somebody else
+                pass
 
     def stop(self) -> None:
         """Make serve_forever return soon. Unlike shutdown() it does not wait: a signal handler may call it."""
@@ -156,6 +168,8 @@ class Server(ThreadingTCPServer):
 
     def service_actions(self) -> None:
         self.sessions.expire()
+        if self.home:
+            self.home.look()
         if self._reloading.is_set():
             self._reloading.clear()
             self.reload()
@@ -178,16 +192,24 @@ class Server(ThreadingTCPServer):
     # ---- one connection -------------------------------------------------------------------------------------------
 
     def accept_from(self, listener: socket.socket) -> None:
+        """Accept one connection and serve it, or have it served."""
         try:
             request, client_address = self.get_request(listener)
         except OSError:
             return
+        finally:
+            if SPARES:
+                with self._lock:
+                    self._waiting[listener] -= 1
+                    last = not self._waiting[listener]
         try:
+            if SPARES and last and not self._stopping.is_set() and not self.start_spare(listener):
+                raise RuntimeError("can't start new thread")
             if self.verify_request(request, client_address):
                 self.process_request(request, client_address)
             else:
                 self.shutdown_request(request)
-        except (RuntimeError, MemoryError, OSError) as exc:     # RuntimeError: can't start new thread
+        except (RuntimeError, MemoryError, OSError) as exc:
             self.complain("no thread for a client, which is closed: %s", exc)
             self.shutdown_request(request)
         except Exception:                                       # in an overridden hook: as socketserver does
@@ -203,8 +225,18 @@ class Server(ThreadingTCPServer):
                 self.complain("cannot accept: %s; %d sessions live", exc.strerror, len(self.sessions))
                 sleep(REST_S)
             raise
-        request.setblocking(True)
+        if not SPARES:                                          # or it inherits what the listener has
+            request.setblocking(True)
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         return request, client_address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve it in this thread if that is what this thread waited for, else in a new one."""
+        if getattr(self._here, "accepted", False):
+            self.process_request_thread(request, client_address)
+        else:
+            super().process_request(request, client_address)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         client, ip = address_of(client_address), ip_of(client_address)
@@ -229,48 +261,27 @@ class Server(ThreadingTCPServer):
     def complain(self, message: str, *args: Any) -> None:
         """A warning that would come with every connection: once a minute is enough, for each of them."""
         now = monotonic()
-        if now - self._complained.get(message, -COMPLAIN_EVERY_S) >= COMPLAIN_EVERY_S:
-            self._complained[message] = now
+        with self._lock:
+            due = now - self._complained.get(message, -COMPLAIN_EVERY_S) >= COMPLAIN_EVERY_S
+            if due:
+                self._complained[message] = now
+        if due:
             log.warning(message, *args)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def server_close(self) -> None:
         """Stop listening, and end whatever is still live."""
-        for listener in self.listeners:
-            listener.close()
         self.drain(0)
-        for sock in (getattr(self, "_wakeup", None), getattr(self, "_waker", None)):
-            if sock:
-                sock.close()
+        self._wakeup.close()
+        self._waker.close()
 
     def drain(self, timeout_s: float, hurry: Optional[threading.Event] = None) -> int:
         """Stop listening, give sessions timeout_s to finish, then abort the rest. How many were aborted."""
-        for listener in self.listeners:
-            listener.close()
+        listening.close_all(self.listeners)
         if self.sessions.wait_empty(timeout_s, hurry or threading.Event()):
             return 0
         aborted = len(self.sessions)
         self.sessions.abort("server stopped")
         self.sessions.wait_empty(1.0, threading.Event())
         return aborted
-
-
-def descriptor_limit() -> int:
-    """How many sessions the descriptor limit carries."""
-    if resource is None:
-        return 1000
-    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        soft = 1 << 20
-    return max(1, (soft - SPARE_DESCRIPTORS) // DESCRIPTORS_PER_SESSION)
-
-
-def raise_descriptor_limit() -> None:
-    """The soft limit is there for programs that use select(), which we do not: take the hard one."""
-    if resource is not None:
-        _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (ValueError, OSError):           # macOS refuses its own "unlimited"
-            pass

@@ -1,7 +1,7 @@
 """Wait until one of several sockets is ready: poll() where there is one, else select().
 
-select.select() itself raises for descriptors from 1024 up, which is about 500 tunnels; what socketserver uses is what we
-use. selectors has the same in more general clothes, at some 10 us a turn, which a relay would feel.
+select.select() itself raises for descriptors from 1024 up, which is about 500 tunnels; what socketserver uses is what
+we use. selectors has the same in more general clothes, at some 10 us a turn, which a relay would feel.
 """
 from __future__ import annotations
 
