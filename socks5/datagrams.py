@@ -10,7 +10,6 @@ import errno
 import socket
 import struct
 import sys
-from functools import lru_cache
 from typing import Any, Counter, List, Optional, Sequence, Tuple
 
 from .config import each_port
@@ -22,6 +21,7 @@ BURST_BYTES = 60000             # what a burst may hold before its last datagram
 SEGMENT_BYTES = 1452            # what an Ethernet takes behind IPv6 and UDP headers; longer ones go one by one
 SOCKET_BYTES = 1 << 20          # may wait in the kernel; it takes as much of that as it allows (net.core.rmem_max)
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # saves a system call where it exists
+LINUX = sys.platform.startswith("linux")
 SOL_UDP, UDP_SEGMENT = 17, 103                          # linux/udp.h; the socket module has no names for them
 
 
@@ -54,21 +54,17 @@ def bound(family: int, host: str, ports: Tuple[int, ...], scope: Sequence[Any] =
         raise
 
 
-@lru_cache(maxsize=None)
-def segments() -> bool:
+def segments(sock: socket.socket) -> bool:
     """Does the kernel cut up? One that does not know how would send all as one long datagram."""
-    if not sys.platform.startswith("linux"):
-        return False
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            return sock.getsockopt(SOL_UDP, UDP_SEGMENT) == 0
+        return LINUX and sock.getsockopt(SOL_UDP, UDP_SEGMENT) == 0
     except OSError:
         return False
 
 
 def send(sock: socket.socket, run: List[memoryview], address: Any, dropped: "Counter[str]") -> int:
     """Send the datagrams of `run`, all of one length. How many went; the others are counted in `dropped`, by error."""
-    if len(run) > 1 and 0 < len(run[0]) <= SEGMENT_BYTES and segments():
+    if len(run) > 1 and 0 < len(run[0]) <= SEGMENT_BYTES and segments(sock):
         try:
             sock.sendmsg(run, [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", len(run[0])))], 0, address)
             return len(run)

@@ -1,5 +1,6 @@
 """What the tests share: servers to talk to, a SOCKS5 client made of raw bytes, ways to wait that are not sleeping."""
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -282,3 +283,65 @@ def need_program(test, name):
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
     need(test, path, name)
     return path
+
+
+# ---- two hosts ---------------------------------------------------------------------------------------------------
+
+NEAR = {4: "198.51.100.1", 6: "2001:db8:51::1"}
+FAR = {4: "198.51.100.2", 6: "2001:db8:51::2"}
+
+
+class TwoHosts:
+    """For a TestCase: two network namespaces with a cable between them, the proxy on the near one."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.names = ["socks5-%s-%d" % (end, os.getpid()) for end in ("near", "far")]
+        try:
+            for name in cls.names:
+                subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
+                cls.addClassCleanup(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
+            ip = "ip -n %s " % cls.names[0]
+            lines = [ip + "link add cable type veth peer name cable netns %s" % cls.names[1]]
+            for name, addresses in zip(cls.names, (NEAR, FAR)):
+                ip = "ip -n %s " % name
+                lines += [ip + "link set lo up", ip + "addr add %s/24 dev cable" % addresses[4],
+                          ip + "addr add %s/64 dev cable nodad" % addresses[6], ip + "link set cable up"]
+            for line in lines:
+                subprocess.run(line.split(), check=True, capture_output=True)
+            cls.why_not = ""
+        except (OSError, subprocess.CalledProcessError) as exc:
+            cls.why_not = str(getattr(exc, "stderr", None) or exc)
+
+    def setUp(self):
+        need(self, not self.why_not, "the right to make network namespaces (%s)" % self.why_not)
+
+    def at(self, name, function, *args, **kwargs):
+        """function() in a thread that has moved to the namespace: sockets that it makes live there for good."""
+        outcome = []
+
+        def run():
+            with open("/run/netns/" + name) as namespace:
+                if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000):     # CLONE_NEWNET
+                    outcome.append(OSError(ctypes.get_errno(), "setns"))
+                    return
+            try:
+                outcome.append(function(*args, **kwargs))
+            except Exception as exc:
+                outcome.append(exc)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(PATIENCE_S)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+    def near(self, function, *args, **kwargs):
+        return self.at(self.names[0], function, *args, **kwargs)
+
+    def far(self, function, *args, **kwargs):
+        return self.at(self.names[1], function, *args, **kwargs)
+
+    def proxy(self, *args):
+        return spawned(*args, prefix=("ip", "netns", "exec", self.names[0]))

@@ -35,7 +35,7 @@ class Reassembly(unittest.TestCase):
             ("the first again", [(1, b"a"), (1, b"b"), (2 | END, b"c")], [b"bc"], 1),
             ("another destination", [(1, b"a"), (2 | END, b"b", THERE)], [], 2),
             ("a new one for another", [(1, b"a"), (1, b"b", THERE), (2 | END, b"c", THERE)], [b"bc"], 1),
-            ("as much as is allowed", [(1, bytes(WHOLE_BYTES - 1)), (2 | END, b"b")], [bytes(WHOLE_BYTES - 1) + b"b"], 0),
+            ("all that is allowed", [(1, bytes(WHOLE_BYTES - 1)), (2 | END, b"b")], [bytes(WHOLE_BYTES - 1) + b"b"], 0),
             ("too much", [(1, bytes(WHOLE_BYTES)), (2, b"b"), (3 | END, b"c")], [], 3),
         ]
         for name, pieces, whole, dropped in cases:

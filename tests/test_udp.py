@@ -1,0 +1,802 @@
+"""UDP ASSOCIATE: what is carried, for whom, where to, and what is left when it is over."""
+import contextlib
+import itertools
+import os
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+from ipaddress import ip_address
+from unittest.mock import patch
+
+import socks5
+from socks5 import client, datagrams
+from socks5.codes import Cmd, Rep
+from socks5.errors import ProxyError
+from socks5.server import SPARES
+from socks5.resolve import LOOKUP_THREADS, WAITING_NAMES, Names
+from socks5.udp import Association
+from socks5.waiting import SelectPoll
+from socks5.wire import Datagram
+
+from .support import (
+    FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, address, ask, closed_port, descriptors, dial, need, need_program,
+    negotiate, reset, running, spawned, threads, wait_until)
+
+MOST = 65507                        # of a UDP datagram over IPv4: 65,535 less the headers
+HEADER = 10                         # of ours, with an IPv4 address
+FAMILIES = ["127.0.0.1"] + ["::1"] * HAS_IPV6
+
+
+def udp_socket(host="127.0.0.1"):
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((host, 0))
+    sock.settimeout(PATIENCE_S)
+    return sock
+
+
+@contextlib.contextmanager
+def remote(answer=bytes.upper, host="127.0.0.1"):
+    """A UDP server: (host, port). It sends answer(data) back to whoever asks."""
+    sock = udp_socket(host)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    over = os.urandom(8)
+
+    def serve():
+        sock.settimeout(None)
+        while True:
+            data, sender = sock.recvfrom(1 << 16)
+            if data == over:
+                return
+            with contextlib.suppress(OSError):
+                sock.sendto(answer(data), sender)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield sock.getsockname()[:2]
+    finally:
+        with udp_socket(host) as other:
+            other.sendto(over, sock.getsockname())
+        thread.join(PATIENCE_S)
+        sock.close()
+
+
+@contextlib.contextmanager
+def associated(server, timeout=PATIENCE_S):
+    """An association through a Server, or through one at (host, port)."""
+    with client.associate(server if isinstance(server, tuple) else server.server_address[:2]) as udp:
+        udp.settimeout(timeout)
+        yield udp
+
+
+@contextlib.contextmanager
+def session_line(test, server):
+    """A list that will have the line of the one session that ends meanwhile."""
+    found = []
+    with test.assertLogs("socks5.handler", "INFO") as logs:
+        yield found
+        wait_until(lambda: not len(server.sessions), "the session ends")
+    found.append(logs.output[-1])
+
+
+def unread(relay):
+    """How much lies in the IPv4 socket at `relay`: the rx_queue of proc(5), /proc/net/udp."""
+    port = ":%04X" % relay[1]
+    with open("/proc/net/udp") as table:
+        return [int(line.split()[4].partition(":")[2], 16) for line in table if line.split()[1].endswith(port)][0]
+
+
+def exchange(test, udp, where, data=b"some words"):
+    udp.sendto(data, where)
+    test.assertEqual(udp.recvfrom(), (data.upper(), where))
+
+
+# ---- what is carried ---------------------------------------------------------------------------------------------
+
+class Carried(unittest.TestCase):
+    def test_every_kind_of_destination(self):
+        cases = [("IPv4", "127.0.0.1", "127.0.0.1"), ("a name", "localhost", "127.0.0.1"),
+                 ("a literal as a name", b"127.0.0.1", "127.0.0.1"), ("IPv4-mapped", "::ffff:127.0.0.1", "127.0.0.1")]
+        cases += [("IPv6", "::1", "::1"), ("an IPv6 literal as a name", b"::1", "::1")] * HAS_IPV6
+        with running() as server, associated(server) as udp:
+            for name, host, real in cases:
+                with self.subTest(name), remote(host=real) as (_, port):
+                    for _ in range(3):                              # first looked at, then remembered
+                        udp.sendto(b"some words", (host, port))
+                        self.assertEqual(udp.recvfrom(), (b"SOME WORDS", (real, port)))
+
+    def test_the_client_may_come_by_either_family(self):
+        with running(listen=("::",) if HAS_IPV6 else ("0.0.0.0",), open=True) as server, remote() as where:
+            for host in FAMILIES:                                   # 127.0.0.1 reaches "::" as ::ffff:127.0.0.1
+                with self.subTest(host), associated((host, server.server_address[1])) as udp:
+                    self.assertEqual(udp.relay[0], host)
+                    exchange(self, udp, where)
+
+    def test_every_size(self):
+        sizes = [0, 1, 511, 1452, 1453, 1472, 9000, MOST - HEADER]
+        with running() as server, remote(lambda data: data) as where, session_line(self, server) as line:
+            with associated(server) as udp:
+                for size in sizes:
+                    data = os.urandom(size)
+                    for _ in range(2):
+                        with self.subTest(size=size):
+                            udp.sendto(data, where)
+                            self.assertEqual(udp.recvfrom(), (data, where))
+        self.assertIn(" up=%d down=%d " % (2 * sum(sizes), 2 * sum(sizes)), line[0])
+
+    def test_what_does_not_fit_is_dropped_and_never_cut(self):
+        def answer(data):
+            return bytes(MOST - HEADER + int(data))
+
+        with running() as server, remote(answer) as where, session_line(self, server) as line:
+            with associated(server) as udp:
+                for more in (1, HEADER, 0):
+                    udp.sendto(b"%d" % more, where)
+                self.assertEqual(udp.recvfrom(), (answer(b"0"), where))
+                # Nobody can send us one that is too long; but pieces may make one.
+                udp.sendto(bytes(MOST + 1), where, fragments=2)
+                udp.sendto(b"0", where)
+                self.assertEqual(udp.recvfrom(), (answer(b"0"), where))
+        self.assertIn("why='dropped: 3 EMSGSIZE'", line[0])
+
+    def test_fragments_become_one(self):
+        with running() as server, remote() as where, associated(server) as udp:
+            for pieces in (2, 3, 127):
+                with self.subTest(pieces=pieces):
+                    udp.sendto(b"some words" * 100, where, fragments=pieces)
+                    self.assertEqual(udp.recvfrom(), (b"SOME WORDS" * 100, where))
+
+    def test_a_datagram_that_stands_alone_passes_the_pieces_of_another(self):
+        with running() as server, remote() as where, associated(server) as udp:
+            dst = address(*where)
+            udp.sock.send(Datagram(dst, b"one ", 1).pack())
+            exchange(self, udp, where, b"alone")
+            udp.sock.send(Datagram(dst, b"two", 2 | 0x80).pack())
+            self.assertEqual(udp.recvfrom(), (b"ONE TWO", where))
+
+
+class Bursts(unittest.TestCase):
+    """What lies in the socket before the association looks at it is taken in one go."""
+
+    @contextlib.contextmanager
+    def association(self, **options):
+        """One that does not run before run() is called: (it, its client's socket, run)."""
+        with socket.create_server(("127.0.0.1", 0)) as listener, dial(listener.getsockname()) as control:
+            with listener.accept()[0] as ours, udp_socket() as sock:
+                with Association(ours, "127.0.0.1", (), (), Names(), lambda *_: True) as association:
+                    thread = threading.Thread(target=association.run, args=(0,), daemon=True)
+                    sock.connect((str(association.bnd.host), association.bnd.port))
+                    try:
+                        yield association, sock, thread.start
+                    finally:
+                        control.close()
+                        thread.join(PATIENCE_S)
+                        self.assertFalse(thread.is_alive())
+
+    def both_ways(self):
+        """Up in one burst to three remotes, whose answers come down in another: all of them, whole, in their order."""
+        lengths = [100] * 10 + [0, 0, 0, 100, 7, 100, 1452, 1452, 1453, 1453] + [1442, 1443] * 2 + [9000, 30000, 1]
+        sent = [os.urandom(length) for length in lengths]
+        with contextlib.ExitStack() as stack:
+            hosts = ["127.0.0.1", "127.0.0.1", FAMILIES[-1]]
+            remotes = [stack.enter_context(udp_socket(host)) for host in hosts]
+            association, sock, run = stack.enter_context(self.association())
+            to = [remotes[at // 5 % 3] for at in range(len(sent))]
+            for data, there in zip(sent, to):
+                sock.send(Datagram(address(*there.getsockname()[:2]), data).pack())
+            run()
+            for there in remotes:
+                expected = [data for data, other in zip(sent, to) if other is there]
+                received = [there.recvfrom(1 << 16) for _ in expected]
+                self.assertEqual([len(data) for data, _ in received], [len(data) for data in expected])
+                self.assertEqual([data for data, _ in received], expected)
+                for data, mapped in received:
+                    there.sendto(data, mapped)
+            back = [Datagram.parse(sock.recv(1 << 16)) for _ in sent]
+            for there in remotes:
+                self.assertEqual([datagram.data for datagram in back if datagram.dst.port == there.getsockname()[1]],
+                                 [data for data, other in zip(sent, to) if other is there])
+            self.assertEqual(association.summary(), "")
+            self.assertEqual((association.up, association.down), (sum(lengths), sum(lengths)))
+
+    def test_with_all_that_this_system_has(self):
+        self.both_ways()
+
+    def test_without_segmentation_in_the_kernel(self):
+        with patch.object(datagrams, "segments", lambda sock: False):
+            self.both_ways()
+
+    def test_when_the_kernel_refuses_to_segment(self):
+        with patch.object(datagrams, "UDP_SEGMENT", 105):           # not an option of its: EINVAL
+            self.both_ways()
+
+    def test_without_poll_and_nonblocking_creation(self):
+        with patch("socks5.udp.new_poll", SelectPoll), patch.object(datagrams, "NONBLOCK", 0):
+            self.both_ways()
+
+    def test_a_short_datagram_is_not_taken_for_the_one_before(self):
+        with udp_socket() as there, self.association() as (association, sock, run):
+            whole = Datagram(address(*there.getsockname()), b"").pack()
+            sock.send(whole)
+            for cut in range(len(whole)):
+                sock.send(whole[:cut])
+            sock.send(whole + b"the end")
+            run()
+            self.assertEqual([there.recv(100), there.recv(100)], [b"", b"the end"])
+            self.assertEqual(association.summary(), "dropped: %d bad header" % len(whole))
+
+    def test_more_than_one_burst(self):
+        with udp_socket() as there, self.association() as (association, sock, run):
+            dst = address(*there.getsockname())
+            for number in range(200):
+                sock.send(Datagram(dst, b"%04d" % number).pack())
+            run()
+            self.assertEqual([there.recv(100) for _ in range(200)], [b"%04d" % number for number in range(200)])
+
+    def test_a_quiet_association_holds_nothing(self):
+        with patch("socks5.fragments.REASSEMBLY_S", 0.05), patch("socks5.udp.BUSY_S", 0.05):
+            with udp_socket() as there, self.association() as (association, sock, run):
+                dst = address(*there.getsockname())
+                sock.send(Datagram(dst, b"whole").pack())
+                sock.send(Datagram(dst, b"a piece", 1).pack())
+                run()
+                self.assertEqual(there.recv(100), b"whole")
+                wait_until(lambda: not association._fragments.pieces and not association._buffer)
+                sock.send(Datagram(dst, b"too late", 2 | 0x80).pack())
+                sock.send(Datagram(dst, b"whole").pack())
+                self.assertEqual(there.recv(100), b"whole")
+                self.assertEqual(association.summary(), "dropped: 2 fragment")
+
+
+# ---- for whom ----------------------------------------------------------------------------------------------------
+
+class Whom(unittest.TestCase):
+    def test_strangers_on_the_clients_side(self):
+        with running() as server, remote() as where, session_line(self, server) as line:
+            with associated(server) as udp, udp_socket("127.0.0.2") as stranger, udp_socket() as neighbour:
+                hello = Datagram(address(*where), b"hello").pack()
+                stranger.sendto(hello, udp.relay)                   # before the client's port is known, and after
+                exchange(self, udp, where)
+                for sock in (stranger, neighbour):                  # a neighbour has the client's address
+                    sock.sendto(hello, udp.relay)
+                exchange(self, udp, where)                          # nothing of theirs came back in between
+                for sock in (stranger, neighbour):
+                    sock.setblocking(False)
+                    self.assertRaises(BlockingIOError, sock.recv, 100)
+        self.assertIn(" up=20 down=20 ", line[0])
+        self.assertIn("why='dropped: 3 not the client'", line[0])
+
+    def test_who_sends_garbage_first_is_not_the_client(self):
+        with running() as server, remote() as where, associated(server) as udp, udp_socket() as neighbour:
+            neighbour.sendto(b"garbage", udp.relay)
+            exchange(self, udp, where)
+
+    def test_the_port_in_the_request_is_a_hint_at_most(self):
+        with running() as server, remote() as where, dial(server.server_address) as control, udp_socket() as sock:
+            negotiate(control)
+            reply = ask(control, Cmd.UDP_ASSOCIATE, "10.9.8.7", 9)
+            sock.sendto(Datagram(address(*where), b"hello").pack(), (str(reply.bnd.host), reply.bnd.port))
+            self.assertEqual(Datagram.parse(sock.recv(100)), Datagram(address(*where), b"HELLO"))
+
+    def test_anybody_may_write_to_the_mapped_port(self):
+        with running() as server, associated(server) as udp, udp_socket() as first, udp_socket() as second:
+            udp.sendto(b"to learn my port", first.getsockname())
+            _, mapped = first.recvfrom(100)
+            udp.sendto(b"the same for all", second.getsockname())
+            self.assertEqual(second.recvfrom(100), (b"the same for all", mapped))
+            for host in ("127.0.0.2", "127.0.0.3"):                 # to whom the client never wrote
+                with self.subTest(host), udp_socket(host) as caller:
+                    caller.sendto(b"surprise", mapped)
+                    self.assertEqual(udp.recvfrom(), (b"surprise", caller.getsockname()))
+                    udp.sendto(b"who is there?", caller.getsockname())
+                    self.assertEqual(caller.recvfrom(100), (b"who is there?", mapped))
+
+    def test_a_caller_cannot_pass_for_somebody_else(self):
+        with running() as server, remote() as where, associated(server) as udp, udp_socket("127.0.0.2") as stranger:
+            exchange(self, udp, where)
+            with udp_socket() as first:
+                udp.sendto(b"to learn my port", first.getsockname())
+                mapped = first.recvfrom(100)[1]
+            stranger.sendto(Datagram(address(*where), b"as if from where").pack(), mapped)
+            self.assertEqual(udp.recvfrom(), (Datagram(address(*where), b"as if from where").pack(),
+                                              stranger.getsockname()))
+
+
+# ---- where to ----------------------------------------------------------------------------------------------------
+
+class Dropped(unittest.TestCase):
+    def test_bad_headers_cost_one_datagram_each(self):
+        bad = [b"", b"\0", b"\0\0\0", b"\0\0\0\1", b"\0\0\0\1\x7f\0\0\1\0", b"\0\0\0\2" + bytes(20),
+               b"\0\0\0\4" + bytes(17),
+               b"\0\0\0\0" + bytes(20), b"\0\0\0\xff" + bytes(99), b"\0\0\0\3", b"\0\0\0\3\5name", b"\0\0\1\3\5name\0"]
+        with running() as server, remote() as where, session_line(self, server) as line, associated(server) as udp:
+            for raw in bad:
+                udp.sock.send(raw)
+                exchange(self, udp, where)
+            udp.sock.send(b"\xff\xff" + Datagram(address(*where), b"any RSV").pack()[2:])
+            self.assertEqual(udp.recvfrom(), (b"ANY RSV", where))
+        self.assertIn("why='dropped: %d bad header'" % len(bad), line[0])
+
+    def test_reasons(self):
+        class Strict(socks5.Handler):
+            def permits_datagram(self, address, port, name):
+                return port != 9
+
+        cases = [("not allowed", Datagram(address("127.0.0.1", 9), b"x")),
+                 ("EINVAL", Datagram(address("127.0.0.1", 0), b"x")),
+                 ("EACCES", Datagram(address("255.255.255.255", 7), b"x")),
+                 ("unresolved", Datagram(address(b"127.0.0.1\0.example", 7), b"x")),
+                 ("unresolved", Datagram(address(b"a..b", 7), b"x")),
+                 ("unresolved", Datagram(address(b" ", 7), b"x"))]
+        with running(Strict) as server, remote() as where:
+            for reason, datagram in cases:
+                with self.subTest(reason, dst=str(datagram.dst)):
+                    with session_line(self, server) as line, associated(server) as udp:
+                        for _ in range(2):
+                            udp.sock.send(datagram.pack())
+                            exchange(self, udp, where)
+                    self.assertIn("why='dropped: 2 %s'" % reason, line[0])
+
+    def test_a_rule_that_changes_is_in_force_at_once(self):
+        allowed = [True]
+
+        class Moody(socks5.Handler):
+            def permits_datagram(self, address, port, name):
+                return allowed[0] or port != where[1]
+
+        with running(Moody) as server, remote() as where, remote() as other, associated(server) as udp:
+            exchange(self, udp, where)
+            allowed[0] = False
+            server.rules = type(server.rules)(server.config)
+            udp.sendto(b"now denied", where)
+            exchange(self, udp, other)
+
+    def test_nobody_listens_there(self):
+        with running() as server, remote() as where, associated(server) as udp:
+            nobody = ("127.0.0.1", closed_port())
+            for _ in range(5):                                      # each is answered by ICMP port unreachable
+                udp.sendto(b"anybody?", nobody)
+                exchange(self, udp, where)
+
+    def test_the_clients_datagram_socket_is_closed_for_a_while(self):
+        with running() as server, udp_socket() as there, dial(server.server_address) as control:
+            negotiate(control)
+            bnd = ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).bnd
+            relay, dst = (str(bnd.host), bnd.port), address(*there.getsockname())
+            with udp_socket() as sock:
+                sock.sendto(Datagram(dst, b"hello").pack(), relay)
+                mine = sock.getsockname()
+            _, mapped = there.recvfrom(100)
+            for _ in range(5):
+                there.sendto(b"anybody?", mapped)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(PATIENCE_S)
+                sock.bind(mine)
+                sock.sendto(Datagram(dst, b"here again").pack(), relay)
+                self.assertEqual(there.recvfrom(100), (b"here again", mapped))
+
+    def test_a_remote_that_closes(self):
+        with running() as server, associated(server) as udp, remote() as where:
+            with remote() as gone:
+                exchange(self, udp, gone)
+            udp.sendto(b"still there?", gone)
+            exchange(self, udp, where)
+
+    def test_no_descriptor_for_the_outgoing_socket(self):
+        def few():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+
+        with remote() as where, spawned("--max-sessions", 100, "-v", preexec_fn=few) as server:
+            proxy = ("127.0.0.1", server.port)
+            with contextlib.ExitStack() as idle, associated(proxy) as udp:
+                before = descriptors(server.process.pid)
+                for _ in range(60):
+                    idle.enter_context(dial(proxy)).sendall(b"\5")
+                server.wait_line("cannot accept")
+                udp.sendto(b"no way out", where)
+                udp.sendto(b"no way out", ("name.invalid", 9))
+                udp.sock.send(b"garbage")
+                wait_until(lambda: not unread(udp.relay))
+                idle.close()
+                wait_until(lambda: descriptors(server.process.pid) <= before)
+                exchange(self, udp, where)
+            line = server.wait_line("session .*cmd=UDP_ASSOCIATE").string
+            self.assertIn("why='dropped: 2 EMFILE, 1 bad header'", line)
+
+
+class NamesOfRemotes(unittest.TestCase):
+    """getaddrinfo is replaced: it is the system's, and not under test."""
+
+    def setUp(self):
+        self.asked = []
+        self.hang = threading.Event()
+        self.addCleanup(self.hang.set)
+        real = socket.getaddrinfo
+
+        def getaddrinfo(host, *args, **kwargs):
+            name = host.decode() if isinstance(host, bytes) else host
+            if not name.endswith(".test"):
+                return real(host, *args, **kwargs)
+            self.asked.append(name)
+            if name.startswith("slow"):
+                self.hang.wait(PATIENCE_S)
+            if name.startswith("bad"):
+                raise socket.gaierror(socket.EAI_NONAME, "no such name")
+            return real("127.0.0.1", *args, **kwargs)
+
+        patched = patch("socket.getaddrinfo", getaddrinfo)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def test_a_literal_never_waits_behind_a_name(self):
+        with running() as server, remote() as where, associated(server) as udp:
+            udp.sendto(b"late", ("slow.test", where[1]))
+            for number in range(1000):
+                exchange(self, udp, where, b"number %d" % number)
+            exchange(self, udp, ("127.0.0.1", where[1]), b"a literal")
+            udp.sendto(b"another name", ("quick.test", where[1]))
+            self.assertEqual(udp.recvfrom(), (b"ANOTHER NAME", where))
+            self.hang.set()
+            self.assertEqual(udp.recvfrom(), (b"LATE", where))
+
+    def test_answers_are_remembered_and_failures_too(self):
+        with patch("socks5.resolve.FAILURE_S", 60), running() as server, remote() as where:
+            with session_line(self, server) as line:
+                for _ in range(2):                                  # by all associations
+                    with associated(server) as udp:
+                        for _ in range(10):
+                            udp.sendto(b"hello", ("good.test", where[1]))
+                            self.assertEqual(udp.recvfrom(), (b"HELLO", where))
+                            udp.sendto(b"hello", ("bad.test", where[1]))
+                        exchange(self, udp, where)
+        self.assertEqual(sorted(self.asked), ["bad.test", "good.test"])
+        self.assertIn("why='dropped: 10 unresolved'", line[0])
+
+    def test_but_not_for_long(self):
+        with patch("socks5.resolve.FAILURE_S", 0), patch("socks5.resolve.ANSWER_S", 0), running() as server:
+            with patch("socks5.udp.FORGET_S", 0), remote() as where, associated(server) as udp:
+                for number in range(1, 4):
+                    udp.sendto(b"hello", ("good.test", where[1]))
+                    self.assertEqual(udp.recvfrom(), (b"HELLO", where))
+                    udp.sendto(b"hello", ("bad.test", where[1]))
+                    wait_until(lambda: self.asked.count("bad.test") == number)
+                    self.assertEqual(self.asked.count("good.test"), number)
+
+    def test_what_waits_is_bounded(self):
+        with running() as server, remote() as where, session_line(self, server) as line, associated(server) as udp:
+            for number in range(WAITING_NAMES + 5):
+                udp.sendto(b"x", ("slow%d.test" % number, where[1]))
+            exchange(self, udp, where)
+            udp.sendto(bytes(60000), ("slow0.test", where[1]), fragments=2)
+            for _ in range(5):
+                udp.sendto(bytes(60000), ("slow1.test", where[1]), fragments=2)
+                exchange(self, udp, where)
+            for _ in range(100):
+                udp.sendto(b"x", ("slow2.test", where[1]))
+                exchange(self, udp, where)
+        # 8 names of 13; of 6 long ones 4 fit into 256 KiB; of 64 datagrams in all there are 8 + 4 waiting
+        self.assertIn("why='dropped: %d waiting for a name'" % (5 + 2 + 100 - (64 - 8 - 4)), line[0])
+
+    def test_a_lookup_may_outlive_its_association(self):
+        with running() as server, remote() as where:
+            with session_line(self, server), associated(server) as udp:
+                udp.sendto(b"x", ("slow.test", where[1]))
+                exchange(self, udp, where)
+                wait_until(lambda: self.asked)
+            before = threading.active_count()
+            self.hang.set()
+            wait_until(lambda: threading.active_count() < before, "the lookup thread ends")
+            with associated(server) as udp:
+                exchange(self, udp, where)
+
+    def test_threads_are_few_and_end(self):
+        def lookups():
+            return [thread for thread in threading.enumerate() if thread.name == "names"]
+
+        wait_until(lambda: not lookups(), "those of other tests have ended")
+        with running() as server, remote() as where, contextlib.ExitStack() as stack:
+            for number in range(5):
+                udp = stack.enter_context(associated(server))
+                for name in range(WAITING_NAMES):
+                    udp.sendto(b"x", ("slow%d-%d.test" % (number, name), where[1]))
+                exchange(self, udp, where)
+            self.assertEqual(len(lookups()), LOOKUP_THREADS)
+            self.hang.set()
+            wait_until(lambda: not lookups(), "they end")
+
+
+class OurSide(unittest.TestCase):
+    def test_ports(self):
+        low = 20000 + os.getpid() % 20000
+        ports = (low, low + 5)
+        with running(udp_ports=ports) as server, udp_socket() as there, contextlib.ExitStack() as stack:
+            for _ in range(2):
+                udp = stack.enter_context(associated(server))
+                udp.sendto(b"from where?", there.getsockname())
+                for port in (udp.relay[1], there.recvfrom(100)[1][1]):
+                    self.assertTrue(low <= port <= low + 5, port)
+            with self.assertRaises(ProxyError) as caught:           # each has taken two or more of six
+                for _ in range(6):
+                    stack.enter_context(associated(server))
+            self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
+
+    def test_advertise(self):
+        with running(advertise=("192.0.2.1",)) as server, dial(server.server_address) as control:
+            negotiate(control)
+            reply = ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0)
+            self.assertEqual((str(reply.bnd.host), bool(reply.bnd.port)), ("192.0.2.1", True))
+
+
+# ---- the end -----------------------------------------------------------------------------------------------------
+
+def is_free(relay):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind(relay)
+        except OSError:
+            return False
+        return True
+
+
+class TheEnd(unittest.TestCase):
+    def test_how_it_ends(self):
+        def fin(udp, server):
+            udp.control.close()
+
+        def rst(udp, server):
+            reset(udp.control)
+
+        def half(udp, server):
+            udp.control.shutdown(socket.SHUT_WR)
+            self.assertEqual(udp.control.recv(1), b"")
+
+        def stop(udp, server):
+            server.sessions.abort("server stopped")
+            self.assertRaises(ProxyError, udp.recvfrom)
+
+        def idle(udp, server):
+            self.assertRaises(ProxyError, udp.recvfrom)
+
+        cases = [("FIN", fin, {}, "ended=client why=-"),
+                 ("RST", rst, {}, "ended=client why='Connection reset by peer'"),
+                 ("half-closed", half, {}, "ended=client why=-"), ("drain", stop, {}, "ended=server stopped why=-"),
+                 ("idle", idle, {"udp_idle_timeout": 0.2}, "ended=idle why=-")]
+        for name, end, options, words in cases:
+            with self.subTest(name), running(**options) as server, remote() as where:
+                with session_line(self, server) as line, associated(server) as udp:
+                    exchange(self, udp, where)
+                    self.assertFalse(is_free(udp.relay))
+                    end(udp, server)
+                    wait_until(lambda: is_free(udp.relay), timeout=PATIENCE_S)
+                self.assertIn(words, line[0])
+
+    def test_idle_is_without_datagrams(self):
+        with running(udp_idle_timeout=0.6) as server, remote() as where, associated(server) as udp:
+            never = threading.Event()
+            for _ in range(6):
+                never.wait(0.2)                                     # well beyond 0.6 s in all
+                exchange(self, udp, where)
+            self.assertEqual(len(server.sessions), 1)
+
+    def test_strangers_do_not_keep_it_alive(self):
+        with running(udp_idle_timeout=0.3) as server, udp_socket("127.0.0.2") as stranger:
+            with associated(server) as udp:
+                over = threading.Event()
+
+                def pester():
+                    while not over.wait(0.05):
+                        stranger.sendto(b"keep alive", udp.relay)
+
+                thread = threading.Thread(target=pester, daemon=True)
+                thread.start()
+                try:
+                    self.assertRaises(ProxyError, udp.recvfrom)
+                finally:
+                    over.set()
+                    thread.join(PATIENCE_S)
+
+    def test_bytes_on_the_connection_are_ignored(self):
+        with running() as server, remote() as where, dial(server.server_address) as control, udp_socket() as sock:
+            negotiate(control)
+            bnd = ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).bnd
+            for _ in range(3):
+                control.sendall(b"\5\1\0\1garbage" * 5000)
+                sock.sendto(Datagram(address(*where), b"hello").pack(), (str(bnd.host), bnd.port))
+                self.assertEqual(Datagram.parse(sock.recv(100)).data, b"HELLO")
+            self.assertEqual(len(server.sessions), 1)
+
+    def test_nothing_is_left_of_500(self):
+        endings = itertools.cycle(["FIN", "RST", "datagram socket first", "early", "name", "idle"])
+        with remote() as where, spawned("-q", "--udp-idle-timeout", 1) as server:
+            proxy, pid = ("127.0.0.1", server.port), server.process.pid
+            before, idle_threads, held = descriptors(pid), 1 + SPARES, contextlib.ExitStack()
+            with held:
+                for ending in itertools.islice(endings, 500):
+                    udp = client.associate(proxy)
+                    udp.settimeout(PATIENCE_S)
+                    if ending == "name":
+                        udp.sendto(b"x", ("localhost", closed_port()))
+                    if ending != "early":
+                        exchange(self, udp, where)
+                    if ending == "RST":
+                        reset(udp.control)
+                    if ending == "datagram socket first":
+                        udp.sock.close()
+                    if ending == "idle":
+                        held.callback(udp.close)
+                    else:
+                        udp.close()
+                wait_until(lambda: descriptors(pid) <= before and threads(pid) <= idle_threads, "nothing is left")
+
+
+# ---- many --------------------------------------------------------------------------------------------------------
+
+class Many(unittest.TestCase):
+    def test_300_associations_at_once(self):
+        with spawned("-q") as server, remote() as where, contextlib.ExitStack() as stack:
+            all_of_them = [stack.enter_context(associated(("127.0.0.1", server.port))) for _ in range(300)]
+            for turn in range(3):
+                for number, udp in enumerate(all_of_them):
+                    udp.sendto(b"turn %d of %d" % (turn, number), where)
+                for number, udp in enumerate(all_of_them):
+                    self.assertEqual(udp.recvfrom(), (b"TURN %d OF %d" % (turn, number), where))
+
+    def test_a_storm(self):
+        """50,000 datagrams, 64 of them under way: at most one in a hundred is lost."""
+        count, flight = 50000, 64
+        with spawned("-q") as server, remote(lambda data: data) as where, associated(("127.0.0.1", server.port)) as udp:
+            header = Datagram(address(*where), b"").pack()
+            sock, sent, received, lost = udp.sock, 0, 0, 0
+            sock.settimeout(0.5)
+            pad = bytes(500)
+            while received + lost < count:
+                while sent < count and sent - received - lost < flight:
+                    sock.send(header + struct.pack("!I", sent) + pad)
+                    sent += 1
+                try:
+                    number, = struct.unpack_from("!I", sock.recv(2000), HEADER)
+                    self.assertLess(number, sent)
+                    received += 1
+                except socket.timeout:
+                    lost = sent - received
+        self.assertLessEqual(lost, count // 100)
+
+
+class OtherHosts(TwoHosts, unittest.TestCase):
+    """BND.ADDR is where the other host can reach it; and what is between them is no loopback."""
+
+    def test_the_client_is_on_the_other_host(self):
+        for version in (4, 6):
+            with self.subTest("IPv%d" % version), contextlib.ExitStack() as stack:
+                server = stack.enter_context(self.proxy("-l", NEAR[version], "--open"))
+                there = stack.enter_context(self.far(udp_socket, FAR[version]))
+                udp = stack.enter_context(self.far(client.associate, (NEAR[version], server.port)))
+                udp.settimeout(PATIENCE_S)
+                self.assertEqual(udp.relay[0], NEAR[version])
+                for size in (0, 1, 1400, 1440, 1472, 9000, 60000):
+                    data = [os.urandom(size) for _ in range(8 if size < 9000 else 2)]
+                    for sent in data:
+                        udp.sendto(sent, there.getsockname()[:2])
+                    for sent in data:
+                        received, mapped = there.recvfrom(1 << 16)
+                        self.assertEqual((received == sent, len(received), mapped[0]), (True, size, NEAR[version]))
+                        there.sendto(received, mapped)
+                    self.assertEqual([udp.recvfrom() for _ in data], [(sent, there.getsockname()[:2]) for sent in data])
+
+    def test_the_remote_is_on_the_other_host(self):
+        with self.proxy() as server:
+            with self.near(client.associate, ("127.0.0.1", server.port)) as udp:
+                udp.settimeout(PATIENCE_S)
+                udp.sendto(b"no way", ("203.0.113.9", 9))
+                for version in (4, 6):
+                    with self.subTest("IPv%d" % version), self.far(udp_socket, FAR[version]) as there:
+                        udp.sendto(b"there", there.getsockname()[:2])
+                        data, mapped = there.recvfrom(100)
+                        self.assertEqual((data, mapped[0]), (b"there", NEAR[version]))
+                        there.sendto(b"and back", mapped)
+                        self.assertEqual(udp.recvfrom(), (b"and back", there.getsockname()[:2]))
+            server.wait_line("why='dropped: 1 ENETUNREACH'")
+
+
+# ---- other people's programs -------------------------------------------------------------------------------------
+
+NODE_ASSOCIATE = """
+const { SocksClient } = require(process.argv[1] + '/socks');
+const dgram = require('dgram');
+const [proxy, port] = [Number(process.argv[2]), Number(process.argv[3])];
+const udp = dgram.createSocket('udp4');
+const client = new SocksClient({ proxy: { host: '127.0.0.1', port: proxy, type: 5 }, command: 'associate',
+                                 destination: { host: '0.0.0.0', port: 0 } });
+client.on('error', error => { console.error(error); process.exit(1); });
+client.on('established', info => {
+  udp.on('message', message => {
+    const frame = SocksClient.parseUDPFrame(message);
+    console.log(frame.remoteHost.host, frame.remoteHost.port, frame.data.toString());
+    process.exit(0);
+  });
+  const frame = SocksClient.createUDPFrame({ remoteHost: { host: '127.0.0.1', port }, data: Buffer.from('from node') });
+  udp.send(frame, info.remoteHost.port, info.remoteHost.host);
+});
+client.connect();
+"""
+
+SOCKSIFIED = """
+import socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.settimeout(%d)
+sock.sendto(b"from socksify", ("localhost", int(sys.argv[1])))
+data, (host, port) = sock.recvfrom(1000)
+print(host, port, data.decode())
+""" % PATIENCE_S
+
+
+def question(name):
+    """A DNS query for the name's A record, RFC 1035 section 4.1."""
+    labels = b"".join(bytes([len(label)]) + label for label in name.split(b"."))
+    return struct.pack("!6H", 0x1234, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack("!2H", 1, 1)
+
+
+class Programs(unittest.TestCase):
+    def output_of(self, *args, **kwargs):
+        done = subprocess.run(list(map(str, args)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE_S,
+                              universal_newlines=True, **kwargs)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout
+
+    def test_DNS(self):
+        dnsmasq = need_program(self, "dnsmasq")
+        port = closed_port()
+        process = subprocess.Popen(
+            [dnsmasq, "--keep-in-foreground", "--conf-file=/dev/null", "--port=%d" % port, "--listen-address=127.0.0.1",
+             "--bind-interfaces", "--no-resolv", "--no-hosts", "--user=", "--group=", "--pid-file=",
+             "--log-facility=-", "--address=/name.test/192.0.2.53"], stderr=subprocess.PIPE, text=True)
+        try:
+            with running() as server, associated(server) as udp:
+                self.assertIn("started", process.stderr.readline())
+                for host in ("127.0.0.1", "localhost"):
+                    with self.subTest(host):
+                        udp.sendto(question(b"name.test"), (host, port))
+                        answer, where = udp.recvfrom()
+                        self.assertEqual(where, ("127.0.0.1", port))
+                        self.assertEqual(struct.unpack_from("!4H", answer), (0x1234, 0x8580, 1, 1))
+                        self.assertEqual(answer[-4:], ip_address("192.0.2.53").packed)
+        finally:
+            process.kill()
+            process.communicate()
+
+    def test_node_socks(self):
+        node = need_program(self, "node")
+        modules = os.environ.get("SOCKS5_NODE_MODULES", "")
+        need(self, os.path.isdir(os.path.join(modules, "socks")), "Node's socks (in SOCKS5_NODE_MODULES)")
+        with running() as server, remote() as (host, port):
+            said = self.output_of(node, "-e", NODE_ASSOCIATE, modules, server.server_address[1], port)
+            self.assertEqual(said, "127.0.0.1 %d FROM NODE\n" % port)
+
+    def test_dante_socksify(self):
+        socksify = need_program(self, "socksify")
+        with running() as server, remote() as (host, port), tempfile.NamedTemporaryFile("w", suffix=".conf") as config:
+            # Dante goes directly to whatever is on a network of this host; a name it leaves to the proxy.
+            config.write("""resolveprotocol: fake
+                route {
+                from: 0.0.0.0/0 to: 0.0.0.0/0 via: 127.0.0.1 port = %d
+                protocol: udp
+                command: udpassociate
+                proxyprotocol: socks_v5
+                method: none
+                }
+                """ % server.server_address[1])
+            config.flush()
+            with session_line(self, server) as line:
+                said = self.output_of(socksify, sys.executable, "-c", SOCKSIFIED, port,
+                                      env=dict(os.environ, SOCKS_CONF=config.name))
+            self.assertEqual(said, "127.0.0.1 %d FROM SOCKSIFY\n" % port)
+            self.assertRegex(line[0], "cmd=UDP_ASSOCIATE.* up=13 down=13 ")
+
+
+if __name__ == "__main__":
+    unittest.main()
