@@ -53,7 +53,7 @@ class Hash:
         kind = kind or ("scrypt" if hasattr(hashlib, "scrypt") else "pbkdf2")
         cost = cost or ((SCRYPT_N, SCRYPT_R, SCRYPT_P) if kind == "scrypt" else (PBKDF2_ROUNDS,))
         salt = secrets.token_bytes(SALT_BYTES)
-        return cls(kind, cost, salt, derive(kind, cost, salt, password))
+        return cls(kind, cost, salt, derive(kind, cost, salt, closed(password)))
 
     @classmethod
     def parse(cls, text: str) -> Hash:
@@ -83,11 +83,16 @@ class Hash:
             raise ValueError("this Python has no scrypt: make the line again with --hash-password")
 
     def matches(self, password: bytes) -> bool:
-        return hmac.compare_digest(derive(self.kind, self.cost, self.salt, password, len(self.key)), self.key)
+        return hmac.compare_digest(derive(self.kind, self.cost, self.salt, closed(password), len(self.key)), self.key)
 
     def __str__(self) -> str:
         parts = [base64.b64encode(part).decode() for part in (self.salt, self.key)]
         return "$".join([self.kind, *map(str, self.cost), *parts])
+
+
+def closed(password: bytes) -> bytes:
+    """With its length behind it: HMAC fills keys up with NULs, so b"x" and b"x\\0" would be the same (RFC 2104 §2)."""
+    return password + len(password).to_bytes(2, "big")
 
 
 def derive(kind: str, cost: Tuple[int, ...], salt: bytes, password: bytes, size: int = KEY_BYTES) -> bytes:

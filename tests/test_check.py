@@ -3,6 +3,7 @@ import contextlib
 import io
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -15,7 +16,7 @@ from socks5.auth import Hash
 from socks5.check import report
 from socks5.cli import main
 from socks5.config import Config
-from tests.support import SCRIPT, closed_port, connect_through, run_cli, spawned, target
+from tests.support import PATIENCE_S, SCRIPT, closed_port, connect_through, run_cli, spawned, target
 
 OPEN = "warning: open proxy: everybody who reaches %s is let in without a password"
 
@@ -43,7 +44,8 @@ class Report(Case):
         for name, options, present, absent in (
                 ("plain", {}, ["would listen on 127.0.0.1:1080", "clients: this machine's own",
                                "users: nobody is asked for a password",
-                               "rules: the default ones, the first that matches decides", "  deny to 169.254.0.0/16", "  and what none of them matches is denied"], ["warning"]),
+                               "rules: the default ones, the first that matches decides", "  deny to 169.254.0.0/16",
+                               "  and what none of them matches is denied"], ["warning"]),
                 ("addresses", {"listen": ("127.0.0.1", "::1", "fe80::1%eth0", "::"), "open": True},
                  ["would listen on 127.0.0.1:1080", "would listen on [::1]:1080", "would listen on [fe80::1%eth0]:1080",
                   "would listen on [::]:1080", "clients: whoever reaches these addresses",
@@ -142,7 +144,8 @@ class HashPassword(Case):
 
     def test_not_these(self):
         for name, user, typed in (("nothing", "bob", b""), ("an empty line", "bob", b"\n"),
-                                  ("too long", "bob", b"x" * 256), ("a colon", "b:b", b"x\n"), ("a space", "b b", b"x\n"), ("a comment", "#b", b"x\n"),
+                                  ("too long", "bob", b"x" * 256), ("a colon", "b:b", b"x\n"),
+                                  ("a space", "b b", b"x\n"), ("a comment", "#b", b"x\n"),
                                   ("a long name", "b" * 256, b"x\n"), ("a newline", "b\nb", b"x\n")):
             with self.subTest(name):
                 status, out, err = self.hash_password(user, typed=typed)
@@ -154,13 +157,14 @@ class HashPassword(Case):
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs a terminal of its own")
     def test_on_a_terminal_twice_and_without_echo(self):
-        import pty                                          # where there is no fork, there is none
+        import pty                                          # not everywhere
         for name, typed, status in (("the same", ["bob", "secret", "secret"], 0),
                                     ("two", ["bob", "secret", "Secret"], 2)):
             with self.subTest(name):
-                child, fd = pty.fork()
-                if not child:
-                    os.execv(sys.executable, [sys.executable, str(SCRIPT), "--hash-password"])
+                fd, terminal = pty.openpty()
+                child = subprocess.Popen([sys.executable, str(SCRIPT), "--hash-password"], stdin=terminal,
+                                         stdout=terminal, stderr=terminal, start_new_session=True)
+                os.close(terminal)
                 shown = b""
                 for prompt, line in zip((b"user name: ", b"password: ", b"again: "), typed):
                     while prompt not in shown:
@@ -172,9 +176,8 @@ class HashPassword(Case):
                         shown += os.read(fd, 1000)
                 except OSError:                             # EIO: the other end is closed
                     pass
-                ended = os.waitpid(child, 0)[1]
                 os.close(fd)
-                self.assertEqual(os.WEXITSTATUS(ended), status)
+                self.assertEqual(child.wait(PATIENCE_S), status)
                 self.assertNotIn(b"ecret", before + shown)
                 if not status:
                     user, _, line = shown.decode().strip().rpartition("\n")[2].partition(":")
