@@ -77,6 +77,7 @@ class Server(ThreadingTCPServer):
         self._stopped.set()
         self._complained: Dict[str, float] = {}
         self._lock = threading.Lock()
+        self._serving = False                               # may threads go on to accept()? changes under the lock
         self._waiting = dict.fromkeys(self.listeners, 0)    # threads in accept()
         self._here = threading.local()                      # .accepted: this thread serves what it accepts
 
@@ -89,6 +90,7 @@ class Server(ThreadingTCPServer):
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
         """Serve until shutdown(). Calls service_actions() every poll_interval seconds at the least."""
         self._stopped.clear()
+        self._serving = True
         threading.stack_size(STACK_BYTES)
         if self.home:
             self.home.settle()
@@ -111,7 +113,8 @@ class Server(ThreadingTCPServer):
                         self._wakeup.recv(64)               # or serving again after shutdown() would spin
                 self.service_actions()
         finally:
-            self._stopping.set()
+            with self._lock:
+                self._serving = False
             self._release_spares()
             self._stopping.clear()
             self._stopped.set()
@@ -119,6 +122,8 @@ class Server(ThreadingTCPServer):
     def start_spare(self, listener: socket.socket) -> bool:
         """One more thread that waits in accept(); False when the system has none to give."""
         with self._lock:
+            if not self._serving:
+                return True                                 # nobody needs it any more
             self._waiting[listener] += 1
         try:
             threading.Thread(target=self.accept_loop, args=(listener,), daemon=True).start()
@@ -134,7 +139,7 @@ class Server(ThreadingTCPServer):
         while True:
             self.accept_from(listener)
             with self._lock:
-                if self._stopping.is_set() or self._waiting[listener] >= SPARES:
+                if not self._serving or self._waiting[listener] >= SPARES:
                     return
                 self._waiting[listener] += 1
 
@@ -203,7 +208,7 @@ class Server(ThreadingTCPServer):
                     self._waiting[listener] -= 1
                     last = not self._waiting[listener]
         try:
-            if SPARES and last and not self._stopping.is_set() and not self.start_spare(listener):
+            if SPARES and last and not self.start_spare(listener):
                 raise RuntimeError("can't start new thread")
             if self.verify_request(request, client_address):
                 self.process_request(request, client_address)
