@@ -468,6 +468,7 @@ class Package(unittest.TestCase):
     """Server is a socketserver class, and behaves as one."""
 
     def test_shutdown_from_another_thread(self):
+        before = threading.active_count()
         with socks5.Server(socks5.Config(port=0)) as server:
             host, port = server.server_address[:2]
             self.assertEqual((host, server.addresses), ("127.0.0.1", [address("127.0.0.1", port)]))
@@ -480,6 +481,7 @@ class Package(unittest.TestCase):
                 thread.join(PATIENCE_S)
                 self.assertFalse(thread.is_alive())
                 self.assertTrue(echoes(tunnel))                 # shutdown() ends the loop, server_close() the sessions
+            wait_until(lambda: threading.active_count() <= before, "no thread goes back to waiting for clients")
         self.assertTrue(refuses(port))
 
     def test_serving_again_after_shutdown(self):
