@@ -54,7 +54,8 @@ class ThroughOurServer(unittest.TestCase):
                     sock.sendall(b"x")
                     self.assertEqual(sock.recv(9), b"x")
             with self.subTest("wrong"), self.assertRaisesRegex(ProxyError, "refused the user name") as caught:
-                client.connect(server.server_address, there, ("frédéric", "other"))
+                with self.assertLogs("socks5", "WARNING"):
+                    client.connect(server.server_address, there, ("frédéric", "other"))
             self.assertIsNone(caught.exception.rep)
             with self.subTest("none"), self.assertRaisesRegex(ProxyError, "no method of ours; it may want user"):
                 client.connect(server.server_address, there)
