@@ -1,0 +1,365 @@
+"""connect: every REP happens for real, and addresses are raced."""
+import contextlib
+import errno
+import logging
+import os
+import socket
+import subprocess
+import time
+import unittest
+from ipaddress import ip_address
+from unittest import mock
+
+from socks5 import connect as module
+from socks5.codes import Cmd, Method, Rep
+from socks5.connect import connect, interleave
+from socks5.errors import RequestRefused
+from socks5.wire import Greeting, Reply, Request, Selection
+from tests import support
+
+try:
+    import resource
+except ImportError:
+    resource = None
+
+NAME = "name.test"          # of RFC 6761: nobody else resolves it
+real_getaddrinfo = socket.getaddrinfo
+
+
+def ips(*texts):
+    return [ip_address(text) for text in texts]
+
+
+def free_port(*hosts):
+    """A port on which nobody listens, on any of these addresses."""
+    while True:
+        port = support.closed_port(hosts[0])
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for host in hosts:
+                sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+                sock.bind((host, port))
+            return port
+
+
+@contextlib.contextmanager
+def silent(host, port):
+    """host:port says nothing to who connects, neither yes nor no: its backlog is full."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(family))
+        listener.bind((host, port))
+        listener.listen(0)
+        while True:
+            filler = stack.enter_context(socket.socket(family))
+            filler.settimeout(0.1)
+            try:
+                filler.connect((host, port))
+            except socket.timeout:
+                break
+        yield listener
+
+
+@contextlib.contextmanager
+def resolving(*addresses, name=NAME):
+    """While it lasts, `name` has these addresses, in this order; every other one is resolved as ever."""
+    def getaddrinfo(host, port, *args, **kwargs):
+        if host != name.encode():
+            return real_getaddrinfo(host, port, *args, **kwargs)
+        return [(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
+                for address in addresses]
+    with mock.patch.object(socket, "getaddrinfo", getaddrinfo):
+        yield
+
+
+class Log(logging.Handler):
+    """The facts of the sessions that have ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.facts = []
+
+    def emit(self, record):
+        if record.msg.startswith("session "):
+            self.facts.append(record.args)
+
+    def why(self):
+        support.wait_until(lambda: self.facts, "the session's line")
+        return self.facts[-1]["why"]
+
+    def __enter__(self):
+        self.log = logging.getLogger("socks5.handler")
+        self.level = self.log.level
+        self.log.setLevel(logging.INFO)
+        self.log.addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        self.log.removeHandler(self)
+        self.log.setLevel(self.level)
+
+
+def outcome(host, port, **options):
+    """(REP, why it says so in the log) of a CONNECT through a server with these options."""
+    with Log() as log, support.running(**options) as server, support.dial(server.server_address) as client:
+        support.negotiate(client)
+        reply = support.ask(client, Cmd.CONNECT, host, port)
+        if reply.rep != Rep.SUCCEEDED:
+            assert reply.bnd == support.address("0.0.0.0", 0), reply
+        client.close()
+        return reply.rep, log.why()
+
+
+class InterleaveTest(unittest.TestCase):
+    def test_families_in_turn(self):
+        cases = [("one", "a", "a"), ("IPv4 first", "ab12", "a1b2"), ("IPv6 first", "12ab", "1a2b"),
+                 ("mixed already", "a1b2", "a1b2"), ("more of the first", "abc1", "a1bc"),
+                 ("more of the other", "a123", "a123"), ("only IPv6", "123", "123"),
+                 ("first choice kept among many", "1a23b", "1a2b3")]
+        address = {"a": "192.0.2.1", "b": "192.0.2.2", "c": "192.0.2.3", "1": "2001:db8::1", "2": "2001:db8::2",
+                   "3": "2001:db8::3"}
+        for name, given, expected in cases:
+            with self.subTest(name):
+                self.assertEqual(interleave(ips(*(address[letter] for letter in given))),
+                                 ips(*(address[letter] for letter in expected)))
+
+
+class ConnectTest(unittest.TestCase):
+    """On loopback."""
+
+    def refused(self, addresses, port, timeout_s=support.PATIENCE_S, client=None):
+        with self.assertRaises(RequestRefused) as caught:
+            connect(addresses, port, timeout_s, client).close()
+        return caught.exception
+
+    def test_bnd_is_what_the_target_sees(self):
+        cases = [("IPv4", "127.0.0.1", "127.0.0.1"), ("IPv4 in an IPv6 coat", "::ffff:127.0.0.1", "127.0.0.1"),
+                 ("name", "localhost", "127.0.0.1")]
+        if support.HAS_IPV6:
+            cases.append(("IPv6", "::1", "::1"))
+        for name, host, listening in cases:
+            peers = []
+            with self.subTest(name), support.target(lambda sock: peers.append(sock.getpeername()), listening) as target:
+                with support.running() as server, support.dial(server.server_address) as client:
+                    support.negotiate(client)
+                    reply = support.ask(client, Cmd.CONNECT, host, target[1])
+                    self.assertEqual(support.read_to_end(client), b"")
+                    self.assertEqual(reply, Reply(Rep.SUCCEEDED, support.address(*peers[0][:2])))
+
+    def test_connection_refused(self):
+        for host in ["127.0.0.1", "localhost"] + ["::1"] * support.HAS_IPV6:
+            with self.subTest(host):
+                rep, why = outcome(host, free_port("127.0.0.1"))
+                self.assertEqual(rep, Rep.CONNECTION_REFUSED)
+                self.assertIn("ECONNREFUSED", why)
+
+    def test_a_name_that_does_not_resolve(self):
+        for host in ("name.invalid", b"127.0.0.1\0.name.invalid", b"a..b", b""):
+            with self.subTest(repr(host)), Log() as log, support.running() as server:
+                with support.dial(server.server_address) as client:
+                    support.negotiate(client)
+                    raw = host if isinstance(host, bytes) else host.encode()
+                    client.sendall(b"\5\1\0\3%c%b\0\x50" % (len(raw), raw))
+                    self.assertEqual(Reply.parse(support.reader_of(client)).rep, Rep.HOST_UNREACHABLE)
+                self.assertRegex(log.why(), "does not resolve|not a name")
+
+    def test_silence_is_a_time_out(self):
+        port = free_port("127.0.0.1")
+        with silent("127.0.0.1", port):
+            began = time.monotonic()
+            rep, why = outcome("127.0.0.1", port, connect_timeout=0.3)
+            self.assertEqual(rep, Rep.TTL_EXPIRED)
+            self.assertRegex(why, r"127\.0\.0\.1 silent for 0\.[3-9]|silent for [1-9]")
+            self.assertGreaterEqual(time.monotonic() - began, 0.3)
+
+    def test_out_of_descriptors(self):
+        support.need(self, resource and os.path.exists("/proc/self/fd"), "a descriptor limit")
+        with support.target() as target, support.running() as server, support.dial(server.server_address) as client:
+            support.negotiate(client)
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            lowest = os.dup(0)
+            os.close(lowest)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+            try:
+                reply = support.ask(client, Cmd.CONNECT, *target)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            self.assertEqual(reply.rep, Rep.GENERAL_FAILURE)
+
+    def test_a_family_that_this_machine_does_not_have(self):
+        """A family number that no kernel knows stands for IPv6 where it was left out: socket() says the same."""
+        with mock.patch.object(module, "family_of", lambda ip: 9999 if ip.version == 6 else socket.AF_INET):
+            exc = self.refused(ips("2001:db8::1"), 80)
+            self.assertEqual((exc.rep, exc.why.split()[1]), (Rep.ADDRESS_TYPE_NOT_SUPPORTED, "EAFNOSUPPORT"))
+            with support.target() as (host, port):
+                connect(ips("2001:db8::1", host), port, support.PATIENCE_S).close()
+            port = free_port("127.0.0.1")
+            with silent("127.0.0.1", port):
+                exc = self.refused(ips("2001:db8::1", "127.0.0.1"), port, 0.1)
+                self.assertEqual(exc.rep, Rep.TTL_EXPIRED, "the address that could have answered tells more")
+
+    def test_the_most_telling_failure_wins(self):
+        port = free_port("127.0.0.1", "127.0.0.2")
+        with silent("127.0.0.1", port):
+            for addresses in (["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.1"]):
+                with self.subTest("silent and refused: %s" % addresses):
+                    exc = self.refused(ips(*addresses), port, 0.4)
+                    self.assertEqual(exc.rep, Rep.CONNECTION_REFUSED)
+                    self.assertIn("127.0.0.2 ECONNREFUSED", exc.why)
+                    self.assertIn("127.0.0.1 silent", exc.why)
+
+    def test_the_next_begins_as_soon_as_one_fails(self):
+        with support.target(host="127.0.0.3") as (_, port):
+            addresses = ips("127.0.0.1", "127.0.0.2", "127.0.0.3")
+            with self.subTest("the only one under way"), mock.patch.object(module, "ATTEMPT_DELAY_S", 60):
+                connect(addresses, port, support.PATIENCE_S).close()
+            with self.subTest("one of two"), mock.patch.object(module, "ATTEMPT_DELAY_S", 0.5):
+                with silent("127.0.0.1", port):
+                    began = time.monotonic()
+                    connect(addresses, port, support.PATIENCE_S).close()
+                    self.assertLess(time.monotonic() - began, 0.95)
+
+    def test_a_dead_address_delays_a_live_one_little(self):
+        """PROTOCOL: within 400 ms of the plain time, and not by giving the first choice no chance."""
+        dead = "::1" if support.HAS_IPV6 else "127.0.0.2"
+        seconds = {}
+        with support.target() as (host, port), silent(dead, port), support.running() as server:
+            for addresses in ([host], [dead, host]):
+                with resolving(*addresses):
+                    began = time.monotonic()
+                    support.connect_through(server.server_address, NAME, port).close()
+                    seconds[len(addresses)] = time.monotonic() - began
+        self.assertLess(seconds[2] - seconds[1], 0.4)
+        self.assertGreaterEqual(seconds[2], 0.25)
+
+    def test_the_first_that_connects_wins_and_the_others_are_closed(self):
+        support.need(self, os.path.exists("/proc/self/fd"), "/proc")
+        with support.target(host="127.0.0.3") as (host, port), silent("127.0.0.1", port), silent("127.0.0.2", port):
+            before = support.descriptors()
+            with connect(ips("127.0.0.1", "127.0.0.2", host), port, support.PATIENCE_S) as winner:
+                self.assertEqual(winner.getpeername(), (host, port))
+                support.wait_until(lambda: support.descriptors() == before + 2, "it and the target's end are open")
+            self.refused(ips("127.0.0.1", "127.0.0.2"), port, 0.3)
+            support.wait_until(lambda: support.descriptors() == before, "nothing else is")
+
+    def test_a_client_that_resets_is_connected_for_no_longer(self):
+        with Log() as log, support.running(connect_timeout=600) as server:
+            port = free_port("127.0.0.1", "127.0.0.2")
+            with silent("127.0.0.1", port), silent("127.0.0.2", port), resolving("127.0.0.1", "127.0.0.2"):
+                client = support.dial(server.server_address)
+                support.negotiate(client)
+                client.sendall(Request(Cmd.CONNECT, support.address(NAME, port)).pack())
+                support.wait_until(lambda: any(session.cmd for session in server.sessions), "the request is read")
+                support.reset(client)
+                self.assertRegex(log.why(), "client left before .*127.0.0.1 silent")
+                self.assertEqual(log.facts[-1]["ended"], "client")
+
+    def test_a_client_that_has_said_all_is_still_connected_for(self):
+        with support.target() as (host, port), silent("127.0.0.2", port), support.running() as server:
+            with resolving("127.0.0.2", host), support.dial(server.server_address) as client:
+                client.sendall(Greeting(bytes([Method.NO_AUTHENTICATION])).pack()
+                               + Request(Cmd.CONNECT, support.address(NAME, port)).pack() + b"all that I have to say")
+                client.shutdown(socket.SHUT_WR)
+                read = support.reader_of(client)
+                Selection.parse(read)
+                self.assertEqual(Reply.parse(read).rep, Rep.SUCCEEDED)
+                self.assertEqual(support.read_to_end(client), b"all that I have to say")
+
+    def test_a_timeout_of_0_is_none(self):
+        with support.target() as (host, port), silent("127.0.0.2", port):
+            connect(ips("127.0.0.2", host), port, 0).close()
+
+
+class NetworkTest(support.TwoHosts, unittest.TestCase):
+    """On two hosts: what routers and neighbours say, or do not."""
+
+    SILENT = {4: "203.0.113.1", 6: "2001:db8:dead::1"}          # routed to the far host, which throws it away
+    NOBODY = {4: "198.51.100.77", 6: "2001:db8:51::77"}         # on the cable, but nobody has it
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        near, far = cls.names
+        lines = ["ip -n %s route add 203.0.113.0/24 via %s" % (near, support.FAR[4]),
+                 "ip -n %s -6 route add 2001:db8:dead::/64 via %s" % (near, support.FAR[6]),
+                 "ip -n %s route add blackhole 203.0.113.0/24" % far,
+                 "ip -n %s -6 route add blackhole 2001:db8:dead::/64" % far,
+                 "ip -n %s route add 192.0.2.0/24 via %s" % (near, support.FAR[4]),
+                 "ip netns exec %s sysctl -q net.ipv4.ip_forward=1" % far,
+                 "ip -n %s route add unreachable 192.0.2.0/25" % far,
+                 "ip -n %s route add prohibit 198.18.0.0/24" % near,
+                 # One probe for a neighbour after 50 ms, not 1 s.
+                 "ip netns exec %s sysctl -q net.ipv4.neigh.cable.retrans_time_ms=50" % near,
+                 "ip netns exec %s sysctl -q net.ipv6.neigh.cable.retrans_time_ms=50" % near]
+        try:
+            for line in lines if not cls.why_not else []:
+                subprocess.run(line.split(), check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as exc:
+            cls.why_not = str(getattr(exc, "stderr", None) or exc)
+
+    def setUp(self):
+        super().setUp()
+
+        def answers():
+            with socket.socket(socket.AF_INET6) as sock:
+                return sock.connect_ex((support.FAR[6], 80)) == errno.ECONNREFUSED
+        support.wait_until(lambda: self.near(answers), "IPv6 works on a cable that is new")
+
+    def test_each_failure(self):
+        cases = [("no route", "198.18.1.1", Rep.NETWORK_UNREACHABLE, "ENETUNREACH"),
+                 ("no route, IPv6", "2001:db8:99::1", Rep.NETWORK_UNREACHABLE, "ENETUNREACH"),
+                 ("no neighbour", self.NOBODY[4], Rep.HOST_UNREACHABLE, "EHOSTUNREACH"),
+                 ("no neighbour, IPv6", self.NOBODY[6], Rep.HOST_UNREACHABLE, "EHOSTUNREACH"),
+                 ("a router says that there is no such host", "192.0.2.1", Rep.HOST_UNREACHABLE, "EHOSTUNREACH"),
+                 ("refused by another host", support.FAR[4], Rep.CONNECTION_REFUSED, "ECONNREFUSED"),
+                 ("refused by another host, IPv6", support.FAR[6], Rep.CONNECTION_REFUSED, "ECONNREFUSED"),
+                 ("forbidden here", "198.18.0.1", Rep.NOT_ALLOWED, "EACCES"),
+                 ("no resolver", "name.invalid", Rep.HOST_UNREACHABLE, "does not resolve")]
+        for name, host, rep, words in cases:
+            with self.subTest(name):
+                self.assertEqual(self.near(outcome, host, 80)[0], rep)
+                self.assertIn(words, self.near(outcome, host, 80)[1])
+
+    def test_silence(self):
+        for version, host in self.SILENT.items():
+            with self.subTest("IPv%d" % version):
+                rep, why = self.near(outcome, host, 80, connect_timeout=0.3)
+                self.assertEqual(rep, Rep.TTL_EXPIRED)
+                self.assertIn("%s silent" % host, why)
+
+    def test_the_most_telling_failure_wins(self):
+        cases = [("unreachable before timed out", ["198.18.1.1", self.SILENT[4]], Rep.NETWORK_UNREACHABLE),
+                 ("refused before unreachable", ["198.18.1.1", support.FAR[4]], Rep.CONNECTION_REFUSED),
+                 ("the host before its network", ["198.18.1.1", self.NOBODY[4]], Rep.HOST_UNREACHABLE),
+                 ("in whatever order", [support.FAR[4], self.SILENT[4], "198.18.1.1"], Rep.CONNECTION_REFUSED)]
+        for name, addresses, rep in cases:
+            with self.subTest(name), resolving(*addresses):
+                self.assertEqual(self.near(outcome, NAME, 80, connect_timeout=0.8)[0], rep)
+
+    def test_a_dead_ipv6_address_delays_a_live_ipv4_one_little(self):
+        def seconds():
+            with support.target(host=support.NEAR[4]) as (host, port), support.running() as server:
+                for addresses in ([host], [self.SILENT[6], host]):
+                    with resolving(*addresses):
+                        began = time.monotonic()
+                        support.connect_through(server.server_address, NAME, port).close()
+                        yield time.monotonic() - began
+
+        plain, with_dead = self.near(lambda: list(seconds()))
+        self.assertLess(with_dead - plain, 0.4)
+        self.assertGreaterEqual(with_dead, 0.25)
+
+    def test_without_ipv6(self):
+        """Switched off, as on many servers: what has an IPv4 address as well does not notice."""
+        off = "ip netns exec %s sysctl -q net.ipv6.conf.all.disable_ipv6=%d"
+        subprocess.run((off % (self.names[0], 1)).split(), check=True)
+        self.addCleanup(subprocess.run, (off % (self.names[0], 0)).split(), check=True)
+        rep, why = self.near(outcome, support.FAR[6], 80)
+        self.assertIn(rep, (Rep.NETWORK_UNREACHABLE, Rep.GENERAL_FAILURE), why)         # ENETUNREACH, EADDRNOTAVAIL
+        with resolving(support.FAR[6], support.FAR[4]):
+            self.assertEqual(self.near(outcome, NAME, 80)[0], Rep.CONNECTION_REFUSED)
+
+    def test_a_descriptor_is_left_by_nobody(self):
+        with resolving(self.SILENT[6], self.SILENT[4], self.NOBODY[4], support.FAR[4], "198.18.1.1"):
+            before = support.descriptors()
+            self.near(outcome, NAME, 80, connect_timeout=1.2)
+            support.wait_until(lambda: support.descriptors() <= before, "all are closed")
