@@ -16,7 +16,7 @@ LEVELS = (
     "errors",
     "wire config",
     "waiting splice fragments datagrams",
-    "auth throttle rules resolve relay trace sessions",
+    "auth throttle rules resolve relay trace sessions home listening",
     "client connect bind udp",
     "handler",
     "server",
