@@ -55,7 +55,8 @@ def clean(name: bytes) -> Host:
             ascii_name = name.decode("utf-8").encode("idna")
     except UnicodeError:
         ascii_name = b""
-    if len(ascii_name) > 253 + 1 or not ASCII_NAME.fullmatch(ascii_name):   # 253 and the root's dot: RFC 1035 §2.3.4
+    letters = len(ascii_name) - ascii_name.endswith(b".")       # the root's dot does not count: RFC 1035 §2.3.4
+    if letters > 253 or not ASCII_NAME.fullmatch(ascii_name):
         raise RequestRefused(Rep.HOST_UNREACHABLE, "not a name to look up: %s" % text(name))
     return ascii_name
 
