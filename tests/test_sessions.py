@@ -2,13 +2,16 @@
 import contextlib
 import select
 import socket
+import threading
+import time
 import unittest
 from ipaddress import ip_address, ip_network
 from unittest import mock
 
 from socks5 import sessions
 from socks5.codes import Cmd, Rep
-from socks5.sessions import Full, Sessions
+from socks5.relay import Tunnel
+from socks5.sessions import Full, Session, Sessions
 from socks5.wire import Address
 from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, negotiate, reader_of, running,
                            target, wait_until)
@@ -170,6 +173,116 @@ class Deadline(Case):
         self.now += 1e9
         live.expire()
         self.assertFalse(self.shut(session))
+
+
+class Facts(Case):
+    def test_a_session_that_never_asked_for_anything(self):
+        session = self.admit(Sessions(9, 0))
+        self.assertEqual(Session.LINE % session.facts(), "session client=192.0.2.1:1 user=- cmd=- dst=- reached=- "
+                         "rep=- up=0 down=0 seconds=0.000 ended=- why=-")
+
+    def test_order_of_a_whole_line(self):
+        session = self.admit(Sessions(9, 0), "2001:db8::1")
+        session.user, session.cmd, session.dst = b"alice", "CONNECT", Address(b"example.com", 443)
+        session.reached, session.rep = Address(ip_address("192.0.2.9"), 443), "SUCCEEDED"
+        session.up, session.down, session.ended_by, session.why = 812, 40961, "remote", "remote: reset"
+        self.now += 1.25
+        self.assertEqual(Session.LINE % session.facts(), "session client=[2001:db8::1]:1 user='alice' cmd=CONNECT "
+                         "dst='example.com':443 reached=192.0.2.9:443 rep=SUCCEEDED up=812 down=40961 seconds=1.250 "
+                         "ended=remote why='remote: reset'")
+
+    def test_what_a_peer_chose_forges_no_line(self):
+        evil = [b"x\n2026 session client=1.2.3.4:5 user='root'", b"\r", b"\x1b[2J", b"\0", b"\xff\xfe", b"' up=1",
+                "\u2028\u202e\x85".encode(), b"%s%(client)s"]
+        for raw in evil:
+            with self.subTest(raw):
+                session = self.admit(Sessions(9, 0))
+                plain = Session.LINE % session.facts()
+                session.user, session.dst = raw, Address(raw, 1)
+                session.why = raw.decode("utf-8", "replace")
+                line = Session.LINE % session.facts()
+                self.assertTrue(line.isascii() and line.isprintable(), line)
+                self.assertEqual(len(line.splitlines()), 1)
+                for word in ("client", "user", "cmd", "dst", "reached", "rep", "up", "down", "seconds", "ended", "why"):
+                    self.assertIn(" %s=" % word, plain)
+                self.assertTrue(line.startswith("session client=192.0.2.1:1 user="), line)
+
+
+class Ending(Case):
+    def tunnelled(self, live):
+        """A session with a tunnel that runs in a thread, which ends it as a server's does; and its far ends."""
+        (mine, client), (near, remote) = (map(self.stack.enter_context, socket.socketpair()) for _ in range(2))
+        session = live.admit(mine, Address(ip_address("192.0.2.1"), 1))
+        tunnel = Tunnel(mine, near)
+        live.attach(session, tunnel)
+
+        def run():
+            tunnel.run()
+            live.detach(session)
+            near.close()
+            live.remove(mine)
+            mine.close()
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        for sock in (client, remote):
+            sock.settimeout(PATIENCE_S)
+        return session, client, remote, thread
+
+    def test_detach_keeps_what_the_tunnel_counted(self):
+        live = Sessions(9, 0)
+        session, client, remote, thread = self.tunnelled(live)
+        client.sendall(b"five!")
+        self.assertEqual(reader_of(remote)(5), b"five!")
+        remote.sendall(b"seven!!")
+        self.assertEqual(reader_of(client)(7), b"seven!!")
+        client.close()
+        remote.close()
+        thread.join(PATIENCE_S)
+        self.assertEqual((session.up, session.down, session.tunnel, len(live)), (5, 7, None, 0))
+        self.assertIn(session.ended_by, ("client", "remote"))
+
+    def test_detach_without_a_tunnel_keeps_the_reason(self):
+        live = Sessions(9, 0)
+        session = self.admit(live)
+        session.ended_by, session.why = "refused", "wrong user name or password"
+        live.detach(session)
+        self.assertEqual((session.ended_by, session.why), ("refused", "wrong user name or password"))
+
+    def test_abort_ends_every_session_in_whatever_state(self):
+        live = Sessions(9, 60)
+        negotiating, connecting = self.admit(live), self.admit(live)
+        live.negotiated(connecting)
+        session, client, remote, thread = self.tunnelled(live)
+        live.abort("server stopped")
+        self.assertTrue(self.shut(negotiating) and self.shut(connecting))
+        self.assertEqual((negotiating.ended_by, connecting.ended_by), ("server stopped",) * 2)
+        thread.join(PATIENCE_S)
+        self.assertFalse(thread.is_alive())
+        self.assertEqual((session.ended_by, list(live)), ("server stopped", [negotiating, connecting]))
+        self.assertEqual((client.recv(1), remote.recv(1)), (b"", b""))
+
+    def test_abort_when_a_client_has_gone_already(self):
+        live = Sessions(9, 60)
+        session = self.admit(live)
+        session.sock.close()
+        live.abort("server stopped")
+        self.assertEqual(session.ended_by, "server stopped")
+
+    def test_wait_empty(self):
+        live = Sessions(9, 0)
+        never, now = threading.Event(), threading.Event()
+        now.set()
+        real = time.monotonic
+        with mock.patch.object(sessions, "monotonic", real):
+            self.assertTrue(live.wait_empty(PATIENCE_S, never))
+            session = self.admit(live)
+            self.assertFalse(live.wait_empty(0.05, never), "time is over")
+            began = real()
+            self.assertFalse(live.wait_empty(PATIENCE_S, now), "hurry")
+            self.assertLess(real() - began, PATIENCE_S / 2)
+            gone = threading.Timer(0.05, live.remove, [session.sock])
+            gone.start()
+            self.assertTrue(live.wait_empty(PATIENCE_S, never), "the last one has gone")
 
 
 class Serving(unittest.TestCase):
