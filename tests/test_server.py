@@ -26,6 +26,8 @@ except ImportError:                     # Windows
     resource = None
 
 ANYBODY = Greeting(bytes([Method.NO_AUTHENTICATION])).pack()
+# For tests that look at the process that serves: all of the server in the one that was started.
+ALONE = ("-w", "1") if hasattr(socks5.Config, "workers") else ()
 HAS_PROC = os.path.isdir("/proc/self/fd")
 
 
@@ -192,7 +194,7 @@ class RunningOut(unittest.TestCase):
         """Accepting rests, says so once, and starts again; a tunnel that stands does not notice."""
         with contextlib.ExitStack() as stack:
             destination = stack.enter_context(target())
-            server = stack.enter_context(spawned("--max-sessions", 1000, preexec_fn=limited(64, 64)))
+            server = stack.enter_context(spawned(*ALONE, "--max-sessions", 1000, preexec_fn=limited(64, 64)))
             tunnel = stack.enter_context(connect_through(server.port, *destination))
             hogs = contextlib.ExitStack()
             stack.enter_context(hogs)
@@ -289,7 +291,7 @@ class RunningOut(unittest.TestCase):
 
     def test_soft_descriptor_limit_is_raised(self):
         hard = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-        with spawned(preexec_fn=limited(100, hard)) as server:
+        with spawned(*ALONE, preexec_fn=limited(100, hard)) as server:
             with open("/proc/%d/limits" % server.process.pid) as file:
                 self.assertRegex(file.read(), r"Max open files +%d +%d " % (hard, hard))
 
@@ -300,7 +302,7 @@ class RunningOut(unittest.TestCase):
         self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         with contextlib.ExitStack() as stack:
             destination = stack.enter_context(crowd_echo())
-            server = stack.enter_context(spawned("-q"))
+            server = stack.enter_context(spawned(*ALONE, "-q"))
             request = Request(Cmd.CONNECT, address(*destination)).pack()
             tunnels = []
             for _ in range(1100):
@@ -424,7 +426,8 @@ class NothingLeaks(unittest.TestCase):
         def hang_up(connection):
             reset(connection)
 
-        with target() as echo, target(hang_up) as resetting, spawned("-q", "--handshake-timeout", "0.5") as server:
+        with target() as echo, target(hang_up) as resetting, \
+                spawned(*ALONE, "-q", "--handshake-timeout", "0.5") as server:
             pid, port = server.process.pid, server.port
             ways = self.ways(port, echo, resetting)
 
