@@ -1,0 +1,85 @@
+"""lobby.py: whoever says nothing costs no thread, and is served as soon as it speaks."""
+import contextlib
+import select
+import socket
+import threading
+import unittest
+from unittest import mock
+
+from socks5 import listening, sessions
+from socks5.codes import Cmd, Rep
+from tests.support import PATIENCE_S, ask, connect_through, dial, negotiate, reset, running, target, threads, wait_until
+
+SILENT = 30
+
+
+@unittest.skipUnless(hasattr(select, "epoll") and hasattr(socket, "TCP_DEFER_ACCEPT"), "a Linux thing")
+class Lobby(unittest.TestCase):
+    def setUp(self):
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        # So that the silent ones reach accept() at once, not a second later.
+        self.stack.enter_context(mock.patch.object(listening, "DEFER_ACCEPT_S", 0))
+        self.logs = self.stack.enter_context(self.assertLogs("socks5", "INFO"))
+
+    def crowd(self, **options):
+        self.server = self.stack.enter_context(running(**options))
+        there = [self.stack.enter_context(dial(self.server.server_address)) for _ in range(SILENT)]
+        wait_until(lambda: len(self.server.sessions) == SILENT)
+        return there
+
+    def lines(self, text):
+        return sum(text in line for line in self.logs.output)
+
+    def test_they_cost_no_thread_and_are_served_when_they_speak(self):
+        destination = self.stack.enter_context(target())
+        before = threads()
+        crowd = self.crowd()
+        self.assertLess(threads() - before, SILENT)
+        for client in crowd:
+            negotiate(client)
+            self.assertEqual(ask(client, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
+
+    def test_who_leaves_is_gone(self):
+        for leave in (socket.socket.close, reset):
+            with self.subTest(leave.__name__):
+                self.logs.output.clear()
+                for client in self.crowd():
+                    leave(client)
+                wait_until(lambda: not len(self.server.sessions))
+                self.assertEqual(self.lines("ended=client why='client closed'"), SILENT)
+
+    def test_the_deadline_holds(self):
+        crowd = self.crowd(handshake_timeout=0.5)
+        for client in crowd:
+            self.assertEqual(client.recv(1), b"")
+        wait_until(lambda: self.lines("ended=handshake timeout why=-") == SILENT)
+
+    def test_who_must_make_room_is_gone(self):
+        self.stack.enter_context(mock.patch.object(sessions, "GRACE_S", 0.0))
+        destination = self.stack.enter_context(target())
+        self.crowd(max_sessions=SILENT, handshake_timeout=0)
+        with connect_through(self.server.server_address, *destination):
+            wait_until(lambda: self.lines("ended=still negotiating, when others came why=-") == 1)
+
+    def test_the_end_of_the_server_is_theirs(self):
+        crowd = self.crowd()
+        self.server.shutdown()
+        self.assertEqual(self.server.drain(PATIENCE_S), 0)
+        for client in crowd:
+            self.assertEqual(client.recv(1), b"")
+        self.assertEqual(self.lines("ended=server stopped why=-"), SILENT)
+
+    def test_no_thread_for_who_speaks(self):
+        crowd = self.crowd()
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            for client in crowd:
+                client.sendall(b"\5\1\0")
+                with contextlib.suppress(ConnectionError):
+                    self.assertEqual(client.recv(1), b"")
+        wait_until(lambda: not len(self.server.sessions))
+        self.assertEqual(self.lines("WARNING:socks5.server:no thread for a client"), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
