@@ -52,7 +52,8 @@ class Association:
 
     def __init__(self, control: socket.socket, client: str, ports: Tuple[int, ...], advertise: Sequence[str],
                  names: Names, permit: Callable[[IP, int, Host], bool],
-                 rules: Callable[[], object] = lambda: None) -> None:
+                 rules: Callable[[], object] = lambda: None,
+                 overhear: Optional[Callable[[socket.socket], socket.socket]] = None) -> None:
         self.control = control
         self.client = client
         self.ports = ports
@@ -82,6 +83,8 @@ class Association:
             self._inside = bound(family_of(here), str(here), ports, sockaddr[2:] if here.version == 6 else ())
         except OSError as exc:
             raise RequestRefused(rep_of(exc), "no socket for the client's datagrams: %s" % exc) from None
+        if overhear:                                        # trace.py's
+            self._inside = overhear(self._inside)
         self._watch(self._inside, self._from_client)
         self.bnd = Address(advertised(advertise, here), self._inside.getsockname()[1])
 
@@ -112,16 +115,12 @@ class Association:
                 self._serve[fd]()
             if self._moved:
                 idle_at, self._moved = now + (idle_s or FOREVER), False
-            elif not ready:
-                self._rest(now, idle_at)
-
-    def _rest(self, now: float, idle_at: float) -> None:
-        """Nothing came: what is not needed any more?"""
-        self._view, self._buffer = memoryview(b""), bytearray()
-        if now >= self._fragments.deadline:
-            self._fragments.drop()
-        if now >= idle_at:
-            self.ended_by = "idle"
+            elif now >= idle_at:
+                self.ended_by = self.ended_by or "idle"
+            if now >= self._fragments.deadline:
+                self._fragments.drop()
+            if not ready:
+                self._view, self._buffer = memoryview(b""), bytearray()
 
     def summary(self) -> str:
         """What was dropped, in words; "" if nothing was."""
@@ -194,7 +193,7 @@ class Association:
             except OSError as exc:
                 self.dropped[name_of(exc)] += 1
                 continue
-            if run and (size != length or sender != before):
+            if run and size != length:
                 self._down(run, length)
                 run = []
             if sender != before:
