@@ -230,7 +230,9 @@ class RunningOut(unittest.TestCase):
 
             with self.subTest(errno.errorcode[number]), mock.patch.object(socket.socket, "accept", accept), \
                     self.assertLogs("socks5") as logs, running() as server:
-                while troubles:
+                served = 0
+                while troubles or not served:
+                    served += 1
                     with dial(server.server_address) as client:
                         client.sendall(ANYBODY + b"\x05\x09\x00\x01" + bytes(6))
                         self.assertEqual(read_to_end(client), b"\x05\x00" + Reply(Rep.COMMAND_NOT_SUPPORTED).pack())
