@@ -28,6 +28,7 @@ from .support import (
     negotiate, reset, running, spawned, threads, wait_until)
 
 MOST = 65507                        # of a UDP datagram over IPv4: 65,535 less the headers
+IP_RECVERR = 11                     # linux/in.h
 HEADER = 10                         # of ours, with an IPv4 address
 FAMILIES = ["127.0.0.1"] + ["::1"] * HAS_IPV6
 ALONE = ("-w", "1") if hasattr(socks5.Config, "workers") else ()        # what /proc is asked about is one process
@@ -232,6 +233,31 @@ class Bursts(unittest.TestCase):
             run()
             self.assertEqual([there.recv(100), there.recv(100)], [b"", b"the end"])
             self.assertEqual(association.summary(), "dropped: %d bad header" % len(whole))
+
+    def test_errors_that_a_socket_reports_are_counted_and_no_more(self):
+        """As BSD and Windows do unasked: what was sent to a closed port makes the next recvfrom() fail."""
+        with udp_socket() as there, self.association() as (association, sock, run):
+            dst, nobody = address(*there.getsockname()), address("127.0.0.1", closed_port())
+            association._toward(socket.AF_INET).setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
+            sock.send(Datagram(nobody, b"anybody?").pack())
+            run()
+            wait_until(lambda: association.dropped)
+            sock.send(Datagram(dst, b"hello").pack())
+            there.sendto(b"hello", there.recvfrom(100)[1])
+            self.assertEqual(Datagram.parse(sock.recv(100)), Datagram(dst, b"hello"))
+            self.assertEqual(association.summary(), "dropped: 1 ECONNREFUSED")
+
+    def test_what_is_remembered_is_bounded(self):
+        with patch("socks5.udp.REMEMBERED", 2), contextlib.ExitStack() as stack:
+            remotes = [stack.enter_context(udp_socket()) for _ in range(5)]
+            association, sock, run = stack.enter_context(self.association())
+            run()
+            for _ in range(3):
+                for there in remotes:
+                    sock.send(Datagram(address(*there.getsockname()), b"hello").pack())
+                    there.sendto(b"hello", there.recvfrom(100)[1])
+                    self.assertEqual(Datagram.parse(sock.recv(100)).dst, address(*there.getsockname()))
+            self.assertEqual((len(association._routes), len(association._headers)), (2, 2))
 
     def test_order_is_kept_whatever_leads_there(self):
         with udp_socket() as there, self.association() as (association, sock, run):
