@@ -166,12 +166,12 @@ class Bursts(unittest.TestCase):
     """What lies in the socket before the association looks at it is taken in one go."""
 
     @contextlib.contextmanager
-    def association(self, **options):
+    def association(self, idle_s=0):
         """One that does not run before run() is called: (it, its client's socket, run)."""
         with socket.create_server(("127.0.0.1", 0)) as listener, dial(listener.getsockname()) as control:
             with listener.accept()[0] as ours, udp_socket() as sock:
                 with Association(ours, "127.0.0.1", (), (), Names(), lambda *_: True) as association:
-                    thread = threading.Thread(target=association.run, args=(0,), daemon=True)
+                    thread = threading.Thread(target=association.run, args=(idle_s,), daemon=True)
                     sock.connect((str(association.bnd.host), association.bnd.port))
                     try:
                         yield association, sock, thread.start
@@ -246,6 +246,29 @@ class Bursts(unittest.TestCase):
             there.sendto(b"hello", there.recvfrom(100)[1])
             self.assertEqual(Datagram.parse(sock.recv(100)), Datagram(dst, b"hello"))
             self.assertEqual(association.summary(), "dropped: 1 ECONNREFUSED")
+
+    def test_idle_is_without_datagrams_either_way(self):
+        for direction in ("up", "down"):
+            clock = [1000.0]
+            with self.subTest(direction), patch("socks5.udp.monotonic", lambda: clock[0]), udp_socket() as there:
+                with self.association(idle_s=100) as (association, sock, run), udp_socket("127.0.0.2") as stranger:
+                    run()
+                    dst = address(*there.getsockname())
+                    sock.send(Datagram(dst, b"hello").pack())
+                    mapped = there.recvfrom(100)[1]
+                    for _ in range(5):
+                        clock[0] += 90
+                        if direction == "up":
+                            sock.send(Datagram(dst, b"still here").pack())
+                            self.assertEqual(there.recv(100), b"still here")
+                        else:
+                            there.sendto(b"still here", mapped)
+                            self.assertEqual(Datagram.parse(sock.recv(100)).data, b"still here")
+                    self.assertEqual(association.ended_by, "")
+                    clock[0] += 101
+                    stranger.sendto(b"wake up", sock.getpeername())         # which does not count
+                    wait_until(lambda: association.ended_by)
+                    self.assertEqual(association.ended_by, "idle")
 
     def test_what_is_remembered_is_bounded(self):
         with patch("socks5.udp.REMEMBERED", 2), contextlib.ExitStack() as stack:
@@ -611,22 +634,6 @@ class TheEnd(unittest.TestCase):
                     end(udp, server)
                     wait_until(lambda: is_free(udp.relay), timeout=PATIENCE_S)
                 self.assertIn(words, line[0])
-
-    def test_idle_is_without_datagrams_either_way(self):
-        never = threading.Event()
-        with running(udp_idle_timeout=1.0) as server, udp_socket() as there:
-            for direction in ("up", "down"):
-                with self.subTest(direction), associated(server) as udp:
-                    udp.sendto(b"hello", there.getsockname())
-                    mapped = there.recvfrom(100)[1]
-                    for _ in range(6):
-                        never.wait(0.25)                            # well beyond 1 s in all
-                        if direction == "up":
-                            udp.sendto(b"still here", there.getsockname())
-                            self.assertEqual(there.recv(100), b"still here")
-                        else:
-                            there.sendto(b"still here", mapped)
-                            self.assertEqual(udp.recvfrom()[0], b"still here")
 
     def test_strangers_do_not_keep_it_alive(self):
         with running(udp_idle_timeout=0.3) as server, udp_socket("127.0.0.2") as stranger:
