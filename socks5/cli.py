@@ -11,10 +11,12 @@ import sys
 import threading
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
-from . import __version__
-from .auth import line_for
+from . import __version__, home, listening, workers
+from .auth import Users, line_for
 from .check import report, warnings
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+from .resolve import address_of
+from .rules import Rules
 from .server import Server
 
 EXIT_USAGE = 2
@@ -49,6 +51,7 @@ def build_parser() -> Parser:
                                                help=text)
         else:
             groups[meta["group"]].add_argument(*meta["flags"], dest=item.name, action="append", metavar=meta["metavar"],
+                                               nargs="?" if meta["bare"] else None, const=meta["bare"] or None,
                                                help=text)
     groups["access"].add_argument("--hash-password", metavar="NAME", nargs="?", const="", help="ask for a password, or "
                                   "read a line from a pipe, print the line for the users FILE, and end")
@@ -120,34 +123,47 @@ def configure_logging(level: int) -> None:
 def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
     try:
-        server = Server(config)
-    except ConfigError as exc:                              # in a users or rules file
+        rules = Rules(config)
+        Users(config)                                       # a bad file ends it here, before anything listens
+        listeners = listening.open_all(config.listen, config.port)
+    except ConfigError as exc:
         return fail(str(exc))
     except OSError as exc:
         return fail("cannot listen on %s: %s" % (exc.filename, exc.strerror or exc.args[0]))
-    hurry = threading.Event()
+    for warning in warnings(config, rules):
+        logging.getLogger(__name__).warning(warning)
 
-    def on_signal(_number: int, _frame: Any) -> None:
+    def ready() -> None:                                    # whoever reads this may send a signal at once
+        for listener in listeners:
+            say("listening on %s" % address_of(listener.getsockname()))
+
+    count = workers.number(config.workers)
+    if count > 1:
+        workers.Supervisor(config, listeners, count).run(ready)
+    else:
+        with Server(config, listeners=listeners, home=home.make()) as server:
+            hurry = obey_signals(server)
+            ready()
+            workers.run(server, hurry)
+    return 0
+
+
+def obey_signals(server: Server) -> threading.Event:
+    """Of a server that is alone. The event that is set when a stop is asked for twice."""
+    hurry = threading.Event()
+    stopping: List[bool] = []
+
+    def stop(_number: int, _frame: Any) -> None:
         if stopping:
             hurry.set()
         stopping.append(True)
         server.stop()
 
-    stopping: List[bool] = []
-    with server:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
-        if hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, lambda _number, _frame: server.reload_soon())
-        for warning in warnings(config, server.rules):
-            logging.getLogger(__name__).warning(warning)
-        for address in server.addresses:
-            say("listening on %s" % address)
-        server.serve_forever()
-        aborted = server.drain(config.drain_timeout, hurry)
-        if aborted:
-            logging.getLogger(__name__).warning("stopped with %d sessions cut off", aborted)
-    return 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda _number, _frame: server.reload_soon())
+    return hurry
 
 
 def hash_password(name: str) -> int:

@@ -30,6 +30,10 @@ def count(text: str) -> int:
     return _number(int, text, 1 << 31, "a whole number from 0")
 
 
+def workers(text: str) -> int:
+    return 0 if text == "auto" else _number(int, text, 256, "a number of processes from 1 to 256, or auto")
+
+
 def port(text: str) -> int:
     return _number(int, text, 65535, "a port from 0 to 65535")
 
@@ -118,12 +122,12 @@ def credentials(text: str) -> Tuple[str, str]:
 
 
 def option(default: Any, flags: str, kind: Callable[[str], Any], group: str, help: str, *, metavar: str = "",
-           why: str = "", many: bool = False, secret: bool = False) -> Any:
+           why: str = "", many: bool = False, secret: bool = False, bare: str = "") -> Any:
     """A Config field. `flags` as on the command line, the long one last; `why` is where the default comes from; a
-    `secret` is not in repr(config)."""
+    `secret` is not in repr(config); `bare` is what the flag means without a value, "" where it needs one."""
     return field(default=default, repr=not secret, metadata={
         "flags": tuple(flags.split()), "kind": kind, "group": group, "help": help, "metavar": metavar, "why": why,
-        "many": many})
+        "many": many, "bare": bare})
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,10 @@ class Config:
     udp_ports: Tuple[int, ...] = option(
         (), "--udp-ports", port_range, "leaving", metavar="A-B",
         help="ports for UDP ASSOCIATE, two or three for each client at a time, instead of any")
+    workers: int = option(
+        0, "-w --workers", workers, "running", metavar="N|auto",
+        help="server processes; 0 or auto is one for each CPU, up to 4, and 1 where there is no fork",
+        why="threads of one process take turns at running Python; measured on 2 CPUs, two carry half as many again")
     max_sessions: int = option(
         0, "--max-sessions", count, "limits", metavar="N",
         help="most clients at once; 0 is what the descriptor limit carries",
@@ -195,6 +203,9 @@ class Config:
     drain_timeout: float = option(
         5.0, "--drain-timeout", seconds, "limits", metavar="S", help="for sessions to finish after SIGTERM or SIGINT",
         why="inside the 10 s that `docker stop` allows")
+    trace: str = option(
+        "", "--trace", path, "watching", metavar="FILE", bare="-",
+        help="show every message of every session, field by field, on standard error, or append it to FILE")
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what cannot be served, or must not be without being asked for."""

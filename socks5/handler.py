@@ -10,18 +10,19 @@ import socket
 from functools import partial
 from ipaddress import ip_address
 from socketserver import StreamRequestHandler
-from time import monotonic
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Set
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Set, Type
 
 from . import auth
 from .bind import Rendezvous, expected
 from .codes import Cmd, Method, Rep
 from .connect import connect
 from .errors import ProtocolError, RequestRefused, rep_of
+from .inbox import Inbox, linger
 from .relay import Tunnel
 from .resolve import IP, address_of, name_in, resolve
 from .rules import Asker
 from .sessions import Session
+from .trace import M, Sent
 from .udp import Association
 from .waiting import new_poll
 from .wire import UNSPECIFIED, VER, Address, Greeting, Host, Login, LoginStatus, Reply, Request, Selection, text
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
-LINGER_S = 1.0              # how long we read away what still comes after a refusal,
-LINGER_BYTES = 1 << 16      # and how much of it
 TOLD = 10                   # rules that one association may name in the log
 
 SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
@@ -41,38 +39,6 @@ HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnectio
              b"This is a SOCKS5 proxy, not an HTTP proxy or web server.\n"
              b"Point the program at it with socks5h://HOST:PORT (curl: --socks5-hostname HOST:PORT;\n"
              b"Firefox: Settings, Network Settings, SOCKS Host, SOCKS v5, Proxy DNS when using SOCKS v5).\n")
-
-
-class Inbox:
-    """What the client sends, exactly as much as is asked for; the rest stays for the tunnel."""
-
-    __slots__ = ("sock", "held")
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.held = b""
-
-    def read(self, size: int) -> bytes:
-        """Exactly `size` bytes. Raises EOFError when the client closes before."""
-        while len(self.held) < size:
-            self.held += self._receive()
-        piece, self.held = self.held[:size], self.held[size:]
-        return piece
-
-    def first(self) -> int:
-        """The next byte, which stays to be read."""
-        self.held = self.held or self._receive()
-        return self.held[0]
-
-    def rest(self) -> bytes:
-        piece, self.held = self.held, b""
-        return piece
-
-    def _receive(self) -> bytes:
-        data = self.sock.recv(READ_BYTES)       # one call a message, not one a field
-        if not data:
-            raise EOFError("client closed")
-        return data
 
 
 class Handler(StreamRequestHandler):
@@ -88,6 +54,8 @@ class Handler(StreamRequestHandler):
         self.inbox = Inbox(self.connection)
         self.session = self.server.sessions[self.request]
         self.told: Set[str] = set()             # rules that a line in the log has named
+        trace = self.server.trace
+        self.story = trace.begin(self.session.number, self.session.client) if trace else None
 
     def handle(self) -> None:
         """Serve the client until either side is done.                                   RFC 1928 §3 to §6"""
@@ -95,7 +63,7 @@ class Handler(StreamRequestHandler):
         try:
             self.negotiate()                                    # §3 METHOD, then its sub-negotiation
             try:
-                request = Request.parse(self.inbox.read)        # §4
+                request = self.take(Request)                   # §4
                 self.server.sessions.negotiated(session)
                 session.cmd, session.dst = request.cmd.name, request.dst
                 session.step("request", cmd=session.cmd, dst=str(request.dst))
@@ -104,16 +72,29 @@ class Handler(StreamRequestHandler):
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
                 session.ended_by, session.why = "refused", exc.why
                 self.reply(exc.rep)
-                self.linger()
+                linger(self.connection)
         except ProtocolError as exc:
             session.ended_by, session.why = "refused", str(exc)
-            self.linger()
+            linger(self.connection)
         except (EOFError, OSError) as exc:                      # the client's doing, not our bug
             if not session.ended_by:                            # else we shut it down: that, not the EOF, is why
                 session.ended_by, session.why = "client", str(getattr(exc, "strerror", None) or exc)
 
     def finish(self) -> None:
-        log.info(Session.LINE, self.session.facts())
+        facts = self.session.facts()
+        log.info(Session.LINE, facts)
+        if self.story:
+            self.story.end(facts)
+
+    def take(self, kind: Type[M]) -> M:
+        """The client's next message."""
+        return self.story.take(kind, self.inbox.read) if self.story else kind.parse(self.inbox.read)
+
+    def send(self, message: Sent) -> None:
+        """One message of ours."""
+        if self.story:
+            self.story.sent(message, self.session.why)
+        self.connection.sendall(message if isinstance(message, bytes) else message.pack())
 
     # ---- §3: the method, and who is it? ---------------------------------------------------------------------------
 
@@ -121,11 +102,11 @@ class Handler(StreamRequestHandler):
         """Agree on a METHOD and run its sub-negotiation. Raises ProtocolError when there is nothing to agree on."""
         if self.inbox.first() != VER:
             self.explain()
-        offered = Greeting.parse(self.inbox.read).methods
+        offered = self.take(Greeting).methods
         methods = self.server.methods
         method = auth.choose(offered, methods)
         self.session.step("method", offered=offered.hex() or "-", chosen="%02x" % method)
-        self.connection.sendall(Selection(method).pack())
+        self.send(Selection(method))
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
         self.session.user = methods[method](self)
@@ -134,10 +115,10 @@ class Handler(StreamRequestHandler):
         """Whoever does not speak SOCKS5 is told so in its own language, where we know it."""
         first = self.inbox.first()
         if first == 0x04:
-            self.connection.sendall(SOCKS4_REFUSAL)
+            self.send(SOCKS4_REFUSAL)
             raise ProtocolError("a SOCKS4 client")
         if 0x41 <= first <= 0x5A:                               # a capital letter: GET, CONNECT, ...
-            self.connection.sendall(HTTP_HELP)
+            self.send(HTTP_HELP)
             raise ProtocolError("an HTTP client")
         raise ProtocolError("a TLS client" if first == 0x16 else "not SOCKS: first byte 0x%02x" % first)
 
@@ -146,7 +127,7 @@ class Handler(StreamRequestHandler):
 
     def username_password(self) -> Optional[bytes]:
         """RFC 1929: one try. The name that was let in."""
-        login, session, server = Login.parse(self.inbox.read), self.session, self.server
+        login, session, server = self.take(Login), self.session, self.server
         who = login.uname, login.passwd
         right, late_s = server.throttle.judge(session.origin, server.users.attempt(*who),
                                               partial(server.users.check, *who))
@@ -155,10 +136,10 @@ class Handler(StreamRequestHandler):
                         {"client": str(session.client.host), "user": text(login.uname)})
             session.user = login.uname
             self.pause(late_s)
-            self.connection.sendall(LoginStatus(0x01).pack())
+            self.send(LoginStatus(0x01))
             raise ProtocolError("wrong user name or password")
         session.step("login", user=text(login.uname))
-        self.connection.sendall(LoginStatus(0x00).pack())
+        self.send(LoginStatus(0x00))
         return login.uname
 
     # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
@@ -195,7 +176,8 @@ class Handler(StreamRequestHandler):
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
         config, session = self.server.config, self.session
         with Association(self.connection, str(session.client.host), config.udp_ports, config.advertise,
-                         self.server.names, self.permits_datagram, lambda: self.server.rules) as association:
+                         self.server.names, self.permits_datagram, lambda: self.server.rules,
+                         self.story.overhear if self.story else None) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             association.run(config.udp_idle_timeout)
             session.up, session.down = association.up, association.down
@@ -261,7 +243,7 @@ class Handler(StreamRequestHandler):
 
     def reply(self, rep: Rep, bnd: Address = UNSPECIFIED) -> None:
         self.session.rep = rep.name
-        self.connection.sendall(Reply(rep, bnd).pack())
+        self.send(Reply(rep, bnd))
 
     def pause(self, seconds: float) -> None:
         """Wait; not for one who has left, or been shut down."""
@@ -269,20 +251,6 @@ class Handler(StreamRequestHandler):
             poll = new_poll()
             poll.register(self.connection.fileno(), 0)          # what is told unasked: a hang-up, an error
             poll.poll(seconds * 1000)
-
-    def linger(self) -> None:
-        """Read away what still comes: closing on unread input sends RST, which can destroy the answer on its way."""
-        deadline, left = monotonic() + LINGER_S, LINGER_BYTES
-        try:
-            self.connection.shutdown(socket.SHUT_WR)
-            while left > 0 and deadline > monotonic():
-                self.connection.settimeout(max(deadline - monotonic(), 0.001))
-                received = len(self.connection.recv(READ_BYTES))
-                if not received:
-                    break
-                left -= received
-        except OSError:                                         # a time-out, or gone: nothing more to wait for
-            pass
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Request], None]] = {

@@ -1,9 +1,9 @@
 """Which CPU the Python threads of this process live on.
 
-Only one thread runs Python code at a time, the one that holds the GIL, and it lets go at every system call. On several
+Only one thread runs Python code at a time, the one that holds the GIL, and it lets go at every system call. On many
 CPUs each of these moments wakes a thread on another CPU: some 25 hand-overs make one small connection cost three times
-what it costs on one CPU. So threads that run Python stay on one, their home; a thread that turns to bulk work, where the
-kernel moves the bytes, takes all CPUs back. A free-threaded Python has no need of this.
+what it costs on one CPU. So threads that run Python stay on one, their home; a thread that turns to bulk work, where
+the kernel moves the bytes, takes all CPUs back. A free-threaded Python has no need of this.
 """
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ CROWDED = 0.3               # of the home's time goes to others,
 BETTER = 0.2                # and another CPU is this much less busy: twice in a row, and we move
 
 
+def has_gil() -> bool:
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+
+
 def needed() -> bool:
     """Whether there is a GIL, a choice, and a way to choose."""
-    gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    return bool(gil) and hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1
+    return has_gil() and hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1
 
 
 class Home:

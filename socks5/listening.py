@@ -16,7 +16,8 @@ except ImportError:                     # Windows has no such limit
 BACKLOG = 4096                          # Linux's own most since 5.4 (net.core.somaxconn)
 DEFER_ACCEPT_S = 1                      # Linux: until the greeting is there, a silent client costs no thread
 REUSE_ADDRESS = os.name == "posix"      # elsewhere it would share the port with whoever comes
-SPARE_DESCRIPTORS = 64 + (splice.DESCRIPTORS if splice.available else 0)    # listeners, log, resolver, kernel pipes
+SPARE_DESCRIPTORS = 80 + (splice.DESCRIPTORS if splice.available else 0)    # listeners, threads in accept() (each has
+                                        # one in hand), log, resolver, kernel pipes
 DESCRIPTORS_PER_SESSION = 2
 
 

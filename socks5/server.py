@@ -14,14 +14,15 @@ from socketserver import BaseServer, ThreadingTCPServer
 from time import monotonic, sleep
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
 
-from . import listening
+from . import listening, trace
 from .auth import Users
 from .config import Config, ConfigError
 from .handler import ANYBODY, BY_PASSWORD, Handler
 from .home import Home
+from .lobby import Lobby
 from .resolve import Names, address_of, ip_of, subscriber
 from .rules import Rules
-from .sessions import Full, Sessions
+from .sessions import Counts, Full, Sessions
 from .throttle import Throttle
 from .waiting import READ, new_poll
 from .wire import Address
@@ -56,17 +57,21 @@ class Server(ThreadingTCPServer):
     request_queue_size = listening.BACKLOG
 
     def __init__(self, config: Optional[Config] = None, handler: Type[Handler] = Handler,
-                 listeners: Sequence[socket.socket] = (), home: Optional[Home] = None) -> None:
-        """`listeners` are open already where several processes share them; `home` is the CPU to stay on."""
+                 listeners: Sequence[socket.socket] = (), home: Optional[Home] = None,
+                 counts: Optional[Counts] = None) -> None:
+        """`listeners` are open already where several processes share them; `home` is the CPU to stay on, and
+        `counts` what they know of one another's sessions."""
         self.config = config or Config()
         self.home = home
         self.users, self.rules = Users(self.config), Rules(self.config)
+        self.trace = trace.opened(self.config.trace)
         self.throttle = Throttle()
         self.names = Names()
         self.methods = dict(BY_PASSWORD if self.users else ANYBODY)
         listening.raise_descriptor_limit()
-        self.sessions = Sessions(self.config.max_sessions or listening.session_limit(), self.config.handshake_timeout,
-                                 self.config.max_per_client, self.config.max_negotiating)
+        self.sessions = Sessions(self.config.max_sessions or float("inf"), self.config.handshake_timeout,
+                                 self.config.max_per_client, self.config.max_negotiating, counts,
+                                 float("inf") if self.config.max_sessions else listening.session_limit())
         self.listeners = list(listeners) or listening.open_all(self.config.listen, self.config.port)
         self._wakeup, self._waker = socket.socketpair()
         self.socket = self.listeners[0]
@@ -79,6 +84,7 @@ class Server(ThreadingTCPServer):
         self._lock = threading.Lock()
         self._serving = False                               # may threads go on to accept()? changes under the lock
         self._waiting = dict.fromkeys(self.listeners, 0)    # threads in accept()
+        self.lobby = Lobby(self) if SPARES else None        # whoever says nothing yet
         self._here = threading.local()                      # .accepted: this thread serves what it accepts
 
     @property
@@ -96,6 +102,8 @@ class Server(ThreadingTCPServer):
             self.home.settle()
         poll = new_poll()
         poll.register(self._wakeup.fileno(), READ)
+        if self.lobby:
+            poll.register(self.lobby.fileno(), READ)
         by_fd = {listener.fileno(): listener for listener in self.listeners}
         for fd, listener in by_fd.items():
             listener.setblocking(bool(SPARES))
@@ -109,8 +117,10 @@ class Server(ThreadingTCPServer):
                 for fd, _events in poll.poll(poll_interval * 1000):
                     if fd in by_fd:
                         self.accept_from(by_fd[fd])
-                    else:
+                    elif fd == self._wakeup.fileno():
                         self._wakeup.recv(64)               # or serving again after shutdown() would spin
+                    elif self.lobby:
+                        self.lobby.let_out()
                 self.service_actions()
         finally:
             with self._lock:
@@ -210,10 +220,10 @@ class Server(ThreadingTCPServer):
         try:
             if SPARES and last and not self.start_spare(listener):
                 raise RuntimeError("can't start new thread")
-            if self.verify_request(request, client_address):
-                self.process_request(request, client_address)
-            else:
+            if not self.verify_request(request, client_address):
                 self.shutdown_request(request)
+            elif not (self.lobby and self.lobby.enter(request, client_address)):
+                self.process_request(request, client_address)
         except (RuntimeError, MemoryError, OSError) as exc:
             self.complain("no thread for a client, which is closed: %s", exc)
             self.shutdown_request(request)
@@ -284,6 +294,8 @@ class Server(ThreadingTCPServer):
     def drain(self, timeout_s: float, hurry: Optional[threading.Event] = None) -> int:
         """Stop listening, give sessions timeout_s to finish, then abort the rest. How many were aborted."""
         listening.close_all(self.listeners)
+        if self.lobby:
+            self.lobby.close()
         if self.sessions.wait_empty(timeout_s, hurry or threading.Event()):
             return 0
         aborted = len(self.sessions)

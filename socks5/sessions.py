@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import mmap
 import socket
 import threading
 from time import monotonic
@@ -68,26 +69,77 @@ class Full(Exception):
     """There is no room for one more session."""
 
 
+class Counts:
+    """How many sessions there are, in all and of an origin: this process's own, and what the others have."""
+
+    def __init__(self, shared: Shared, row: int) -> None:
+        self.number = row
+        self.processes = shared.rows
+        self._shared = shared
+        self._at = row * Shared.ROW
+
+    def add(self, origin: Hashable, change: int) -> None:
+        for place in (0, self._place(origin)):
+            self._shared.table[self._at + place] += change
+
+    def live(self) -> int:
+        return self._sum(0)
+
+    def of(self, origin: Hashable) -> int:
+        return self._sum(self._place(origin))
+
+    def clear(self) -> int:
+        """The process has died: how many sessions it had."""
+        lost = int(self._shared.table[self._at])
+        for place in range(Shared.ROW):
+            self._shared.table[self._at + place] = 0
+        return lost
+
+    def _sum(self, place: int) -> int:
+        return sum(self._shared.table[place::Shared.ROW])
+
+    @staticmethod
+    def _place(origin: Hashable) -> int:
+        """Two origins may meet in one place, by chance but not on purpose: Python's hash of a text is keyed."""
+        return 1 + hash(str(origin)) % Shared.ORIGINS
+
+
+class Shared:
+    """Counters in memory that forked processes share. Each writes to its own row, and reads the sum of all."""
+
+    ORIGINS = 16384
+    ROW = 1 + ORIGINS
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.table = memoryview(mmap.mmap(-1, 4 * rows * self.ROW)).cast("I")
+
+    def row(self, which: int) -> Counts:
+        return Counts(self, which)
+
+
 class Sessions:
     """The live sessions, by their client's socket.
 
-    most              of them at once
+    most              of them at once, in all processes; and `most_here`, in this one
     most_per_origin   of these from one origin, 0 for any number; an origin is who shares one limit: an IPv4 address, an
                       IPv6 /64
     most_negotiating  before their request. Beyond it, and when there is no room at all, the origin with most of them
                       loses the one that has been at it longest: silence crowds out nobody but the silent.
     """
 
-    def __init__(self, most: int, handshake_s: float, most_per_origin: int = 0, most_negotiating: int = 0) -> None:
+    def __init__(self, most: float, handshake_s: float, most_per_origin: int = 0, most_negotiating: int = 0,
+                 counts: Optional[Counts] = None, most_here: float = float("inf")) -> None:
         self.most = most
+        self.most_here = most_here
         self.handshake_s = handshake_s
         self.most_per_origin = most_per_origin
         self.most_negotiating = most_negotiating
-        self._numbers = itertools.count(1)
+        self._counts = counts or Shared(1).row(0)
+        self._numbers = itertools.count(1 + self._counts.number, self._counts.processes)
         self._lock = threading.Lock()
         self._live: Dict[socket.socket, Session] = {}
         self._negotiating: Dict[Session, None] = {}     # the oldest, whose deadline comes first, first
-        self._live_of: Dict[Hashable, int] = {}         # by origin
         self._negotiating_of: Dict[Hashable, Dict[Session, None]] = {}
         self._leaving = 0                               # shut down to make room, and not gone yet
 
@@ -105,16 +157,17 @@ class Sessions:
         """A new session. Raises Full when there is no room for it."""
         session = Session(next(self._numbers), client, client.host if origin is None else origin, sock)
         with self._lock:
-            mine = self._live_of.get(session.origin, 0)
+            mine = self._counts.of(session.origin) if self.most_per_origin else 0
             if 0 < self.most_per_origin <= mine:
                 raise Full("max-per-client %d reached by %s" % (self.most_per_origin, session.origin))
             if 0 < self.most_negotiating <= len(self._negotiating):
                 self._make_room()
-            full = len(self._live) - min(self._leaving, LEAVING) >= self.most
+            leaving = min(self._leaving, LEAVING)
+            full = (len(self._live) - leaving >= self.most_here or self._counts.live() - leaving >= self.most)
             if full and not (self._leaving < LEAVING and self._make_room()):
-                raise Full("max-sessions %d reached" % self.most)
+                raise Full("max-sessions %d reached" % min(self.most, self.most_here))
             self._live[sock] = session
-            self._live_of[session.origin] = mine + 1
+            self._counts.add(session.origin, 1)
             self._negotiating[session] = None
             self._negotiating_of.setdefault(session.origin, {})[session] = None
         return session
@@ -149,9 +202,7 @@ class Sessions:
             if session:
                 self._settle(session)
                 self._leaving -= session.leaving
-                self._live_of[session.origin] -= 1
-                if not self._live_of[session.origin]:
-                    del self._live_of[session.origin]
+                self._counts.add(session.origin, -1)
 
     def negotiated(self, session: Session) -> None:
         """The request is here: the handshake's deadline no longer holds."""

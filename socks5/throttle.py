@@ -42,6 +42,7 @@ class Throttle:
         self._clock = clock
         self._lock = threading.Lock()
         self._records: Dict[Hashable, Record] = {}  # the one that failed longest ago first
+        self.tell: Optional[Callable[..., None]] = None     # other processes: origin, failures, last, until
 
     def judge(self, origin: Hashable, attempt: bytes, check: Callable[[], bool]) -> Tuple[bool, float]:
         """Whether check() lets it in, and how many seconds the answer is to be held back.
@@ -81,6 +82,7 @@ class Throttle:
             others = record.pending.pop(attempt, 1) - 1
             if others:
                 record.pending[attempt] = others
+            known = record.failures
             if right:
                 record.failures, record.until = 0, 0.0
             elif right is not None and not others:
@@ -93,5 +95,19 @@ class Throttle:
                 self._records[origin] = record
                 if len(self._records) > ADDRESSES:
                     del self._records[next(iter(self._records))]
+            if self.tell and record.failures != known:
+                self.tell(origin, record.failures, record.last, record.until)
             late = 0 if right is not False else record.failures - LATE_AFTER
             return LATE_S * 2 ** (min(late, REFUSE_AFTER - LATE_AFTER) - 1) if late > 0 else 0.0
+
+    def learn(self, origin: Hashable, failures: int, last: float, until: float) -> None:
+        """What another process, whose clock is the same, holds against an origin; no failures clear it."""
+        with self._lock:
+            record = self._records.pop(origin, None) or Record()
+            if failures:
+                failures, last, until = max(failures, record.failures), max(last, record.last), max(until, record.until)
+            record.failures, record.last, record.until = failures, last, until
+            if record.failures or record.pending:
+                self._records[origin] = record
+                if len(self._records) > ADDRESSES:
+                    del self._records[next(iter(self._records))]

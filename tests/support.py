@@ -19,7 +19,7 @@ from socks5.wire import Address, Greeting, Login, LoginStatus, Reply, Request, S
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "socks5_server.py"
-PATIENCE_S = 20             # for what should happen at once: long, because machines are slow, and never waited for in vain
+PATIENCE_S = 20             # for what should happen at once: long, because machines are slow
 HAS_IPV6 = False
 with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as _probe:
     _probe.bind(("::1", 0))
@@ -48,7 +48,8 @@ class Spawned:
     def __init__(self, *args, env=None, python=sys.executable, script=SCRIPT, cwd=None, prefix=(), preexec_fn=None):
         self.process = subprocess.Popen(
             [*prefix, python, str(script), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, cwd=cwd, preexec_fn=preexec_fn, env=dict(os.environ, PYTHONUNBUFFERED="1", **(env or {})))
+            stderr=subprocess.PIPE, text=True, cwd=cwd, preexec_fn=preexec_fn,
+            env=dict(os.environ, PYTHONUNBUFFERED="1", **(env or {})))
         self.lines, self.log = [], []
         self._news = threading.Condition()
         self._readers = [threading.Thread(target=self._read, args=pair, daemon=True)
@@ -65,7 +66,7 @@ class Spawned:
             self._news.notify_all()
 
     def wait_line(self, pattern, lines=None, timeout=PATIENCE_S):
-        """The match of the first line that has `pattern`, waiting for it to be written; on stderr if not told otherwise."""
+        """The match of the first line that has `pattern`, waiting for it; on stderr if not told otherwise."""
         lines = self.log if lines is None else lines
         deadline = time.monotonic() + timeout
         with self._news:
@@ -75,7 +76,8 @@ class Spawned:
                     if found:
                         return found
                 if self.process.poll() is not None and not any(reader.is_alive() for reader in self._readers):
-                    raise AssertionError("ended with %s before %r: %s" % (self.process.returncode, pattern, self.lines + self.log))
+                    raise AssertionError("ended with %s before %r: %s" % (
+                        self.process.returncode, pattern, self.lines + self.log))
                 if not self._news.wait(min(1, max(0, deadline - time.monotonic()))) and time.monotonic() > deadline:
                     raise AssertionError("no line has %r: %s" % (pattern, self.lines + self.log))
 
@@ -104,9 +106,12 @@ class Spawned:
 
 @contextlib.contextmanager
 def spawned(*args, **kwargs):
-    """Our server as a process, listening; ended at the end. `-p 0` unless a port is among the arguments."""
+    """Our server as a process, listening; ended at the end. `-p 0` unless a port is among the arguments, and `-w 1`, so
+    that its descriptors and threads are those of the process that serves, unless told otherwise."""
     if "-p" not in args:
         args = ("-p", "0", *args)
+    if "-w" not in args:
+        args = ("-w", "1", *args)
     server = Spawned(*args, **kwargs)
     try:
         server.wait_line("listening on", server.lines)
@@ -253,7 +258,7 @@ def closed_port(host="127.0.0.1"):
 # ---- waiting, counting, skipping ---------------------------------------------------------------------------------
 
 def wait_until(condition, what="", timeout=PATIENCE_S):
-    """For what tells nobody when it happens (a count in /proc): look again and again. AssertionError after `timeout`."""
+    """For what tells nobody when it happens (a count in /proc): look again. AssertionError after `timeout`."""
     deadline = time.monotonic() + timeout
     never = threading.Event()
     while not condition():

@@ -1,11 +1,13 @@
 """auth.py: which METHOD is picked, and who is let in."""
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import re
 import socket
 import tempfile
+import textwrap
 import threading
 import unittest
 from ipaddress import ip_address
@@ -20,7 +22,7 @@ from socks5.errors import ProtocolError
 from socks5.handler import Handler
 from socks5.resolve import subscriber
 from socks5.wire import Greeting, Login, LoginStatus, Reply, Request, Selection
-from tests.support import (PATIENCE_S, address, connect_through, dial, read_to_end, reader_of, reset, run_cli, running,
+from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, read_to_end, reader_of, reset, run_cli, running,
                            spawned, target, wait_until)
 
 ANYBODY = (Method.NO_AUTHENTICATION,)
@@ -454,24 +456,26 @@ class TheLogLine(unittest.TestCase):
             self.assertNotIn("never shown", "\n".join(server.log))
 
 
+def readme_example(word):
+    """What the Python block of README.rst defines that has `word` in it."""
+    blocks = (ROOT / "README.rst").read_text(encoding="utf-8").split(".. code-block:: python\n")[1:]
+    block = next(block for block in blocks if word in block)
+    lines = itertools.takewhile(lambda line: not line.strip() or line.startswith(" "), block.split("\n"))
+    names = {"__name__": "readme"}
+    exec(textwrap.dedent("\n".join(lines)), names)
+    return names
+
+
 class OtherMethods(unittest.TestCase):
     """A program that embeds the package brings a method of its own; README.rst shows it."""
 
     def test_a_private_one(self):
-        def by_token(handler):
-            """METHOD 80: one byte for the length, then a token. The user's name, or ProtocolError."""
-            token = handler.inbox.read(handler.inbox.read(1)[0])
-            name = {b"opensesame": b"alibaba"}.get(token)
-            handler.connection.sendall(b"\x01" if name else b"\x00")
-            if name is None:
-                raise ProtocolError("wrong token")
-            return name
-
+        by_token = readme_example("def by_token")["by_token"]
         with target() as destination, running(user=(("bob", "x"),)) as server, \
                 self.assertLogs("socks5", "INFO") as logs:
             server.methods = {0x80: by_token, **server.methods}
             with self.subTest("right"), dial(server.server_address) as client:
-                client.sendall(Greeting(b"\x02\x80").pack() + b"\x0aopensesame"
+                client.sendall(Greeting(b"\x02\x80").pack() + b"\x0bopen sesame"
                                + Request(Cmd.CONNECT, address(*destination)).pack() + b"early")
                 read = reader_of(client)
                 self.assertEqual(read(3), b"\x05\x80\x01")

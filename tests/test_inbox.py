@@ -1,0 +1,67 @@
+"""inbox.py: exactly as much as is asked for, nothing lost, and a parting that does not destroy the answer."""
+import socket
+import threading
+import unittest
+
+from socks5 import inbox
+from socks5.inbox import Inbox, linger
+from tests.support import PATIENCE_S, read_to_end
+
+
+class Reading(unittest.TestCase):
+    def setUp(self):
+        self.theirs, ours = socket.socketpair()
+        self.addCleanup(self.theirs.close)
+        self.addCleanup(ours.close)
+        self.inbox = Inbox(ours)
+
+    def test_exactly_what_is_asked_for(self):
+        self.theirs.sendall(b"abcdef")
+        self.assertEqual([self.inbox.read(size) for size in (1, 0, 3)], [b"a", b"", b"bcd"])
+        self.assertEqual(self.inbox.rest(), b"ef")
+        self.assertEqual(self.inbox.rest(), b"")
+
+    def test_the_first_byte_stays(self):
+        self.theirs.sendall(b"abc")
+        self.assertEqual([self.inbox.first(), self.inbox.first(), self.inbox.read(3)], [0x61, 0x61, b"abc"])
+
+    def test_the_end(self):
+        self.theirs.sendall(b"ab")
+        self.theirs.close()
+        self.assertRaises(EOFError, self.inbox.read, 3)
+        self.assertEqual(self.inbox.rest(), b"ab", "what came is not lost")
+        self.assertRaises(EOFError, self.inbox.first)
+
+
+class Parting(unittest.TestCase):
+    def setUp(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.theirs = socket.create_connection(listener.getsockname(), PATIENCE_S)
+            self.ours = listener.accept()[0]
+        self.addCleanup(self.theirs.close)
+        self.addCleanup(self.ours.close)
+
+    def test_unread_input_does_not_destroy_the_answer(self):
+        self.theirs.sendall(bytes(10000))
+        self.theirs.shutdown(socket.SHUT_WR)
+        self.ours.sendall(b"answer")
+        linger(self.ours)
+        self.ours.close()
+        self.assertEqual(read_to_end(self.theirs), b"answer")
+
+    def test_neither_for_ever_nor_without_end(self):
+        for name, limit, said in (("in time", "LINGER_S", b""), ("in bytes", "LINGER_BYTES", bytes(100))):
+            with self.subTest(name):
+                before = getattr(inbox, limit)
+                self.addCleanup(setattr, inbox, limit, before)
+                setattr(inbox, limit, 0.01)
+                self.theirs.sendall(said)
+                thread = threading.Thread(target=linger, args=(self.ours,), daemon=True)
+                thread.start()
+                thread.join(PATIENCE_S)
+                self.assertFalse(thread.is_alive())
+                setattr(inbox, limit, before)
+
+
+if __name__ == "__main__":
+    unittest.main()

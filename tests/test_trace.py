@@ -1,0 +1,447 @@
+"""trace.py: what is shown is what passed, whoever reads along learns no password, and nobody suffers from it."""
+import contextlib
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+from unittest import mock
+from pathlib import Path
+
+from socks5 import client, trace
+from socks5.codes import Cmd, Rep
+from socks5.trace import DOWN, UP, Story, Trace
+from socks5.wire import (BytesReader, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection)
+from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, need, read_to_end, run_cli, running, spawned,
+                           target, wait_until)
+
+ALICE = ("alice", "correct horse")
+ROW = re.compile(r"#\d+   ([0-9a-f*]{2}(?: [0-9a-f*]{2})*) +(\S+)?")
+MESSAGES = [
+    (UP, Greeting(b"\0\2")), (DOWN, Selection(2)), (UP, Login(b"alice", b"correct horse")), (DOWN, LoginStatus(0)),
+    (UP, Request(Cmd.CONNECT, address("example.com", 443))), (UP, Request(Cmd.BIND, address("2001:db8::1", 21))),
+    (DOWN, Reply(Rep.SUCCEEDED, address("192.0.2.1", 1234))), (UP, Datagram(address("192.0.2.53", 53), b"", 1)),
+]
+
+
+def story(colour=False, number=1):
+    """A Story, and the list in which its blocks arrive."""
+    blocks = []
+    told = Story(Trace(lambda block: blocks.append(block.decode("ascii")), colour), number, address("192.0.2.9", 5))
+    blocks.clear()
+    return told, blocks
+
+
+def rows(text):
+    """[name, hex] of each field that is shown, long ones joined."""
+    found = []
+    for digits, name in ROW.findall(text):
+        if name:
+            found.append([name, digits])
+        else:
+            found[-1][1] += " " + digits
+    return found
+
+
+class Shown(unittest.TestCase):
+    def test_every_field_of_every_message_with_its_bytes(self):
+        for way, message in MESSAGES:
+            with self.subTest(type(message).__name__):
+                told, blocks = story()
+                if way == DOWN:
+                    told.sent(message)
+                elif isinstance(message, Datagram):
+                    told.datagram(way, message.pack(), ("192.0.2.9", 5))
+                else:
+                    self.assertEqual(told.take(type(message), BytesReader(message.pack() + b"tail")), message)
+                self.assertEqual(len(blocks), 1)
+                self.assertIn(way, blocks[0].split("\n")[0])
+                self.assertRegex(blocks[0].split("\n")[0], r"%s.*\(RFC 19\d\d section \d\)$" % type(message).__name__)
+                shown = rows(blocks[0])
+                self.assertEqual([name for name, _ in shown], [field.name for field in type(message).LAYOUT])
+                if not isinstance(message, Login):
+                    self.assertEqual(bytes.fromhex("".join(digits for _, digits in shown)), message.pack())
+
+    def test_a_long_field_is_cut(self):
+        told, blocks = story()
+        told.take(Request, BytesReader(Request(Cmd.CONNECT, address(b"a" * 200, 443)).pack()))
+        self.assertIn("... and 137 bytes more", blocks[0])
+        self.assertLess(max(map(len, blocks[0].split("\n"))), 260)
+        self.assertEqual(blocks[0].count("61 61 61"), 8)
+
+    def test_neither_the_password_nor_its_length(self):
+        for passwd in (b"s3cret", b"\x77" * 119):
+            told, blocks = story()
+            told.take(Login, BytesReader(Login(b"alice", passwd).pack()))
+            self.assertNotIn(passwd.hex(" ") if sys.version_info >= (3, 8) else "", blocks[0])
+            self.assertNotIn("%02x  " % len(passwd), blocks[0])
+            self.assertNotIn(str(len(passwd)), blocks[0])
+            self.assertEqual(rows(blocks[0])[-2:], [["PLEN", "**"], ["PASSWD", "**"]])
+
+    def test_no_password_of_a_message_that_is_cut_or_wrong(self):
+        for name, raw in (("cut", Login(b"alice", b"s3cret").pack()[:-1]), ("wrong", b"\5" + Login(b"a", b"s3cret").pack()[1:])):
+            with self.subTest(name):
+                told, blocks = story()
+                with self.assertRaises(Exception):
+                    told.take(Login, BytesReader(raw))
+                self.assertNotIn(b"s3cre".hex(" "), blocks[0])
+
+    def test_peer_chosen_text_forges_no_line(self):
+        told, blocks = story()
+        told.take(Login, BytesReader(Login(b"a\n#1 the end\r\x1b[31m\xff", b"x").pack()))
+        told.take(Request, BytesReader(Request(Cmd.CONNECT, address(b"a\n#9 x", 1)).pack()))
+        text = "".join(blocks)
+        self.assertTrue(all(line.startswith("#1 ") for line in text.splitlines()))
+        self.assertNotIn("\x1b", text)
+        self.assertNotIn("\n#1 the end", text)
+
+    def test_what_is_cut_or_wrong_is_shown_as_far_as_it_came(self):
+        for name, kind, raw, fields, words in (
+                ("cut", Greeting, b"\5\3\0", ["VER", "NMETHODS"], "there it ends"),
+                ("version", Login, b"\5\1a\1b", ["VER"], "expected 0x01"),
+                ("command", Request, b"\5\x09\0\1\1\2\3\4\0\5", ["VER", "CMD", "RSV", "ATYP", "DST.ADDR", "DST.PORT"],
+                 "CMD 0x09"),
+                ("address type", Request, b"\5\1\0\2", ["VER", "CMD", "RSV", "ATYP"], "ATYP 0x02")):
+            with self.subTest(name):
+                told, blocks = story()
+                with self.assertRaises(Exception):
+                    told.take(kind, BytesReader(raw))
+                self.assertEqual([field for field, _ in rows(blocks[0])], fields)
+                self.assertIn(words, blocks[0])
+
+    def test_every_refusal_in_plain_words_and_why(self):
+        for rep in list(Rep)[1:]:
+            with self.subTest(rep.name):
+                told, blocks = story()
+                told.sent(Reply(rep), "rules:3 says so")
+                self.assertRegex(blocks[0], "that is: .{20}")
+                self.assertIn("why: rules:3 says so", blocks[0])
+
+    def test_both_replies_of_bind_and_the_first_of_the_others(self):
+        for cmd, tunnel in ((Cmd.CONNECT, [True]), (Cmd.BIND, [False, True]), (Cmd.UDP_ASSOCIATE, [False])):
+            with self.subTest(cmd.name):
+                told, blocks = story()
+                told.take(Request, BytesReader(Request(cmd, address("0.0.0.0", 0)).pack()))
+                for _ in tunnel:
+                    told.sent(Reply(Rep.SUCCEEDED))
+                self.assertEqual(["tunnel: " in block for block in blocks[1:]], tunnel)
+                self.assertEqual(len({re.search("that is: .*", block).group() for block in blocks[1:]}), len(tunnel))
+
+
+class Colour(unittest.TestCase):
+    def test_only_on_a_terminal_that_wants_it(self):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        for name, stream, environment, wanted in (
+                ("terminal", Terminal(), {}, True), ("NO_COLOR", Terminal(), {"NO_COLOR": "1"}, False),
+                ("NO_COLOR empty", Terminal(), {"NO_COLOR": ""}, True), ("dumb", Terminal(), {"TERM": "dumb"}, False),
+                ("a file", io.StringIO(), {}, False)):
+            with self.subTest(name), mock.patch.dict(os.environ, dict({"TERM": "xterm"}, **environment)):
+                if "NO_COLOR" not in environment:
+                    os.environ.pop("NO_COLOR", None)
+                self.assertEqual(trace.colourful(stream), wanted)
+
+    def test_the_same_words_with_and_without(self):
+        (plain, black), (painted, coloured) = story(), story(True)
+        for told in (plain, painted):
+            told.take(Greeting, BytesReader(b"\5\1\0"))
+            told.sent(Reply(Rep.NOT_ALLOWED))
+        self.assertNotIn("\033", "".join(black))
+        self.assertIn("\033[", "".join(coloured))
+        self.assertEqual(re.sub(r"\033\[\d+m", "", "".join(coloured)), "".join(black))
+
+    def test_a_real_terminal(self):
+        pty = None
+        with contextlib.suppress(ImportError):
+            import pty
+        need(self, pty, "a pseudo-terminal")
+        master, slave = pty.openpty()
+        env = {name: text for name, text in os.environ.items() if name != "NO_COLOR"}
+        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", "--trace"], stderr=slave,
+                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=dict(env, TERM="xterm"))
+        os.close(slave)
+        seen = b""
+        try:
+            port = int(process.stdout.readline().rpartition(b":")[2])
+            with target() as destination, client.connect(("127.0.0.1", port), destination):
+                pass
+            while b"the end" not in seen:
+                seen += os.read(master, 4096)
+        finally:
+            process.terminate()
+            process.communicate(timeout=PATIENCE_S)
+            os.close(master)
+        self.assertIn(b"\033[1m", seen)
+
+
+# ---- whole sessions, and what README.rst teaches with them -------------------------------------------------------
+
+def connect_by_name(proxy):
+    with target() as (_, port), client.connect(proxy, ("localhost", port)) as sock:
+        sock.sendall(b"hello")
+        sock.shutdown(socket.SHUT_WR)
+        assert read_to_end(sock) == b"hello"
+
+
+def bind_and_be_called(proxy):
+    with client.bind(proxy) as waiting, socket.create_connection(waiting.bnd, PATIENCE_S) as peer:
+        sock, _ = waiting.accept(PATIENCE_S)
+        with sock:
+            peer.sendall(b"a file of 23 bytes, say")
+            peer.shutdown(socket.SHUT_WR)
+            assert read_to_end(sock) == b"a file of 23 bytes, say"
+
+
+def ask_by_datagram(proxy):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server, client.associate(proxy) as udp:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(PATIENCE_S)
+        udp.settimeout(PATIENCE_S)
+        udp.sendto(b"question", server.getsockname())
+        _, sender = server.recvfrom(100)
+        server.sendto(b"the answer", sender)
+        assert udp.recvfrom()[0] == b"the answer"
+
+
+def log_in_wrongly(proxy):
+    with contextlib.suppress(client.ProxyError):
+        client.connect(proxy, ("127.0.0.1", 80), ("alice", "a guess")).close()
+
+
+def nobody_listens(proxy):
+    with contextlib.suppress(client.ProxyError):
+        client.connect(proxy, ("127.0.0.1", closed_port())).close()
+
+
+# `.. trace: NAME` in README.rst: what the client does, and the options of the server.
+SCENES = {
+    "connect": (connect_by_name, {}),
+    "bind": (bind_and_be_called, {}),
+    "udp": (ask_by_datagram, {}),
+    "refused login": (log_in_wrongly, {"user": (ALICE,)}),
+    "refused request": (nobody_listens, {}),
+}
+
+
+def perform(name):
+    """The trace of one scene, as the program prints it today."""
+    act, options = SCENES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace")
+        with running(trace=str(path), **options) as server:
+            act(server.server_address[:2])
+            wait_until(lambda: "the end after" in path.read_text(encoding="ascii"), "the end in %s" % path)
+        return path.read_text(encoding="ascii")
+
+
+def in_readme(text):
+    """{name: trace} of the blocks that a comment `.. trace: NAME` announces."""
+    found = {}
+    for name, block in re.findall(r"(?m)^\.\. trace: (.+)\n\n?(?:\.\. code-block:: \w+|::)\n\n((?:(?: +.*)?\n)+)", text):
+        found[name] = "".join(line.strip() + "\n" for line in block.strip().split("\n"))
+    return found
+
+
+def lasting(text):
+    """Without what differs from run to run: ports, but for 0, are counted by their first turn; times; numbers of sessions."""
+    ports = {}
+
+    def port(digits):
+        return "P%d" % ports.setdefault(int(digits), len(ports) + 1) if int(digits) else "0"
+
+    def row(found):
+        raw, name, digits = found.groups()
+        told = int(raw.replace(" ", ""), 16)
+        return "%s %s port %s" % (raw if told != int(digits) or not told else "PP", name, port(digits))
+
+    text = re.sub(r"([0-9a-f]{2} [0-9a-f]{2}) +(\w+\.PORT) +port (\d+)", row, text)
+    text = re.sub(r"(127\.0\.0\.1(?::| port ))(\d+)", lambda found: found.group(1) + port(found.group(2)), text)
+    text = re.sub(r"after \d+\.\d+ s", "after SECONDS", text)
+    return re.sub(r"(?m)^#\d+ ", "#1 ", text).replace("  ", " ")
+
+
+class Scenes(unittest.TestCase):
+    maxDiff = None
+
+    def setUp(self):
+        with self.subTest("quiet"):
+            import logging
+            handler = logging.NullHandler()
+            logging.getLogger("socks5").addHandler(handler)
+            self.addCleanup(logging.getLogger("socks5").removeHandler, handler)
+
+    def test_what_readme_teaches_is_what_happens(self):
+        path = ROOT / "README.rst"
+        need(self, path.exists(), "README.rst")
+        taught = in_readme(path.read_text(encoding="utf-8"))
+        if not taught:
+            self.skipTest("README.rst has no traces yet")
+        self.assertEqual(set(taught), set(SCENES))
+        for name, shown in taught.items():
+            with self.subTest(name):
+                self.assertEqual(lasting(shown).rstrip("\n"), lasting(perform(name)).rstrip("\n"))
+
+    def test_this_finder_of_traces_finds_them(self):
+        text = "x\n\n.. trace: connect\n\n.. code-block:: text\n\n   #1 a\n   #1   b\n\nMore.\n\n.. trace: bind\n\n::\n\n  c\n"
+        self.assertEqual(in_readme(text), {"connect": "#1 a\n#1   b\n", "bind": "c\n"})
+
+    def test_this_comparison_sees_what_matters(self):
+        one = perform("connect")
+        self.assertEqual(lasting(one), lasting(perform("connect")))
+        for words, other in ((r"SOCKS version 5", "SOCKS version 4"), (r"DST\.PORT +port \d+", "DST.PORT port 1"),
+                             ("09 6c", "08 6c"), ("5 bytes up", "6 bytes up"), ("(?m)^.*RSV.*\n", "")):
+            with self.subTest(words):
+                changed = re.sub(words, other, one, 1)
+                self.assertNotEqual(changed, one)
+                self.assertNotEqual(lasting(changed), lasting(one))
+
+    def test_bind_has_both_replies_and_where_to_call(self):
+        shown = perform("bind")
+        self.assertEqual(shown.count("proxy -> client  Reply"), 2)
+        self.assertIn("this is the second reply", shown)
+        self.assertRegex(shown, r"the end after .* 0 bytes up .*, 23 bytes down; ended by: remote")
+
+    def test_udp_has_the_headers_of_both_ways(self):
+        shown = perform("udp")
+        self.assertRegex(shown, r"client -> proxy  Datagram(?:.*\n)*?.*DATA: 8 bytes, from 127\.0\.0\.1 port \d+\n")
+        self.assertRegex(shown, r"proxy -> client  Datagram(?:.*\n)*?.*DATA: 10 bytes, to 127\.0\.0\.1 port \d+\n")
+        self.assertRegex(shown, r"the end after .* 8 bytes up .*, 10 bytes down; ended by: client")
+
+    def test_no_password_of_a_refused_login(self):
+        shown = perform("refused login")
+        self.assertNotIn(b"a guess".hex(" "), shown)
+        self.assertIn("failure, the connection closes", shown)
+        self.assertIn("why: 'wrong user name or password'", shown)
+
+    def test_a_run_of_datagrams_that_leave_in_one_call(self):
+        shown = ["%d" % number for number in range(20)]
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+            path = Path(folder, "trace")
+            server.bind(("127.0.0.1", 0))
+            server.settimeout(PATIENCE_S)
+            with running(trace=str(path)) as proxy, client.associate(proxy.server_address[:2]) as udp:
+                udp.settimeout(PATIENCE_S)
+                udp.sendto(b"hello", server.getsockname(), fragments=2)
+                sender = server.recvfrom(100)[1]
+                for text in shown:
+                    server.sendto(b"%05d" % int(text), sender)
+                got = [udp.recvfrom()[0] for _ in shown]
+            text = path.read_text(encoding="ascii")
+        self.assertEqual(got, [b"%05d" % int(text) for text in shown])
+        self.assertEqual(text.count("proxy -> client  Datagram"), 20)
+        self.assertIn("fragment 1\n", text)
+        self.assertIn("fragment 2, the last of its sequence", text)
+
+    def test_other_protocols(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace")
+            with running(trace=str(path)) as server:
+                with dial(server.server_address) as sock:
+                    sock.sendall(b"GET / HTTP/1.1\r\nProxy-Authorization: Basic c2VjcmV0\r\n\r\n")
+                    sock.shutdown(socket.SHUT_WR)
+                    self.assertTrue(read_to_end(sock).startswith(b"HTTP/1.0 400"))
+                wait_until(lambda: "the end" in path.read_text())
+            self.assertIn("this is not SOCKS5", path.read_text())
+            self.assertNotIn("c2VjcmV0", path.read_text())
+
+    def test_off_nothing_is_there(self):
+        with running() as server, target() as destination:
+            self.assertIsNone(server.trace)
+            client.connect(server.server_address[:2], destination).close()
+
+
+class Places(unittest.TestCase):
+    """Where it goes, and that nobody suffers from what happens there."""
+
+    def session(self, port):
+        with target() as destination, client.connect(("127.0.0.1", port), destination) as sock:
+            sock.sendall(b"hello")
+            sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_to_end(sock), b"hello")
+
+    def test_standard_error_without_a_value(self):
+        with spawned("--trace", "-q") as server:
+            self.session(server.port)
+            server.wait_line(r"^#\d+ the end after")
+            self.assertNotIn("\033", "".join(server.log))
+
+    def test_a_file_is_appended_to_and_private(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace")
+            for sessions in (1, 2):
+                with spawned("--trace=%s" % path) as server:
+                    self.session(server.port)
+                    wait_until(lambda: path.read_text().count("the end after") == sessions)
+                    self.assertFalse([line for line in server.log if line.startswith("#")])
+            if os.name == "posix":
+                self.assertEqual(path.stat().st_mode & 0o077, 0)
+
+    def test_in_the_ini_file(self):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "ini").write_text("[socks5]\ntrace = %s/trace\n" % folder)
+            with spawned("--config", folder + "/ini") as server:
+                self.session(server.port)
+                wait_until(lambda: "the end after" in Path(folder, "trace").read_text())
+
+    def test_a_file_that_cannot_be(self):
+        status, out, err = run_cli("-p", "0", "--trace=/no/such/folder/trace")
+        self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
+        self.assertIn("--trace /no/such/folder/trace: ", err)
+
+    def test_a_full_disk(self):
+        need(self, os.path.exists("/dev/full"), "/dev/full")
+        with spawned("--trace=/dev/full") as server:
+            for _ in range(2):
+                self.session(server.port)
+                server.wait_line("^.* session .*up=5 down=5")
+
+    def test_standard_error_closed_from_the_start(self):
+        need(self, os.path.exists("/bin/sh"), "/bin/sh")
+        with spawned("--trace", prefix=("/bin/sh", "-c", '"$0" "$@" 2>&-')) as server:
+            for _ in range(2):
+                self.session(server.port)
+
+    def test_standard_error_whose_reader_has_left(self):
+        reading, writing = os.pipe()
+        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", "--trace"], stderr=writing,
+                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        os.close(writing)
+        try:
+            port = int(process.stdout.readline().rpartition(b":")[2])
+            os.close(reading)
+            for _ in range(2):
+                self.session(port)
+        finally:
+            process.terminate()
+            process.communicate(timeout=PATIENCE_S)
+
+    def test_sessions_interleave_but_their_messages_do_not(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace")
+            with running(trace=str(path)) as server, target() as destination:
+                def one():
+                    for _ in range(5):
+                        client.connect(server.server_address[:2], destination).close()
+
+                threads = [threading.Thread(target=one) for _ in range(8)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(PATIENCE_S)
+                wait_until(lambda: path.read_text().count("the end after") == 40)
+            text = path.read_text()
+        blocks = re.findall(r"(?m)^#(\d+) (?:client|proxy) ->.*\n((?:#\d+   .*\n)+)", text)
+        self.assertEqual(len(blocks), 40 * 4)
+        for number, lines in blocks:
+            self.assertEqual({line.split()[0] for line in lines.splitlines()}, {"#" + number})
+        self.assertEqual(len({number for number, _ in blocks}), 40)
+
+
+if __name__ == "__main__":
+    unittest.main()
