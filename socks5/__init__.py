@@ -11,7 +11,7 @@
     connect    CONNECT: race the addresses               check      what would be served to whom, in words
     bind       BIND: wait for the one peer               cli        the command line
     fragments  a datagram that comes in pieces           client     the other side of the protocol
-    datagrams  many datagrams in few calls
+    datagrams  many datagrams in few calls               lobby      where whoever says nothing yet waits
     udp        UDP ASSOCIATE: one association
 
 Whoever embeds the server needs Config and Server, and Handler to change what a session does.

@@ -22,8 +22,8 @@ from socks5.errors import ProtocolError
 from socks5.handler import Handler
 from socks5.resolve import subscriber
 from socks5.wire import Greeting, Login, LoginStatus, Reply, Request, Selection
-from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, read_to_end, reader_of, reset, run_cli, running,
-                           spawned, target, wait_until)
+from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, read_to_end, reader_of, reset, run_cli,
+                           running, spawned, target, wait_until)
 
 ANYBODY = (Method.NO_AUTHENTICATION,)
 BY_PASSWORD = (Method.USERNAME_PASSWORD,)
@@ -475,7 +475,7 @@ class OtherMethods(unittest.TestCase):
                 self.assertLogs("socks5", "INFO") as logs:
             server.methods = {0x80: by_token, **server.methods}
             with self.subTest("right"), dial(server.server_address) as client:
-                client.sendall(Greeting(b"\x02\x80").pack() + b"\x0bopen sesame"
+                client.sendall(Greeting(b"\x02\x80").pack() + b"\x0aopensesame"
                                + Request(Cmd.CONNECT, address(*destination)).pack() + b"early")
                 read = reader_of(client)
                 self.assertEqual(read(3), b"\x05\x80\x01")

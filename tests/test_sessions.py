@@ -151,8 +151,8 @@ class Caps(Case):
         for session in live:
             live.remove(session.sock)
             live.remove(session.sock)
-        self.assertEqual((len(live), live._live_of, live._negotiating, live._negotiating_of, live._leaving),
-                         (0, {}, {}, {}, 0))
+        self.assertEqual((len(live), sum(live._counts._shared.table), live._negotiating, live._negotiating_of,
+                          live._leaving), (0, 0, {}, {}, 0))
 
 
 class Deadline(Case):
