@@ -1,6 +1,7 @@
 """The sockets that are listened on, and the descriptors that serving takes."""
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from ipaddress import ip_address
@@ -16,25 +17,31 @@ except ImportError:                     # Windows has no such limit
 BACKLOG = 4096                          # Linux's own most since 5.4 (net.core.somaxconn)
 DEFER_ACCEPT_S = 1                      # Linux: until the greeting is there, a silent client costs no thread
 REUSE_ADDRESS = os.name == "posix"      # elsewhere it would share the port with whoever comes
-SPARE_DESCRIPTORS = 80 + (splice.DESCRIPTORS if splice.available else 0)    # listeners, threads in accept() (each has
-                                        # one in hand), log, resolver, kernel pipes
+# Listeners, threads in accept() (each has one in hand), log, resolver, kernel pipes.
+SPARE_DESCRIPTORS = 80 + (splice.DESCRIPTORS if splice.available else 0)
 DESCRIPTORS_PER_SESSION = 2
+TRIES = 10                              # for a port that is free on every address
 
 
 def open_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
     """A listening socket for each address; those after the first take its port where any was asked for.
 
-    Raises OSError with the address in `filename`, and leaves nothing open.
+    "::" takes IPv4 as well, unless an IPv4 address is named too: Linux does not let both have it. Raises OSError with
+    the address in `filename`, and leaves nothing open.
     """
-    listeners: List[socket.socket] = []
-    try:
-        for text in addresses:
-            dual = text == "::" and "0.0.0.0" not in addresses
-            listeners.append(open_one(text, listeners[0].getsockname()[1] if listeners else port, dual))
-    except OSError:
-        close_all(listeners)
-        raise
-    return listeners
+    tries = 1 if port else TRIES            # a port that is free on one address may be taken on the next
+    while True:
+        listeners: List[socket.socket] = []
+        try:
+            for text in addresses:
+                dual = text == "::" and all(":" in other for other in addresses)
+                listeners.append(open_one(text, listeners[0].getsockname()[1] if listeners else port, dual))
+            return listeners
+        except OSError as exc:
+            close_all(listeners)
+            tries -= 1
+            if not tries or exc.errno != errno.EADDRINUSE:
+                raise
 
 
 def open_one(text: str, port: int, dual: bool) -> socket.socket:
