@@ -24,7 +24,7 @@ MOVE_NONBLOCK = 0x01 | 0x02             # SPLICE_F_MOVE, SPLICE_F_NONBLOCK: a fu
 
 
 class KernelPipe:
-    """Holds at most PIPE_BYTES. `held` is how many it has."""
+    """One fill takes at most PIPE_BYTES. `held` is how many it has."""
 
     __slots__ = ("held", "_out", "_into")
     live = 0

@@ -1,0 +1,228 @@
+"""splice.py: bytes through a real pipe in the kernel, and descriptors that all come back."""
+import errno
+import hashlib
+import importlib
+import os
+import random
+import socket
+import unittest
+from unittest import mock
+
+from socks5 import splice
+from tests.support import PATIENCE_S, descriptors, reset
+
+TOO_LARGE = 0xFFFFFFFF          # beyond what any user may ask for: EINVAL
+
+
+def numbered(size):
+    return random.Random(size).getrandbits(8 * size).to_bytes(size, "big")
+
+
+@unittest.skipUnless(splice.available, "os.splice is Linux, Python 3.10 and newer")
+class SpliceTest(unittest.TestCase):
+    def setUp(self):
+        self.writer, self.source = self.pair()
+        self.sink, self.reader = self.pair()
+        self.source.setblocking(False)
+        self.sink.setblocking(False)
+        self.live = splice.KernelPipe.live
+        self.descriptors = descriptors()
+        self.addCleanup(self.nothing_is_left)
+
+    def pair(self):
+        """TCP, as in a tunnel."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = socket.create_connection(listener.getsockname(), PATIENCE_S)
+            far = listener.accept()[0]
+        for sock in (near, far):
+            sock.settimeout(PATIENCE_S)
+            self.addCleanup(sock.close)
+        return near, far
+
+    def nothing_is_left(self):
+        self.assertEqual((splice.KernelPipe.live, descriptors()), (self.live, self.descriptors))
+
+    def pipe(self):
+        pipe = splice.KernelPipe()
+        self.addCleanup(pipe.close)
+        return pipe
+
+    def read(self, size):
+        data = b""
+        while len(data) < size:
+            data += self.reader.recv(size - len(data))
+        return data
+
+
+class Bytes(SpliceTest):
+    def test_what_goes_in_comes_out(self):
+        pipe = self.pipe()
+        for size in (1, 1000, 50000):
+            with self.subTest(str(size)):
+                data = numbered(size)
+                self.writer.sendall(data)
+                taken = 0
+                while taken < size:
+                    try:
+                        taken += pipe.fill(self.source.fileno())
+                    except BlockingIOError:         # loopback has not carried the rest yet
+                        pass
+                self.assertEqual(pipe.held, size)
+                self.assertEqual(pipe.empty(self.sink.fileno()), size)
+                self.assertEqual(pipe.held, 0)
+                self.assertEqual(self.read(size), data)
+
+    def test_nothing_there(self):
+        pipe = self.pipe()
+        self.assertRaises(BlockingIOError, pipe.fill, self.source.fileno())
+        self.assertEqual(pipe.held, 0)
+
+    def test_eof_is_nothing_taken(self):
+        pipe = self.pipe()
+        self.writer.sendall(b"last")
+        self.writer.shutdown(socket.SHUT_WR)
+        taken = []
+        while 0 not in taken:
+            try:
+                taken.append(pipe.fill(self.source.fileno()))
+            except BlockingIOError:
+                pass
+        self.assertEqual((sum(taken), pipe.held), (4, 4))
+        pipe.empty(self.sink.fileno())
+        self.assertEqual(self.read(4), b"last")
+
+    def test_full_pipe_and_full_sink_block_nobody_and_lose_nothing(self):
+        pipe = self.pipe()
+        sent, received, piece = hashlib.sha256(), hashlib.sha256(), numbered(1 << 16)
+        self.writer.setblocking(False)
+        counts = {"in": 0, "taken": 0, "given": 0}
+
+        def write():
+            count = self.writer.send(piece)
+            sent.update(piece[:count])
+            counts["in"] += count
+
+        def fill():
+            counts["taken"] += pipe.fill(self.source.fileno())
+
+        def give():
+            counts["given"] += pipe.empty(self.sink.fileno())
+
+        def until_it_blocks(*steps):
+            blocked = 0
+            while blocked < len(steps):
+                blocked = 0
+                for step in steps:
+                    try:
+                        step()
+                    except BlockingIOError:
+                        blocked += 1
+                self.assertEqual(pipe.held, counts["taken"] - counts["given"])
+
+        until_it_blocks(write, fill)                # nobody reads: pipe and socket fill up
+        self.assertGreater(pipe.held, 0)
+        self.assertGreater(counts["in"], pipe.held)
+        held = pipe.held
+        self.assertRaises(BlockingIOError, pipe.fill, self.source.fileno())
+        self.assertEqual(pipe.held, held)
+        until_it_blocks(give, fill)                 # the sink's own buffers fill up, too
+        self.assertGreater(pipe.held, 0)
+        self.assertRaises(BlockingIOError, give)
+        total = 0
+        self.reader.setblocking(False)
+        while total < counts["in"]:
+            for step in (fill, give):
+                try:
+                    if step is fill or pipe.held:
+                        step()
+                except BlockingIOError:
+                    pass
+            try:
+                data = self.reader.recv(1 << 16)
+            except BlockingIOError:
+                continue
+            received.update(data)
+            total += len(data)
+        self.assertEqual(received.digest(), sent.digest())
+        self.assertEqual((pipe.held, counts["given"]), (0, counts["in"]))
+
+    def test_a_sink_that_was_reset(self):
+        pipe = self.pipe()
+        self.writer.sendall(b"data")
+        while not pipe.held:
+            try:
+                pipe.fill(self.source.fileno())
+            except BlockingIOError:
+                pass
+        self.sink.setblocking(True)
+        reset(self.reader)
+        self.descriptors -= 1
+        self.assertRaises(ConnectionError, self.sink.recv, 1)
+        self.assertRaises(ConnectionError, pipe.empty, self.sink.fileno())
+        self.assertEqual(pipe.held, 4)
+
+    def test_a_source_that_was_reset(self):
+        pipe = self.pipe()
+        reset(self.writer)
+        self.descriptors -= 1
+        with self.assertRaises(ConnectionResetError):
+            while True:
+                try:
+                    pipe.fill(self.source.fileno())
+                except BlockingIOError:
+                    pass
+
+
+class Descriptors(SpliceTest):
+    def test_each_has_two_of_its_own_that_no_child_inherits(self):
+        pipe = splice.KernelPipe()
+        self.assertEqual((splice.KernelPipe.live, descriptors()), (self.live + 1, self.descriptors + 2))
+        self.assertEqual([os.get_inheritable(fd) for fd in (pipe._out, pipe._into)], [False, False])
+        pipe.close()
+        self.nothing_is_left()
+
+    def test_it_has_the_size_that_was_asked_for(self):
+        pipe = self.pipe()
+        get_size = 1032                             # F_GETPIPE_SZ
+        self.assertGreaterEqual(splice.fcntl.fcntl(pipe._into, get_size), splice.PIPE_BYTES)
+
+    def test_so_many_and_no_more(self):
+        with mock.patch.object(splice, "MOST_PIPES", self.live + 3):
+            pipes = [splice.KernelPipe() for _ in range(3)]
+            for _ in range(2):
+                with self.assertRaises(OSError) as caught:
+                    splice.KernelPipe()
+                self.assertEqual(caught.exception.errno, errno.EMFILE)
+            self.assertEqual((splice.KernelPipe.live, descriptors()), (self.live + 3, self.descriptors + 6))
+            pipes.pop().close()
+            pipes.append(splice.KernelPipe())       # one went, one may come
+            for pipe in pipes:
+                pipe.close()
+
+    def test_the_size_is_refused(self):
+        with mock.patch.object(splice, "PIPE_BYTES", TOO_LARGE):
+            for _ in range(3):
+                with self.assertRaises(OSError) as caught:
+                    splice.KernelPipe()
+                self.assertIn(caught.exception.errno, (errno.EINVAL, errno.EPERM))
+                self.nothing_is_left()
+
+    def test_no_descriptors(self):
+        resource = importlib.import_module("resource")      # which Windows has not
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(self.source.fileno())         # the lowest number that is free
+        os.close(free)
+        for room in (0, 1):                         # a pipe takes two
+            with self.subTest("room for %d" % room):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free + room, before[1]))
+                try:
+                    with self.assertRaises(OSError) as caught:
+                        splice.KernelPipe()
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+                self.assertEqual(caught.exception.errno, errno.EMFILE)
+                self.nothing_is_left()
+
+
+if __name__ == "__main__":
+    unittest.main()
