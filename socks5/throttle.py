@@ -16,7 +16,7 @@ AT_ONCE = 64                            # passwords being checked for an origin 
 LATE_S = 1.0                            # doubles with every failure between the two
 REFUSE_S = 30.0                         # doubles with every failure after
 REFUSE_MOST_S = 900.0
-ADDRESSES = 10000                       # remembered at most: 3 MB
+ADDRESSES = 10000                       # remembered at most: 5 MB
 
 
 class Record:
