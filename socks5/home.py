@@ -59,18 +59,19 @@ class Home:
             crowded = others > CROWDED and share[best] < others - BETTER
             if crowded and self._crowded:
                 self.move(best)
+                crowded = False                 # the new home is judged anew
             self._crowded = crowded
         self._looked, self._before, self._ours = now, busy, ours
 
     def move(self, cpu: int) -> None:
         """Take every thread along that is at home."""
         old, self.cpu = self.cpu, cpu
-        try:
-            for tid in map(int, os.listdir("/proc/self/task")):
+        for tid in map(int, os.listdir("/proc/self/task")):
+            try:
                 if os.sched_getaffinity(tid) == {old}:
                     self._affinity(tid, [cpu])
-        except OSError:                         # a thread ended meanwhile; those that are left follow at the next look
-            pass
+            except OSError:                     # this thread ended meanwhile
+                pass
 
     @staticmethod
     def _affinity(tid: int, cpus: List[int]) -> None:
