@@ -109,9 +109,9 @@ def spawned(*args, **kwargs):
     """Our server as a process, listening; ended at the end. `-p 0` unless a port is among the arguments, and `-w 1`, so
     that its descriptors and threads are those of the process that serves, unless told otherwise."""
     if "-p" not in args:
-        args = ("-p", "0", *args)
+        args = (*args, "-p", "0")           # behind, because args may begin with a module's name or a program's text
     if "-w" not in args:
-        args = ("-w", "1", *args)
+        args = (*args, "-w", "1")
     server = Spawned(*args, **kwargs)
     try:
         server.wait_line("listening on", server.lines)
