@@ -11,13 +11,20 @@ import hmac
 import os
 import secrets
 import stat
+import tempfile
 import threading
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, Optional, Set, Tuple
+from time import monotonic, sleep
+from typing import IO, Dict, Iterable, List, Optional, Set, Tuple
 
 from .codes import Method
 from .config import Config, ConfigError
 from .errors import ProtocolError
+
+try:
+    import fcntl
+except ImportError:                     # Windows, where nobody forks
+    fcntl = None                        # type: ignore[assignment]
 
 # One of OWASP's equal choices for scrypt (Password Storage Cheat Sheet): 16 MiB, a fifth of a second.
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 1 << 14, 8, 5
@@ -25,7 +32,7 @@ PBKDF2_ROUNDS = 600000                  # the same source, for SHA-256
 MOST_BYTES = 1 << 28                    # what one scrypt may take: a line in the file must not cost us all memory
 SALT_BYTES = KEY_BYTES = 16
 
-SLOW = threading.BoundedSemaphore(2)    # slow checks at a time, whatever is thrown at us
+SLOW_AT_ONCE = 2                        # slow checks, whatever is thrown at us
 SLOW_WAIT_S = 5.0                       # for one's turn: half of the handshake's time
 
 
@@ -103,6 +110,59 @@ def derive(kind: str, cost: Tuple[int, ...], salt: bytes, password: bytes, size:
     return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, dklen=size, maxmem=128 * r * (n + p + 2) + (1 << 20))
 
 
+class Turns:
+    """Whose turn it is to be slow: SLOW_AT_ONCE at a time, in this process and all that are forked after share().
+
+    Across processes they are locked bytes of a file without a name: what a process had, its end gives back.
+    """
+
+    POLL_S = 0.01
+
+    def __init__(self) -> None:
+        self._mine = threading.BoundedSemaphore(SLOW_AT_ONCE)
+        self._lock = threading.Lock()
+        self._taken: Set[int] = set()
+        self._file: Optional[IO[bytes]] = None
+
+    def share(self) -> None:
+        if fcntl:
+            self._file = tempfile.TemporaryFile()
+
+    def take(self, timeout_s: float) -> Optional[int]:
+        """One to give_back(), or None when there was none in time."""
+        deadline = monotonic() + timeout_s
+        if not self._mine.acquire(timeout=timeout_s):
+            return None
+        while True:
+            with self._lock:
+                for turn in set(range(SLOW_AT_ONCE)) - self._taken:
+                    if self._locks(turn):
+                        self._taken.add(turn)
+                        return turn
+            if monotonic() >= deadline:
+                self._mine.release()
+                return None
+            sleep(self.POLL_S)
+
+    def give_back(self, turn: int) -> None:
+        with self._lock:
+            if self._file:
+                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, turn)
+            self._taken.remove(turn)
+        self._mine.release()
+
+    def _locks(self, turn: int) -> bool:
+        try:
+            if self._file:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, turn)
+            return True
+        except OSError:                         # another process has it
+            return False
+
+
+TURNS = Turns()
+
+
 # ---- everybody's passwords ----------------------------------------------------------------------------------------
 
 class Users:
@@ -167,12 +227,13 @@ class Users:
         # For a name that does not exist, one of the others is worked on: costs may differ from line to line.
         decoys = list(self._hashes.values())
         work = expected or decoys[self.attempt(uname, b"")[0] % len(decoys)]
-        if not SLOW.acquire(timeout=SLOW_WAIT_S):
+        turn = TURNS.take(SLOW_WAIT_S)
+        if turn is None:
             return None
         try:
             return work.matches(passwd) and expected is not None
         finally:
-            SLOW.release()
+            TURNS.give_back(turn)
 
 
 class Check:

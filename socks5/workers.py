@@ -17,7 +17,7 @@ from ipaddress import ip_address
 from time import monotonic
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
-from . import home, listening
+from . import auth, home, listening
 from .config import Config
 from .server import Server
 from .sessions import Shared
@@ -91,6 +91,7 @@ class Supervisor:
         self.listeners = listeners
         self.make = make
         self.shared = Shared(count)
+        auth.TURNS.share()
         self.workers: Dict[int, Worker] = {}            # by pid
         self.due: Dict[int, float] = dict.fromkeys(range(count), 0.0)      # row: when it is to be started
         self.backoff_s = RESTART_S

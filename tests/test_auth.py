@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import re
+import signal
 import socket
 import tempfile
 import textwrap
@@ -14,7 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from unittest import mock
 
-from socks5 import auth, throttle
+from socks5 import auth, throttle, workers
 from socks5.auth import Hash, Users, choose
 from socks5.codes import Cmd, Method, Rep
 from socks5.config import Config, ConfigError, credentials
@@ -360,6 +361,34 @@ class Slowly(FileCase):
         self.assertEqual((self.most, self.answers), (1, [True] * 30))
         self.assertLess(len(self.derived), 3)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "several processes take fork")
+    def test_two_at_a_time_in_all_processes(self):
+        turns = auth.Turns()
+        turns.share()
+        self.addCleanup(turns._file.close)
+        held, done = os.pipe()
+        child = subprocess_that(lambda: (turns.take(0), turns.take(0), os.write(done, b"x"), self.go.wait()))
+        self.addCleanup(os.close, held)
+        self.addCleanup(os.close, done)
+        self.assertEqual(os.read(held, 1), b"x")
+        self.assertIsNone(turns.take(0.05))
+        os.kill(child, signal.SIGKILL)                              # what it had is there again
+        os.waitpid(child, 0)
+        taken = {turns.take(PATIENCE_S), turns.take(PATIENCE_S)}
+        self.assertEqual(taken, {0, 1})
+        self.assertIsNone(turns.take(0.01))
+        turns.give_back(1)
+        self.assertEqual(turns.take(0), 1)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "several processes take fork")
+    def test_the_supervisor_has_them_share(self):
+        with mock.patch.object(auth, "TURNS", auth.Turns()) as turns:
+            supervisor = workers.Supervisor(Config(), [], 2)
+            self.assertIsNotNone(turns._file)
+            turns._file.close()
+            supervisor.wakeup.close()
+            supervisor.waker.close()
+
     def test_nobody_waits_for_ever(self):
         self.start(b"bob", b"1")
         self.start(b"bob", b"2")
@@ -368,6 +397,17 @@ class Slowly(FileCase):
             self.assertRaisesRegex(ProtocolError, "too many passwords", self.people.check, b"bob", b"x")
         self.finish()
         self.assertTrue(self.people.check(b"bob", b"x"), "and it was not held against anybody")
+
+
+def subprocess_that(does):
+    """Fork, have the child do it and end; its pid."""
+    pid = os.fork()
+    if not pid:
+        try:
+            does()
+        finally:
+            os._exit(0)
+    return pid
 
 
 # README.rst shows it; <HOST> is fail2ban's.
