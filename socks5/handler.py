@@ -214,14 +214,15 @@ class Handler(StreamRequestHandler):
         """For a BIND that expects nobody in particular: may this one come?"""
         return self.server.rules.judge(self.asker(Cmd.BIND), peer, request.dst.port).allowed
 
-    def permits_datagram(self, address: IP, port: int, name: Host) -> bool:
-        """May this client's datagrams go there? The first that a rule denies is logged, for each rule."""
-        verdict = self.server.rules.judge(self.asker(Cmd.UDP_ASSOCIATE), address, port, name_in(name))
+    def permits_datagram(self, address: Optional[IP], port: int, host: Host) -> bool:
+        """May this client's datagrams go there? Without an address: is it worth looking up? Logs once for each rule."""
+        asker, name, rules = self.asker(Cmd.UDP_ASSOCIATE), name_in(host), self.server.rules
+        verdict = rules.judge(asker, address, port, name) if address else rules.foresee(asker, port, name)
         if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:
             self.told.add(verdict.where)
             log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", {
                 "client": str(self.session.client), "user": self.session.facts()["user"],
-                "dst": str(Address(address, port)), "why": ascii("denied by %s" % verdict.where)})
+                "dst": str(Address(address or host, port)), "why": ascii("denied by %s" % verdict.where)})
         return verdict.allowed
 
     def unsupported(self, request: Request) -> None:

@@ -40,7 +40,7 @@ class Association:
     control     the TCP connection, whose end is the association's; what arrives on it is read and ignored
     client      datagrams are taken from this address only, and from the port of the first good one
     ports       for all our sockets, as config.each_port takes them
-    permit      may a datagram go to this address and port, which its header called so?
+    permit      may a datagram go to this address and port, which its header called so? None: before it is looked up
     rules       what this is judged by: when that is another thing than before, everything is judged again
     bnd         where the client is to send its datagrams
     up, down    payload bytes relayed
@@ -51,7 +51,7 @@ class Association:
     """
 
     def __init__(self, control: socket.socket, client: str, ports: Tuple[int, ...], advertise: Sequence[str],
-                 names: Names, permit: Callable[[IP, int, Host], bool],
+                 names: Names, permit: Callable[[Optional[IP], int, Host], bool],
                  rules: Callable[[], object] = lambda: None,
                  overhear: Optional[Callable[[socket.socket], socket.socket]] = None) -> None:
         self.control = control
@@ -250,6 +250,9 @@ class Association:
             host = clean(host)
         if not isinstance(host, bytes):
             return [unmapped(host)]
+        if not self.permit(None, datagram.dst.port, host):
+            self.dropped["not allowed"] += 1
+            return None
         if not self._waiting:
             self._waiting = Waiting(self.names)
             self._watch(self._waiting.readable, self._from_names)
