@@ -429,6 +429,17 @@ class Serving(Case):
         self.assertIn("dst=127.0.0.2:%d why='denied by F:1'" % port, denials[0])
         self.assertIn("why='denied by F:2'", denials[1])
 
+    def test_no_name_of_a_datagram_is_looked_up_for_who_may_not_reach_it(self):
+        server = self.serve("deny to .invalid", "allow to any")
+        with mock.patch.object(server.names, "ask", side_effect=AssertionError("was looked up")), \
+                self.assertLogs("socks5", "INFO") as logs, dial(server.server_address) as client:
+            negotiate(client)
+            bnd = ask(client, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).bnd
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.sendto(Datagram(address(b"passwords.invalid", 53), b"x").pack(), (str(bnd.host), bnd.port))
+                wait_until(lambda: logs.output)
+        self.assertIn("dst='passwords.invalid':53 why=", logs.output[0])
+
     def test_udp_forbidden_altogether(self):
         server = self.serve("deny command udp", "allow to any")
         self.assertEqual(self.refusal(server, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0), (Rep.NOT_ALLOWED, "'denied by F:1'"))
