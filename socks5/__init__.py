@@ -1,18 +1,25 @@
 """A SOCKS5 proxy server, to run and to read. In reading order:
 
-    codes      the numbers of RFC 1928 as names          waiting    until one of several sockets is ready
-    errors     what can go wrong, carrying the answer    splice     bytes by way of a pipe in the kernel
-    wire       every message: bytes in, facts out        relay      move bytes both ways; knows no SOCKS
-    config     every tunable, once                       sessions   who is connected
-    auth       which METHOD; is this password right?     handler    one client, like RFC 1928 §3 to §6
-    throttle   makes guessing slow                       listening  the sockets that are listened on
-    rules      who may reach what                        home       on which CPU the threads run
-    resolve    names to addresses, with the traps closed server     the ThreadingTCPServer: accept, cap, drain
-    connect    CONNECT: race the addresses               check      what would be served to whom, in words
-    bind       BIND: wait for the one peer               cli        the command line
-    fragments  a datagram that comes in pieces           client     the other side of the protocol
-    datagrams  many datagrams in few calls               lobby      where whoever says nothing yet waits
-    udp        UDP ASSOCIATE: one association
+    the protocol                                          a session's work
+      codes      the numbers of RFC 1928 as names           waiting    until one of several sockets is ready
+      errors     what can go wrong, carrying the answer     splice     bytes by way of a pipe in the kernel
+      fields     what a message is made of                  relay      move bytes both ways; knows no SOCKS
+      wire       every message: bytes in, facts out         connect    CONNECT: race the addresses
+      inbox      what the client sends, piece by piece      bind       BIND: wait for the one peer
+      trace      every message, field by field              fragments  a datagram that comes in pieces
+    who may do what                                         datagrams  many datagrams in few calls
+      config     every tunable, once                        udp        UDP ASSOCIATE: one association
+      auth       which METHOD; is this password right?    the server
+      throttle   makes guessing slow                        handler    one client, like RFC 1928 §3 to §6
+      rules      who may reach what                         listening  the sockets that are listened on
+      resolve    names to addresses, traps closed           spares     threads that wait in accept()
+      sessions   who is connected                           lobby      where the silent wait in a crowd
+    around it                                               home       on which CPU the threads run
+      client     the other side of the protocol             server     the ThreadingTCPServer: accept, cap, drain
+      check      what would be served to whom, in words     table      SIGUSR1: who is doing what
+      logs       how lines of the log look                  workers    several processes, one supervisor
+      selftest   the server, tried by its own client
+      cli        the command line
 
 Whoever embeds the server needs Config and Server, and Handler to change what a session does.
 """

@@ -19,7 +19,8 @@ from .config import each_port
 from .errors import RequestRefused, name_of, rep_of, telling
 from .resolve import IP, Sockaddr, address_of, advertised, clean, family_of, ip_of, resolve
 from .waiting import READ, new_poll
-from .wire import Address, text
+from .fields import text
+from .wire import Address
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from typing import List
 from .auth import Users
 from .config import Config
 from .rules import Rules
-from .wire import Address, text
+from .fields import text
+from .wire import Address
 
 NAMES = 10              # of users that are listed; the others are counted
 

@@ -26,7 +26,8 @@ from typing import Callable, List, Optional, Tuple, TypeVar, Union
 
 from .codes import Cmd, Method, Rep, phrase
 from .errors import ProtocolError, ProxyError, RequestRefused
-from .wire import UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, ReadExactly, Reply, Request, Selection
+from .fields import ReadExactly
+from .wire import UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 HostPort = Tuple[str, int]
 User = Tuple[Union[str, bytes], Union[str, bytes]]      # name and password; text goes out as UTF-8

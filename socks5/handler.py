@@ -25,7 +25,8 @@ from .sessions import Session
 from .trace import M, Sent
 from .udp import Association
 from .waiting import new_poll
-from .wire import UNSPECIFIED, VER, Address, Greeting, Host, Login, LoginStatus, Reply, Request, Selection, text
+from .fields import Host, text
+from .wire import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 if TYPE_CHECKING:
     from .server import Server
@@ -179,6 +180,7 @@ class Handler(StreamRequestHandler):
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
                          self.story.overhear if self.story else None) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
+            session.association = association
             association.run(config.udp_idle_timeout)
             session.up, session.down = association.up, association.down
             session.ended_by = session.ended_by or association.ended_by

@@ -6,11 +6,11 @@ only: elsewhere nobody can tell at accept who is silent and who merely has not g
 from __future__ import annotations
 
 import logging
-import select
 import socket
 from typing import TYPE_CHECKING, Any, Dict, Tuple
 
 from .sessions import Session
+from .waiting import READ, new_epoll
 
 if TYPE_CHECKING:
     from .server import Server
@@ -26,7 +26,7 @@ class Lobby:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self._epoll = select.epoll()
+        self._epoll = new_epoll()
         self._there: Dict[int, Tuple[socket.socket, Any]] = {}
 
     def fileno(self) -> int:
@@ -38,7 +38,7 @@ class Lobby:
         if state_of(request) != SILENT:
             return False
         self._there[request.fileno()] = request, client_address
-        self._epoll.register(request.fileno(), select.EPOLLIN)
+        self._epoll.register(request.fileno(), READ)
         return True
 
     def let_out(self) -> None:

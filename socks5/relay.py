@@ -16,7 +16,7 @@ import struct
 from typing import Callable, List, Optional, Tuple, Union
 
 from . import splice
-from .waiting import READ, WRITE, new_poll
+from .waiting import READ, WRITE, Watch
 
 CHUNK_BYTES = 1 << 16                       # one read; an idle tunnel holds none
 QUIET_S = 0.5                               # after which a kernel pipe is given back; and how late abort() may be seen
@@ -176,8 +176,8 @@ class Tunnel:
 
     def _loop(self) -> None:
         up, down = self.up, self.down
-        watch = _Watch(self.client, self.remote)
-        ends = {watch.client_fd: (up, down), watch.remote_fd: (down, up)}     # by side: whose source, whose sink
+        watch = Watch(self.client.fileno(), self.remote.fileno())
+        ends = {watch.first: (up, down), watch.second: (down, up)}            # by side: whose source, whose sink
         ready: List[Tuple[int, int]] = [(fd, WRITE) for fd in ends]           # something may be in hand already
         poll = watch.poll.poll
         wait_s = quiet_s = 0.0                      # how long to wait now; how long nothing has moved
@@ -205,7 +205,8 @@ class Tunnel:
             if self.aborted or (up.done and down.done):
                 return
             if think:                               # a ping-pong never comes here
-                watch.want(up, down)
+                watch.want((0 if up.done or up.held else READ) | (WRITE if down.held else 0),
+                           (0 if down.done or down.held else READ) | (WRITE if up.held else 0))
                 wait_s = self._patience(quiet_s)
             ready = poll(wait_s * 1000 if wait_s else None)
             think = not ready or quiet_s > 0
@@ -243,7 +244,7 @@ class Tunnel:
         except OSError:                     # the sink has gone, and its own direction will say so
             pass
 
-    def _look_at(self, pipe: Pipe, fd: int, watch: _Watch) -> None:
+    def _look_at(self, pipe: Pipe, fd: int, watch: Watch) -> None:
         """A side of which nothing is wanted is broken, or closed both ways, and poll() will say so for ever."""
         error = pipe.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
@@ -270,42 +271,3 @@ class Tunnel:
                 pipe.demote()
         if had and self.on_bulk and not (self.up.kernel or self.down.kernel):
             self.on_bulk(False)
-
-
-class _Watch:
-    """What the loop waits for; speaks to the poll object only when that changes.
-
-    A side of which nothing is wanted stays registered with no events, because a reset is reported all the same; unless
-    it is closed both ways, which would be reported without end.
-    """
-
-    __slots__ = ("client_fd", "remote_fd", "poll", "wanted", "muted")
-
-    def __init__(self, client: socket.socket, remote: socket.socket) -> None:
-        self.client_fd = client.fileno()
-        self.remote_fd = remote.fileno()
-        self.poll = new_poll()
-        self.wanted = (-1, -1)              # of client and remote; -1: not registered
-        self.muted = -1
-
-    def want(self, up: Pipe, down: Pipe) -> None:
-        """To read whatever has nothing in hand and is not done, to write what is in hand."""
-        client = (0 if up.done or up.held else READ) | (WRITE if down.held else 0)
-        remote = (0 if down.done or down.held else READ) | (WRITE if up.held else 0)
-        if (client, remote) != self.wanted:
-            self.wanted = (self._want(self.client_fd, client, self.wanted[0]),
-                           self._want(self.remote_fd, remote, self.wanted[1]))
-
-    def mute(self, fd: int) -> None:
-        self.poll.unregister(fd)
-        self.muted = fd
-        self.wanted = (-1, self.wanted[1]) if fd == self.client_fd else (self.wanted[0], -1)
-
-    def _want(self, fd: int, events: int, before: int) -> int:
-        if before == -1:
-            if fd == self.muted and not events:
-                return -1
-            self.poll.register(fd, events)
-        elif events != before:
-            self.poll.modify(fd, events)
-        return events

@@ -16,7 +16,8 @@ from typing import Callable, Deque, Dict, Generic, Iterator, List, Optional, Seq
 
 from .codes import Rep
 from .errors import RequestRefused
-from .wire import Address, Host, text
+from .fields import Host, text
+from .wire import Address
 
 IP = Union[IPv4Address, IPv6Address]
 Sockaddr = Tuple[Union[str, int], ...]

@@ -10,11 +10,13 @@ import errno
 import logging
 import socket
 import threading
+from collections import deque
+from functools import partial
 from socketserver import BaseServer, ThreadingTCPServer
 from time import monotonic, sleep
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Type
 
-from . import listening, trace
+from . import listening, spares, trace
 from .auth import Users
 from .config import Config, ConfigError
 from .handler import ANYBODY, BY_PASSWORD, Handler
@@ -23,6 +25,7 @@ from .lobby import Lobby
 from .resolve import Names, address_of, ip_of, subscriber
 from .rules import Rules
 from .sessions import Counts, Full, Sessions
+from .table import Table
 from .throttle import Throttle
 from .waiting import READ, new_poll
 from .wire import Address
@@ -31,9 +34,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25                           # how late a handshake's deadline may be noticed
 STACK_BYTES = 256 * 1024                # address space, not memory; getaddrinfo wants some 100 KiB of it
-# Threads that wait in accept() themselves: starting one costs about as much as a whole negotiation. Only where shutting
-# a listener down wakes them, which is Linux, which has this option.
-SPARES = 8 if hasattr(socket, "TCP_DEFER_ACCEPT") else 0
+CROWD = 64                              # negotiating at once: from then on the silent ones get no thread
 COMPLAIN_EVERY_S = 60.0
 REST_S = 0.1                            # without it, accept() at the descriptor limit spins
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -72,20 +73,19 @@ class Server(ThreadingTCPServer):
         self.sessions = Sessions(self.config.max_sessions or float("inf"), self.config.handshake_timeout,
                                  self.config.max_per_client, self.config.max_negotiating, counts,
                                  float("inf") if self.config.max_sessions else listening.session_limit())
+        self.table = Table()
         self.listeners = list(listeners) or listening.open_all(self.config.listen, self.config.port)
         self._wakeup, self._waker = socket.socketpair()
         self.socket = self.listeners[0]
         BaseServer.__init__(self, self.socket.getsockname(), handler)
         self._stopping = threading.Event()
-        self._reloading = threading.Event()
+        self._due: Deque[Callable[[], object]] = deque()        # for serve_forever to do
         self._stopped = threading.Event()
         self._stopped.set()
         self._complained: Dict[str, float] = {}
         self._lock = threading.Lock()
-        self._serving = False                               # may threads go on to accept()? changes under the lock
-        self._waiting = dict.fromkeys(self.listeners, 0)    # threads in accept()
-        self.lobby = Lobby(self) if SPARES else None        # whoever says nothing yet
-        self._here = threading.local()                      # .accepted: this thread serves what it accepts
+        self._spares = spares.Spares(self.listeners, self.accept_from) if spares.available else None
+        self.lobby = Lobby(self) if spares.available else None      # whoever says nothing yet
 
     @property
     def addresses(self) -> List[Address]:
@@ -96,7 +96,6 @@ class Server(ThreadingTCPServer):
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
         """Serve until shutdown(). Calls service_actions() every poll_interval seconds at the least."""
         self._stopped.clear()
-        self._serving = True
         threading.stack_size(STACK_BYTES)
         if self.home:
             self.home.settle()
@@ -106,14 +105,15 @@ class Server(ThreadingTCPServer):
             poll.register(self.lobby.fileno(), READ)
         by_fd = {listener.fileno(): listener for listener in self.listeners}
         for fd, listener in by_fd.items():
-            listener.setblocking(bool(SPARES))
-            if not SPARES:
+            listener.setblocking(bool(self._spares))
+            if not self._spares:
                 poll.register(fd, READ)
+        if self._spares:
+            self._spares.serve()
         try:
             while not self._stopping.is_set():
-                for listener, waiting in self._waiting.items():
-                    if SPARES and not waiting:              # at first; and when none could be started, once more
-                        self.start_spare(listener)
+                if self._spares:
+                    self._spares.refill()
                 for fd, _events in poll.poll(poll_interval * 1000):
                     if fd in by_fd:
                         self.accept_from(by_fd[fd])
@@ -123,47 +123,10 @@ class Server(ThreadingTCPServer):
                         self.lobby.let_out()
                 self.service_actions()
         finally:
-            with self._lock:
-                self._serving = False
-            self._release_spares()
+            if self._spares:
+                self._spares.release(self.request_queue_size)
             self._stopping.clear()
             self._stopped.set()
-
-    def start_spare(self, listener: socket.socket) -> bool:
-        """One more thread that waits in accept(); False when the system has none to give."""
-        with self._lock:
-            if not self._serving:
-                return True                                 # nobody needs it any more
-            self._waiting[listener] += 1
-        try:
-            threading.Thread(target=self.accept_loop, args=(listener,), daemon=True).start()
-        except (RuntimeError, MemoryError):
-            with self._lock:
-                self._waiting[listener] -= 1
-            return False
-        return True
-
-    def accept_loop(self, listener: socket.socket) -> None:
-        """Accept and serve, until there are enough threads that do. Counted in `_waiting` while it waits."""
-        self._here.accepted = True
-        while True:
-            self.accept_from(listener)
-            with self._lock:
-                if not self._serving or self._waiting[listener] >= SPARES:
-                    return
-                self._waiting[listener] += 1
-
-    def _release_spares(self) -> None:
-        """Wake the threads in accept(), which takes a moment without listening; who comes later waits in the queue."""
-        for listener in self.listeners if SPARES else ():
-            deadline = monotonic() + 1
-            try:
-                listener.shutdown(socket.SHUT_RDWR)
-                while self._waiting[listener] and monotonic() < deadline:
-                    sleep(0.001)
-                listener.listen(self.request_queue_size)
-            except OSError:                                 # closed by somebody else
-                pass
 
     def stop(self) -> None:
         """Make serve_forever return soon. Unlike shutdown() it does not wait: a signal handler may call it."""
@@ -185,14 +148,19 @@ class Server(ThreadingTCPServer):
         self.sessions.expire()
         if self.home:
             self.home.look()
-        if self._reloading.is_set():
-            self._reloading.clear()
-            self.reload()
+        while self._due:
+            self._due.popleft()()
+
+    def soon(self, action: Callable[[], object]) -> None:
+        """Have serve_forever do it. A signal handler may call this."""
+        self._due.append(action)
+        self._wake()
 
     def reload_soon(self) -> None:
-        """Make serve_forever reload(). A signal handler may call it."""
-        self._reloading.set()
-        self._wake()
+        self.soon(self.reload)
+
+    def log_sessions_soon(self) -> None:
+        self.soon(partial(self.table.log, self.sessions))
 
     def reload(self) -> bool:
         """Read users and rules again, for what is asked from now on. Where one of the files is bad, both stay."""
@@ -208,21 +176,20 @@ class Server(ThreadingTCPServer):
 
     def accept_from(self, listener: socket.socket) -> None:
         """Accept one connection and serve it, or have it served."""
+        covered = True
         try:
             request, client_address = self.get_request(listener)
         except OSError:
             return
         finally:
-            if SPARES:
-                with self._lock:
-                    self._waiting[listener] -= 1
-                    last = not self._waiting[listener]
+            if self._spares:
+                covered = self._spares.accepted(listener)
         try:
-            if SPARES and last and not self.start_spare(listener):
+            if not covered:
                 raise RuntimeError("can't start new thread")
             if not self.verify_request(request, client_address):
                 self.shutdown_request(request)
-            elif not (self.lobby and self.lobby.enter(request, client_address)):
+            elif not self.waits(request, client_address):
                 self.process_request(request, client_address)
         except (RuntimeError, MemoryError, OSError) as exc:
             self.complain("no thread for a client, which is closed: %s", exc)
@@ -240,15 +207,20 @@ class Server(ThreadingTCPServer):
                 self.complain("cannot accept: %s; %d sessions live", exc.strerror, len(self.sessions))
                 sleep(REST_S)
             raise
-        if not SPARES:                                          # or it inherits what the listener has
+        if not self._spares:                                    # or it inherits what the listener has
             request.setblocking(True)
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         return request, client_address
 
+    def waits(self, request: socket.socket, client_address: Any) -> bool:
+        """Whether it is left in the lobby, because it is silent and there is a crowd."""
+        crowd = self.sessions.negotiating > CROWD
+        return bool(crowd and self.lobby and self.lobby.enter(request, client_address))
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve it in this thread if that is what this thread waited for, else in a new one."""
-        if getattr(self._here, "accepted", False):
+        if self._spares and self._spares.here():
             self.process_request_thread(request, client_address)
         else:
             super().process_request(request, client_address)
@@ -289,6 +261,8 @@ class Server(ThreadingTCPServer):
         """Stop listening, and end whatever is still live."""
         self.drain(0)
         self._wakeup.close()
+        if self.trace:
+            self.trace.close()
         self._waker.close()
 
     def drain(self, timeout_s: float, hurry: Optional[threading.Event] = None) -> int:

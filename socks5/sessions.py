@@ -11,13 +11,16 @@ import mmap
 import socket
 import threading
 from time import monotonic
-from typing import TYPE_CHECKING, Dict, Hashable, Iterator, Optional, Union
+from typing import TYPE_CHECKING, Callable, Dict, Hashable, Iterator, List, Optional, Tuple, TypeVar, Union
 
-from .wire import Address, text
+from .fields import text
+from .wire import Address
 
 if TYPE_CHECKING:
     from .relay import Tunnel               # a neighbour, which is only held and told to end
+    from .udp import Association            # the same
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 GRACE_S = 1.0           # nobody is called silent before: whoever is fast is never in the way
@@ -28,7 +31,7 @@ class Session:
     """What there is to know about one client, for the log and for whoever watches."""
 
     __slots__ = ("number", "client", "origin", "sock", "started", "user", "cmd", "dst", "reached", "rep", "tunnel",
-                 "up", "down", "ended_by", "why", "leaving")
+                 "association", "up", "down", "ended_by", "why", "leaving")
 
     def __init__(self, number: int, client: Address, origin: Hashable, sock: socket.socket) -> None:
         self.number = number
@@ -42,6 +45,7 @@ class Session:
         self.reached: Optional[Address] = None      # the address that answered, or called
         self.rep = ""                               # of the last reply
         self.tunnel: Optional[Tunnel] = None
+        self.association: Optional[Association] = None
         self.up = 0
         self.down = 0
         self.ended_by = ""
@@ -57,6 +61,24 @@ class Session:
                 "cmd": self.cmd or "-", "dst": str(self.dst or "-"), "reached": str(self.reached or "-"),
                 "rep": self.rep or "-", "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
                 "ended": self.ended_by or "-", "why": ascii(self.why) if self.why else "-"}
+
+    def moved(self) -> Tuple[int, int]:
+        """Bytes up and down until now."""
+        tunnel, association = self.tunnel, self.association     # its own thread may take them away meanwhile
+        if tunnel:
+            return tunnel.up.total, tunnel.down.total
+        return (association.up, association.down) if association else (self.up, self.down)
+
+    def state(self) -> str:
+        """What it is doing, in a word."""
+        tunnel = self.tunnel
+        if self.ended_by or (tunnel and tunnel.aborted):
+            return "closing"
+        if tunnel:
+            return "half-closed" if tunnel.up.done or tunnel.down.done else "relaying"
+        if self.association:
+            return "relaying"
+        return "waiting" if self.cmd == "BIND" and self.rep else "connecting" if self.cmd else "negotiating"
 
     def step(self, word: str, **facts: str) -> None:
         """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
@@ -146,9 +168,20 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live)
 
+    @property
+    def negotiating(self) -> int:
+        return len(self._negotiating)
+
     def __iter__(self) -> Iterator[Session]:
         with self._lock:
             return iter(list(self._live.values()))
+
+    def with_sockets(self, session: Session, ask: Callable[[List[socket.socket]], T]) -> Optional[T]:
+        """What ask() says of its TCP connections, which nobody can close meanwhile; None when they are closed."""
+        with self._lock:
+            if session.sock not in self._live:
+                return None
+            return ask([session.sock, session.tunnel.remote] if session.tunnel else [session.sock])
 
     def __getitem__(self, sock: socket.socket) -> Session:
         return self._live[sock]

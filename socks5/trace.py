@@ -15,7 +15,8 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 from .codes import Atyp, Cmd, Rep
 from .config import ConfigError
 from .errors import SocksError
-from .wire import Address, Datagram, Greeting, Login, LoginStatus, ReadExactly, Reply, Request, Selection, dissect
+from .fields import ReadExactly, dissect
+from .wire import Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 M = TypeVar("M", Greeting, Login, Request)
 Sent = Union[Selection, LoginStatus, Reply, bytes]
@@ -67,12 +68,12 @@ def opened(where: str) -> Optional[Trace]:
     """The trace to a file, or to standard error for "-"; None for "". Raises ConfigError for a file that cannot be."""
     if where not in ("", STDERR):
         try:
-            file = open(where, "ab", buffering=0, opener=private)   # one write a block: nothing stays behind
+            file = open(where, "ab", buffering=0, opener=private)   # one write for each block
         except OSError as exc:
             raise ConfigError("--trace %s: %s" % (where, exc.strerror)) from None
-        return Trace(file.write)
+        return Trace(file.write, close=file.close)
     stream = sys.stderr if where else None
-    if stream is None:                                  # closed by whoever started us: its number is somebody else's now
+    if stream is None:                                  # closed by who started us: its number has a new owner
         return None
 
     def write(block: bytes) -> None:
@@ -80,6 +81,13 @@ def opened(where: str) -> Optional[Trace]:
         stream.flush()
 
     return Trace(write, colourful(stream))
+
+
+def check(where: str) -> None:
+    """Raises ConfigError where opened() would."""
+    trace = opened(where)
+    if trace:
+        trace.close()
 
 
 def private(path: str, flags: int) -> int:
@@ -95,8 +103,9 @@ def colourful(stream: Any) -> bool:
 class Trace:
     """Where the stories of all sessions are written, a block at a time."""
 
-    def __init__(self, write: Write, colour: bool = False) -> None:
+    def __init__(self, write: Write, colour: bool = False, close: Callable[[], object] = lambda: None) -> None:
         self._write = write
+        self.close = close
         self._colour = colour
         self._lock = threading.Lock()
 
@@ -186,8 +195,9 @@ class Story:
     def end(self, facts: Mapping[str, Any]) -> None:
         """The totals."""
         why = "" if facts["why"] == "-" else ", why: %s" % facts["why"]
-        self.tell(self.trace.paint(TITLE, "the end after %.3f s: %d bytes up (client to destination), %d bytes down; "
-                                   "ended by: %s%s" % (facts["seconds"], facts["up"], facts["down"], facts["ended"], why)))
+        words = "the end after %.3f s: %d bytes up (client to destination), %d bytes down; ended by: %s%s" % (
+            facts["seconds"], facts["up"], facts["down"], facts["ended"], why)
+        self.tell(self.trace.paint(TITLE, words))
 
     # ---- how they look --------------------------------------------------------------------------------------------
 

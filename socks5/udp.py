@@ -5,8 +5,7 @@ writes to sees the same port, and anybody may answer through it (endpoint-indepe
 One poll loop serves all of them: a datagram that cannot be carried is dropped, counted by reason, and that is all.
 
 The speed lies in what is remembered, the bytes of a header with the socket and address they stand for, and back; and in
-datagrams.py. A datagram is sent as a slice of the buffer that received it, without its header or with one put in front.
-RFC 1928 section 7.
+datagrams.py. A datagram is sent as a slice of the buffer that received it, less or plus a header. RFC 1928 section 7.
 """
 from __future__ import annotations
 
@@ -18,10 +17,11 @@ from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Seque
 
 from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, bound, send
 from .errors import RequestRefused, name_of, rep_of
+from .fields import Host
 from .fragments import Fragments
 from .resolve import IP, Busy, Names, Sockaddr, Waiting, address_of, advertised, clean, family_of, ip_of, unmapped
 from .waiting import READ, new_poll
-from .wire import Address, Datagram, Host
+from .wire import Address, Datagram
 
 Route = Tuple[socket.socket, Sockaddr]
 K = TypeVar("K")
@@ -67,7 +67,7 @@ class Association:
         self._peer: Any = None                               # the client, once its port is known
         self._routes: Dict[bytes, Route] = {}               # by the header that leads there
         self._headers: Dict[Sockaddr, bytes] = {}           # by the remote that they name
-        self._forget_at = 0.0
+        self._forget_at = self.moved_at = 0.0
         self._fragments = Fragments()
         self._waiting: Optional[Waiting[Datagram]] = None
         self._outside: Dict[int, socket.socket] = {}        # by family
@@ -114,7 +114,7 @@ class Association:
             for fd, _events in ready:
                 self._serve[fd]()
             if self._moved:
-                idle_at, self._moved = now + (idle_s or FOREVER), False
+                idle_at, self._moved, self.moved_at = now + (idle_s or FOREVER), False, now
             elif now >= idle_at:
                 self.ended_by = self.ended_by or "idle"
             if now >= self._fragments.deadline:

@@ -42,3 +42,45 @@ class SelectPoll:
 
 def new_poll() -> "Union[select.poll, SelectPoll]":
     return select.poll() if hasattr(select, "poll") else SelectPoll()
+
+
+class Watch:
+    """What is wanted of two descriptors; speaks to the poll object only when that changes.
+
+    One of which nothing is wanted stays registered with no events, because a reset is reported all the same; unless it
+    is closed both ways, which would be reported without end: then mute() it.
+    """
+
+    __slots__ = ("first", "second", "poll", "wanted", "muted")
+
+    def __init__(self, first: int, second: int) -> None:
+        self.first = first
+        self.second = second
+        self.poll = new_poll()
+        self.wanted = (-1, -1)              # of each; -1: not registered
+        self.muted = -1
+
+    def want(self, first: int, second: int) -> None:
+        if (first, second) != self.wanted:
+            self.wanted = (self._want(self.first, first, self.wanted[0]),
+                           self._want(self.second, second, self.wanted[1]))
+
+    def mute(self, fd: int) -> None:
+        """Forget it until something is wanted of it again."""
+        self.poll.unregister(fd)
+        self.muted = fd
+        self.wanted = (-1, self.wanted[1]) if fd == self.first else (self.wanted[0], -1)
+
+    def _want(self, fd: int, events: int, before: int) -> int:
+        if before == -1:
+            if fd == self.muted and not events:
+                return -1
+            self.poll.register(fd, events)
+        elif events != before:
+            self.poll.modify(fd, events)
+        return events
+
+
+def new_epoll() -> "select.epoll":
+    """For very many descriptors, of which few are ready. Linux only."""
+    return select.epoll()

@@ -1,125 +1,25 @@
 """Every message of SOCKS5 as a frozen dataclass: bytes in, facts out, no sockets and no decisions.
 
-Each message has one LAYOUT, the RFC's box as data. `parse` takes the fields through it in the RFC's order, and whoever
-wants to show a message (trace.py) walks over the same LAYOUT with `dissect`, so the two cannot drift apart.
+Each message has one LAYOUT, the RFC's box as data (fields.py). `parse` takes the fields through it in the RFC's order,
+and whoever wants to show a message (trace.py) walks over the same LAYOUT, so the two cannot drift apart.
 
-`read(n)` gives exactly n bytes or raises EOFError. A parser never asks for a byte that is not part of its message, so
-what a client sends behind its request stays where it is, for the tunnel.
+A parser never asks for a byte that is not part of its message, so what a client sends behind its request stays where it
+is, for the tunnel.
 
 RFC 1928 sections 3 to 7, RFC 1929. All integers are in network order (big-endian).
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
-from typing import Callable, ClassVar, Dict, Iterator, Optional, Tuple, Union
+from ipaddress import IPv4Address
+from typing import ClassVar
 
 from .codes import METHOD_RANGES, Atyp, Cmd, Method, Rep, phrase
-from .errors import ProtocolError, RequestRefused
+from .errors import RequestRefused
+from .fields import BytesReader, Field, Host, Layout, Raw, ReadExactly, host_of, split, text
 
 VER = 0x05          # RFC 1928 §3
 AUTH_VER = 0x01     # RFC 1929 §2: the version of the sub-negotiation, not of SOCKS
-ReadExactly = Callable[[int], bytes]
-Raw = Dict[str, bytes]
-Host = Union[IPv4Address, IPv6Address, bytes]     # bytes: a domain name, just as it came
-ADDRESS_BYTES = {0x01: 4, 0x04: 16}               # by ATYP, RFC 1928 §5
-DOMAINNAME = int(Atyp.DOMAINNAME)
-
-
-class BytesReader:
-    """Gives a byte string piece by piece: the `read` for parsing what is already here, such as a datagram."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.at = 0
-
-    def __call__(self, size: int) -> bytes:
-        end = self.at + size
-        if end > len(self.data):
-            raise EOFError("message cut short after %d bytes" % len(self.data))
-        piece, self.at = self.data[self.at:end], end
-        return piece
-
-    def rest(self) -> bytes:
-        return self.data[self.at:]
-
-
-# ---- fields: what a LAYOUT is made of ----------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Field:
-    """One field of a message.
-
-    name    the RFC's name, unique in its message
-    size    in bytes; or the name of the earlier field that holds it; or None: ATYP decides, RFC 1928 §5
-    means   the bytes in words, for people; not asked for an address, which ATYP explains
-    must    the only value that may stand here (VER): anything else is not this protocol
-    secret  never to be shown
-    """
-
-    name: str
-    size: Union[int, str, None]
-    means: Callable[[bytes], str]
-    must: Optional[int] = None
-    secret: bool = False
-
-    def take(self, read: ReadExactly, earlier: Raw) -> bytes:
-        if self.size is None:
-            return take_address(read, earlier["ATYP"][0])
-        raw = read(self.size if isinstance(self.size, int) else earlier[self.size][0])
-        if self.must is not None and raw[0] != self.must:
-            raise ProtocolError("%s 0x%02x, expected 0x%02x" % (self.name, raw[0], self.must))
-        return raw
-
-    def words(self, raw: Raw) -> str:
-        """What this field of a message says, for people."""
-        if self.size is None:
-            host = Address.of(dict(raw, PORT=b""), self.name, "PORT").host
-            return text(host) if isinstance(host, bytes) else str(host)
-        return self.means(raw[self.name])
-
-
-Layout = Tuple[Field, ...]
-
-
-def take_address(read: ReadExactly, atyp: int) -> bytes:
-    """The raw address for `atyp`; a name with its length byte. Raises RequestRefused X'08' before it reads anything
-    when the ATYP is unknown: nobody can say how many bytes would follow."""
-    if atyp == DOMAINNAME:
-        length = read(1)
-        return length + read(length[0])
-    if atyp not in ADDRESS_BYTES:
-        raise RequestRefused(Rep.ADDRESS_TYPE_NOT_SUPPORTED, "ATYP 0x%02x" % atyp)
-    return read(ADDRESS_BYTES[atyp])
-
-
-def split(layout: Layout, read: ReadExactly) -> Raw:
-    """Read one message: the raw bytes of each field, in the RFC's order."""
-    raw: Raw = {}
-    for field in layout:
-        raw[field.name] = field.take(read, raw)
-    return raw
-
-
-def dissect(layout: Layout, message: bytes) -> Iterator[Tuple[Field, bytes, str]]:
-    """Each field of a message that is here, its bytes and what they say; ends quietly where the message does."""
-    read = BytesReader(message)
-    raw: Raw = {}
-    for field in layout:
-        start = read.at
-        try:
-            field.take(read, raw)
-        except (EOFError, RequestRefused):
-            return
-        except ProtocolError:
-            pass                                # shown all the same: it is what came
-        raw[field.name] = message[start:read.at]
-        yield field, raw[field.name], field.words(raw)
-
-
-def text(name: bytes) -> str:
-    """Peer-chosen bytes as one quoted line of ASCII, whatever is in them."""
-    return ascii(name.decode("utf-8", "backslashreplace"))
 
 
 def _number(raw: bytes) -> str:
@@ -160,10 +60,7 @@ class Address:
     @classmethod
     def of(cls, raw: Raw, addr: str, port: str) -> Address:
         """From the raw bytes of a message's ATYP and of its fields named `addr` and `port`."""
-        packed = raw[addr]
-        host: Host = (packed[1:] if raw["ATYP"][0] == DOMAINNAME
-                      else IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed))
-        return cls(host, int.from_bytes(raw[port], "big"))
+        return cls(host_of(raw["ATYP"][0], raw[addr]), int.from_bytes(raw[port], "big"))
 
     def pack(self) -> bytes:
         """ATYP, ADDR and PORT. Raises ValueError for a name that is empty or longer than 255 bytes."""

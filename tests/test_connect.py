@@ -222,7 +222,8 @@ class ConnectTest(unittest.TestCase):
         """PROTOCOL: within 400 ms of the plain time, and not by giving the first choice no chance."""
         dead = "::1" if support.HAS_IPV6 else "127.0.0.2"
         seconds = {}
-        with support.target() as (host, port), silent(dead, port), support.running() as server:
+        port = free_port("127.0.0.1", dead)
+        with support.target(port=port) as (host, _), silent(dead, port), support.running() as server:
             for addresses in ([host], [dead, host]):
                 with resolving(*addresses):
                     began = time.monotonic()
@@ -233,7 +234,9 @@ class ConnectTest(unittest.TestCase):
 
     def test_the_first_that_connects_wins_and_the_others_are_closed(self):
         support.need(self, os.path.exists("/proc/self/fd"), "/proc")
-        with support.target(host="127.0.0.3") as (host, port), silent("127.0.0.1", port), silent("127.0.0.2", port):
+        port = free_port("127.0.0.1", "127.0.0.2", "127.0.0.3")
+        with support.target(host="127.0.0.3", port=port) as (host, _), \
+                silent("127.0.0.1", port), silent("127.0.0.2", port):
             before = support.descriptors()
             with connect(ips("127.0.0.1", "127.0.0.2", host), port, support.PATIENCE_S) as winner:
                 self.assertEqual(winner.getpeername(), (host, port))
@@ -254,7 +257,8 @@ class ConnectTest(unittest.TestCase):
                 self.assertEqual(log.facts[-1]["ended"], "client")
 
     def test_a_client_that_has_said_all_is_still_connected_for(self):
-        with support.target() as (host, port), silent("127.0.0.2", port), support.running() as server:
+        port = free_port("127.0.0.1", "127.0.0.2")
+        with support.target(port=port) as (host, _), silent("127.0.0.2", port), support.running() as server:
             with resolving("127.0.0.2", host), support.dial(server.server_address) as client:
                 client.sendall(Greeting(bytes([Method.NO_AUTHENTICATION])).pack()
                                + Request(Cmd.CONNECT, support.address(NAME, port)).pack() + b"all that I have to say")
@@ -265,7 +269,8 @@ class ConnectTest(unittest.TestCase):
                 self.assertEqual(support.read_to_end(client), b"all that I have to say")
 
     def test_a_timeout_of_0_is_none(self):
-        with support.target() as (host, port), silent("127.0.0.2", port):
+        port = free_port("127.0.0.1", "127.0.0.2")
+        with support.target(port=port) as (host, _), silent("127.0.0.2", port):
             connect(ips("127.0.0.2", host), port, 0).close()
 
 

@@ -13,7 +13,8 @@ from unittest import mock
 
 import socks5
 from socks5.codes import Cmd, Method, Rep
-from socks5.wire import UNSPECIFIED, Address, BytesReader, Greeting, Login, Reply, Request, Selection
+from socks5.fields import BytesReader
+from socks5.wire import UNSPECIFIED, Address, Greeting, Login, Reply, Request, Selection
 from tests import support
 from tests.support import PATIENCE_S, address, dial, read_to_end, reader_of, running, target, wait_until
 

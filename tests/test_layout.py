@@ -14,10 +14,11 @@ MOST_LINES = 300
 LEVELS = (
     "codes",
     "errors",
+    "fields",
     "wire config",
-    "waiting splice fragments datagrams inbox",
+    "waiting splice fragments datagrams inbox spares",
     "auth throttle rules resolve relay trace sessions home listening",
-    "client connect bind udp lobby",
+    "client connect bind udp lobby table",
     "handler",
     "server",
     "workers status",

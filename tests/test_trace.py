@@ -1,6 +1,7 @@
 """trace.py: what is shown is what passed, whoever reads along learns no password, and nobody suffers from it."""
 import contextlib
 import io
+import logging
 import os
 import re
 import socket
@@ -15,12 +16,13 @@ from pathlib import Path
 from socks5 import client, trace
 from socks5.codes import Cmd, Rep
 from socks5.trace import DOWN, UP, Story, Trace
-from socks5.wire import (BytesReader, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection)
+from socks5.fields import BytesReader
+from socks5.wire import Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, need, read_to_end, run_cli, running, spawned,
                            target, wait_until)
 
 ALICE = ("alice", "correct horse")
-ROW = re.compile(r"#\d+   ([0-9a-f*]{2}(?: [0-9a-f*]{2})*) +(\S+)?")
+ROW = re.compile(r"(?m)^#\d+   ([0-9a-f*]{2}(?: [0-9a-f*]{2})*) *?(?:  ([A-Z.]+) .*)?$")
 MESSAGES = [
     (UP, Greeting(b"\0\2")), (DOWN, Selection(2)), (UP, Login(b"alice", b"correct horse")), (DOWN, LoginStatus(0)),
     (UP, Request(Cmd.CONNECT, address("example.com", 443))), (UP, Request(Cmd.BIND, address("2001:db8::1", 21))),
@@ -71,19 +73,20 @@ class Shown(unittest.TestCase):
         told.take(Request, BytesReader(Request(Cmd.CONNECT, address(b"a" * 200, 443)).pack()))
         self.assertIn("... and 137 bytes more", blocks[0])
         self.assertLess(max(map(len, blocks[0].split("\n"))), 260)
-        self.assertEqual(blocks[0].count("61 61 61"), 8)
+        self.assertEqual(blocks[0].count("61 61 61 61 61 61 61"), 8)
 
     def test_neither_the_password_nor_its_length(self):
-        for passwd in (b"s3cret", b"\x77" * 119):
+        for passwd in (b"s3cret", b"\x77" * 119, b"\x77" * 250):
             told, blocks = story()
             told.take(Login, BytesReader(Login(b"alice", passwd).pack()))
-            self.assertNotIn(passwd.hex(" ") if sys.version_info >= (3, 8) else "", blocks[0])
-            self.assertNotIn("%02x  " % len(passwd), blocks[0])
-            self.assertNotIn(str(len(passwd)), blocks[0])
+            self.assertNotIn(passwd[:2].hex(" "), blocks[0])
+            self.assertNotIn("  %02x  " % len(passwd), blocks[0])
+            self.assertNotIn("%d bytes of PASSWD" % len(passwd), blocks[0])
             self.assertEqual(rows(blocks[0])[-2:], [["PLEN", "**"], ["PASSWD", "**"]])
 
     def test_no_password_of_a_message_that_is_cut_or_wrong(self):
-        for name, raw in (("cut", Login(b"alice", b"s3cret").pack()[:-1]), ("wrong", b"\5" + Login(b"a", b"s3cret").pack()[1:])):
+        whole = Login(b"alice", b"s3cret").pack()
+        for name, raw in (("cut", whole[:-1]), ("wrong", b"\5" + whole[1:])):
             with self.subTest(name):
                 told, blocks = story()
                 with self.assertRaises(Exception):
@@ -243,13 +246,14 @@ def perform(name):
 def in_readme(text):
     """{name: trace} of the blocks that a comment `.. trace: NAME` announces."""
     found = {}
-    for name, block in re.findall(r"(?m)^\.\. trace: (.+)\n\n?(?:\.\. code-block:: \w+|::)\n\n((?:(?: +.*)?\n)+)", text):
+    announced = r"(?m)^\.\. trace: (.+)\n\n?(?:\.\. code-block:: \w+|::)\n\n((?:(?: +.*)?\n)+)"
+    for name, block in re.findall(announced, text):
         found[name] = "".join(line.strip() + "\n" for line in block.strip().split("\n"))
     return found
 
 
 def lasting(text):
-    """Without what differs from run to run: ports, but for 0, are counted by their first turn; times; numbers of sessions."""
+    """Without what differs from run to run: ports, but for 0, are counted by their first turn; times; numbers."""
     ports = {}
 
     def port(digits):
@@ -270,11 +274,9 @@ class Scenes(unittest.TestCase):
     maxDiff = None
 
     def setUp(self):
-        with self.subTest("quiet"):
-            import logging
-            handler = logging.NullHandler()
-            logging.getLogger("socks5").addHandler(handler)
-            self.addCleanup(logging.getLogger("socks5").removeHandler, handler)
+        log, quiet = logging.getLogger("socks5"), logging.NullHandler()     # or warnings go to stderr
+        log.addHandler(quiet)
+        self.addCleanup(log.removeHandler, quiet)
 
     def test_what_readme_teaches_is_what_happens(self):
         path = ROOT / "README.rst"
@@ -288,7 +290,8 @@ class Scenes(unittest.TestCase):
                 self.assertEqual(lasting(shown).rstrip("\n"), lasting(perform(name)).rstrip("\n"))
 
     def test_this_finder_of_traces_finds_them(self):
-        text = "x\n\n.. trace: connect\n\n.. code-block:: text\n\n   #1 a\n   #1   b\n\nMore.\n\n.. trace: bind\n\n::\n\n  c\n"
+        text = "x\n\n.. trace: connect\n\n.. code-block:: text\n\n   #1 a\n   #1   b\n\nMore.\n"
+        text += "\n.. trace: bind\n\n::\n\n  c\n"
         self.assertEqual(in_readme(text), {"connect": "#1 a\n#1   b\n", "bind": "c\n"})
 
     def test_this_comparison_sees_what_matters(self):
@@ -403,14 +406,14 @@ class Places(unittest.TestCase):
 
     def test_standard_error_closed_from_the_start(self):
         need(self, os.path.exists("/bin/sh"), "/bin/sh")
-        with spawned("--trace", prefix=("/bin/sh", "-c", '"$0" "$@" 2>&-')) as server:
+        with spawned("--trace", prefix=("/bin/sh", "-c", 'exec "$0" "$@" 2>&-')) as server:
             for _ in range(2):
                 self.session(server.port)
 
     def test_standard_error_whose_reader_has_left(self):
         reading, writing = os.pipe()
-        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", "--trace"], stderr=writing,
-                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", "--trace"],
+                                   stderr=writing, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         os.close(writing)
         try:
             port = int(process.stdout.readline().rpartition(b":")[2])

@@ -17,7 +17,7 @@ import socks5
 from socks5 import client, datagrams
 from socks5.codes import Cmd, Rep
 from socks5.errors import ProxyError
-from socks5.server import SPARES
+from socks5.spares import MOST as SPARES
 from socks5.resolve import LOOKUP_THREADS, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
 from socks5.udp import Association
 from socks5.waiting import SelectPoll

@@ -1,0 +1,84 @@
+"""Threads that wait in accept() themselves, and serve what they accept.
+
+Starting a thread costs about as much as a whole negotiation, so a few are kept. Only where shutting a listener down
+wakes whoever waits in its accept(), which is Linux; elsewhere the server's loop accepts and starts a thread each.
+"""
+from __future__ import annotations
+
+import socket
+import threading
+from time import monotonic, sleep
+from typing import Callable, Sequence
+
+available = hasattr(socket, "TCP_DEFER_ACCEPT")     # Linux has this option
+MOST = 8                    # that wait, for each listener; a thread that comes back when there are so many ends
+RELEASE_S = 1.0
+
+
+class Spares:
+    """`accept_from(listener)` is what they call: it must call `accepted` when accept() has come back."""
+
+    def __init__(self, listeners: Sequence[socket.socket], accept_from: Callable[[socket.socket], None]) -> None:
+        self._accept_from = accept_from
+        self._lock = threading.Lock()
+        self._serving = False                               # may threads go on to accept()? changes under the lock
+        self._waiting = dict.fromkeys(listeners, 0)         # in accept()
+        self._here = threading.local()
+
+    def here(self) -> bool:
+        """Whether the calling thread is one of them, which serves what it accepted."""
+        return getattr(self._here, "spare", False)
+
+    def serve(self) -> None:
+        with self._lock:
+            self._serving = True
+
+    def refill(self) -> None:
+        """Nobody may wait at first; and later, when none could be started."""
+        for listener, waiting in self._waiting.items():
+            if not waiting:
+                self.start(listener)
+
+    def start(self, listener: socket.socket) -> bool:
+        """One more; False when the system has no thread to give."""
+        with self._lock:
+            if not self._serving:
+                return True                                 # nobody needs it any more
+            self._waiting[listener] += 1
+        try:
+            threading.Thread(target=self._loop, args=(listener,), daemon=True).start()
+        except (RuntimeError, MemoryError):                 # RuntimeError: can't start new thread
+            with self._lock:
+                self._waiting[listener] -= 1
+            return False
+        return True
+
+    def accepted(self, listener: socket.socket) -> bool:
+        """The calling thread waits no longer; False when it should have a successor, and none can be started."""
+        with self._lock:
+            self._waiting[listener] -= 1
+            last = not self._waiting[listener]
+        return not last or self.start(listener)
+
+    def _loop(self, listener: socket.socket) -> None:
+        self._here.spare = True
+        while True:
+            self._accept_from(listener)
+            with self._lock:
+                if not self._serving or self._waiting[listener] >= MOST:
+                    return
+                self._waiting[listener] += 1
+
+    def release(self, backlog: int) -> None:
+        """Wake those in accept(), which takes a moment without listening; who comes later waits in the queue."""
+        with self._lock:
+            self._serving = False
+        for listener in self._waiting:
+            deadline = monotonic() + RELEASE_S
+            try:
+                listener.shutdown(socket.SHUT_RDWR)
+                while self._waiting[listener] and monotonic() < deadline:
+                    sleep(0.001)
+                listener.listen(backlog)
+            except OSError:                                 # closed by somebody else
+                pass

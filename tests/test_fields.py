@@ -1,0 +1,72 @@
+"""fields: the parts of a LAYOUT, taken and shown one by one. What messages make of them is in test_wire.py."""
+import unittest
+from ipaddress import IPv4Address, IPv6Address
+
+from socks5.codes import Rep
+from socks5.errors import ProtocolError, RequestRefused
+from socks5.fields import BytesReader, Field, dissect, host_of, split, take_address, text
+
+
+def words(raw):
+    return raw.hex()
+
+
+class Reader(unittest.TestCase):
+    def test_gives_exactly_what_is_asked_for(self):
+        read = BytesReader(b"abcdef")
+        self.assertEqual((read(0), read(2), read(1), read.rest()), (b"", b"ab", b"c", b"def"))
+
+    def test_ends_without_taking(self):
+        read = BytesReader(b"abc")
+        self.assertRaises(EOFError, read, 4)
+        self.assertEqual(read(3), b"abc")
+        self.assertRaises(EOFError, read, 1)
+
+
+class Fields(unittest.TestCase):
+    LAYOUT = (Field("VER", 1, words, must=5), Field("LEN", 1, words), Field("DATA", "LEN", words),
+              Field("END", 2, words))
+
+    def test_a_size_may_stand_in_an_earlier_field(self):
+        read = BytesReader(b"\x05\x03abc\x00\x01tail")
+        self.assertEqual(split(self.LAYOUT, read), {"VER": b"\x05", "LEN": b"\x03", "DATA": b"abc", "END": b"\x00\x01"})
+        self.assertEqual(read.rest(), b"tail")
+
+    def test_what_must_stand_there_is_judged_before_the_next_byte_is_read(self):
+        read = BytesReader(b"\x04")
+        with self.assertRaisesRegex(ProtocolError, "VER 0x04, expected 0x05"):
+            split(self.LAYOUT, read)
+        self.assertEqual(read.rest(), b"")
+
+    def test_dissect_shows_what_split_takes(self):
+        message = b"\x05\x01x\x00\x02"
+        shown = {field.name: raw for field, raw, _ in dissect(self.LAYOUT, message)}
+        self.assertEqual(shown, split(self.LAYOUT, BytesReader(message)))
+        self.assertEqual([said for _, _, said in dissect(self.LAYOUT, b"\x07\x01")], ["07", "01"])
+
+
+class Hosts(unittest.TestCase):
+    def test_each_kind(self):
+        for atyp, packed, host in ((1, b"\x7f\0\0\1", IPv4Address("127.0.0.1")),
+                                   (4, bytes(15) + b"\1", IPv6Address("::1")),
+                                   (3, b"\x03abc", b"abc"), (3, b"\x0f" + b"n" * 15, b"n" * 15), (3, b"\0", b"")):
+            with self.subTest(atyp=atyp, packed=packed):
+                read = BytesReader(packed + b"tail")
+                self.assertEqual(take_address(read, atyp), packed)
+                self.assertEqual((host_of(atyp, packed), read.rest()), (host, b"tail"))
+
+    def test_an_unknown_kind_is_refused_unread(self):
+        for atyp in (0, 2, 5, 255):
+            with self.subTest(atyp=atyp), self.assertRaises(RequestRefused) as caught:
+                take_address(BytesReader(b""), atyp)
+            self.assertEqual(caught.exception.rep, Rep.ADDRESS_TYPE_NOT_SUPPORTED)
+
+    def test_text_is_one_line_of_ascii(self):
+        for raw in (b"plain", b"a\nb", b"\x1b[2J", b"\xff\xfe", "ü".encode(), b"it's \"quoted\"", b""):
+            with self.subTest(raw=raw):
+                shown = text(raw)
+                self.assertTrue(shown.isascii() and shown.isprintable() and shown[0] == shown[-1])
+
+
+if __name__ == "__main__":
+    unittest.main()

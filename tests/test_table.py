@@ -1,0 +1,140 @@
+"""table.py: SIGUSR1 and the table of live sessions; each state, what it counts, and that nobody has to wait for it."""
+import re
+import signal
+import socket
+import unittest
+from unittest import mock
+
+from socks5 import client, table
+from socks5.codes import Cmd
+from socks5.wire import Greeting
+from tests.support import (PATIENCE_S, ask, connect_through, dial, need, negotiate, read_to_end, running, spawned, target,
+                           wait_until)
+
+ORDER = ["id", "client", "user", "cmd", "dst", "state", "age", "idle", "up", "down", "rate"]
+LINUX = bool(table.TCP_INFO)
+
+
+def facts(line):
+    return dict(re.findall(r"(\w+)=(\S+)", line))
+
+
+class Lines(unittest.TestCase):
+    def tables(self, server):
+        """{state: facts} of the table as it is now, and its lines."""
+        with self.assertLogs("socks5.table", "INFO") as logs:
+            server.log_sessions_soon()
+            wait_until(lambda: any("live sessions=" in line for line in logs.output), "the table")
+        lines = [line.partition("socks5.table:")[2] for line in logs.output]
+        return {facts(line)["state"]: facts(line) for line in lines if "state=" in line}, lines
+
+    def test_every_state_in_one_order(self):
+        def finish(connection):
+            connection.sendall(b"abc")
+            connection.shutdown(socket.SHUT_WR)
+            read_to_end(connection)
+
+        with running() as server, target() as echo, target(finish) as finished:
+            with dial(server.server_address) as silent, dial(server.server_address) as waiting, \
+                    connect_through(server.server_address, *echo) as relaying, \
+                    connect_through(server.server_address, *finished) as half:
+                silent.sendall(Greeting(b"\0").pack()[:1])
+                negotiate(waiting)
+                ask(waiting, Cmd.BIND, "0.0.0.0", 0)
+                relaying.sendall(b"hello")
+                self.assertEqual((relaying.recv(5), half.recv(3), half.recv(1)), (b"hello", b"abc", b""))
+                states, lines = self.tables(server)
+        for line in lines[:-1]:
+            self.assertEqual(re.findall(r"(\w+)=", line), ORDER)
+        self.assertEqual(lines[-1], "live sessions=4")
+        self.assertEqual(set(states), {"negotiating", "waiting", "relaying", "half-closed"})
+        self.assertEqual((states["relaying"]["up"], states["relaying"]["down"]), ("5", "5"))
+        self.assertEqual(states["relaying"]["dst"], "%s:%d" % echo)
+        self.assertEqual((states["half-closed"]["down"], states["negotiating"]["cmd"]), ("3", "-"))
+        if LINUX:
+            for state in states.values():
+                self.assertLessEqual(float(state["idle"]), float(state["age"]))
+
+    def test_datagrams(self):
+        with running() as server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, \
+                client.associate(server.server_address[:2]) as udp:
+            peer.bind(("127.0.0.1", 0))
+            peer.settimeout(PATIENCE_S)
+            udp.sendto(b"question", peer.getsockname())
+            peer.recvfrom(100)
+            states, _ = self.tables(server)
+        self.assertEqual((states["relaying"]["cmd"], states["relaying"]["up"]), ("UDP_ASSOCIATE", "8"))
+        self.assertGreaterEqual(float(states["relaying"]["idle"]), 0)
+
+    def test_the_rate_is_since_the_last_table(self):
+        with running() as server, target() as echo, connect_through(server.server_address, *echo) as sock:
+            sock.sendall(bytes(1000))
+            while len(sock.recv(1000, socket.MSG_PEEK)) < 1000:
+                pass
+            first, _ = self.tables(server)
+            second, _ = self.tables(server)
+        self.assertGreater(int(first["relaying"]["rate"]), 0)
+        self.assertEqual((second["relaying"]["rate"], second["relaying"]["up"]), ("0", "1000"))
+
+    def test_a_name_forges_no_line(self):
+        user = ("a\nlive id=9", "x")
+        with running(user=(user,)) as server, target() as echo:
+            with connect_through(server.server_address, *echo, (user[0].encode(), b"x")):
+                _, lines = self.tables(server)
+        self.assertEqual(len(lines), 2)
+        self.assertNotIn("\n", lines[0])
+
+    def test_where_the_kernel_does_not_tell(self):
+        with mock.patch.object(table, "TCP_INFO", 0), running() as server, target() as echo:
+            with connect_through(server.server_address, *echo):
+                states, _ = self.tables(server)
+        self.assertEqual(states["relaying"]["idle"], "-")
+
+
+class Idle(unittest.TestCase):
+    def setUp(self):
+        need(self, LINUX, "TCP_INFO")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.one = socket.create_connection(listener.getsockname())
+            self.other = listener.accept()[0]
+        self.addCleanup(self.one.close)
+        self.addCleanup(self.other.close)
+
+    def test_it_grows_and_starts_again_with_data(self):
+        wait_until(lambda: table.idle_seconds([self.one, self.other]) > 0.05)
+        self.one.sendall(b"x")
+        self.assertEqual(self.other.recv(1), b"x")
+        silent = table.idle_seconds([self.one, self.other])
+        wait_until(lambda: table.idle_seconds([self.one]) > 0.05)
+        self.other.sendall(b"y")
+        self.assertEqual(self.one.recv(1), b"y")
+        self.assertLess(silent, 10)
+        self.assertLess(table.idle_seconds([self.one]), 10)
+
+    def test_the_least_of_several_counts(self):
+        wait_until(lambda: table.idle_seconds([self.one]) > 0.05)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            with socket.create_connection(listener.getsockname()) as fresh:
+                self.assertLessEqual(table.idle_seconds([self.one, fresh]), table.idle_seconds([self.one]))
+
+    def test_a_dead_socket(self):
+        self.one.close()
+        self.assertIsNone(table.idle_seconds([self.one]))
+
+
+class Signal(unittest.TestCase):
+    def setUp(self):
+        need(self, hasattr(signal, "SIGUSR1"), "SIGUSR1")
+
+    def test_one_process_and_several(self):
+        for workers in (1, 2):
+            with self.subTest("%d" % workers), spawned("-w", workers) as server, target() as echo:
+                with connect_through(server.port, *echo):
+                    server.signal(signal.SIGUSR1)
+                    line = server.wait_line(r"live id=.* state=relaying .*").group()
+                    self.assertEqual(re.findall(r"(\w+)=", line), ORDER)
+                    wait_until(lambda: sum("live sessions=" in line for line in list(server.log)) == workers)
+
+
+if __name__ == "__main__":
+    unittest.main()
