@@ -3,7 +3,6 @@
 One socket faces the client; one per address family faces the world, opened when first needed, so whoever the client
 writes to sees the same port, and anybody may answer through it (endpoint-independent mapping, RFC 4787 section 4.1).
 One poll loop serves all of them: a datagram that cannot be carried is dropped, counted by reason, and that is all.
-
 The speed lies in what is remembered, the bytes of a header with the socket and address they stand for, and back; and in
 datagrams.py. A datagram is sent as a slice of the buffer that received it, less or plus a header. RFC 1928 section 7.
 """
@@ -280,8 +279,6 @@ class Association:
         header = Datagram(address_of(sender), b"").pack()
         remember(self._headers, sender, header)
         return header
-
-    # ---- sockets ----------------------------------------------------------------------------------------------------
 
     def _toward(self, family: int) -> socket.socket:
         """The socket for one family of remotes. Raises OSError when there can be none."""
