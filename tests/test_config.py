@@ -94,6 +94,11 @@ class Parse(unittest.TestCase):
                 self.assertNotEqual(value, item.default, "a sample must not be a default")
                 self.assertEqual(parse(item, [text], "x"), (value,) if item.metadata["many"] else value)
 
+    def test_as_many_workers_as_there_are_cpus(self):
+        for text in ("auto", "0"):
+            with self.subTest(text):
+                self.assertEqual(parse(option_named("workers"), [text], "x"), 0)
+
     def test_several(self):
         self.assertEqual(parse(option_named("listen"), ["::1", "127.0.0.1"], "x"), ("::1", "127.0.0.1"))
         self.assertEqual(parse(option_named("port"), ["1", "2"], "x"), 2, "the last one counts")
