@@ -1,0 +1,67 @@
+"""bench.py runs, says what it measured and leaves nothing behind; how fast anything is, no test may ask."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import unittest
+
+from tests.support import PATIENCE_S, ROOT, need, wait_until
+
+BENCH = [sys.executable, str(ROOT / "tests" / "bench.py"), "--quick"]
+
+
+def bench(*args):
+    return subprocess.run([*BENCH, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, text=True,
+                          encoding="utf-8", env=dict(os.environ, PYTHONIOENCODING="utf-8", COLUMNS="70"))
+
+
+def children(pid):
+    with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
+        return list(map(int, file.read().split()))
+
+
+class Bench(unittest.TestCase):
+    def test_prints_table_chart_and_rst(self):
+        done = bench("--only", "conn,bulk-down", "--servers", "direct,ours=-w 1", "--rst")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for what, pattern in (
+                ("conn", r"\nconn: more is better, x is the ratio to direct\n.*conn/s.*\n  direct +[0-9.]+ +1\.00 +-"),
+                ("ours", r"\n  ours=-w 1 +[0-9.]+ +[0-9.]+ +[0-9.-]+ +-\n"),
+                ("chart", r"\nconn, conn/s: longer is better\n(direct|ours=-w 1) +[0-9.]+ [█▏▎▍▌▋▊▉]+\n"),
+                ("command", r"``python3 tests/bench.py --quick --only conn,bulk-down .*'direct,ours=-w 1' --rst``"),
+                ("head", r"\n=+  =[= ]+\nworkload +unit +reference +direct +ours=-w 1\n="),
+                ("row", r"\nbulk-down +GiB/s +direct +[0-9.]+ \(1\.00\) +[0-9.]+ \([0-9.]+\)\n")):
+            with self.subTest(what):
+                self.assertRegex(done.stdout, pattern)
+        self.assertLessEqual(max(len(line) for line in re.findall(".*█.*", done.stdout)), 70)
+
+    def test_a_server_that_does_not_start_is_told_and_the_others_go_on(self):
+        done = bench("--only", "rr", "--servers", "ours=--no-such-option,direct")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, r"\n  ours=--no-such-optio +- +- +- +-  did not start\n  direct +[0-9.]+ ")
+
+    def test_mistakes_on_the_command_line(self):
+        for args in (["--servers", "theirs"], ["--only", "fast"], ["--servers", "direct", "--ref", "ours"]):
+            with self.subTest(" ".join(args)):
+                done = bench(*args)
+                self.assertEqual((done.returncode, done.stdout), (2, ""))
+                self.assertIn(args[-1], done.stderr)
+
+    def test_ended_in_the_middle_it_ends_what_it_started(self):
+        need(self, os.path.exists("/proc/self/task"), "/proc")
+        with subprocess.Popen([*BENCH, "--rounds", "1000", "--only", "rr-64", "--servers", "ours"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                wait_until(lambda: len(children(process.pid)) > 10, "the load")
+                pids = children(process.pid)
+                process.send_signal(signal.SIGTERM)
+                self.assertEqual(process.wait(PATIENCE_S), 143)
+            finally:
+                process.kill()
+        for pid in pids:
+            self.assertRaises(ProcessLookupError, os.kill, pid, 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
