@@ -6,7 +6,7 @@ import threading
 import unittest
 from unittest import mock
 
-from socks5 import listening, sessions
+from socks5 import listening, server, sessions
 from socks5.codes import Cmd, Rep
 from tests.support import PATIENCE_S, ask, connect_through, dial, negotiate, reset, running, target, threads, wait_until
 
@@ -20,6 +20,8 @@ class Lobby(unittest.TestCase):
         self.addCleanup(self.stack.close)
         # So that the silent ones reach accept() at once, not a second later.
         self.stack.enter_context(mock.patch.object(listening, "DEFER_ACCEPT_S", 0))
+        self.stack.enter_context(mock.patch.object(server, "CROWD", -1))
+        self.stack.enter_context(mock.patch.object(server, "CROWD", -1))
         self.logs = self.stack.enter_context(self.assertLogs("socks5", "INFO"))
 
     def crowd(self, **options):
@@ -39,6 +41,11 @@ class Lobby(unittest.TestCase):
         for client in crowd:
             negotiate(client)
             self.assertEqual(ask(client, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
+
+    def test_only_in_a_crowd(self):
+        with mock.patch.object(server, "CROWD", 10):
+            self.crowd()
+            self.assertEqual(len(self.server.lobby._there), SILENT - 10)
 
     def test_who_leaves_is_gone(self):
         for leave in (socket.socket.close, reset):
@@ -61,6 +68,27 @@ class Lobby(unittest.TestCase):
         self.crowd(max_sessions=SILENT, handshake_timeout=0)
         with connect_through(self.server.server_address, *destination):
             wait_until(lambda: self.lines("ended=still negotiating, when others came why=-") == 1)
+
+    def test_a_hook_that_fails_is_nobody_elses_trouble(self):
+        destination = self.stack.enter_context(target())
+        first, second, *_ = self.crowd()
+        with mock.patch.object(self.server, "process_request", side_effect=ZeroDivisionError):
+            first.sendall(b"\5\1\0")
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(first.recv(1), b"")
+        negotiate(second)
+        self.assertEqual(ask(second, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
+        self.assertEqual(self.lines("ERROR:socks5.server:bug while serving"), 1)
+
+    def test_who_cannot_wait_here_gets_a_thread(self):
+        destination = self.stack.enter_context(target())
+        self.server = self.stack.enter_context(running())
+        self.server.lobby._epoll.close()
+        with dial(self.server.server_address) as client:
+            wait_until(lambda: len(self.server.sessions) == 1)
+            negotiate(client)
+            self.assertEqual(ask(client, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
+        self.assertFalse(self.server.lobby._there)
 
     def test_the_end_of_the_server_is_theirs(self):
         crowd = self.crowd()

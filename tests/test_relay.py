@@ -16,7 +16,7 @@ import time
 import unittest
 from unittest import mock
 
-from socks5 import relay, splice
+from socks5 import relay, splice, waiting
 from socks5.codes import Cmd, Method
 from socks5.relay import Tunnel
 from socks5.wire import Greeting, Reply, Request, Selection
@@ -36,7 +36,7 @@ def stream(size):
         size -= len(NOISE)
 
 
-new_poll = getattr(select, "poll", relay.new_poll)          # ours, when the server's is taken away
+new_poll = getattr(select, "poll", waiting.SelectPoll)       # ours, when the server's is taken away
 
 
 class Check:
@@ -96,7 +96,7 @@ def send_until_stuck(sock, limit=1 << 62):
         try:
             sent += sock.send(STREAM[at:min(at + (1 << 16), at + limit - sent)])
         except BlockingIOError:
-            if not comes(sock, relay.WRITE, QUIET_MS):
+            if not comes(sock, waiting.WRITE, QUIET_MS):
                 break
     sock.settimeout(support.PATIENCE_S)
     return sent
@@ -434,7 +434,7 @@ class TunnelTest(Conditioned):
             while time.monotonic() - began < 1.8:
                 standing.client.send(b"x")
                 self.assertEqual(standing.remote.recv(1), b"x")
-                self.assertFalse(comes(standing.client, relay.READ, 50))
+                self.assertFalse(comes(standing.client, waiting.READ, 50))
             self.assertTrue(standing.thread.is_alive())
 
     def test_abort_from_another_thread_in_every_state(self):
@@ -559,16 +559,16 @@ class End:
         return self.broken or self.eof and self.closed
 
     def wanted(self):
-        return (0 if self.eof else relay.READ) | (0 if self.closed else relay.WRITE)
+        return (0 if self.eof else waiting.READ) | (0 if self.closed else waiting.WRITE)
 
     def turn(self, events, now):
         """Do what can be done; then perhaps rest for some turns of the driver."""
         try:
-            if events & ~relay.WRITE and not self.eof:
+            if events & ~waiting.WRITE and not self.eof:
                 piece = self.sock.recv(1 << self.rng.randrange(9, 19))
                 self.check.take(piece)
                 self.eof = not piece
-            if events & ~relay.READ and not self.closed:
+            if events & ~waiting.READ and not self.closed:
                 if self.sent < self.size:
                     self.send()
                 elif self.closes:
