@@ -37,8 +37,13 @@ class Lobby:
         """False for whoever need not wait here."""
         if state_of(request) != SILENT:
             return False
-        self._there[request.fileno()] = request, client_address
-        self._epoll.register(request.fileno(), READ)
+        fd = request.fileno()
+        self._there[fd] = request, client_address           # before it can be let out
+        try:
+            self._epoll.register(fd, READ)
+        except (OSError, ValueError):                       # the system has no more to give; or we are closed
+            del self._there[fd]
+            return False
         return True
 
     def let_out(self) -> None:
@@ -46,14 +51,17 @@ class Lobby:
         for fd, _events in self._epoll.poll(0, MOST):
             self._epoll.unregister(fd)
             request, client_address = self._there.pop(fd)
-            if state_of(request) != SAID:
-                self.end(request, "client", "client closed")
-                continue
             try:
-                self.server.process_request(request, client_address)
+                if state_of(request) == SAID:
+                    self.server.process_request(request, client_address)
+                else:
+                    self.end(request, "client", "client closed")
             except (RuntimeError, MemoryError) as exc:
                 self.server.complain("no thread for a client, which is closed: %s", exc)
                 self.end(request, "server", str(exc))
+            except Exception:                               # in an overridden hook: as socketserver does
+                self.server.handle_error(request, client_address)
+                self.server.shutdown_request(request)
 
     def end(self, request: socket.socket, by: str, why: str = "") -> None:
         """Without a handler, and with the line in the log that it would have written."""

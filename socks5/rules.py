@@ -34,14 +34,19 @@ allow to :: command bind
 deny to 0.0.0.0/8
 deny to 127.0.0.0/8
 deny to 169.254.0.0/16
+deny to 224.0.0.0/24
 deny to ::
 deny to ::1
 deny to fe80::/10
+deny to ff01::/16
+deny to ff02::/16
 allow to any
 """
-# This machine itself, and what only its own link may see (169.254.169.254 hands out a cloud machine's credentials).
+# This machine itself, and what only its own link may see (169.254.169.254 hands out a cloud machine's credentials; the
+# last of each family are the multicast addresses of the same reach: RFC 5771 §4, RFC 4291 §2.7).
 LOCAL: Tuple[Network, ...] = tuple(map(ip_network, (
-    "0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "::/128", "::1/128", "fe80::/10")))
+    "0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/24",
+    "::/128", "::1/128", "fe80::/10", "ff01::/16", "ff02::/16")))
 
 # IPv6 addresses that stand for an IPv4 one: their first bytes, and where the IPv4 address begins.
 DRESSES = (

@@ -1,5 +1,6 @@
 """lobby.py: whoever says nothing costs no thread, and is served as soon as it speaks."""
 import contextlib
+import errno
 import select
 import socket
 import threading
@@ -83,8 +84,8 @@ class Lobby(unittest.TestCase):
     def test_who_cannot_wait_here_gets_a_thread(self):
         destination = self.stack.enter_context(target())
         self.server = self.stack.enter_context(running())
-        self.server.lobby._epoll.close()
-        with dial(self.server.server_address) as client:
+        full = mock.Mock(register=mock.Mock(side_effect=OSError(errno.ENOSPC, "too many watches")))
+        with mock.patch.object(self.server.lobby, "_epoll", full), dial(self.server.server_address) as client:
             wait_until(lambda: len(self.server.sessions) == 1)
             negotiate(client)
             self.assertEqual(ask(client, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)

@@ -11,7 +11,7 @@ from unittest import mock
 
 from socks5.codes import Cmd, Rep
 from socks5.config import Config, ConfigError
-from socks5.rules import ALL_PORTS, Asker, Rule, Rules, inside
+from socks5.rules import ALL_PORTS, LOCAL as LOCAL_NETWORKS, Asker, Rule, Rules, inside
 from socks5.wire import Datagram, Reply
 from tests.support import (HAS_IPV6, PATIENCE_S, address, ask, closed_port, connect_through, dial, echo, need,
                            negotiate, reader_of, run_cli, running, spawned, target, wait_until)
@@ -209,7 +209,8 @@ class Judging(Case):
         self.assertFalse(self.judge(rules, "192.0.2.1", client=dressed("6to4", "10.0.0.1"))[0])
 
 
-LOCAL = ("127.0.0.1", "127.255.255.254", "::1", "0.0.0.0", "0.1.2.3", "::", "169.254.169.254", "fe80::1")
+LOCAL = ("127.0.0.1", "127.255.255.254", "::1", "0.0.0.0", "0.1.2.3", "::", "169.254.169.254", "fe80::1", "224.0.0.251",
+         "ff01::1", "ff02::fb")
 
 
 class Defaults(Case):
@@ -234,6 +235,10 @@ class Defaults(Case):
                          "fec0::1"):
                 with self.subTest((client, host)):
                     self.assertTrue(self.judge(rules, host, client=client)[0])
+
+    def test_what_a_word_must_open_is_what_the_defaults_close(self):
+        denied = {rule.network for rule in Rules(Config()).rules if not rule.allow}
+        self.assertEqual(denied, set(LOCAL_NETWORKS))
 
     def test_nor_in_any_dress(self):
         for form in DRESSED:
