@@ -13,9 +13,10 @@ import os
 import signal
 import socket
 import threading
+from functools import partial
 from ipaddress import ip_address
 from time import monotonic
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence
 
 from . import auth, home, listening
 from .config import Config
@@ -30,6 +31,7 @@ RESTART_S = 0.1                 # before a dead worker is replaced; doubles whil
 RESTART_MOST_S = 5.0
 STEADY_S = 10.0                 # a worker that lived so long did not die of its start
 OVERDUE_S = 5.0                 # beyond the drain: then a worker is killed
+ORDER_S = 1.0                   # a worker that does not listen must not keep the others from hearing an order
 LINE_BYTES = 1 << 16
 ORDERS = {signal.SIGTERM: "stop", signal.SIGINT: "stop"}
 if hasattr(signal, "SIGHUP"):
@@ -66,8 +68,10 @@ class Worker:
         self.started = monotonic()
         self.unread = b""
 
-    def tell(self, line: bytes) -> None:
+    def tell(self, line: bytes, wait_s: float = 0.0) -> None:
+        """What does not fit into its socket within wait_s is lost: orders are worth waiting for, news is not."""
         try:
+            self.channel.settimeout(wait_s)
             self.channel.sendall(line)
         except OSError:                         # it is dying, or does not listen: it will be replaced
             pass
@@ -143,12 +147,12 @@ class Supervisor:
             self.kill_at = monotonic() + OVERDUE_S + (self.config.drain_timeout if self.stopping == 1 else 0)
             listening.close_all(self.listeners)
         if order:
-            self.tell_all(line_of(order))
+            self.tell_all(line_of(order), wait_s=ORDER_S)
 
-    def tell_all(self, line: bytes, except_for: Optional[Worker] = None) -> None:
+    def tell_all(self, line: bytes, except_for: Optional[Worker] = None, wait_s: float = 0.0) -> None:
         for worker in self.workers.values():
             if worker is not except_for:
-                worker.tell(line)
+                worker.tell(line, wait_s)
 
     def start_due(self) -> None:
         for row in [row for row, when in self.due.items() if when <= monotonic()]:
@@ -161,7 +165,6 @@ class Supervisor:
 
     def start(self, row: int) -> None:
         ours, theirs = socket.socketpair()
-        ours.settimeout(1.0)                    # a worker that does not listen must not stop the others
         signals = {*ORDERS, signal.SIGCHLD}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)       # in the child they would wake the supervisor
         try:
@@ -222,10 +225,19 @@ def line_of(order: str, *facts: Any) -> bytes:
 def work(server: Server, channel: socket.socket) -> None:
     """Serve as the supervisor's orders say."""
     hurry = threading.Event()
-    server.throttle.tell = lambda origin, *facts: channel.sendall(line_of("throttle", str(origin), *facts))
+    server.throttle.tell = partial(report, channel)
     threading.Thread(target=obey, args=(server, channel, hurry), daemon=True).start()
     with server:
         run(server, hurry)
+
+
+def report(channel: socket.socket, origin: Hashable, *facts: Any) -> None:
+    """News from this worker to the others. Never waits: the throttle is locked meanwhile, and so would be every login;
+    under a flood of guesses some of the news is lost, and each worker still counts what it sees itself."""
+    try:
+        channel.send(line_of("throttle", str(origin), *facts), socket.MSG_DONTWAIT)
+    except OSError:
+        pass
 
 
 def obey(server: Server, channel: socket.socket, hurry: threading.Event) -> None:
@@ -233,7 +245,10 @@ def obey(server: Server, channel: socket.socket, hurry: threading.Event) -> None
     stopping = False
     with channel.makefile("rb") as lines:
         for line in lines:
-            order, *facts = json.loads(line)
+            try:
+                order, *facts = json.loads(line)
+            except ValueError:                      # cut short by a full socket
+                continue
             if order == "stop":
                 if stopping:
                     hurry.set()

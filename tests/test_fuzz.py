@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import re
+import signal
 import socket
 import struct
 import tempfile
@@ -212,6 +213,14 @@ class Fuzz(unittest.TestCase):
             data = GREETING + LOGIN + mutate(self.rng, data[start:], originals)
         return harmless(data, (Greeting, Login, Request))
 
+    def somebody(self, stack, port):
+        """A client that the throttle does not know yet."""
+        rng, client = self.rng, stack.enter_context(socket.socket())
+        client.settimeout(PATIENCE_S)
+        client.bind(("127.%d.%d.%d" % (rng.randrange(1, 255), rng.randrange(256), rng.randrange(1, 255)), 0))
+        client.connect(("127.0.0.1", port))
+        return client
+
     def batch(self, originals, size):
         """`size` clients at once, each with a stream in up to three pieces, and an end of its own."""
         rng, clients = self.rng, []
@@ -220,10 +229,7 @@ class Fuzz(unittest.TestCase):
                 data = self.stream(originals)
                 cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.choice((0, 1, 2))))
                 pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
-                client = stack.enter_context(socket.socket())
-                client.settimeout(PATIENCE_S)
-                client.bind(("127.%d.%d.%d" % (rng.randrange(1, 255), rng.randrange(256), rng.randrange(1, 255)), 0))
-                client.connect(("127.0.0.1", self.port))
+                client = self.somebody(stack, self.port)
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 clients.append((client, data, pieces, rng.choice((socket.socket.close, reset, self.finish))))
             for turn in range(3):
@@ -277,6 +283,47 @@ class Fuzz(unittest.TestCase):
         with self.nothing_left(go_round):
             for _ in range(3):
                 go_round()
+
+    def test_clients_that_never_read(self):
+        """Neither an answer nor an echo: no thread, descriptor or memory of ours for ever."""
+        def refused(stack):
+            clients = [self.somebody(stack, self.port) for _ in range(50)]
+            for client in clients:
+                client.sendall(GREETING + LOGIN + Request(Cmd.CONNECT, address("192.0.2.1", 80)).pack())
+
+        with contextlib.ExitStack() as stack:
+            with self.nothing_left(lambda: refused(stack)):
+                refused(stack)                                  # these stay open, and unread
+        request = Request(Cmd.CONNECT, address(*self.echo)).pack()
+        with self.nothing_left(self.still_serves), contextlib.ExitStack() as stack:
+            for _ in range(50):
+                client = self.somebody(stack, self.port)
+                client.setblocking(False)
+                client.sendall(GREETING + LOGIN + request)
+                with contextlib.suppress(BlockingIOError):      # an echo that nobody reads comes to a stop
+                    while True:
+                        client.send(bytes(1 << 16))
+            self.still_serves()
+            self.assertLess(resident_kib(self.pid), 120 << 10)
+
+    def test_a_flood_of_guesses(self):
+        """From everywhere, at several processes that tell one another: none waits for another, and all still end."""
+        wrong = GREETING + Login(b"x", b"y").pack()
+        with spawned("-w", "3", "-q", "-u", b":".join(USER).decode(), "--drain-timeout", "1") as server:
+            for _ in range(4000 // BATCH):
+                with contextlib.ExitStack() as stack:
+                    clients = []
+                    for _ in range(BATCH):
+                        client = self.somebody(stack, server.port)
+                        client.sendall(wrong)
+                        clients.append(client)
+                    for client in clients:
+                        self.assertEqual(reader_of(client)(4), STEPS[0] + LoginStatus(1).pack())
+            with connect_through(server.port, *self.echo, user=USER) as tunnel:
+                tunnel.sendall(b"ping")
+                self.assertEqual(reader_of(tunnel)(4), b"ping")
+            self.assertEqual(server.end(signal.SIGTERM), 0)
+            self.assertEqual([line for line in server.log if "auth_failed" not in line], [])
 
     # ---- datagrams ----------------------------------------------------------------------------------------------
 

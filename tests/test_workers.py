@@ -8,7 +8,8 @@ import unittest
 
 from socks5 import workers
 from socks5.sessions import Shared
-from tests.support import connect_through, dial, need, read_to_end, reader_of, spawned, target, threads, wait_until
+from tests.support import (
+    PATIENCE_S, connect_through, dial, need, read_to_end, reader_of, spawned, target, threads, wait_until)
 
 ANYBODY = b"\x05\x01\x00"
 
@@ -21,6 +22,42 @@ def children(pid):
 def echoes(tunnel):
     tunnel.sendall(b"ping")
     return reader_of(tunnel)(4) == b"ping"
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
+class Channel(unittest.TestCase):
+    """The socket between a worker and its supervisor, of which nobody reads the other end."""
+
+    def setUp(self):
+        self.ours, self.theirs = socket.socketpair()
+        self.addCleanup(self.ours.close)
+        self.addCleanup(self.theirs.close)
+        self.theirs.settimeout(0.2)
+
+    def full(self, say):
+        """Whether saying it 10,000 times comes to an end, and something of it arrived."""
+        talking = threading.Thread(target=lambda: [say() for _ in range(10000)], daemon=True)
+        talking.start()
+        talking.join(PATIENCE_S)
+        return not talking.is_alive() and len(self.theirs.recv(100)) == 100
+
+    def test_news_never_waits(self):
+        with self.subTest("of a worker"):
+            self.assertTrue(self.full(lambda: workers.report(self.ours, "192.0.2.1", 7, 1.5, 2.5)))
+        with self.subTest("from the supervisor"):
+            self.assertTrue(self.full(lambda: workers.Worker(0, 0, self.ours).tell(b"[]\n")))
+
+    def test_a_line_that_was_cut_short_costs_that_line_only(self):
+        heard = threading.Event()
+
+        class Server:
+            reload_soon = staticmethod(heard.set)
+            stop = staticmethod(lambda: None)
+
+        self.theirs.sendall(b'["throt["stop"]\n["reload"]\n')
+        self.theirs.shutdown(socket.SHUT_WR)
+        workers.obey(Server(), self.ours, threading.Event())
+        self.assertTrue(heard.is_set())
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
