@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
-from . import __version__, home, listening, workers
+from . import __version__, home, listening, logs, selftest, trace, workers
 from .auth import Users, line_for
 from .check import report, warnings
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
@@ -61,6 +61,8 @@ def build_parser() -> Parser:
     running.add_argument("--config", metavar="FILE", help="read options from an INI file; the command line goes first")
     watching.add_argument("-v", "--verbose", action="store_true", help="log the steps of every negotiation, too")
     watching.add_argument("-q", "--quiet", action="store_true", help="log only warnings and errors")
+    watching.add_argument("--self-test", action="store_true", help="try every part of it with these options, say what "
+                          "was seen and what this machine lacks, and end: with 0, or 1 when something failed")
     watching.add_argument("--version", action="version", version="%(prog)s " + __version__)
     return parser
 
@@ -110,14 +112,24 @@ def read_file(path: str) -> Dict[str, Any]:
     return values
 
 
-def configure_logging(level: int) -> None:
+def configure_logging(level: int, form: str) -> None:
     """Ours alone: the root logger belongs to whoever embeds the package."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(logs.formatter(form, descriptor_of(sys.stderr), os.environ.get("JOURNAL_STREAM", "")))
+    # What no format of ours shows need not be found out for every line: see "Optimization" in the logging HOWTO.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     log = logging.getLogger("socks5")
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(level)
+
+
+def descriptor_of(stream: Any) -> Optional[int]:
+    try:
+        return int(stream.fileno())
+    except (AttributeError, OSError, ValueError):           # closed from the start, or not a file
+        return None
 
 
 def serve(config: Config) -> int:
@@ -125,6 +137,7 @@ def serve(config: Config) -> int:
     try:
         rules = Rules(config)
         Users(config)                                       # a bad file ends it here, before anything listens
+        trace.check(config.trace)
         listeners = listening.open_all(config.listen, config.port)
     except ConfigError as exc:
         return fail(str(exc))
@@ -163,7 +176,17 @@ def obey_signals(server: Server) -> threading.Event:
         signal.signal(number, stop)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda _number, _frame: server.reload_soon())
+        signal.signal(signal.SIGUSR1, lambda _number, _frame: server.log_sessions_soon())
     return hurry
+
+
+def self_test(config: Config) -> int:
+    """The exit status."""
+    good = True
+    for line in selftest.run(config):
+        say(line.text)
+        good = good and line.good
+    return 0 if good else 1
 
 
 def hash_password(name: str) -> int:
@@ -205,7 +228,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if "check" in args:
             say("\n".join(report(config)))
             return 0
-    except ConfigError as exc:
+        if "self_test" in args:
+            configure_logging(logging.DEBUG if "verbose" in args else logging.CRITICAL, config.log_format)
+            return self_test(config)
+    except (ConfigError, OSError) as exc:
         return fail(str(exc))
-    configure_logging(logging.WARNING if "quiet" in args else logging.DEBUG if "verbose" in args else logging.INFO)
+    configure_logging(logging.WARNING if "quiet" in args else logging.DEBUG if "verbose" in args else logging.INFO,
+                      config.log_format)
     return serve(config)

@@ -113,6 +113,12 @@ def path(text: str) -> str:
     return text
 
 
+def log_format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise ValueError("%r is neither text nor json" % text)
+    return text
+
+
 def credentials(text: str) -> Tuple[str, str]:
     """NAME:PASSWORD, each 1 to 255 bytes; the password may hold colons.                      RFC 1929 §2"""
     name, colon, password = text.partition(":")
@@ -203,6 +209,9 @@ class Config:
     drain_timeout: float = option(
         5.0, "--drain-timeout", seconds, "limits", metavar="S", help="for sessions to finish after SIGTERM or SIGINT",
         why="inside the 10 s that `docker stop` allows")
+    log_format: str = option(
+        "text", "--log-format", log_format, "watching", metavar="text|json",
+        help="how lines of the log look: for people, or as one JSON object each")
     trace: str = option(
         "", "--trace", path, "watching", metavar="FILE", bare="-",
         help="show every message of every session, field by field, on standard error, or append it to FILE")

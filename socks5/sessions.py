@@ -60,7 +60,7 @@ class Session:
         return {"client": str(self.client), "user": "-" if self.user is None else text(self.user),
                 "cmd": self.cmd or "-", "dst": str(self.dst or "-"), "reached": str(self.reached or "-"),
                 "rep": self.rep or "-", "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
-                "ended": self.ended_by or "-", "why": ascii(self.why) if self.why else "-"}
+                "ended": self.ended_by.replace(" ", "-") or "-", "why": ascii(self.why) if self.why else "-"}
 
     def moved(self) -> Tuple[int, int]:
         """Bytes up and down until now."""
@@ -122,8 +122,8 @@ class Counts:
 
     @staticmethod
     def _place(origin: Hashable) -> int:
-        """Two origins may meet in one place, by chance but not on purpose: Python's hash of a text is keyed."""
-        return 1 + hash(str(origin)) % Shared.ORIGINS
+        """Two origins may meet in one place, by chance but not on purpose: Python's hash of an address is keyed."""
+        return 1 + hash(origin) % Shared.ORIGINS
 
 
 class Shared:
@@ -216,7 +216,7 @@ class Sessions:
         self._settle(victim)
         victim.leaving = True
         self._leaving += 1
-        self._shut(victim, "still negotiating, when others came")
+        self._shut(victim, "crowded out")
         return True
 
     def _settle(self, session: Session) -> None:

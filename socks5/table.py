@@ -45,8 +45,9 @@ class Table:
         when, before = self._before.get(session.number, (session.started, 0))
         quiet = session.association
         idle_s = now - quiet.moved_at if quiet else sessions.with_sockets(session, idle_seconds)
-        return dict(session.facts(), id=session.number, state=session.state(), age=now - session.started,
-                    idle="-" if idle_s is None else "%.1f" % min(max(idle_s, 0.0), now - session.started), up=up, down=down,
+        age = now - session.started
+        return dict(session.facts(), id=session.number, state=session.state(), age=age,
+                    idle="-" if idle_s is None else "%.1f" % min(idle_s, age), up=up, down=down,
                     rate=round((up + down - before) / max(now - when, 0.001)))
 
 

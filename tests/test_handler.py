@@ -321,12 +321,12 @@ class Deadline(Case):
                     self.assertLessEqual(len(read_to_end(client)), 4)           # Selection and LoginStatus, no more
             wait_until(lambda: len(logs.output) == len(ways), "a log line for each")
             for line in logs.output:
-                self.assertRegex(line, "rep=- .*ended=handshake timeout why=-$")
+                self.assertRegex(line, "rep=- .*ended=handshake-timeout why=-$")
             tunnel.sendall(b"a tunnel has no such deadline")
             self.assertEqual(reader_of(tunnel)(29), b"a tunnel has no such deadline")
 
     def test_a_byte_now_and_then_does_not_buy_time(self):
-        with dial(self.server.server_address) as client, self.logged("ended=handshake timeout"):
+        with dial(self.server.server_address) as client, self.logged("ended=handshake-timeout"):
             said = iter(Greeting(bytes([Method.USERNAME_PASSWORD]) * 255).pack())
             client.settimeout(0.1)                              # the pace: all 257 bytes would take 25 s
             for byte in said:

@@ -16,7 +16,7 @@ LEVELS = (
     "errors",
     "fields",
     "wire config",
-    "waiting splice fragments datagrams inbox spares",
+    "waiting splice fragments datagrams inbox spares logs",
     "auth throttle rules resolve relay trace sessions home listening",
     "client connect bind udp lobby table",
     "handler",

@@ -61,14 +61,14 @@ class Lobby(unittest.TestCase):
         crowd = self.crowd(handshake_timeout=0.5)
         for client in crowd:
             self.assertEqual(client.recv(1), b"")
-        wait_until(lambda: self.lines("ended=handshake timeout why=-") == SILENT)
+        wait_until(lambda: self.lines("ended=handshake-timeout why=-") == SILENT)
 
     def test_who_must_make_room_is_gone(self):
         self.stack.enter_context(mock.patch.object(sessions, "GRACE_S", 0.0))
         destination = self.stack.enter_context(target())
         self.crowd(max_sessions=SILENT, handshake_timeout=0)
         with connect_through(self.server.server_address, *destination):
-            wait_until(lambda: self.lines("ended=still negotiating, when others came why=-") == 1)
+            wait_until(lambda: self.lines("ended=crowded-out why=-") == 1)
 
     def test_a_hook_that_fails_is_nobody_elses_trouble(self):
         destination = self.stack.enter_context(target())
@@ -97,7 +97,7 @@ class Lobby(unittest.TestCase):
         self.assertEqual(self.server.drain(PATIENCE_S), 0)
         for client in crowd:
             self.assertEqual(client.recv(1), b"")
-        self.assertEqual(self.lines("ended=server stopped why=-"), SILENT)
+        self.assertEqual(self.lines("ended=server-stopped why=-"), SILENT)
 
     def test_no_thread_for_who_speaks(self):
         crowd = self.crowd()

@@ -203,7 +203,7 @@ class RunningOut(unittest.TestCase):
                 client.sendall(ANYBODY)
             server.wait_line("WARNING cannot accept: Too many open files; [0-9]+ sessions live")
             began, cpu = time.monotonic(), self.cpu_seconds(server.process.pid)
-            while time.monotonic() < began + 1:
+            while time.monotonic() < began + 5:
                 self.assertTrue(echoes(tunnel))
                 threading.Event().wait(0.05)
             busy = (self.cpu_seconds(server.process.pid) - cpu) / (time.monotonic() - began)
@@ -363,7 +363,7 @@ class Stopping(unittest.TestCase):
             self.assertEqual(server.process.wait(PATIENCE_S), 0)
             wait_until(lambda: ended)
             self.assertEqual(ended, [ConnectionResetError])
-            server.wait_line("rep=SUCCEEDED up=4 down=4 .*ended=server stopped why=-")
+            server.wait_line("rep=SUCCEEDED up=4 down=4 .*ended=server-stopped why=-")
             server.wait_line(r"WARNING stopped with [12] sessions cut off")
 
     def test_second_signal_ends_it_at_once(self):

@@ -97,7 +97,7 @@ class Caps(Case):
         new = self.admit(live, "192.0.2.3")
         self.assertEqual([self.shut(session) for session in (done, other, *silent, new)],
                          [False, False, True, False, False, False])
-        self.assertEqual(silent[0].facts()["ended"], "still negotiating, when others came")
+        self.assertEqual(silent[0].facts()["ended"], "crowded-out")
         self.admit(live, "192.0.2.1")
         self.assertEqual([self.shut(session) for session in (other, *silent[1:])], [False, True, False])
 
@@ -165,7 +165,7 @@ class Deadline(Case):
         self.now += 4
         live.expire()
         self.assertEqual([self.shut(session) for session in (late, done, young)], [True, False, False])
-        self.assertEqual(late.facts()["ended"], "handshake timeout")
+        self.assertEqual(late.facts()["ended"], "handshake-timeout")
 
     def test_0_is_never(self):
         live = Sessions(10, 0)

@@ -8,8 +8,8 @@ from unittest import mock
 from socks5 import client, table
 from socks5.codes import Cmd
 from socks5.wire import Greeting
-from tests.support import (PATIENCE_S, ask, connect_through, dial, need, negotiate, read_to_end, running, spawned, target,
-                           wait_until)
+from tests.support import (PATIENCE_S, ask, connect_through, dial, need, negotiate, read_to_end, running, spawned,
+                           target, wait_until)
 
 ORDER = ["id", "client", "user", "cmd", "dst", "state", "age", "idle", "up", "down", "rate"]
 LINUX = bool(table.TCP_INFO)
@@ -43,6 +43,7 @@ class Lines(unittest.TestCase):
                 ask(waiting, Cmd.BIND, "0.0.0.0", 0)
                 relaying.sendall(b"hello")
                 self.assertEqual((relaying.recv(5), half.recv(3), half.recv(1)), (b"hello", b"abc", b""))
+                wait_until(lambda: {session.moved() for session in server.sessions} == {(0, 0), (5, 5), (0, 3)})
                 states, lines = self.tables(server)
         for line in lines[:-1]:
             self.assertEqual(re.findall(r"(\w+)=", line), ORDER)
@@ -62,6 +63,7 @@ class Lines(unittest.TestCase):
             peer.settimeout(PATIENCE_S)
             udp.sendto(b"question", peer.getsockname())
             peer.recvfrom(100)
+            wait_until(lambda: [session.moved() for session in server.sessions] == [(8, 0)])
             states, _ = self.tables(server)
         self.assertEqual((states["relaying"]["cmd"], states["relaying"]["up"]), ("UDP_ASSOCIATE", "8"))
         self.assertGreaterEqual(float(states["relaying"]["idle"]), 0)
@@ -69,8 +71,7 @@ class Lines(unittest.TestCase):
     def test_the_rate_is_since_the_last_table(self):
         with running() as server, target() as echo, connect_through(server.server_address, *echo) as sock:
             sock.sendall(bytes(1000))
-            while len(sock.recv(1000, socket.MSG_PEEK)) < 1000:
-                pass
+            wait_until(lambda: [session.moved() for session in server.sessions] == [(1000, 1000)])
             first, _ = self.tables(server)
             second, _ = self.tables(server)
         self.assertGreater(int(first["relaying"]["rate"]), 0)
@@ -129,7 +130,9 @@ class Signal(unittest.TestCase):
     def test_one_process_and_several(self):
         for workers in (1, 2):
             with self.subTest("%d" % workers), spawned("-w", workers) as server, target() as echo:
-                with connect_through(server.port, *echo):
+                with connect_through(server.port, *echo) as sock:
+                    sock.sendall(b"x")
+                    self.assertEqual(sock.recv(1), b"x")
                     server.signal(signal.SIGUSR1)
                     line = server.wait_line(r"live id=.* state=relaying .*").group()
                     self.assertEqual(re.findall(r"(\w+)=", line), ORDER)

@@ -1,0 +1,87 @@
+"""How lines of the log look: text, one JSON object a line, and with priorities where the systemd journal reads along.
+
+A line that states facts is logged as "word key=%(key)s ..." with one dict, so both forms show the same facts. The
+command line chooses; whoever embeds the package has formatters of his own.
+"""
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import re
+import time
+from typing import Any, Dict, Optional
+
+TEXT = "%(asctime)s %(levelname)s %(message)s"
+BARE = "%(levelname)s %(message)s"                              # the journal notes the time by itself
+PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))     # sd-daemon(3)
+DEBUG = 7
+QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(:\d+)?""")     # as fields.text() quotes; and :PORT
+NOTHING = "-"                                                   # stands in the text for a fact that there is not
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: time, level, event, then the event's facts in the order of the text.
+
+    A fact that there is not is null; what the text puts in quotes is there without them, because JSON has its own.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        said: Dict[str, Any] = {"time": utc(record.created), "level": record.levelname.lower()}
+        if isinstance(record.args, dict):
+            said["event"] = str(record.msg).partition(" ")[0]
+            keys = re.findall(r"%\((\w+)\)", str(record.msg))
+            said.update((key, plain(record.args[key])) for key in keys)
+            if not keys or "=" not in str(record.msg):
+                said["message"] = record.getMessage()
+        else:
+            said.update(event="message", message=record.getMessage())
+        if record.exc_info:
+            said["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(said, default=str)
+
+
+def utc(seconds: float) -> str:
+    """RFC 3339, in milliseconds."""
+    return "%s.%03dZ" % (time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)), seconds % 1 * 1000)
+
+
+def plain(value: Any) -> Any:
+    """A fact as JSON has it. A float to the microsecond: more digits say nothing."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if not isinstance(value, str):
+        return value
+    if value == NOTHING:
+        return None
+    found = QUOTED.fullmatch(value)
+    return ast.literal_eval(found.group(1)) + (found.group(2) or "") if found else value
+
+
+class Prioritized(logging.Formatter):
+    """Puts <N> in front of every line of what `inner` makes, several where there is a traceback.      sd-daemon(3)"""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((number for level, number in PRIORITIES if record.levelno >= level), DEBUG)
+        return "\n".join("<%d>%s" % (priority, line) for line in self.inner.format(record).split("\n"))
+
+
+def formatter(kind: str, descriptor: Optional[int], journal: str) -> logging.Formatter:
+    """For `kind` "text" or "json", and what is written to `descriptor`; `journal` is $JOURNAL_STREAM."""
+    to_journal = is_journal(descriptor, journal)
+    inner = JsonFormatter() if kind == "json" else logging.Formatter(BARE if to_journal else TEXT)
+    return Prioritized(inner) if to_journal else inner
+
+
+def is_journal(descriptor: Optional[int], journal: str) -> bool:
+    """Whether the journal reads it: $JOURNAL_STREAM names its device and inode.                   systemd.exec(5)"""
+    try:
+        status = os.fstat(-1 if descriptor is None else descriptor)
+    except OSError:
+        return False
+    return journal == "%d:%d" % (status.st_dev, status.st_ino)

@@ -1,0 +1,148 @@
+"""selftest.py: it says that all is well when it is, and which part is not when it is not."""
+import logging
+import re
+import socket
+import tempfile
+import unittest
+from ipaddress import ip_network
+from pathlib import Path
+from unittest import mock
+
+from socks5 import handler, selftest
+from socks5.auth import line_for
+from socks5.config import Config
+from socks5.errors import RequestRefused
+from socks5.codes import Rep
+from tests.support import HAS_IPV6, run_cli
+
+PARTS = ["CONNECT to an IPv4 address", "CONNECT to an IPv6 address", "CONNECT to a name", "half-close", "BIND",
+         "UDP ASSOCIATE", "UDP ASSOCIATE, in 3 fragments", "a destination that a rule denies",
+         "a port on which nobody listens", "a wrong password"]
+
+
+def report(**options):
+    """{part: verdict} and all lines."""
+    lines = list(selftest.run(Config(**options)))
+    found = [re.match(r"(\w+) +(.*?) +[\d.]+ ms  ", line.text) for line in lines]
+    return {match.group(2): match.group(1) for match in found if match}, lines
+
+
+def setUpModule():
+    log, quiet = logging.getLogger("socks5"), logging.NullHandler()     # or warnings go to stderr
+    log.addHandler(quiet)
+    unittest.addModuleCleanup(log.removeHandler, quiet)
+
+
+class AllIsWell(unittest.TestCase):
+    def check(self, **options):
+        verdicts, lines = report(**options)
+        self.assertEqual(list(verdicts), PARTS)
+        self.assertEqual([line.text for line in lines if not line.good], [])
+        self.assertEqual(verdicts.pop(PARTS[1]), "ok" if HAS_IPV6 else "missing")
+        self.assertEqual(set(verdicts.values()), {"ok"})
+        self.assertEqual(lines[-1].text, "all is well")
+        return lines
+
+    def test_as_it_comes(self):
+        self.check()
+
+    def test_with_users(self):
+        self.check(user=(("alice", "x"),))
+
+    def test_with_users_of_whom_only_hashes_are_known(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "users")
+            path.write_text(line_for("alice", b"x") + "\n")
+            path.chmod(0o600)
+            self.check(users=str(path))
+            self.assertNotIn("self-test", path.read_text())
+
+    def test_with_what_would_keep_it_out_or_lead_elsewhere(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "rules")
+            path.write_text("deny to any\n")
+            path.chmod(0o600)
+            lines = self.check(rules=str(path), allow_from=(ip_network("192.0.2.0/24"),), advertise=("192.0.2.1",),
+                               listen=("0.0.0.0",), port=1)
+        self.assertIn("without --advertise", lines[0].text)
+
+
+class SomethingIsNot(unittest.TestCase):
+    def failing(self, expected, **options):
+        verdicts, lines = report(**options)
+        failed = {part for part, verdict in verdicts.items() if verdict == "FAILED"}
+        self.assertEqual(failed, expected)
+        self.assertEqual(lines[-1], selftest.Line("%d failed" % len(expected), False))
+        self.assertTrue(all(line.good for line in lines[:-1] if "FAILED" not in line.text))
+
+    def test_a_command_that_breaks(self):
+        def broken(*_):
+            raise RequestRefused(Rep.GENERAL_FAILURE, "out of order")
+
+        with mock.patch.dict(handler.COMMANDS, {handler.Cmd.BIND: broken}):
+            self.failing({"BIND"})
+
+    def test_whoever_lets_everybody_in(self):
+        with mock.patch("socks5.auth.Users.check", return_value=True):
+            self.failing({"a wrong password"})
+
+    def test_whoever_lets_everybody_go_anywhere(self):
+        with mock.patch("socks5.rules.Rule.covers", lambda rule, *_: rule.allow), \
+                mock.patch("socks5.rules.Rule.may_cover", lambda rule, *_: rule.allow):
+            self.failing({"a destination that a rule denies"})
+
+    def test_a_range_of_ports_that_is_taken(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            self.failing({"BIND"}, bind_ports=(port, port))
+
+
+class Lacking(unittest.TestCase):
+    def test_each(self):
+        for words, ipv6, change in (
+                ("no IPv6", False, mock.patch.object(selftest.splice, "available", True)),
+                ("no os.splice", True, mock.patch.object(selftest.splice, "available", False)),
+                ("low descriptor limit: it carries 7 ", True, mock.patch("socks5.listening.session_limit", lambda: 7)),
+                ("one CPU", True, mock.patch.object(selftest.os, "sched_getaffinity", lambda _: {0}, create=True))):
+            with self.subTest(words), change:
+                self.assertEqual(sum(line.startswith(words) for line in selftest.lacking(ipv6)), 1)
+
+    def test_no_ipv6_is_no_failure(self):
+        real = selftest.answering
+
+        def only_ipv4(host):
+            if ":" in host:
+                raise OSError("no such family")
+            return real(host)
+
+        with mock.patch.object(selftest, "answering", only_ipv4):
+            verdicts, lines = report()
+        self.assertEqual(verdicts["CONNECT to an IPv6 address"], "missing")
+        self.assertTrue(all(line.good for line in lines))
+        self.assertTrue(any(line.text.startswith("note     no IPv6: ") for line in lines))
+
+
+class Program(unittest.TestCase):
+    def test_exit_status(self):
+        status, out, err = run_cli("--self-test")
+        self.assertEqual((status, err, out.splitlines()[-1]), (0, "", "all is well"))
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            status, out, _ = run_cli("--self-test", "--bind-ports", taken.getsockname()[1])
+        self.assertEqual((status, out.splitlines()[-1]), (1, "1 failed"))
+
+    def test_a_bad_file_is_one_line(self):
+        status, out, err = run_cli("--self-test", "--users", "/no/such/file")
+        self.assertEqual((status, len(err.splitlines())), (2, 1))
+
+    def test_with_the_trace(self):
+        status, _, err = run_cli("--self-test", "--trace")
+        self.assertEqual(status, 0)
+        self.assertIn("client -> proxy  Request", err)
+
+
+if __name__ == "__main__":
+    unittest.main()
