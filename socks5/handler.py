@@ -19,7 +19,7 @@ from .connect import connect
 from .errors import ProtocolError, RequestRefused, rep_of
 from .inbox import Inbox, linger
 from .relay import Tunnel
-from .resolve import IP, address_of, name_in, resolve
+from .resolve import IP, address_of, is_here, name_in, resolve
 from .rules import Asker
 from .sessions import Session
 from .trace import M, Sent
@@ -147,7 +147,7 @@ class Handler(StreamRequestHandler):
 
     def connect(self, request: Request) -> None:
         config = self.server.config
-        addresses = self.permitted(request, resolve(request.dst.host))
+        addresses = self.not_ourselves(request.dst.port, self.permitted(request, resolve(request.dst.host)))
         with connect(addresses, request.dst.port, config.connect_timeout, self.connection) as remote:
             try:
                 remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -189,7 +189,9 @@ class Handler(StreamRequestHandler):
     # ---- may this client do that? ---------------------------------------------------------------------------------
 
     def asker(self, cmd: Cmd) -> Asker:
-        return Asker(ip_address(str(self.session.client.host)), self.session.user, cmd)
+        client = self.session.client.host
+        assert not isinstance(client, bytes)                    # it is what accept() said
+        return Asker(client, self.session.user, cmd)
 
     def foresee(self, request: Request) -> None:
         """Before anything is looked up. Raises RequestRefused X'02' for what no address could make right."""
@@ -211,6 +213,17 @@ class Handler(StreamRequestHandler):
         if not allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, why)
         return allowed
+
+    def not_ourselves(self, port: int, addresses: List[IP]) -> List[IP]:
+        """Those of `addresses` that do not lead back into this server, where the client would come a second time, as
+        one of our own addresses: a rule "from" our network, or a limit for each client, would not know it any more.
+        Who is on this machine may: it gains nothing. Raises RequestRefused X'02' when none is left."""
+        if port != self.server.server_address[1] or ip_address(str(self.session.client.host)).is_loopback:
+            return addresses
+        others = [address for address in addresses if not is_here(address)]
+        if not others:
+            raise RequestRefused(Rep.NOT_ALLOWED, "%s is this proxy itself" % addresses[0])
+        return others
 
     def permits_caller(self, request: Request, peer: IP) -> bool:
         """For a BIND that expects nobody in particular: may this one come?"""

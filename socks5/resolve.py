@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import socket
 from collections import deque
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from threading import Condition, Lock, Thread
 from time import monotonic
@@ -25,6 +26,7 @@ Tell = Callable[[bytes, Sequence[IP]], None]
 
 T = TypeVar("T")
 
+MOST_ADDRESSES = 64             # of one name: its owner must not make thousands of attempts of one request
 LOOKUP_THREADS = 16             # a resolver that hangs holds one of them for each name,
 LOOKUP_NAMES = 256              # and more names than this are not waited for
 LOOKUP_REST_S = 1.0             # a thread without work ends after that
@@ -69,7 +71,7 @@ def name_in(host: Host) -> Optional[bytes]:
 
 
 def resolve(host: Host) -> List[IP]:
-    """Every address of `host`, the resolver's favourite first, without repetition. Blocks while names are looked up.
+    """The addresses of `host`, the resolver's favourite first, without repetition. Blocks while names are looked up.
 
     IPv4 in an IPv6 coat (::ffff:192.0.2.1) comes out as IPv4. Raises RequestRefused X'04' when nothing is found.
     """
@@ -82,7 +84,7 @@ def resolve(host: Host) -> List[IP]:
     except (OSError, UnicodeError) as exc:
         raise RequestRefused(Rep.HOST_UNREACHABLE, "%s does not resolve: %s" % (text(host), exc)) from None
     addresses = (unmapped(ip_address(str(sockaddr[0]).partition("%")[0])) for *_, sockaddr in found)
-    return list(dict.fromkeys(addresses))
+    return list(dict.fromkeys(addresses))[:MOST_ADDRESSES]
 
 
 def unmapped(address: IP) -> IP:
@@ -97,7 +99,13 @@ def address_of(sockaddr: Sockaddr) -> Address:
 
 def ip_of(sockaddr: Sockaddr) -> IP:
     """The same without the port."""
-    return unmapped(ip_address(str(sockaddr[0]).partition("%")[0]))
+    return ip_in(sockaddr[0])
+
+
+@lru_cache(maxsize=4096)
+def ip_in(text: Union[str, int]) -> IP:
+    """Remembered, because the same few come with every connection, and reading one takes longer than finding it."""
+    return unmapped(ip_address(str(text).partition("%")[0]))
 
 
 def advertised(addresses: Sequence[str], here: IP) -> IP:
@@ -112,6 +120,16 @@ def subscriber(address: IP) -> IP:
 
 def family_of(address: IP) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def is_here(address: IP) -> bool:
+    """Is it an address of this machine? Only such can be bound."""
+    try:
+        with socket.socket(family_of(address), socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+        return True
+    except OSError:
+        return False
 
 
 class Busy(Exception):

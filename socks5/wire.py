@@ -11,6 +11,7 @@ RFC 1928 sections 3 to 7, RFC 1929. All integers are in network order (big-endia
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address
 from typing import ClassVar
 
@@ -73,9 +74,15 @@ class Address:
 
     def __str__(self) -> str:
         """192.0.2.1:80, [2001:db8::1]:80 or 'example.com':80, safe to log whatever a peer put into the name."""
-        if isinstance(self.host, bytes):
-            return "%s:%d" % (text(self.host), self.port)
-        return "%s:%d" % (self.host if self.host.version == 4 else "[%s]" % self.host, self.port)
+        return "%s:%d" % (host_text(self.host), self.port)
+
+
+@lru_cache(maxsize=4096)
+def host_text(host: Host) -> str:
+    """Remembered: a session's line alone has three."""
+    if isinstance(host, bytes):
+        return text(host)
+    return str(host) if host.version == 4 else "[%s]" % host
 
 
 UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply

@@ -587,3 +587,23 @@ class NeverReads(Case):
             support.reset(client)
             self.assertTrue(ended.wait(PATIENCE_S))
             self.all_gone()
+
+
+class Ourselves(support.TwoHosts, unittest.TestCase):
+    """Through the proxy to the proxy, one would come again as one of its own addresses, which rules may trust."""
+
+    def test_a_client_of_another_host_does_not_come_again_as_one_of_us(self):
+        near = support.NEAR[4]
+        with self.proxy("-l", "0.0.0.0", "--open") as server:
+            for name, host in (("address", near), ("mapped", "::ffff:" + near)):
+                with self.subTest(name), self.far(dial, (near, server.port)) as client:
+                    support.negotiate(client)
+                    self.assertEqual(support.ask(client, Cmd.CONNECT, host, server.port), Reply(Rep.NOT_ALLOWED))
+            server.wait_line("is this proxy itself")
+            with self.subTest("another port of ours"), self.far(dial, (near, server.port)) as client:
+                support.negotiate(client)
+                other = 1 if server.port != 1 else 2
+                self.assertEqual(support.ask(client, Cmd.CONNECT, near, other), Reply(Rep.CONNECTION_REFUSED))
+            with self.subTest("who is here may"), self.near(dial, ("127.0.0.1", server.port)) as client:
+                support.negotiate(client)
+                self.assertEqual(support.ask(client, Cmd.CONNECT, "127.0.0.1", server.port).rep, Rep.SUCCEEDED)

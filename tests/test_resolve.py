@@ -10,8 +10,9 @@ from unittest import mock
 from socks5 import resolve as module
 from socks5.codes import Rep
 from socks5.errors import RequestRefused
-from socks5.resolve import (Busy, Names, Waiting, address_of, advertised, clean, family_of, ip_of, name_in, resolve,
-                            subscriber, unmapped)
+from socks5.resolve import (
+    MOST_ADDRESSES, Busy, Names, Waiting, address_of, advertised, clean, family_of, ip_of, is_here, name_in,
+    resolve, subscriber, unmapped)
 from tests import support
 
 LABEL = b"a" * 63
@@ -124,6 +125,15 @@ class ResolveTest(unittest.TestCase):
         with self.found("2001:db8::1", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "192.0.2.2"):
             self.assertEqual(resolve(b"name.test"),
                              [ip_address(text) for text in ("2001:db8::1", "192.0.2.1", "192.0.2.2")])
+
+    def test_a_name_with_thousands_of_addresses_is_cut_short(self):
+        with self.found(*("10.0.%d.%d" % (n // 200, n % 200) for n in range(4000))):
+            self.assertEqual(resolve(b"name.test"), [IPv4Address("10.0.0.%d" % n) for n in range(MOST_ADDRESSES)])
+
+    def test_which_addresses_are_of_this_machine(self):
+        for given, expected in (("127.0.0.1", True), ("192.0.2.1", False), ("2001:db8::1", False)):
+            with self.subTest(given):
+                self.assertEqual(is_here(ip_address(given)), expected)
 
     def test_a_scope_in_the_answer_is_cut_off(self):
         with self.found("fe80::1%eth0"):

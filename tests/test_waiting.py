@@ -7,7 +7,7 @@ import unittest
 from unittest import mock
 
 from socks5 import waiting
-from socks5.waiting import BROKEN, READ, WRITE, SelectPoll, new_poll
+from socks5.waiting import BROKEN, READ, WRITE, SelectPoll, Watch, new_poll
 from tests.support import PATIENCE_S, closed_port, need, reset
 
 HANG_UP = getattr(select, "POLLHUP", 0)
@@ -213,6 +213,46 @@ class Methods(SocketsTest):
         for ours, name in ((waiting.READ, "POLLIN"), (waiting.WRITE, "POLLOUT"), (waiting.BROKEN, "POLLERR")):
             with self.subTest(name):
                 self.assertEqual(ours, getattr(select, name, ours))
+
+
+class Watching(SocketsTest):
+    def setUp(self):
+        super().setUp()
+        self.near, self.far = self.pair()
+        self.other, _far = self.pair()
+        self.fd, self.other_fd = self.near.fileno(), self.other.fileno()
+        self.watch = Watch(self.fd, self.other_fd)
+
+    def test_what_is_wanted_of_each(self):
+        for first, second in ((WRITE, READ), (READ, WRITE), (WRITE, WRITE), (0, 0), (READ | WRITE, 0)):
+            with self.subTest("%d and %d" % (first, second)):
+                self.watch.want(first, second)
+                expected = {self.fd: first & WRITE, self.other_fd: second & WRITE}
+                self.assertEqual(dict(self.watch.poll.poll(0)), {fd: ready for fd, ready in expected.items() if ready})
+
+    def test_poll_hears_of_changes_only(self):
+        self.watch.poll = mock.Mock(wraps=self.watch.poll)
+        for first, second in ((READ, 0), (READ, 0), (READ, WRITE), (READ, WRITE)):
+            self.watch.want(first, second)
+        self.assertEqual(self.watch.poll.mock_calls, [mock.call.register(self.fd, READ),
+                                                      mock.call.register(self.other_fd, 0),
+                                                      mock.call.modify(self.other_fd, WRITE)])
+
+    @unittest.skipUnless(hasattr(select, "poll"), "only poll() tells of what nobody asked for")
+    def test_a_reset_is_told_unasked_until_it_is_muted(self):
+        self.watch.want(0, 0)
+        reset(self.far)
+        (fd, events), = self.watch.poll.poll(PATIENCE_S * 1000)
+        self.assertEqual((fd, events & BROKEN), (self.fd, BROKEN))
+        self.watch.mute(self.fd)
+        self.assertEqual(self.watch.poll.poll(0), [])
+        self.watch.want(0, WRITE)
+        self.assertEqual(self.watch.poll.poll(0), [(self.other_fd, WRITE)])
+        self.watch.want(READ, 0)                            # something is wanted of it again
+        self.assertEqual([fd for fd, _events in self.watch.poll.poll(0)], [self.fd])
+        self.watch.mute(self.fd)
+        self.watch.want(0, 0)
+        self.assertEqual(self.watch.poll.poll(0), [])
 
 
 if __name__ == "__main__":
