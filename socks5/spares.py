@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import socket
 import threading
+from _thread import get_ident, start_new_thread     # a Thread object is 2.5 KiB a tunnel, and its start() waits
 from time import monotonic, sleep
-from typing import Callable, Sequence
+from typing import Callable, Sequence, Set
 
 available = hasattr(socket, "TCP_DEFER_ACCEPT")     # Linux has this option
 MOST = 8                    # that wait, for each listener; a thread that comes back when there are so many ends
@@ -23,11 +24,11 @@ class Spares:
         self._lock = threading.Lock()
         self._serving = False                               # may threads go on to accept()? changes under the lock
         self._waiting = dict.fromkeys(listeners, 0)         # in accept()
-        self._here = threading.local()
+        self._idents: Set[int] = set()
 
     def here(self) -> bool:
         """Whether the calling thread is one of them, which serves what it accepted."""
-        return getattr(self._here, "spare", False)
+        return get_ident() in self._idents
 
     def serve(self) -> None:
         with self._lock:
@@ -46,7 +47,7 @@ class Spares:
                 return True                                 # nobody needs it any more
             self._waiting[listener] += 1
         try:
-            threading.Thread(target=self._loop, args=(listener,), daemon=True).start()
+            start_new_thread(self._loop, (listener,))
         except (RuntimeError, MemoryError):                 # RuntimeError: can't start new thread
             with self._lock:
                 self._waiting[listener] -= 1
@@ -61,11 +62,13 @@ class Spares:
         return not last or self.start(listener)
 
     def _loop(self, listener: socket.socket) -> None:
-        self._here.spare = True
+        with self._lock:
+            self._idents.add(get_ident())
         while True:
             self._accept_from(listener)
             with self._lock:
                 if not self._serving or self._waiting[listener] >= MOST:
+                    self._idents.discard(get_ident())
                     return
                 self._waiting[listener] += 1
 

@@ -14,6 +14,7 @@ import unittest
 from unittest import mock
 
 import socks5
+from socks5 import spares
 from socks5.codes import Cmd, Method, Rep
 from socks5.wire import Address, Greeting, Reply, Request
 from tests import support
@@ -262,7 +263,9 @@ class RunningOut(unittest.TestCase):
             server = stack.enter_context(running())
             tunnels = [stack.enter_context(connect_through(server.server_address, *destination)) for _ in range(3)]
             logs = stack.enter_context(self.assertLogs("socks5", "WARNING"))
-            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            none = RuntimeError("can't start new thread")
+            with mock.patch.object(threading.Thread, "start", side_effect=none), \
+                    mock.patch.object(spares, "start_new_thread", side_effect=none):
                 for _ in range(100):                            # those whose thread was there already are served
                     client = stack.enter_context(dial(server.server_address))
                     client.sendall(ANYBODY)

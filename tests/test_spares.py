@@ -77,7 +77,7 @@ class Waiting(unittest.TestCase):
         self.spares.serve()
         self.spares.refill()
         wait_until(self.waiting)
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        with mock.patch.object(spares, "start_new_thread", side_effect=RuntimeError("can't start new thread")):
             self.assertFalse(self.spares.start(self.listener))
             with self.client(b"x") as client:
                 self.assertEqual(read_to_end(client), b"done")
