@@ -42,8 +42,9 @@ class Parting(unittest.TestCase):
         self.addCleanup(self.ours.close)
 
     def test_unread_input_does_not_destroy_the_answer(self):
+        self.addCleanup(setattr, inbox, "LINGER_S", inbox.LINGER_S)
+        inbox.LINGER_S = 0.1                            # they say no more, and do not close
         self.theirs.sendall(bytes(10000))
-        self.theirs.shutdown(socket.SHUT_WR)
         self.ours.sendall(b"answer")
         linger(self.ours)
         self.ours.close()

@@ -300,7 +300,7 @@ class Scenes(unittest.TestCase):
         for words, other in ((r"SOCKS version 5", "SOCKS version 4"), (r"DST\.PORT +port \d+", "DST.PORT port 1"),
                              ("09 6c", "08 6c"), ("5 bytes up", "6 bytes up"), ("(?m)^.*RSV.*\n", "")):
             with self.subTest(words):
-                changed = re.sub(words, other, one, 1)
+                changed = re.sub(words, other, one, count=1)
                 self.assertNotEqual(changed, one)
                 self.assertNotEqual(lasting(changed), lasting(one))
 
