@@ -26,7 +26,7 @@ CASES = int(os.environ.get("SOCKS5_FUZZ") or 100000)
 SEED = 1928
 BATCH = 200                         # streams that are open at the same time
 BURST = 50                          # datagrams before we look whether the server still answers: what its socket holds
-GROWTH_KIB = 12 << 10               # the throttle remembers 10,000 addresses in 5 MB; allocators keep some, too
+GROWTH_KIB = 16 << 10               # the throttle remembers 10,000 addresses in 5 MB; allocators keep some, too
 USER = b"fuzz", b"secret"
 INTERESTING = [0x00, 0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x0A, 0x20, 0x7F, 0x80, 0x81, 0xFE, 0xFF]
 GREETING = Greeting(bytes([Method.USERNAME_PASSWORD])).pack()
@@ -254,8 +254,8 @@ class Fuzz(unittest.TestCase):
     def test_streams(self):
         """A client with good manners is served between any two batches."""
         originals = streams(self.echo, self.closed)
-        with self.nothing_left(lambda: [self.batch(originals, BATCH) for _ in range(3)]):
-            for _ in range(max(1, CASES // 5 // BATCH - 3)):
+        with self.nothing_left(lambda: [self.batch(originals, BATCH) for _ in range(20)]):
+            for _ in range(max(1, CASES // 5 // BATCH - 20)):
                 self.batch(originals, BATCH)
                 self.still_serves()
 
