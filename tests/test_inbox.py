@@ -47,6 +47,8 @@ class Parting(unittest.TestCase):
         self.theirs.sendall(bytes(10000))
         self.ours.sendall(b"answer")
         linger(self.ours)
+        self.ours.setblocking(False)
+        self.assertRaises(BlockingIOError, self.ours.recv, 1)       # unread, it would make close() a reset
         self.ours.close()
         self.assertEqual(read_to_end(self.theirs), b"answer")
 
