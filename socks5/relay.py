@@ -177,14 +177,14 @@ class Tunnel:
     def _loop(self) -> None:
         up, down = self.up, self.down
         watch = Watch(self.client.fileno(), self.remote.fileno())
-        ends = {watch.first: (up, down), watch.second: (down, up)}            # by side: whose source, whose sink
-        ready: List[Tuple[int, int]] = [(fd, WRITE) for fd in ends]           # something may be in hand already
+        client_fd = watch.first
+        ready: List[Tuple[int, int]] = [(watch.first, WRITE), (watch.second, WRITE)]    # there may be something in hand
         poll = watch.poll.poll
         wait_s = quiet_s = 0.0                      # how long to wait now; how long nothing has moved
         think = True
         while True:
             for fd, events in ready:
-                mine, other = ends[fd]
+                mine, other = (up, down) if fd == client_fd else (down, up)     # whose source, whose sink it is
                 acted = False
                 if events & ~WRITE and not mine.held and not mine.done:
                     acted = True
