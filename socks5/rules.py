@@ -47,6 +47,8 @@ allow to any
 LOCAL: Tuple[Network, ...] = tuple(map(ip_network, (
     "0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/24",
     "::/128", "::1/128", "fe80::/10", "ff01::/16", "ff02::/16")))
+# Who connects to 0.0.0.0 or :: reaches this machine's loopback: denied as either, allowed only as that.
+LOOPBACK: Dict[int, IP] = {4: IPv4Address("127.0.0.1"), 6: IPv6Address("::1")}
 
 # IPv6 addresses that stand for an IPv4 one: their first bytes, and where the IPv4 address begins.
 DRESSES = (
@@ -168,8 +170,10 @@ class Rules:
         """May `asker` reach this? `name` is what the request called it, in ASCII, if it did not say an address."""
         callers = asker.cmd == Cmd.BIND and int(address) == 0       # 0.0.0.0: whoever calls
         exposed = not callers and not asker.client.is_loopback and is_local(address)
+        faces = [address] if int(address) or callers else [address, LOOPBACK[address.version]]
         for rule in self.rules:
-            if rule.concerns(asker) and rule.covers(address, port, name, exposed):
+            if rule.concerns(asker) and any(rule.covers(face, port, name, exposed)
+                                            for face in (faces[-1:] if rule.allow else faces)):
                 return Verdict(rule.allow, rule.where)
         return Verdict(False, "%s: no rule allows it" % self.path)
 

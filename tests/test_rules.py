@@ -11,6 +11,7 @@ from unittest import mock
 
 from socks5.codes import Cmd, Rep
 from socks5.config import Config, ConfigError
+from socks5.resolve import unmapped
 from socks5.rules import ALL_PORTS, LOCAL as LOCAL_NETWORKS, Asker, Rule, Rules, inside
 from socks5.wire import Datagram, Reply
 from tests.support import (HAS_IPV6, PATIENCE_S, address, ask, closed_port, connect_through, dial, echo, need,
@@ -171,6 +172,19 @@ class Judging(Case):
                       {"cmd": Cmd.BIND}, {"cmd": Cmd.UDP_ASSOCIATE}):
             with self.subTest(wrong):
                 self.assertFalse(self.judge(rules, **dict(right, **wrong))[0])
+
+    def test_the_unspecified_address_is_loopback_to_whoever_connects(self):
+        rules = self.rules("deny to 127.0.0.0/8", "deny to ::1", "allow")
+        for host, where in (("0.0.0.0", "F:1"), ("::", "F:2"), ("::ffff:0.0.0.0", "F:1")):
+            for cmd in (Cmd.CONNECT, Cmd.UDP_ASSOCIATE):
+                with self.subTest(host, cmd=cmd):
+                    host = str(unmapped(ip_address(host)))
+                    self.assertEqual(self.judge(rules, host, cmd=cmd), (False, where))
+            with self.subTest(host, cmd=Cmd.BIND):              # there it says that anybody may call
+                self.assertEqual(self.judge(rules, host, cmd=Cmd.BIND), (True, "F:3"))
+        self.assertEqual(self.judge(self.rules("deny to 0.0.0.0", "allow"), "0.0.0.0"), (False, "F:1"))
+        self.assertEqual(self.judge(self.rules("allow to 127.0.0.1"), "0.0.0.0"), (True, "F:1"))
+        self.assertFalse(self.judge(self.rules("allow to 0.0.0.0"), "0.0.0.0")[0])
 
     def test_names(self):
         rules = self.rules("deny to bad.example", "deny to .worse.example", "allow to any")
