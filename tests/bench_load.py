@@ -16,8 +16,7 @@ import time
 HOST = "127.0.0.1"
 BLOCK = 1 << 20
 GIB = 1 << 30
-LOSS = 0.1                  # more datagrams lost than this, and it is no measurement
-IN_FLIGHT, DATAGRAM = 32, bytes(512)
+IN_FLIGHT, DATAGRAM, LOSS = 32, bytes(512), 0.1         # with more lost than this it is no measurement
 ENDING = []                 # signals that ask us to end: noted, and obeyed where no process is just being started
 CONTEXT = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)      # 64 clients are there at once
 
@@ -30,6 +29,8 @@ class Trouble(Exception):
 
 def listen(kind=socket.SOCK_STREAM):
     sock = socket.socket(socket.AF_INET, kind)
+    if kind == socket.SOCK_STREAM:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((HOST, 0))
     if kind == socket.SOCK_STREAM:
         sock.listen(4096)
@@ -178,6 +179,7 @@ def idle_client(pipe, proxy, target, count):
     for sock in socks:
         sock.send(b"x")
         exactly(sock, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))   # a reset: no TIME_WAIT
 
 
 def down_client(pipe, proxy, target, count, both=False):
