@@ -176,7 +176,7 @@ class Sessions:
         with self._lock:
             return iter(list(self._live.values()))
 
-    def with_sockets(self, session: Session, ask: Callable[[List[socket.socket]], T]) -> Optional[T]:
+    def with_sockets(self, session: Session, ask: Callable[[List[socket.socket]], Optional[T]]) -> Optional[T]:
         """What ask() says of its TCP connections, which nobody can close meanwhile; None when they are closed."""
         with self._lock:
             if session.sock not in self._live:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from typing import Any
 
 try:
     import fcntl
@@ -19,6 +20,7 @@ else:
 PIPE_BYTES = 1 << 20                    # the most an ordinary user may ask for (fs.pipe-max-size)
 MOST_PIPES = 48                         # all users' pipes together may hold 64 MiB (fs.pipe-user-pages-soft)
 DESCRIPTORS = 2 * MOST_PIPES            # what they may take from the sessions
+_splice: Any = getattr(os, "splice", None)
 F_SETPIPE_SZ = 1031                     # fcntl has the name from Python 3.10 on
 MOVE_NONBLOCK = 0x01 | 0x02             # SPLICE_F_MOVE, SPLICE_F_NONBLOCK: a full or empty pipe is EAGAIN
 
@@ -47,13 +49,13 @@ class KernelPipe:
 
     def fill(self, source: int) -> int:
         """Take what is there, of a descriptor that does not block; 0 at EOF. Raises OSError as recv does."""
-        taken = os.splice(source, self._into, PIPE_BYTES, flags=MOVE_NONBLOCK)
+        taken: int = _splice(source, self._into, PIPE_BYTES, flags=MOVE_NONBLOCK)
         self.held += taken
         return taken
 
     def empty(self, sink: int) -> int:
         """Give what fits, to a descriptor that does not block. Raises OSError as send does."""
-        given = os.splice(self._out, sink, self.held, flags=MOVE_NONBLOCK)
+        given: int = _splice(self._out, sink, self.held, flags=MOVE_NONBLOCK)
         self.held -= given
         return given
 
