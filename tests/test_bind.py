@@ -38,6 +38,8 @@ def is_closed(bnd):
         call(bnd).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:                    # it was closed while we connected: the next look tells
+        pass
     return False
 
 
