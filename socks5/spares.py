@@ -6,6 +6,7 @@ wakes whoever waits in its accept(), which is Linux; elsewhere the server's loop
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from _thread import get_ident, start_new_thread     # a Thread object is 2.5 KiB a tunnel, and its start() waits
 from time import monotonic, sleep
@@ -62,6 +63,9 @@ class Spares:
         return not last or self.start(listener)
 
     def _loop(self, listener: socket.socket) -> None:
+        hook = getattr(threading, "_trace_hook", None)      # a Thread would do this: debuggers, coverage
+        if hook:
+            sys.settrace(hook)
         with self._lock:
             self._idents.add(get_ident())
         while True:

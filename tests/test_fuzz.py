@@ -26,8 +26,8 @@ CASES = int(os.environ.get("SOCKS5_FUZZ") or 100000)
 SEED = 1928
 BATCH = 200                         # streams that are open at the same time
 BURST = 50                          # datagrams before we look whether the server still answers: what its socket holds
-# The throttle remembers 10,000 addresses in 5 MB, others 4,096 each; allocators keep some. A leak of 2 KiB a stream would
-# still be more.
+# The throttle remembers 10,000 addresses in 5 MB, others 4,096 each; allocators keep some. A leak of 2 KiB a stream
+# would still be more.
 GROWTH_KIB = 32 << 10
 USER = b"fuzz", b"secret"
 INTERESTING = [0x00, 0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x0A, 0x20, 0x7F, 0x80, 0x81, 0xFE, 0xFF]
