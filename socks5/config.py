@@ -171,7 +171,7 @@ class Config:
     workers: int = option(
         0, "-w --workers", workers, "running", metavar="N|auto",
         help="server processes; 0 or auto is one for each CPU, up to 4, and 1 where there is no fork",
-        why="threads of one process take turns at running Python; measured on 2 CPUs, two carry half as many again")
+        why="threads of one process take turns at running Python; 64 busy tunnels on 2 CPUs want two")
     max_sessions: int = option(
         0, "--max-sessions", count, "limits", metavar="N",
         help="most clients at once; 0 is what the descriptor limit carries",
