@@ -275,6 +275,7 @@ class Waiting(unittest.TestCase):
         with running() as server, self.assertLogs("socks5", "INFO") as logs:
             with client.bind(server.server_address, LOCAL) as waiting:
                 self.assertEqual([session.cmd for session in server.sessions], ["BIND"])
+                server.shutdown()
                 self.assertEqual(server.drain(0), 1)
                 self.assertEqual(waiting.sock.recv(1), b"")
                 self.assertTrue(is_closed(waiting.bnd))
