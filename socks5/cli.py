@@ -114,7 +114,7 @@ def read_file(path: str) -> Dict[str, Any]:
 
 def configure_logging(level: int, form: str) -> None:
     """Ours alone: the root logger belongs to whoever embeds the package."""
-    handler = logging.StreamHandler()
+    handler = logs.Writer()
     handler.setFormatter(logs.formatter(form, descriptor_of(sys.stderr), os.environ.get("JOURNAL_STREAM", "")))
     # What no format of ours shows need not be found out for every line: see "Optimization" in the logging HOWTO.
     logging._srcfile = None

@@ -9,7 +9,6 @@ import errno
 import os
 import select
 import socket
-import struct
 from collections import deque
 from time import monotonic
 from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
@@ -19,14 +18,17 @@ from .waiting import WRITE, SelectPoll, new_poll
 from .resolve import IP, family_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
-# Linux: connect() itself gives up waiting after a millisecond (one tick), with EINPROGRESS.        socket(7)
-AT_ONCE = struct.pack("ll", 0, 1000) if hasattr(socket, "TCP_DEFER_ACCEPT") and struct.calcsize("P") == 8 else b""
-IN_PROGRESS = {errno.EINPROGRESS, errno.EWOULDBLOCK}    # Windows says the second
+NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: a call less
+IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}        # Windows says the last
+
+
+Connected = Tuple[socket.socket, IP]
 
 
 def connect(addresses: Sequence[IP], port: int, timeout_s: float,
-            client: Optional[socket.socket] = None) -> socket.socket:
-    """A connected socket to the first of `addresses` that answers, all within timeout_s (0: for ever).
+            client: Optional[socket.socket] = None) -> Connected:
+    """A socket that does not block, connected to the first of `addresses` that answers, and this address; all within
+    timeout_s (0: for ever).
 
     Raises RequestRefused with the REP of the most telling failure, or ConnectionResetError when `client` has gone.
     """
@@ -61,7 +63,7 @@ class _Race:
         for sock, _address in self.pending.values():
             sock.close()
 
-    def run(self, addresses: Sequence[IP]) -> socket.socket:
+    def run(self, addresses: Sequence[IP]) -> Connected:
         waiting: Deque[IP] = deque(addresses)
         while waiting or self.pending:
             known = len(self.failures)
@@ -82,20 +84,21 @@ class _Race:
                     break
         raise self.refusal()
 
-    def start(self, address: IP) -> Optional[socket.socket]:
+    def start(self, address: IP) -> Optional[Connected]:
         """Begin one attempt; the socket, if it connected on the spot as loopback does."""
         try:
-            sock = socket.socket(family_of(address), socket.SOCK_STREAM)
+            sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
         except OSError as exc:                          # no descriptors, or no such family
             self.failed(address, exc)
             return None
-        if AT_ONCE:                                     # what is near answers within this one call
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, AT_ONCE)
-        else:
+        if not NONBLOCK:
             sock.setblocking(False)
-        error = sock.connect_ex((str(address), self.port))
+        target = str(address), self.port
+        error = sock.connect_ex(target)
+        if error == errno.EINPROGRESS and NONBLOCK:     # what is on this machine has answered meanwhile: Linux says so
+            error = sock.connect_ex(target)             # when asked again, which is cheaper than waiting for it
         if not error:
-            return sock
+            return sock, address
         if error not in IN_PROGRESS:
             sock.close()
             self.failed(address, OSError(error, os.strerror(error)))
@@ -108,7 +111,7 @@ class _Race:
         self.poll.register(sock.fileno(), WRITE)
         return None
 
-    def wait(self, until: float) -> Tuple[Optional[socket.socket], bool]:
+    def wait(self, until: float) -> Tuple[Optional[Connected], bool]:
         """Look at the attempts until one connects (it is given back), one fails (True), or `until`."""
         timeout_ms = None if until == float("inf") else max(0.0, until - monotonic()) * 1000 + 1
         failed = False
@@ -120,7 +123,7 @@ class _Race:
             self.poll.unregister(fd)
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if not error:
-                return sock, failed
+                return (sock, address), failed
             sock.close()
             self.failed(address, OSError(error, os.strerror(error)))
             failed = True

@@ -54,7 +54,6 @@ class Handler(StreamRequestHandler):
         self.connection = self.request
         self.inbox = Inbox(self.connection)
         self.session = self.server.sessions[self.request]
-        self.told: Set[str] = set()             # rules that a line in the log has named
         trace = self.server.trace
         self.story = trace.begin(self.session.number, self.session.client) if trace else None
 
@@ -148,13 +147,14 @@ class Handler(StreamRequestHandler):
     def connect(self, request: Request) -> None:
         config = self.server.config
         addresses = self.not_ourselves(request.dst.port, self.permitted(request, resolve(request.dst.host)))
-        with connect(addresses, request.dst.port, config.connect_timeout, self.connection) as remote:
+        remote, address = connect(addresses, request.dst.port, config.connect_timeout, self.connection)
+        with remote:
+            self.session.reached = Address(address, request.dst.port)
             try:
                 remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 remote.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                self.session.reached = address_of(remote.getpeername())
                 bnd = address_of(remote.getsockname())
-            except OSError as exc:                              # accepted and reset already: ENOTCONN
+            except OSError as exc:                              # reset already; Linux leaves that to the tunnel
                 raise RequestRefused(rep_of(exc), "reset by the destination at once") from None
             self.reply(Rep.SUCCEEDED, bnd)
             self.relay(remote)
@@ -176,6 +176,7 @@ class Handler(StreamRequestHandler):
     def udp_associate(self, request: Request) -> None:
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
         config, session = self.server.config, self.session
+        self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, str(session.client.host), config.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
                          self.story.overhear if self.story else None) as association:
@@ -196,8 +197,10 @@ class Handler(StreamRequestHandler):
     def foresee(self, request: Request) -> None:
         """Before anything is looked up. Raises RequestRefused X'02' for what no address could make right."""
         udp = request.cmd == Cmd.UDP_ASSOCIATE                  # whose destinations come with the datagrams
-        verdict = self.server.rules.foresee(self.asker(request.cmd), None if udp else request.dst.port,
-                                            None if udp else name_in(request.dst.host))
+        name = None if udp else name_in(request.dst.host)
+        if name is None and not udp:                            # an address, which is judged as such
+            return
+        verdict = self.server.rules.foresee(self.asker(request.cmd), None if udp else request.dst.port, name)
         if not verdict.allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
 

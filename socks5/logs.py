@@ -10,8 +10,10 @@ import json
 import logging
 import os
 import re
+import threading
 import time
-from typing import Any, Dict, Optional
+from collections import deque
+from typing import Any, Deque, Dict, Optional, Tuple
 
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 BARE = "%(levelname)s %(message)s"                              # the journal notes the time by itself
@@ -19,6 +21,49 @@ PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (
 DEBUG = 7
 QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(:\d+)?""")     # as fields.text() quotes; and :PORT
 NOTHING = "-"                                                   # stands in the text for a fact that there is not
+
+
+class Writer(logging.StreamHandler):      # type: ignore[type-arg]     # generic for mypy, not for Python 3.8
+    """Writes to stderr like its base, but no thread waits while another one writes: it leaves its line to that one.
+
+    Every session ends with a line. Waiting for a lock whose owner is in write() takes turns with all other threads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: Deque[str] = deque()
+        self._writing = threading.Lock()
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without the lock that the base takes."""
+        self.emit(record)
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(self.format(record) + self.terminator)
+            while self._lines and self._writing.acquire(blocking=False):
+                try:
+                    self.stream.write("".join(self._lines.popleft() for _ in range(len(self._lines))))
+                    self.stream.flush()
+                finally:
+                    self._writing.release()         # and look again: somebody may have left a line just now
+        except Exception:                           # as the base does: say it on stderr, and go on
+            self.handleError(record)
+
+
+class TextFormatter(logging.Formatter):
+    """Like its base; what the clock says is worked out once a second."""
+
+    _last: Tuple[int, str] = (0, "")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
+        second, words = self._last
+        if second != int(record.created):
+            second = int(record.created)
+            words = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+            self._last = second, words
+        return "%s,%03d" % (words, record.msecs)
 
 
 class JsonFormatter(logging.Formatter):
@@ -74,7 +119,7 @@ class Prioritized(logging.Formatter):
 def formatter(kind: str, descriptor: Optional[int], journal: str) -> logging.Formatter:
     """For `kind` "text" or "json", and what is written to `descriptor`; `journal` is $JOURNAL_STREAM."""
     to_journal = is_journal(descriptor, journal)
-    inner = JsonFormatter() if kind == "json" else logging.Formatter(BARE if to_journal else TEXT)
+    inner = JsonFormatter() if kind == "json" else TextFormatter(BARE if to_journal else TEXT)
     return Prioritized(inner) if to_journal else inner
 
 

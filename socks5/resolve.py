@@ -10,7 +10,7 @@ import re
 import socket
 from collections import deque
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from threading import Condition, Lock, Thread
 from time import monotonic
 from typing import Callable, Deque, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
@@ -113,9 +113,12 @@ def advertised(addresses: Sequence[str], here: IP) -> IP:
     return next((address for address in map(ip_address, addresses) if address.version == here.version), here)
 
 
-def subscriber(address: IP) -> IP:
-    """What stands for whoever has this address in limits: of an IPv6 one its /64, all of which one host can use."""
-    return address if isinstance(address, IPv4Address) else IPv6Address(int(address) >> 64 << 64)
+@lru_cache(maxsize=4096)
+def subscriber(address: IP) -> str:
+    """What stands for whoever has this address in limits: of an IPv6 one its /64, all of which one host can use.
+
+    A str, because Python remembers its hash, and every session looks it up several times."""
+    return str(address if isinstance(address, IPv4Address) else IPv6Network((address, 64), strict=False))
 
 
 def family_of(address: IP) -> int:

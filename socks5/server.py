@@ -22,7 +22,7 @@ from .config import Config, ConfigError
 from .handler import ANYBODY, BY_PASSWORD, Handler
 from .home import Home
 from .lobby import Lobby
-from .resolve import Names, address_of, ip_of, subscriber
+from .resolve import IP, Names, address_of, subscriber
 from .rules import Rules
 from .sessions import Counts, Full, Sessions
 from .table import Table
@@ -225,8 +225,16 @@ class Server(ThreadingTCPServer):
         else:
             super().process_request(request, client_address)
 
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """As socketserver does it, but __init__, which serves, runs as a method: calling the class would put another
+        frame on the C stack for as long as the tunnel stands, and with it another page."""
+        kind: Any = self.RequestHandlerClass
+        handler = kind.__new__(kind)
+        handler.__init__(request, client_address, self)
+
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        client, ip = address_of(client_address), ip_of(client_address)
+        client = address_of(client_address)
+        ip: IP = client.host                                    # type: ignore[assignment]
         if not self.rules.admits(ip):
             log.info("refused client=%(client)s why=%(why)s", {"client": str(client), "why": "'not in --allow-from'"})
             return False

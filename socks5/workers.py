@@ -14,9 +14,8 @@ import signal
 import socket
 import threading
 from functools import partial
-from ipaddress import ip_address
 from time import monotonic
-from typing import Any, Callable, Dict, Hashable, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 from . import auth, home, listening
 from .config import Config
@@ -231,11 +230,11 @@ def work(server: Server, channel: socket.socket) -> None:
         run(server, hurry)
 
 
-def report(channel: socket.socket, origin: Hashable, *facts: Any) -> None:
+def report(channel: socket.socket, origin: str, *facts: Any) -> None:
     """News from this worker to the others. Never waits: the throttle is locked meanwhile, and so would be every login;
     under a flood of guesses some of the news is lost, and each worker still counts what it sees itself."""
     try:
-        channel.send(line_of("throttle", str(origin), *facts), socket.MSG_DONTWAIT)
+        channel.send(line_of("throttle", origin, *facts), socket.MSG_DONTWAIT)
     except OSError:
         pass
 
@@ -259,6 +258,6 @@ def obey(server: Server, channel: socket.socket, hurry: threading.Event) -> None
             elif order == "sessions":
                 server.log_sessions_soon()
             elif order == "throttle":
-                server.throttle.learn(ip_address(facts[0]), *facts[1:])
+                server.throttle.learn(*facts)
     hurry.set()
     server.stop()

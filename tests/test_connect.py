@@ -128,7 +128,7 @@ class ConnectTest(unittest.TestCase):
 
     def refused(self, addresses, port, timeout_s=support.PATIENCE_S, client=None):
         with self.assertRaises(RequestRefused) as caught:
-            connect(addresses, port, timeout_s, client).close()
+            connect(addresses, port, timeout_s, client)[0].close()
         return caught.exception
 
     def test_bnd_is_what_the_target_sees(self):
@@ -191,7 +191,7 @@ class ConnectTest(unittest.TestCase):
             exc = self.refused(ips("2001:db8::1"), 80)
             self.assertEqual((exc.rep, exc.why.split()[1]), (Rep.ADDRESS_TYPE_NOT_SUPPORTED, "EAFNOSUPPORT"))
             with support.target() as (host, port):
-                connect(ips("2001:db8::1", host), port, support.PATIENCE_S).close()
+                connect(ips("2001:db8::1", host), port, support.PATIENCE_S)[0].close()
             port = free_port("127.0.0.1")
             with silent("127.0.0.1", port):
                 exc = self.refused(ips("2001:db8::1", "127.0.0.1"), port, 0.1)
@@ -211,11 +211,11 @@ class ConnectTest(unittest.TestCase):
         with support.target(host="127.0.0.3") as (_, port):
             addresses = ips("127.0.0.1", "127.0.0.2", "127.0.0.3")
             with self.subTest("the only one under way"), mock.patch.object(module, "ATTEMPT_DELAY_S", 60):
-                connect(addresses, port, support.PATIENCE_S).close()
+                connect(addresses, port, support.PATIENCE_S)[0].close()
             with self.subTest("one of two"), mock.patch.object(module, "ATTEMPT_DELAY_S", 0.5):
                 with silent("127.0.0.1", port):
                     began = time.monotonic()
-                    connect(addresses, port, support.PATIENCE_S).close()
+                    connect(addresses, port, support.PATIENCE_S)[0].close()
                     self.assertLess(time.monotonic() - began, 0.95)
 
     def test_a_dead_address_delays_a_live_one_little(self):
@@ -238,8 +238,10 @@ class ConnectTest(unittest.TestCase):
         with support.target(host="127.0.0.3", port=port) as (host, _), \
                 silent("127.0.0.1", port), silent("127.0.0.2", port):
             before = support.descriptors()
-            with connect(ips("127.0.0.1", "127.0.0.2", host), port, support.PATIENCE_S) as winner:
-                self.assertEqual(winner.getpeername(), (host, port))
+            winner, address = connect(ips("127.0.0.1", "127.0.0.2", host), port, support.PATIENCE_S)
+            with winner:
+                self.assertEqual(winner.getpeername(), (str(address), port))
+                self.assertEqual(str(address), host)
                 support.wait_until(lambda: support.descriptors() == before + 2, "it and the target's end are open")
             self.refused(ips("127.0.0.1", "127.0.0.2"), port, 0.3)
             support.wait_until(lambda: support.descriptors() == before, "nothing else is")
@@ -271,7 +273,7 @@ class ConnectTest(unittest.TestCase):
     def test_a_timeout_of_0_is_none(self):
         port = free_port("127.0.0.1", "127.0.0.2")
         with support.target(port=port) as (host, _), silent("127.0.0.2", port):
-            connect(ips("127.0.0.2", host), port, 0).close()
+            connect(ips("127.0.0.2", host), port, 0)[0].close()
 
 
 class NetworkTest(support.TwoHosts, unittest.TestCase):

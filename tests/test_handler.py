@@ -506,12 +506,17 @@ class Requests(Case):
         plain = module.connect
 
         def connect_and_wait(*args):
-            remote = plain(*args)
+            remote, address = plain(*args)
             select.select([remote], [], [], PATIENCE_S)
-            return remote
+            return remote, address
 
         with target(support.reset) as destination, mock.patch.object(module, "connect", connect_and_wait):
-            self.assertEqual(self.answer(connect_to(destination)), Rep.GENERAL_FAILURE)
+            with self.logged("rep=SUCCEEDED up=0 down=0 .*ended=remote why='remote: Connection reset"), \
+                    dial(self.server.server_address) as client:
+                support.negotiate(client)
+                self.assertEqual(support.ask(client, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
+                with self.assertRaises(ConnectionResetError):
+                    client.recv(1)
 
 
 class LogLine(Case):

@@ -169,8 +169,8 @@ class AddressTest(unittest.TestCase):
                          (socket.AF_INET, socket.AF_INET6))
 
     def test_subscriber(self):
-        self.assertEqual(subscriber(IPv4Address("192.0.2.1")), IPv4Address("192.0.2.1"))
-        self.assertEqual(subscriber(IPv6Address("2001:db8:1:2:3:4:5:6")), IPv6Address("2001:db8:1:2::"))
+        self.assertEqual(subscriber(IPv4Address("192.0.2.1")), "192.0.2.1")
+        self.assertEqual(subscriber(IPv6Address("2001:db8:1:2:3:4:5:6")), "2001:db8:1:2::/64")
 
     def test_advertised(self):
         here = {4: IPv4Address("10.0.0.1"), 6: IPv6Address("fd00::1")}

@@ -307,7 +307,7 @@ class Serving(unittest.TestCase):
         with running(listen=("::1",), max_per_client=7) as server, dial(server.server_address) as client:
             negotiate(client)
             session, = server.sessions
-            self.assertEqual(session.origin, ip_address("::"))
+            self.assertEqual(session.origin, "::/64")
 
     def test_the_silent_make_room_for_others(self):
         """Who says nothing, or stops half-way, goes; tunnels and newcomers do not notice."""
