@@ -88,6 +88,7 @@ class Lines(unittest.TestCase):
     def test_where_the_kernel_does_not_tell(self):
         with mock.patch.object(table, "TCP_INFO", 0), running() as server, target() as echo:
             with connect_through(server.server_address, *echo):
+                wait_until(lambda: [session.state() for session in server.sessions] == ["relaying"])
                 states, _ = self.tables(server)
         self.assertEqual(states["relaying"]["idle"], "-")
 
