@@ -9,6 +9,7 @@ from unittest import mock
 
 from socks5 import listening, server, sessions
 from socks5.codes import Cmd, Rep
+from socks5.handler import Handler
 from tests.support import PATIENCE_S, ask, connect_through, dial, negotiate, reset, running, target, threads, wait_until
 
 SILENT = 30
@@ -22,13 +23,17 @@ class Lobby(unittest.TestCase):
         # So that the silent ones reach accept() at once, not a second later.
         self.stack.enter_context(mock.patch.object(listening, "DEFER_ACCEPT_S", 0))
         self.stack.enter_context(mock.patch.object(server, "CROWD", -1))
-        self.stack.enter_context(mock.patch.object(server, "CROWD", -1))
         self.logs = self.stack.enter_context(self.assertLogs("socks5", "INFO"))
 
     def crowd(self, **options):
+        """The clients of a new server, all of them in its lobby."""
         self.server = self.stack.enter_context(running(**options))
-        there = [self.stack.enter_context(dial(self.server.server_address)) for _ in range(SILENT)]
-        wait_until(lambda: len(self.server.sessions) == SILENT)
+        return self.come(SILENT)
+
+    def come(self, count):
+        before = len(self.server.lobby._there)
+        there = [self.stack.enter_context(dial(self.server.server_address)) for _ in range(count)]
+        wait_until(lambda: len(self.server.lobby._there) == before + count)         # admitted first, entered then
         return there
 
     def lines(self, text):
@@ -44,10 +49,20 @@ class Lobby(unittest.TestCase):
             self.assertEqual(ask(client, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
 
     def test_only_in_a_crowd(self):
+        served = []
+
+        class Counted(Handler):
+            def setup(self):
+                super().setup()
+                served.append(self)
+
         with mock.patch.object(server, "CROWD", 10):
-            self.crowd()
-            wait_until(lambda: len(self.server.lobby._there) >= SILENT - 10)        # admitted first, entered then
-            self.assertLess(len(self.server.lobby._there), SILENT)
+            self.server = self.stack.enter_context(running(Counted))
+            for _ in range(10):
+                self.stack.enter_context(dial(self.server.server_address))
+            wait_until(lambda: len(served) == 10, "ten have a thread each")
+            self.come(SILENT - 10)
+            self.assertEqual(len(served), 10)
 
     def test_who_leaves_is_gone(self):
         for leave in (socket.socket.close, reset):
@@ -59,7 +74,8 @@ class Lobby(unittest.TestCase):
                 self.assertEqual(self.lines("ended=client why='client closed'"), SILENT)
 
     def test_the_deadline_holds(self):
-        crowd = self.crowd(handshake_timeout=0.5)
+        crowd = self.crowd()
+        self.server.sessions.handshake_s = 0.2                  # now that all are there, however long that took
         for client in crowd:
             self.assertEqual(client.recv(1), b"")
         wait_until(lambda: self.lines("ended=handshake-timeout why=-") == SILENT)
@@ -85,6 +101,9 @@ class Lobby(unittest.TestCase):
     def test_who_cannot_wait_here_gets_a_thread(self):
         destination = self.stack.enter_context(target())
         self.server = self.stack.enter_context(running())
+        with dial(self.server.server_address) as first:
+            negotiate(first)                                    # the loop has begun, with the lobby as it is
+        wait_until(lambda: not len(self.server.sessions))
         full = mock.Mock(register=mock.Mock(side_effect=OSError(errno.ENOSPC, "too many watches")))
         with mock.patch.object(self.server.lobby, "_epoll", full), dial(self.server.server_address) as client:
             wait_until(lambda: len(self.server.sessions) == 1)
