@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import socks5
-from socks5 import cli
+from socks5 import auth, cli
 from socks5.config import Config, ConfigError, long_flag, options
 from tests import support
 from tests.test_config import SAMPLES, WRONG
@@ -40,11 +40,15 @@ def as_it_was():
     """What main() changes in this process is put back."""
     log = logging.getLogger("socks5")
     before = log.handlers[:], log.propagate, log.level
-    names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+    names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGCHLD") if hasattr(signal, name)]
     signals = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    turns = auth.Turns()
     try:
-        yield
+        with mock.patch.object(auth, "TURNS", turns):       # a supervisor gives it a file, for its workers
+            yield
     finally:
+        if turns._file:
+            turns._file.close()
         for name, action in signals.items():
             signal.signal(getattr(signal, name), action)
         log.handlers[:], log.propagate = before[:2]
