@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import random
 import re
 import shutil
 import signal
@@ -249,10 +250,13 @@ def echo(connection):
 
 
 def closed_port(host="127.0.0.1"):
-    """A port on which nobody listens (a moment ago)."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        sock.bind((host, 0))
-        return sock.getsockname()[1]
+    """A port on which nobody listens: below those that the kernel gives to whoever binds to any or connects, so that
+    it is not given away before it is used, nor to who connects to it (which would find itself there)."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock, contextlib.suppress(OSError):
+            sock.bind((host, port))
+            return port
 
 
 # ---- waiting, counting, skipping ---------------------------------------------------------------------------------

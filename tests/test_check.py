@@ -16,7 +16,7 @@ from socks5.auth import Hash
 from socks5.check import report
 from socks5.cli import main
 from socks5.config import Config
-from tests.support import PATIENCE_S, SCRIPT, closed_port, connect_through, run_cli, spawned, target
+from tests.support import PATIENCE_S, SCRIPT, connect_through, run_cli, spawned, target
 
 OPEN = "warning: open proxy: everybody who reaches %s is let in without a password"
 
@@ -189,7 +189,7 @@ class HashPassword(Case):
     def test_the_line_lets_in(self):
         line = run_cli("--hash-password", "alice", input="s3cret\n")[1]
         users = self.write("users", line.strip())
-        with target() as destination, spawned("--users", users, "-p", closed_port()) as server:
+        with target() as destination, spawned("--users", users) as server:
             connect_through(server.port, *destination, user=(b"alice", b"s3cret")).close()
             with self.assertRaises(AssertionError):
                 connect_through(server.port, *destination, user=(b"alice", b"s3cre"))

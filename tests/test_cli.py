@@ -439,9 +439,7 @@ class Processes(Case):
 
     def test_goes_on_when_nobody_reads_what_it_says(self):
         support.need(self, os.path.exists("/dev/full"), "/dev/full")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = support.closed_port()
         server = support.Spawned("-p", str(port), prefix=("sh", "-c", 'exec "$@" >/dev/full', "sh"))
         try:
             def answers():

@@ -140,7 +140,7 @@ class Open(ListenersTest):
 
 class Failure(ListenersTest):
     def test_a_port_in_use(self):
-        port = self.occupy("127.0.0.2")
+        port = self.occupy("127.0.0.2", closed_port())           # which the others have free
         for addresses in (["127.0.0.2"], ["127.0.0.1", "127.0.0.2"], ["127.0.0.1", "127.0.0.3", "127.0.0.2"]):
             with self.subTest(" ".join(addresses)):
                 exc = self.fails(addresses, port)
