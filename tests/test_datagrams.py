@@ -59,14 +59,14 @@ class Bound(unittest.TestCase):
         finally:
             for sock in socks:
                 sock.close()
-        self.assertEqual(descriptors(), before)
+        self.assertLessEqual(descriptors(), before)
 
     def test_an_address_that_is_not_ours(self):
         before = descriptors()
         with self.assertRaises(OSError) as caught:
             bound(socket.AF_INET, "192.0.2.1", (1024, 65535))               # and is not tried at every port
         self.assertEqual(caught.exception.errno, errno.EADDRNOTAVAIL)
-        self.assertEqual(descriptors(), before)
+        self.assertLessEqual(descriptors(), before)
 
 
 class Sent(unittest.TestCase):

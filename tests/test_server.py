@@ -170,7 +170,7 @@ class Listening(unittest.TestCase):
             with self.subTest(bad), self.assertRaises(OSError) as raised:
                 socks5.Server(socks5.Config(listen=("127.0.0.1", bad), port=0, open=True))
             self.assertRegex(raised.exception.filename, r"\A%s port \d+\Z" % re.escape(bad))
-        self.assertEqual(descriptors(), before)
+        self.assertLessEqual(descriptors(), before)
 
     def test_the_same_port_right_after_kill_9(self):
         with target() as destination, spawned() as server:
@@ -195,7 +195,8 @@ class RunningOut(unittest.TestCase):
         """Accepting rests, says so once, and starts again; a tunnel that stands does not notice."""
         with contextlib.ExitStack() as stack:
             destination = stack.enter_context(target())
-            server = stack.enter_context(spawned(*ALONE, "--max-sessions", 1000, preexec_fn=limited(64, 64)))
+            server = stack.enter_context(spawned(*ALONE, "--max-sessions", 1000, "--handshake-timeout", 60,
+                                                 preexec_fn=limited(64, 64)))
             tunnel = stack.enter_context(connect_through(server.port, *destination))
             hogs = contextlib.ExitStack()
             stack.enter_context(hogs)
@@ -452,24 +453,23 @@ class NothingLeaks(unittest.TestCase):
             fds = descriptors(pid)
             go_round(50)
             wait_until(lambda: descriptors(pid) <= fds, "descriptors back at %d" % fds)
-            wait_until(lambda: threads(pid) < 20, "no thread left but spare ones")
-            before = threads(pid)
+            idle = 1 + spares.MOST if spares.available else 1       # the loop, and those that wait for clients
+            wait_until(lambda: threads(pid) <= idle, "no thread left but spare ones")
             go_round(50)
             wait_until(lambda: descriptors(pid) <= fds, "descriptors back at %d" % fds)
-            wait_until(lambda: threads(pid) <= before, "threads back at %d" % before)
+            wait_until(lambda: threads(pid) <= idle, "no thread left but spare ones")
             with connect_through(port, *echo) as tunnel:
                 self.assertTrue(echoes(tunnel))
 
     def test_start_and_stop(self):
         with target() as destination:
-            counts = []
+            before = descriptors()
             for _ in range(5):
                 with running() as server:
                     with connect_through(server.server_address, *destination) as tunnel:
                         self.assertTrue(echoes(tunnel))
                     wait_until(lambda: not len(server.sessions))
-                counts.append(descriptors())
-            self.assertEqual(counts[1:], counts[:-1])
+                wait_until(lambda: descriptors() <= before, "descriptors back at %d" % before)
 
 
 class Package(unittest.TestCase):
