@@ -12,6 +12,7 @@ import unittest
 from unittest import mock
 
 import socks5
+from socks5 import inbox
 from socks5.codes import Cmd, Method, Rep
 from socks5.fields import BytesReader
 from socks5.wire import UNSPECIFIED, Address, Greeting, Login, Reply, Request, Selection
@@ -301,7 +302,7 @@ class Strangers(Case):
 class Deadline(Case):
     """The whole negotiation has one absolute deadline."""
 
-    OPTIONS = {"handshake_timeout": 0.5, "user": USERS}
+    OPTIONS = {"handshake_timeout": 1, "user": USERS}
 
     def test_every_way_to_be_slow(self):
         """All at once. A silent connection may reach accept() a second late, because of TCP_DEFER_ACCEPT."""
@@ -349,7 +350,7 @@ class Deadline(Case):
                 over.wait(PATIENCE_S)
                 return super().permitted(request, addresses)
 
-        with target() as destination, running(Slow, handshake_timeout=0.3) as server, \
+        with target() as destination, running(Slow, handshake_timeout=1) as server, \
                 dial(server.server_address) as client, dial(server.server_address) as late:
             client.sendall(ANYBODY + connect_to(destination) + b"hello")
             self.assertEqual(reader_of(client)(2), b"\x05\x00")
@@ -380,7 +381,8 @@ class Lingering(Case):
 
     def test_more_comes_after_it(self):
         for name, said, answer in self.refusals():
-            with self.subTest(name), stranger(self.server) as client:
+            with self.subTest(name), mock.patch.object(inbox, "LINGER_S", PATIENCE_S), \
+                    stranger(self.server) as client:
                 client.sendall(said)
                 self.assertEqual(read_to_end(client), answer)
                 for _ in range(10):                             # the server has said FIN, and still takes this

@@ -43,7 +43,7 @@ class Parting(unittest.TestCase):
 
     def test_unread_input_does_not_destroy_the_answer(self):
         self.addCleanup(setattr, inbox, "LINGER_S", inbox.LINGER_S)
-        inbox.LINGER_S = 0.1                            # they say no more, and do not close
+        inbox.LINGER_S = 0.5                            # they say no more, and do not close
         self.theirs.sendall(bytes(10000))
         self.ours.sendall(b"answer")
         linger(self.ours)

@@ -404,9 +404,9 @@ class TunnelTest(Conditioned):
             return lambda ends: [send_until_stuck(getattr(ends, side)) for side in sides]
 
         cases = [("nothing said", None, dict(idle_s=0.1), "idle"),
-                 ("one way stuck", flood("client"), dict(idle_s=0.3), "idle"),
-                 ("both ways stuck", flood("client", "remote"), dict(idle_s=0.6), "idle"),
-                 ("both ways stuck, a short limit", flood("client", "remote"), dict(idle_s=0.2), "idle")]
+                 ("one way stuck", flood("client"), dict(idle_s=0.4), "idle"),
+                 ("both ways stuck", flood("client", "remote"), dict(idle_s=1.0), "idle"),
+                 ("both ways stuck, a short limit", flood("client", "remote"), dict(idle_s=0.4), "idle")]
         for name, prepare, limits, expected in cases:
             with self.subTest(name), Standing(buffers=SMALL, **limits) as standing:
                 if prepare:
@@ -732,7 +732,7 @@ class TunnelSplicedTest(Spliced, TunnelTest):
             told = []
             with self.subTest(name), Standing(buffers=SMALL, on_bulk=told.append) as standing:
                 send_until_stuck(standing.client)
-                self.assertEqual(told, [True])
+                support.wait_until(lambda: told == [True], "it has one")
                 end(standing)
                 standing.ended()
                 self.assertEqual((told, splice.KernelPipe.live), ([True, False], 0))

@@ -72,6 +72,7 @@ class Processes(unittest.TestCase):
 
     def test_all_serve_and_share_the_port(self):
         with target() as echo, self.crew() as (server, pids), contextlib.ExitStack() as stack:
+            wait_until(lambda: all(threads(pid) >= 3 for pid in pids), "each hears orders, and waits for clients")
             before = {pid: len(links(pid)) for pid in pids}
             tunnels = [stack.enter_context(connect_through(server.port, *echo)) for _ in range(60)]
             self.assertTrue(all(map(echoes, tunnels)))
