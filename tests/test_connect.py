@@ -109,6 +109,23 @@ def outcome(host, port, **options):
         return reply.rep, log.why()
 
 
+def least_delay(server, port, dead, alive):
+    """How many seconds a first choice that is `dead` costs; the least of five tries, because a machine that was busy
+    meanwhile is not our delay. It must have had its chance each time."""
+    def seconds(*addresses):
+        with resolving(*addresses):
+            began = time.monotonic()
+            support.connect_through(server.server_address, NAME, port).close()
+            return time.monotonic() - began
+
+    delays = []
+    while len(delays) < 5 and not (delays and delays[-1] < 0.4):
+        plain, with_dead = seconds(alive), seconds(dead, alive)
+        assert with_dead >= 0.25, with_dead
+        delays.append(with_dead - plain)
+    return min(delays)
+
+
 class InterleaveTest(unittest.TestCase):
     def test_families_in_turn(self):
         cases = [("one", "a", "a"), ("IPv4 first", "ab12", "a1b2"), ("IPv6 first", "12ab", "1a2b"),
@@ -212,25 +229,18 @@ class ConnectTest(unittest.TestCase):
             addresses = ips("127.0.0.1", "127.0.0.2", "127.0.0.3")
             with self.subTest("the only one under way"), mock.patch.object(module, "ATTEMPT_DELAY_S", 60):
                 connect(addresses, port, support.PATIENCE_S)[0].close()
-            with self.subTest("one of two"), mock.patch.object(module, "ATTEMPT_DELAY_S", 0.5):
+            with self.subTest("one of two"), mock.patch.object(module, "ATTEMPT_DELAY_S", 1):
                 with silent("127.0.0.1", port):
                     began = time.monotonic()
                     connect(addresses, port, support.PATIENCE_S)[0].close()
-                    self.assertLess(time.monotonic() - began, 0.95)
+                    self.assertLess(time.monotonic() - began, 1.95)
 
     def test_a_dead_address_delays_a_live_one_little(self):
         """PROTOCOL: within 400 ms of the plain time, and not by giving the first choice no chance."""
         dead = "::1" if support.HAS_IPV6 else "127.0.0.2"
-        seconds = {}
         port = free_port("127.0.0.1", dead)
         with support.target(port=port) as (host, _), silent(dead, port), support.running() as server:
-            for addresses in ([host], [dead, host]):
-                with resolving(*addresses):
-                    began = time.monotonic()
-                    support.connect_through(server.server_address, NAME, port).close()
-                    seconds[len(addresses)] = time.monotonic() - began
-        self.assertLess(seconds[2] - seconds[1], 0.4)
-        self.assertGreaterEqual(seconds[2], 0.25)
+            self.assertLess(least_delay(server, port, dead, host), 0.4)
 
     def test_the_first_that_connects_wins_and_the_others_are_closed(self):
         support.need(self, os.path.exists("/proc/self/fd"), "/proc")
@@ -343,17 +353,11 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
                 self.assertEqual(self.near(outcome, NAME, 80, connect_timeout=0.8)[0], rep)
 
     def test_a_dead_ipv6_address_delays_a_live_ipv4_one_little(self):
-        def seconds():
+        def delay():
             with support.target(host=support.NEAR[4]) as (host, port), support.running() as server:
-                for addresses in ([host], [self.SILENT[6], host]):
-                    with resolving(*addresses):
-                        began = time.monotonic()
-                        support.connect_through(server.server_address, NAME, port).close()
-                        yield time.monotonic() - began
+                return least_delay(server, port, self.SILENT[6], host)
 
-        plain, with_dead = self.near(lambda: list(seconds()))
-        self.assertLess(with_dead - plain, 0.4)
-        self.assertGreaterEqual(with_dead, 0.25)
+        self.assertLess(self.near(delay), 0.4)
 
     def test_without_ipv6(self):
         """Switched off, as on many servers: what has an IPv4 address as well does not notice."""
