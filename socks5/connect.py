@@ -38,6 +38,8 @@ def connect(addresses: Sequence[IP], port: int, timeout_s: float,
 
 def interleave(addresses: Sequence[IP]) -> List[IP]:
     """Families in turn, beginning with the resolver's first choice.                    RFC 8305 §4"""
+    if len(addresses) == 1:
+        return list(addresses)
     first = [address for address in addresses if address.version == addresses[0].version]
     other = [address for address in addresses if address.version != addresses[0].version]
     mixed = [address for pair in zip(first, other) for address in pair]

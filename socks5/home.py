@@ -38,8 +38,14 @@ class Home:
         self._crowded = False
 
     def settle(self) -> None:
-        """The calling thread lives at home, and so will all that it starts."""
+        """The calling thread lives at home, and so will all that it starts. None of them pushes another off the CPU
+        just because something came for it: who is there holds the GIL, and will be asked for it back at once."""
         self._affinity(0, [self.cpu])
+        try:
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:          # or somebody has decided already: chrt(1)
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        except (AttributeError, OSError):       # there is no such thing; it is forbidden
+            pass
 
     def on_bulk(self, bulk: bool) -> None:
         """The calling thread has bulk work to do, or no longer."""

@@ -20,13 +20,15 @@ BARE = "%(levelname)s %(message)s"                              # the journal no
 PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))     # sd-daemon(3)
 DEBUG = 7
 QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(:\d+)?""")     # as fields.text() quotes; and :PORT
+MOST_LEFT = 1000
 NOTHING = "-"                                                   # stands in the text for a fact that there is not
 
 
 class Writer(logging.StreamHandler):      # type: ignore[type-arg]     # generic for mypy, not for Python 3.8
     """Writes to stderr like its base, but no thread waits while another one writes: it leaves its line to that one.
 
-    Every session ends with a line. Waiting for a lock whose owner is in write() takes turns with all other threads.
+    Every session ends with a line, and threads that all wait for each other's write() are slow. Where nobody reads what
+    is written, MOST_LEFT lines are kept, and then everybody waits.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,7 @@ class Writer(logging.StreamHandler):      # type: ignore[type-arg]     # generic
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._lines.append(self.format(record) + self.terminator)
-            while self._lines and self._writing.acquire(blocking=False):
+            while self._lines and self._writing.acquire(blocking=len(self._lines) > MOST_LEFT):
                 try:
                     self.stream.write("".join(self._lines.popleft() for _ in range(len(self._lines))))
                     self.stream.flush()

@@ -25,7 +25,7 @@ WORD = re.compile(r'"([^"]*)"|(\S+)')
 PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 NAME = re.compile(rb"\.?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
-# What holds without a file, written as one. A BIND for 0.0.0.0 reaches nobody: it says that anybody may call.
+# What holds without a file. A BIND for 0.0.0.0 reaches nobody: it says that anybody may call.
 DEFAULT = """
 allow from 127.0.0.0/8
 allow from ::1
@@ -172,9 +172,10 @@ class Rules:
         exposed = not callers and not asker.client.is_loopback and is_local(address)
         faces = [address] if int(address) or callers else [address, LOOPBACK[address.version]]
         for rule in self.rules:
-            if rule.concerns(asker) and any(rule.covers(face, port, name, exposed)
-                                            for face in (faces[-1:] if rule.allow else faces)):
-                return Verdict(rule.allow, rule.where)
+            if rule.concerns(asker):
+                for face in faces[-1:] if rule.allow else faces:
+                    if rule.covers(face, port, name, exposed):
+                        return Verdict(rule.allow, rule.where)
         return Verdict(False, "%s: no rule allows it" % self.path)
 
     def foresee(self, asker: Asker, port: Optional[int] = None, name: Optional[bytes] = None) -> Verdict:
@@ -240,10 +241,9 @@ def split_words(line: str) -> List[str]:
 
 def parse_rule(words: List[str], where: str) -> Rule:
     """Raises ValueError with what is wrong."""
-    verb, rest = words[0], words[1:]
+    verb, keys, values = words[0], words[1::2], words[2::2]
     if verb not in ("allow", "deny"):
         raise ValueError("a rule starts with allow or deny, not %s" % ascii(verb))
-    keys, values = rest[::2], rest[1::2]
     facts: Dict[str, object] = {}
     for at, key in enumerate(keys):
         if key not in PARTS:

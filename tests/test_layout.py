@@ -216,7 +216,7 @@ class Voices(unittest.TestCase):
                 with self.subTest(name):
                     used = {node.attr for node in walk(tree_of(name)) if isinstance(node, ast.Attribute)}
                     self.assertEqual(used & {"basicConfig", "dictConfig", "addHandler", "setLevel", "StreamHandler"},
-                                     set())
+                                     {"StreamHandler"} if name == "logs" else set())        # which makes one to choose
 
 
 class Waiting(unittest.TestCase):

@@ -1,4 +1,5 @@
 """logs.py: the same facts in text and JSON, one line each, and the priorities that the systemd journal reads."""
+import io
 import json
 import logging
 import os
@@ -6,7 +7,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import unittest
+from unittest import mock
 
 from socks5 import client, logs
 from socks5.fields import text
@@ -22,6 +25,90 @@ def as_json(*args, **kwargs):
     line = logs.JsonFormatter().format(record(*args, **kwargs))
     assert "\n" not in line, line
     return json.loads(line)
+
+
+class Stream:
+    """Where the log goes; its write() waits until it may."""
+
+    def __init__(self):
+        self.text, self.calls, self.entered, self.may = "", 0, threading.Semaphore(0), threading.Event()
+
+    def write(self, text):
+        self.entered.release()
+        if not self.may.wait(PATIENCE_S):
+            raise TimeoutError
+        self.text, self.calls = self.text + text, self.calls + 1
+
+    def flush(self):
+        pass
+
+
+class Writer(unittest.TestCase):
+    def setUp(self):
+        self.writer, self.stream = logs.Writer(), Stream()
+        self.writer.stream = self.stream
+
+    def say(self, *lines):
+        for line in lines:
+            self.writer.handle(record(line))
+
+    def aside(self, *lines):
+        thread = threading.Thread(target=self.say, args=lines, daemon=True)
+        thread.start()
+        self.addCleanup(thread.join, PATIENCE_S)
+        self.addCleanup(self.stream.may.set)
+        return thread
+
+    def test_nobody_waits_for_another_ones_write_and_no_line_is_lost(self):
+        first = self.aside("first")
+        self.assertTrue(self.stream.entered.acquire(timeout=PATIENCE_S))
+        self.say("second", "third")                         # comes back, though the first has not
+        self.assertTrue(first.is_alive())
+        self.stream.may.set()
+        first.join(PATIENCE_S)
+        self.assertEqual((self.stream.text, self.stream.calls), ("first\nsecond\nthird\n", 2))
+
+    def test_where_nobody_reads_all_wait_in_the_end(self):
+        self.aside("first")
+        self.assertTrue(self.stream.entered.acquire(timeout=PATIENCE_S))
+        with mock.patch.object(logs, "MOST_LEFT", 2):
+            self.say("second", "third")
+            last = self.aside("last")
+            wait_until(lambda: len(self.writer._lines) == 3)
+            last.join(0.05)
+            self.assertTrue(last.is_alive())
+            self.stream.may.set()
+            last.join(PATIENCE_S)
+        wait_until(lambda: self.stream.text == "first\nsecond\nthird\nlast\n")
+
+    def test_many_threads(self):
+        self.stream.may.set()
+        threads = [self.aside(*("%d %d" % (number, line) for line in range(200))) for number in range(8)]
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        lines = self.stream.text.split()
+        for number in range(8):
+            mine = [int(line) for who, line in zip(lines[::2], lines[1::2]) if who == str(number)]
+            self.assertEqual(mine, list(range(200)))
+
+    def test_a_stream_that_fails_ends_nothing(self):
+        self.stream.write = mock.Mock(side_effect=OSError(28, "No space left on device"))
+        with mock.patch("sys.stderr", io.StringIO()) as said:
+            self.say("lost")
+        self.assertIn("No space left", said.getvalue())
+        del self.stream.write
+        self.stream.may.set()
+        self.say("there")
+        self.assertEqual(self.stream.text, "there\n")
+
+    def test_the_time_is_that_of_the_base(self):
+        for created in (1700000000.0, 1700000000.999, 1700000001.5, 1699999999.25):
+            line = record("x")
+            line.created, line.msecs = created, int(created % 1 * 1000)
+            self.assertEqual(TEXT_FORMATTER.format(line), logging.Formatter(logs.TEXT).format(line))
+
+
+TEXT_FORMATTER = logs.TextFormatter(logs.TEXT)              # one for all of these lines
 
 
 class Facts(unittest.TestCase):

@@ -368,7 +368,7 @@ class Serving(Case):
                 ("address", "127.0.0.2", destination[1], "'127.0.0.2 denied by F:1'"),
                 ("address as a name", b"127.0.0.2", destination[1], "'127.0.0.2 denied by F:1'"),
                 ("mapped address", "::ffff:127.0.0.2", destination[1], "'127.0.0.2 denied by F:1'"),
-                ("port", "127.0.0.1", destination[1] ^ 1, "'denied by F: no rule allows it'"),
+                ("port", "127.0.0.1", destination[1] ^ 1, "'127.0.0.1 denied by F: no rule allows it'"),
                 ("name", b"secret.INVALID", destination[1], "'denied by F:2'")):
             with self.subTest(name):
                 self.assertEqual(self.refusal(server, Cmd.CONNECT, host, port), (Rep.NOT_ALLOWED, why))
@@ -400,7 +400,7 @@ class Serving(Case):
         server = self.serve("allow user alice", user=(("alice", "a"), ("bob", "b")))
         connect_through(server.server_address, *destination, user=(b"alice", b"a")).close()
         self.assertEqual(self.refusal(server, Cmd.CONNECT, *destination, user=(b"bob", b"b")),
-                         (Rep.NOT_ALLOWED, "'denied by F: no rule allows it'"))
+                         (Rep.NOT_ALLOWED, "'127.0.0.1 denied by F: no rule allows it'"))
 
     def test_bind_by_the_expected_peer(self):
         server = self.serve("deny to 127.0.0.9", "allow command connect", "allow to 127.0.0.1 command bind")
