@@ -12,7 +12,7 @@ import sys
 from time import monotonic, process_time
 from typing import Dict, List, Optional
 
-LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 0.5
 CROWDED = 0.3               # of the home's time goes to others,
 BETTER = 0.2                # and another CPU is this much less busy: twice in a row, and we move
 
@@ -38,14 +38,8 @@ class Home:
         self._crowded = False
 
     def settle(self) -> None:
-        """The calling thread lives at home, and so will all that it starts. None of them pushes another off the CPU
-        just because something came for it: who is there holds the GIL, and will be asked for it back at once."""
+        """The calling thread lives at home, and so will all that it starts."""
         self._affinity(0, [self.cpu])
-        try:
-            if os.sched_getscheduler(0) == os.SCHED_OTHER:          # or somebody has decided already: chrt(1)
-                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        except (AttributeError, OSError):       # there is no such thing; it is forbidden
-            pass
 
     def on_bulk(self, bulk: bool) -> None:
         """The calling thread has bulk work to do, or no longer."""

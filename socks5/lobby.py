@@ -41,9 +41,8 @@ class Lobby:
         self._there[fd] = request, client_address           # before it can be let out
         try:
             self._epoll.register(fd, READ)
-        except (OSError, ValueError):                       # the system has no more to give; or we are closed
-            del self._there[fd]
-            return False
+        except (OSError, ValueError):                       # the system has no more to give; or we are closed,
+            return not self._there.pop(fd, None)            # and close() has ended this one with the others
         return True
 
     def let_out(self) -> None:

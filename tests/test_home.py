@@ -9,7 +9,7 @@ import unittest
 from unittest import mock
 
 from socks5 import home, splice
-from tests.support import PATIENCE_S, connect_through, need, spawned, target, wait_until
+from tests.support import PATIENCE_S, connect_through, spawned, target, wait_until
 
 CHOICE = hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1
 BURN = "import os, sys; os.sched_setaffinity(0, [int(sys.argv[1])]); print(flush=True)\nwhile True: pass"
@@ -51,21 +51,6 @@ class Affinity(unittest.TestCase):
         cpu, own, child, grandchild = aside(settle)
         self.assertEqual([own, child, grandchild], [{cpu}] * 3)
         self.assertEqual(here(), before)                    # other threads are left alone
-
-    def test_nobody_there_is_pushed_off_the_cpu(self):
-        need(self, hasattr(os, "SCHED_BATCH"), "SCHED_BATCH")
-
-        def settle(wanted):
-            if wanted is not None:
-                os.sched_setscheduler(0, wanted, os.sched_param(0))
-            home.Home().settle()
-            return os.sched_getscheduler(0), aside(lambda: os.sched_getscheduler(0))
-
-        self.assertEqual(aside(lambda: settle(None)), (os.SCHED_BATCH,) * 2)
-        with self.subTest("somebody has decided already"):
-            self.assertEqual(aside(lambda: settle(os.SCHED_IDLE)), (os.SCHED_IDLE,) * 2)
-        with self.subTest("no"), mock.patch.object(os, "sched_setscheduler", side_effect=PermissionError(1, "no")):
-            self.assertEqual(aside(lambda: settle(None)), (os.SCHED_OTHER,) * 2)
 
     def test_bulk_work_is_done_anywhere(self):
         def work():
