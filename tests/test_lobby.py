@@ -5,10 +5,12 @@ import select
 import socket
 import threading
 import unittest
+from ipaddress import ip_address
 from unittest import mock
 
 from socks5 import listening, server, sessions
 from socks5.codes import Cmd, Rep
+from socks5.wire import Address
 from socks5.handler import Handler
 from tests.support import PATIENCE_S, ask, connect_through, dial, negotiate, reset, running, target, threads, wait_until
 
@@ -118,6 +120,25 @@ class Lobby(unittest.TestCase):
         for client in crowd:
             self.assertEqual(client.recv(1), b"")
         self.assertEqual(self.lines("ended=server-stopped why=-"), SILENT)
+
+    def test_who_is_entering_ends_with_the_others(self):
+        """Closed between the moment a newcomer is noted down and that of its registration."""
+        self.crowd()
+        lobby = self.server.lobby
+        self.server.shutdown()
+
+        def register(*_args):
+            lobby.close()
+            raise ValueError("I/O operation on closed epoll object")
+
+        mine, far = map(self.stack.enter_context, socket.socketpair())
+        self.server.sessions.admit(mine, Address(ip_address("192.0.2.1"), 1))
+        closed = mock.Mock(register=register, close=lobby._epoll.close)
+        with mock.patch.object(lobby, "_epoll", closed):
+            self.assertTrue(lobby.enter(mine, ("192.0.2.1", 1)))
+        self.assertEqual(far.recv(1), b"")
+        self.assertEqual(self.lines("ended=server-stopped why=-"), SILENT + 1)
+        self.assertEqual(self.lines("ERROR"), 0)
 
     def test_no_thread_for_who_speaks(self):
         crowd = self.crowd()
