@@ -56,7 +56,7 @@ class Lobby:
                 else:
                     self.end(request, "client", "client closed")
             except (RuntimeError, MemoryError) as exc:
-                self.server.complain("no thread for a client, which is closed: %s", exc)
+                self.server.refuse(client_address, "no thread", "no thread: %s" % exc)
                 self.end(request, "server", str(exc))
             except Exception:                               # in an overridden hook: as socketserver does
                 self.server.handle_error(request, client_address)

@@ -19,6 +19,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, 
 from . import listening, spares, trace
 from .auth import Users
 from .config import Config, ConfigError
+from .errors import name_of
 from .handler import ANYBODY, BY_PASSWORD, Handler
 from .home import Home
 from .lobby import Lobby
@@ -37,6 +38,7 @@ STACK_BYTES = 256 * 1024                # address space, not memory; getaddrinfo
 CROWD = 64                              # negotiating at once: from then on the silent ones get no thread
 COMPLAIN_EVERY_S = 60.0
 REST_S = 0.1                            # without it, accept() at the descriptor limit spins
+REFUSED = "refused client=%(client)s why=%(why)s"
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -192,7 +194,7 @@ class Server(ThreadingTCPServer):
             elif not self.waits(request, client_address):
                 self.process_request(request, client_address)
         except (RuntimeError, MemoryError, OSError) as exc:
-            self.complain("no thread for a client, which is closed: %s", exc)
+            self.refuse(client_address, "no thread", "no thread: %s" % exc)
             self.shutdown_request(request)
         except Exception:                                       # in an overridden hook: as socketserver does
             self.handle_error(request, client_address)
@@ -204,7 +206,8 @@ class Server(ThreadingTCPServer):
             request, client_address = (listener or self.socket).accept()
         except OSError as exc:
             if exc.errno in EXHAUSTED:
-                self.complain("cannot accept: %s; %d sessions live", exc.strerror, len(self.sessions))
+                self.complain("accept", "accept_failed errno=%(errno)s sessions=%(sessions)d",
+                              {"errno": name_of(exc), "sessions": len(self.sessions)})
                 sleep(REST_S)
             raise
         if not self._spares:                                    # or it inherits what the listener has
@@ -236,12 +239,12 @@ class Server(ThreadingTCPServer):
         client = address_of(client_address)
         ip: IP = client.host                                    # type: ignore[assignment]
         if not self.rules.admits(ip):
-            log.info("refused client=%(client)s why=%(why)s", {"client": str(client), "why": "'not in --allow-from'"})
+            log.info(REFUSED, {"client": str(client), "why": "'not in --allow-from'"})
             return False
         try:
             self.sessions.admit(request, client, subscriber(ip))
         except Full as exc:
-            self.complain("%s: %s is closed", exc, client)
+            self.refuse(client_address, exc.limit, str(exc))
             return False
         return True
 
@@ -253,15 +256,19 @@ class Server(ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("bug while serving %s", address_of(client_address))
 
-    def complain(self, message: str, *args: Any) -> None:
-        """A warning that would come with every connection: once a minute is enough, for each of them."""
+    def refuse(self, client_address: Any, about: str, why: str) -> None:
+        """Say that this client is turned away before it is heard, for want of something of ours."""
+        self.complain(about, REFUSED, {"client": str(address_of(client_address)), "why": ascii(why)})
+
+    def complain(self, about: str, line: str, facts: Dict[str, Any]) -> None:
+        """A warning that would come with every connection: once a minute is enough, for each thing it is about."""
         now = monotonic()
         with self._lock:
-            due = now - self._complained.get(message, -COMPLAIN_EVERY_S) >= COMPLAIN_EVERY_S
+            due = now - self._complained.get(about, -COMPLAIN_EVERY_S) >= COMPLAIN_EVERY_S
             if due:
-                self._complained[message] = now
+                self._complained[about] = now
         if due:
-            log.warning(message, *args)
+            log.warning(line, facts)
 
     # ---- the end --------------------------------------------------------------------------------------------------
 

@@ -88,7 +88,11 @@ class Session:
 
 
 class Full(Exception):
-    """There is no room for one more session."""
+    """There is no room for one more session: this limit is reached."""
+
+    def __init__(self, limit: str, words: str) -> None:
+        super().__init__("%s %s" % (limit, words))
+        self.limit = limit
 
 
 class Counts:
@@ -192,13 +196,13 @@ class Sessions:
         with self._lock:
             mine = self._counts.of(session.origin) if self.most_per_origin else 0
             if 0 < self.most_per_origin <= mine:
-                raise Full("max-per-client %d reached by %s" % (self.most_per_origin, session.origin))
+                raise Full("max-per-client", "%d reached by %s" % (self.most_per_origin, session.origin))
             if 0 < self.most_negotiating <= len(self._negotiating):
                 self._make_room()
             leaving = min(self._leaving, LEAVING)
             full = (len(self._live) - leaving >= self.most_here or self._counts.live() - leaving >= self.most)
             if full and not (self._leaving < LEAVING and self._make_room()):
-                raise Full("max-sessions %d reached" % min(self.most, self.most_here))
+                raise Full("max-sessions", "%d reached" % min(self.most, self.most_here))
             self._live[sock] = session
             self._counts.add(session.origin, 1)
             self._negotiating[session] = None

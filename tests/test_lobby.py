@@ -148,7 +148,7 @@ class Lobby(unittest.TestCase):
                 with contextlib.suppress(ConnectionError):
                     self.assertEqual(client.recv(1), b"")
         wait_until(lambda: not len(self.server.sessions))
-        self.assertEqual(self.lines("WARNING:socks5.server:no thread for a client"), 1)
+        self.assertEqual(self.lines("WARNING:socks5.server:refused client="), 1)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ class RunningOut(unittest.TestCase):
             clients = [hogs.enter_context(dial(server.port)) for _ in range(80)]
             for client in clients:
                 client.sendall(ANYBODY)
-            server.wait_line("WARNING cannot accept: Too many open files; [0-9]+ sessions live")
+            server.wait_line("WARNING accept_failed errno=EMFILE sessions=[0-9]+$")
             began, cpu = time.monotonic(), self.cpu_seconds(server.process.pid)
             while time.monotonic() < began + 5:
                 self.assertTrue(echoes(tunnel))
@@ -217,7 +217,7 @@ class RunningOut(unittest.TestCase):
             with connect_through(server.port, *destination) as other:
                 self.assertTrue(echoes(other))
             self.assertTrue(echoes(tunnel))
-            self.assertEqual(len([line for line in server.log if "cannot accept" in line]), 1)
+            self.assertEqual(len([line for line in server.log if "accept_failed" in line]), 1)
 
     def test_accept_that_fails_and_recovers(self):
         """What the system says when it has run out of something else: each ends no loop, and waits for better times."""
@@ -240,7 +240,7 @@ class RunningOut(unittest.TestCase):
                         self.assertEqual(read_to_end(client), b"\x05\x00" + Reply(Rep.COMMAND_NOT_SUPPORTED).pack())
                 wait_until(lambda: any("session client=" in line for line in logs.output))
             exhausted = number != errno.ECONNABORTED            # one client's bad luck, and no news
-            self.assertEqual(sum("cannot accept: " in line for line in logs.output), exhausted, logs.output)
+            self.assertEqual(sum("accept_failed " in line for line in logs.output), exhausted, logs.output)
 
     def test_max_sessions(self):
         with target() as destination, running(max_sessions=2) as server, self.assertLogs("socks5", "WARNING") as logs:
@@ -255,7 +255,7 @@ class RunningOut(unittest.TestCase):
                 with connect_through(server.server_address, *destination) as other:
                     self.assertTrue(echoes(other) and echoes(first))
         self.assertEqual(len(logs.output), 1)
-        self.assertRegex(logs.output[0], r"max-sessions 2 reached: 127\.0\.0\.1:\d+ is closed")
+        self.assertRegex(logs.output[0], r"refused client=127\.0\.0\.1:\d+ why='max-sessions 2 reached'$")
 
     def test_threads(self):
         """While no thread can be started, a client who needs one is closed, and nobody else."""
@@ -293,7 +293,8 @@ class RunningOut(unittest.TestCase):
             with mock.patch.object(server, "process_request", no_more), dial(server.server_address) as client:
                 client.sendall(ANYBODY)
                 self.assertTrue(closed_unserved(client))
-        self.assertEqual([record.getMessage().split()[0] for record in logs.records], ["max-sessions", "no"])
+        self.assertEqual([record.args["why"] for record in logs.records],
+                         ["'max-sessions 1 reached'", '"no thread: can\'t start new thread"'])
 
     def test_soft_descriptor_limit_is_raised(self):
         hard = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1])

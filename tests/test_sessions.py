@@ -300,7 +300,8 @@ class Serving(unittest.TestCase):
             wait_until(lambda: not len(server.sessions))
             connect_through(server.server_address, *destination).close()
         self.assertEqual(len(logs.output), 1)
-        self.assertRegex(logs.output[0], r"max-per-client 2 reached by 127\.0\.0\.1: 127\.0\.0\.1:\d+ is closed")
+        self.assertRegex(logs.output[0],
+                         r"refused client=127\.0\.0\.1:\d+ why='max-per-client 2 reached by 127\.0\.0\.1'$")
 
     @unittest.skipUnless(HAS_IPV6, "no IPv6 here")
     def test_an_ipv6_client_is_its_64(self):

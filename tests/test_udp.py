@@ -458,7 +458,7 @@ class Dropped(unittest.TestCase):
                 before = descriptors(server.process.pid)
                 for _ in range(60):
                     idle.enter_context(dial(proxy)).sendall(b"\5")
-                server.wait_line("cannot accept")
+                server.wait_line("accept_failed errno=EMFILE")
                 udp.sendto(b"no way out", where)
                 udp.sendto(b"no way out", ("name.invalid", 9))
                 udp.sock.send(b"garbage")
