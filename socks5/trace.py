@@ -39,6 +39,7 @@ TITLES: Dict[type, str] = {
     Request: "Request: do this for me (RFC 1928 section 4)",
     Reply: "Reply: this is what came of it (RFC 1928 section 6)",
 }
+SECOND_REPLY = "Second reply: this is what came of the waiting (RFC 1928 section 4)"
 DATAGRAM = {UP: "Datagram: send this there (RFC 1928 section 7)",
             DOWN: "Datagram: this came from there (RFC 1928 section 7)"}
 # What a field says, in a sentence, where the word alone would leave a newcomer with a question.
@@ -47,7 +48,7 @@ SENTENCES = {"ATYP": "%s follows", "DST.PORT": "port %s", "BND.PORT": "port %s"}
 MEANING_OF_BND = {
     "CONNECT": ["the destination is reached; BND is the proxy's own end of that connection"],
     "BIND": ["the proxy listens; the peer is to connect to BND, the second reply says who did",
-             "this is the second reply: somebody has connected, and BND is who"],
+             "the peer has connected; BND is the peer's own address"],
     "UDP_ASSOCIATE": ["the proxy takes datagrams from the client at BND for as long as this connection is open"],
 }
 TUNNEL = "tunnel: from here on, what either side sends goes to the other as it is"
@@ -168,11 +169,13 @@ class Story:
             self.tell(self.title(DOWN, "%d bytes that the client may understand, as this is not SOCKS5" % len(message)))
             return
         notes: List[str] = []
+        title = ""
         if isinstance(message, Reply):
+            title = SECOND_REPLY if self.cmd == Cmd.BIND.name and self.replies else ""
             notes = self.explain(message, why)
         elif why:
             notes = ["why: " + why]
-        self.show(DOWN, type(message), message.pack(), notes)
+        self.show(DOWN, type(message), message.pack(), notes, title)
 
     def explain(self, reply: Reply, why: str) -> List[str]:
         """What a reply means to whoever asked, in plain words."""
@@ -195,7 +198,7 @@ class Story:
     def end(self, facts: Mapping[str, Any]) -> None:
         """The totals."""
         why = "" if facts["why"] == "-" else ", why: %s" % facts["why"]
-        words = "the end after %.3f s: %d bytes up (client to destination), %d bytes down; ended by: %s%s" % (
+        words = "the end after %.3f s: %d bytes up (from the client), %d bytes down (to it); ended by: %s%s" % (
             facts["seconds"], facts["up"], facts["down"], facts["ended"], why)
         self.tell(self.trace.paint(TITLE, words))
 
@@ -204,8 +207,8 @@ class Story:
     def title(self, way: str, words: str) -> str:
         return self.trace.paint(TITLE, "%s  %s" % (way, words))
 
-    def show(self, way: str, kind: Type[Message], raw: bytes, notes: List[str]) -> None:
-        lines, before = [self.title(way, TITLES.get(kind) or DATAGRAM[way])], b""
+    def show(self, way: str, kind: Type[Message], raw: bytes, notes: List[str], title: str = "") -> None:
+        lines, before = [self.title(way, title or TITLES.get(kind) or DATAGRAM[way])], b""
         for field, piece, words in dissect(kind.LAYOUT, raw):
             if field.secret:
                 lines += self.row("**", field.name, "not shown")
