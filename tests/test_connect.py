@@ -47,6 +47,7 @@ def silent(host, port):
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(family))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(0)
         while True:
@@ -225,7 +226,8 @@ class ConnectTest(unittest.TestCase):
                     self.assertIn("127.0.0.1 silent", exc.why)
 
     def test_the_next_begins_as_soon_as_one_fails(self):
-        with support.target(host="127.0.0.3") as (_, port):
+        port = free_port("127.0.0.1", "127.0.0.2", "127.0.0.3")
+        with support.target(host="127.0.0.3", port=port):
             addresses = ips("127.0.0.1", "127.0.0.2", "127.0.0.3")
             with self.subTest("the only one under way"), mock.patch.object(module, "ATTEMPT_DELAY_S", 60):
                 connect(addresses, port, support.PATIENCE_S)[0].close()
