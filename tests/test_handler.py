@@ -503,16 +503,21 @@ class Requests(Case):
             self.assertEqual(self.answer(connect_to(("127.0.0.1", support.closed_port()))), Rep.CONNECTION_REFUSED)
 
     def test_a_remote_that_resets_at_once_still_gets_its_client_a_reply(self):
-        """The reset is there before the handler looks at the connection: `connect` is made to wait for it."""
+        """The reset is there before the handler looks at the connection, and not before that stands."""
         import socks5.handler as module
-        plain = module.connect
+        plain, connected = module.connect, threading.Event()
+
+        def reset_when_connected(sock):
+            connected.wait(PATIENCE_S)
+            support.reset(sock)
 
         def connect_and_wait(*args):
             remote, address = plain(*args)
+            connected.set()
             select.select([remote], [], [], PATIENCE_S)
             return remote, address
 
-        with target(support.reset) as destination, mock.patch.object(module, "connect", connect_and_wait):
+        with target(reset_when_connected) as destination, mock.patch.object(module, "connect", connect_and_wait):
             with self.logged("rep=SUCCEEDED up=0 down=0 .*ended=remote why='remote: Connection reset"), \
                     dial(self.server.server_address) as client:
                 support.negotiate(client)
