@@ -20,8 +20,6 @@ from .resolve import IP, family_of
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: a call less
 IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}        # Windows says the last
-
-
 Connected = Tuple[socket.socket, IP]
 
 

@@ -231,9 +231,11 @@ class Server(ThreadingTCPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         """As socketserver does it, but __init__, which serves, runs as a method: calling the class would put another
         frame on the C stack for as long as the tunnel stands, and with it another page."""
-        kind: Any = self.RequestHandlerClass
-        handler = kind.__new__(kind)
-        handler.__init__(request, client_address, self)
+        if isinstance(self.RequestHandlerClass, type):
+            kind: Any = self.RequestHandlerClass
+            kind.__init__(kind.__new__(kind), request, client_address, self)
+        else:                                                   # a functools.partial, say
+            super().finish_request(request, client_address)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         client = address_of(client_address)

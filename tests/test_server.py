@@ -1,6 +1,7 @@
 """The server around the handler: listening, running out of everything, draining, leaking nothing, being a package."""
 import contextlib
 import errno
+import functools
 import os
 import re
 import selectors
@@ -492,6 +493,11 @@ class Package(unittest.TestCase):
                 self.assertTrue(echoes(tunnel))                 # shutdown() ends the loop, server_close() the sessions
             wait_until(lambda: threading.active_count() <= before, "no thread goes back to waiting for clients")
         self.assertTrue(refuses(port))
+
+    def test_a_handler_may_be_anything_that_makes_one(self):
+        with target() as destination, running(functools.partial(socks5.Handler)) as server:
+            with connect_through(server.server_address, *destination) as tunnel:
+                self.assertTrue(echoes(tunnel))
 
     def test_serving_again_after_shutdown(self):
         loops = []
