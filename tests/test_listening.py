@@ -168,9 +168,11 @@ class Failure(ListenersTest):
         return taken
 
     def test_any_port_is_one_that_every_address_has_free(self):
-        taken = self.rival(listening.TRIES - 1)
-        listeners = self.open(["127.0.0.1", "127.0.0.2"])
-        self.assertEqual(len(taken), listening.TRIES - 1)
+        times = listening.TRIES - 1
+        taken = self.rival(times)
+        with mock.patch.object(listening, "TRIES", listening.TRIES + 20):       # the kernel may give one twice
+            listeners = self.open(["127.0.0.1", "127.0.0.2"])
+        self.assertEqual(len(taken), times)
         self.assertEqual(port_of(listeners[0]), port_of(listeners[1]))
         self.assertNotIn(port_of(listeners[0]), taken)
 
