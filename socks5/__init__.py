@@ -18,7 +18,7 @@
       client     the other side of the protocol             server     the ThreadingTCPServer: accept, cap, drain
       check      what would be served to whom, in words     table      SIGUSR1: who is doing what
       logs       how lines of the log look                  workers    several processes, one supervisor
-      selftest   the server, tried by its own client
+      selftest   the server, tried by its own client        renewal    a worker that had a crowd makes way
       cli        the command line
 
 Whoever embeds the server needs Config and Server, and Handler to change what a session does.

@@ -87,6 +87,7 @@ class Server(ThreadingTCPServer):
         self._complained: Dict[str, float] = {}
         self._lock = threading.Lock()
         self._spares = spares.Spares(self.listeners, self.accept_from) if spares.available else None
+        self.chores: List[Callable[[], None]] = [self.sessions.expire] + ([home.look] if home else [])
         self.lobby = Lobby(self) if spares.available else None      # whoever says nothing yet
 
     @property
@@ -146,10 +147,13 @@ class Server(ThreadingTCPServer):
         self.stop()
         self._stopped.wait()
 
+    def leave(self) -> bool:
+        """Accept nothing more, for good; other processes may go on with the same listeners. Whether it worked."""
+        return bool(self._spares and self._spares.leave())
+
     def service_actions(self) -> None:
-        self.sessions.expire()
-        if self.home:
-            self.home.look()
+        for chore in self.chores:
+            chore()
         while self._due:
             self._due.popleft()()
 

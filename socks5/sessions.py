@@ -33,8 +33,8 @@ class Session:
     __slots__ = ("number", "client", "origin", "sock", "started", "user", "cmd", "dst", "reached", "rep", "tunnel",
                  "association", "up", "down", "ended_by", "why", "leaving")
 
-    def __init__(self, number: int, client: Address, origin: Hashable, sock: socket.socket) -> None:
-        self.number = number
+    def __init__(self, client: Address, origin: Hashable, sock: socket.socket) -> None:
+        self.number = 0                             # it has one as soon as it is let in
         self.client = client
         self.origin = origin
         self.sock = sock
@@ -99,25 +99,29 @@ class Counts:
     """How many sessions there are, in all and of an origin: this process's own, and what the others have."""
 
     def __init__(self, shared: Shared, row: int) -> None:
-        self.number = row
-        self.processes = shared.rows
         self._shared = shared
         self._at = row * Shared.ROW
 
+    def number(self) -> int:
+        """For one more session: one that no other has, in any process, nor had in one that has ended. From 1."""
+        given = self._shared.table[self._at + Shared.GIVEN]
+        self._shared.table[self._at + Shared.GIVEN] = (given + 1) % (1 << 32)
+        return 1 + self._at // Shared.ROW + given * self._shared.rows
+
     def add(self, origin: Hashable, change: int) -> None:
-        for place in (0, self._place(origin)):
+        for place in (Shared.LIVE, self._place(origin)):
             self._shared.table[self._at + place] += change
 
     def live(self) -> int:
-        return self._sum(0)
+        return self._sum(Shared.LIVE)
 
     def of(self, origin: Hashable) -> int:
         return self._sum(self._place(origin))
 
     def clear(self) -> int:
         """The process has died: how many sessions it had."""
-        lost = int(self._shared.table[self._at])
-        for place in range(Shared.ROW):
+        lost = int(self._shared.table[self._at + Shared.LIVE])
+        for place in (Shared.LIVE, *range(Shared.GIVEN + 1, Shared.ROW)):
             self._shared.table[self._at + place] = 0
         return lost
 
@@ -127,14 +131,15 @@ class Counts:
     @staticmethod
     def _place(origin: Hashable) -> int:
         """Two origins may meet in one place, by chance but not on purpose: Python's hash of an address is keyed."""
-        return 1 + hash(origin) % Shared.ORIGINS
+        return 2 + hash(origin) % Shared.ORIGINS
 
 
 class Shared:
     """Counters in memory that forked processes share. Each writes to its own row, and reads the sum of all."""
 
+    LIVE, GIVEN = 0, 1              # how many sessions, how many numbers: a row begins with these
     ORIGINS = 16384
-    ROW = 1 + ORIGINS
+    ROW = 2 + ORIGINS
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -162,11 +167,11 @@ class Sessions:
         self.most_per_origin = most_per_origin
         self.most_negotiating = most_negotiating
         self._counts = counts or Shared(1).row(0)
-        self._numbers = itertools.count(1 + self._counts.number, self._counts.processes)
         self._lock = threading.Lock()
         self._live: Dict[socket.socket, Session] = {}
         self._negotiating: Dict[Session, None] = {}     # the oldest, whose deadline comes first, first
         self._negotiating_of: Dict[Hashable, Dict[Session, None]] = {}
+        self.peak = 0                                   # most there have been
         self._leaving = 0                               # shut down to make room, and not gone yet
 
     def __len__(self) -> int:
@@ -192,7 +197,7 @@ class Sessions:
 
     def admit(self, sock: socket.socket, client: Address, origin: Hashable = None) -> Session:
         """A new session. Raises Full when there is no room for it."""
-        session = Session(next(self._numbers), client, client.host if origin is None else origin, sock)
+        session = Session(client, client.host if origin is None else origin, sock)
         with self._lock:
             mine = self._counts.of(session.origin) if self.most_per_origin else 0
             if 0 < self.most_per_origin <= mine:
@@ -203,7 +208,9 @@ class Sessions:
             full = (len(self._live) - leaving >= self.most_here or self._counts.live() - leaving >= self.most)
             if full and not (self._leaving < LEAVING and self._make_room()):
                 raise Full("max-sessions", "%d reached" % min(self.most, self.most_here))
+            session.number = self._counts.number()
             self._live[sock] = session
+            self.peak = max(self.peak, len(self._live))
             self._counts.add(session.origin, 1)
             self._negotiating[session] = None
             self._negotiating_of.setdefault(session.origin, {})[session] = None
@@ -280,8 +287,8 @@ class Sessions:
     def wait_empty(self, timeout_s: float, hurry: threading.Event) -> bool:
         """Whether all sessions ended within timeout_s; `hurry` ends the wait at once."""
         deadline = monotonic() + timeout_s
-        while self._live and monotonic() < deadline and not hurry.is_set():
-            hurry.wait(0.02)
+        while self._live and monotonic() < deadline and not hurry.wait(0.02):
+            pass
         return not self._live
 
     @staticmethod

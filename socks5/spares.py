@@ -5,6 +5,7 @@ wakes whoever waits in its accept(), which is Linux; elsewhere the server's loop
 """
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 import threading
@@ -68,13 +69,16 @@ class Spares:
             sys.settrace(hook)
         with self._lock:
             self._idents.add(get_ident())
-        while True:
-            self._accept_from(listener)
+        try:
+            while True:
+                self._accept_from(listener)
+                with self._lock:
+                    if not self._serving or self._waiting[listener] >= MOST:
+                        return
+                    self._waiting[listener] += 1
+        finally:
             with self._lock:
-                if not self._serving or self._waiting[listener] >= MOST:
-                    self._idents.discard(get_ident())
-                    return
-                self._waiting[listener] += 1
+                self._idents.discard(get_ident())       # leave() signals these, and only a living thread can take it
 
     def release(self, backlog: int) -> None:
         """Wake those in accept(), which takes a moment without listening; who comes later waits in the queue."""
@@ -89,3 +93,21 @@ class Spares:
                 listener.listen(backlog)
             except OSError:                                 # closed by somebody else
                 pass
+
+    def leave(self) -> bool:
+        """Close the listeners in this process and have everybody leave accept(), while other processes go on with the
+        same sockets: nobody who connects meanwhile notices. Whether all have left, within RELEASE_S.
+
+        Takes a signal that somebody handles: a thread whose accept() it interrupts calls it again, on what is closed.
+        """
+        with self._lock:
+            self._serving = False
+        for listener in self._waiting:
+            listener.close()
+        deadline = monotonic() + RELEASE_S
+        while any(self._waiting.values()) and monotonic() < deadline:
+            with self._lock:                                # nobody ends meanwhile
+                for ident in self._idents:
+                    signal.pthread_kill(ident, signal.SIGURG)
+            sleep(0.001)
+        return not any(self._waiting.values())

@@ -12,15 +12,18 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from functools import partial
 from time import monotonic
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from . import auth, home, listening
 from .config import Config
+from .renewal import Renewal
 from .server import Server
 from .sessions import Shared
+from .throttle import Throttle
 from .waiting import READ, new_poll
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,8 @@ STEADY_S = 10.0                 # a worker that lived so long did not die of its
 OVERDUE_S = 5.0                 # beyond the drain: then a worker is killed
 ORDER_S = 1.0                   # a worker that does not listen must not keep the others from hearing an order
 LINE_BYTES = 1 << 16
+SWITCH_S = 0.1                  # see run(); Python's own is 0.005
+RENEWED = 75                    # exit status of a worker that makes way for a fresh one
 ORDERS = {signal.SIGTERM: "stop", signal.SIGINT: "stop"}
 if hasattr(signal, "SIGHUP"):
     ORDERS.update({signal.SIGHUP: "reload", signal.SIGUSR1: "sessions"})
@@ -50,7 +55,12 @@ def number(asked: int) -> int:
 
 
 def run(server: Server, hurry: threading.Event) -> None:
-    """Serve until stop(), then drain; `hurry` ends the drain at once."""
+    """Serve until stop(), then drain; `hurry` ends the drain at once.
+
+    Every thread that waits for the GIL wakes up in each switch interval to ask for it. When the tunnels of a crowd all
+    end at once, thousands of them keep a CPU busy with asking. Ours let go of the GIL at every system call anyway.
+    """
+    sys.setswitchinterval(SWITCH_S)
     server.serve_forever()
     aborted = server.drain(server.config.drain_timeout, hurry)
     if aborted:
@@ -94,6 +104,7 @@ class Supervisor:
         self.listeners = listeners
         self.make = make
         self.shared = Shared(count)
+        self.throttle = Throttle()                      # what all workers know, for the next one to start with
         auth.TURNS.share()
         self.workers: Dict[int, Worker] = {}            # by pid
         self.due: Dict[int, float] = dict.fromkeys(range(count), 0.0)      # row: when it is to be started
@@ -133,6 +144,9 @@ class Supervisor:
         for fd, _events in poll.poll(max(min(next_s, 3600.0), 0.0) * 1000 + 1):
             if fd in speakers:
                 for line in speakers[fd].lines():
+                    order, facts = heard(line)
+                    if order == "throttle":
+                        self.throttle.learn(*facts)
                     self.tell_all(line, speakers[fd])
             else:
                 for signum in self.wakeup.recv(64):
@@ -186,9 +200,9 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ORDERS, signal.SIGCHLD})
             for sock in [supervisors, self.wakeup, self.waker, *[other.channel for other in self.workers.values()]]:
                 sock.close()
-            work(self.make(self.config, listeners=self.listeners, home=home.make(row), counts=self.shared.row(row)),
-                 channel)
-            status = 0
+            server = self.make(self.config, listeners=self.listeners, home=home.make(row), counts=self.shared.row(row))
+            server.throttle = self.throttle
+            status = RENEWED if work(server, channel) else 0
         except BaseException:
             log.exception("worker %d cannot go on", os.getpid())
         finally:
@@ -206,6 +220,10 @@ class Supervisor:
             lost = self.shared.row(worker.row).clear()
             if self.stopping:
                 continue
+            if os.WIFEXITED(status) and os.WEXITSTATUS(status) == RENEWED:
+                self.due[worker.row] = monotonic()
+                log.info("worker_renewed pid=%(pid)d", {"pid": pid})
+                continue
             self.backoff_s = RESTART_S if monotonic() - worker.started > STEADY_S else min(
                 self.backoff_s * 2, RESTART_MOST_S)
             self.due[worker.row] = monotonic() + self.backoff_s
@@ -221,13 +239,25 @@ def line_of(order: str, *facts: Any) -> bytes:
     return json.dumps([order, *facts]).encode("ascii") + b"\n"
 
 
-def work(server: Server, channel: socket.socket) -> None:
-    """Serve as the supervisor's orders say."""
+def heard(line: bytes) -> Tuple[str, List[Any]]:
+    """The order and its facts; nothing where a full socket has cut the line short."""
+    try:
+        order, *facts = json.loads(line)
+    except ValueError:
+        return "", []
+    return order, facts
+
+
+def work(server: Server, channel: socket.socket) -> bool:
+    """Serve as the supervisor's orders say. True when it ends to make way for a fresh one."""
     hurry = threading.Event()
+    renewal = Renewal(server)
+    server.chores.append(renewal.look)
     server.throttle.tell = partial(report, channel)
     threading.Thread(target=obey, args=(server, channel, hurry), daemon=True).start()
     with server:
         run(server, hurry)
+    return renewal.leaving
 
 
 def report(channel: socket.socket, origin: str, *facts: Any) -> None:
@@ -244,10 +274,7 @@ def obey(server: Server, channel: socket.socket, hurry: threading.Event) -> None
     stopping = False
     with channel.makefile("rb") as lines:
         for line in lines:
-            try:
-                order, *facts = json.loads(line)
-            except ValueError:                      # cut short by a full socket
-                continue
+            order, facts = heard(line)
             if order == "stop":
                 if stopping:
                     hurry.set()

@@ -18,7 +18,7 @@ LEVELS = (
     "wire config",
     "waiting splice fragments datagrams inbox spares logs",
     "auth throttle rules resolve relay trace sessions home listening",
-    "client connect bind udp lobby table",
+    "client connect bind udp lobby table renewal",
     "handler",
     "server",
     "workers status",

@@ -3,10 +3,12 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import unittest
 
-from socks5 import workers
+from socks5 import listening, renewal, workers
+from socks5.config import Config
 from socks5.sessions import Shared
 from tests.support import (
     PATIENCE_S, connect_through, dial, need, read_to_end, reader_of, spawned, target, threads, wait_until)
@@ -103,6 +105,38 @@ class Processes(unittest.TestCase):
                 more.sendall(ANYBODY)
                 with contextlib.suppress(ConnectionResetError):
                     self.assertEqual(read_to_end(more), b"")
+
+    def test_a_worker_that_had_a_crowd_makes_way_for_a_fresh_one(self):
+        listening.raise_descriptor_limit()
+        with contextlib.ExitStack() as stack, self.crew(count=2) as (server, pids):
+            far = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            with contextlib.ExitStack() as crowd:
+                for _ in range(2 * renewal.CROWD):              # one of the two has half of them, or more
+                    crowd.enter_context(connect_through(server.port, *far.getsockname()))
+                    crowd.enter_context(far.accept()[0])
+            renewed = server.wait_line(r"worker_renewed pid=(\d+)")
+            self.assertIn(int(renewed.group(1)), pids)
+            wait_until(lambda: len(children(server.process.pid)) == 2, "two workers")
+            echo = stack.enter_context(target())
+            tunnels = [stack.enter_context(connect_through(server.port, *echo)) for _ in range(10)]
+            self.assertTrue(all(map(echoes, tunnels)))
+            self.assertFalse([line for line in server.log if "worker_died" in line])
+
+    def test_what_is_known_about_guessers_outlives_the_worker(self):
+        with self.crew("-u", "bob:right", count=2) as (server, pids):
+            for guess in range(10):
+                with dial(server.port) as sock:
+                    sock.sendall(b"\x05\x01\x02\x01\x03bob\x01" + bytes([65 + guess]))
+                    with contextlib.suppress(OSError):
+                        read_to_end(sock)
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: len(children(server.process.pid)) == 2 and not set(children(server.process.pid)) &
+                       set(pids), "two fresh workers")
+            with dial(server.port) as sock:
+                sock.sendall(b"\x05\x01\x02\x01\x03bob\x05right")
+                with contextlib.suppress(OSError):
+                    self.assertEqual(read_to_end(sock)[2:], b"\x01\x01")
 
     def test_max_sessions_holds_over_all(self):
         with target() as echo, self.crew("--max-sessions", "10") as (server, _pids), contextlib.ExitStack() as stack:
@@ -240,6 +274,26 @@ class Counting(unittest.TestCase):
         self.assertEqual((rows[2].live(), rows[2].of("192.0.2.1"), rows[2].of("192.0.2.2")), (2, 2, 0))
         rows[1].add("192.0.2.1", -1)
         self.assertEqual((rows[2].live(), rows[2].of("192.0.2.1")), (1, 1))
+
+    def test_no_number_is_given_twice(self):
+        shared = Shared(2)
+        rows = [shared.row(which) for which in range(2)]
+        numbers = [row.number() for row in rows for _ in range(3)]
+        rows[0].clear()
+        numbers += [shared.row(0).number(), rows[1].number()]
+        self.assertEqual(sorted(numbers), list(range(1, 9)))
+
+    def test_the_switch_interval_is_long_while_a_server_runs(self):
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        seen = []
+
+        class Server:
+            config = Config()
+            serve_forever = staticmethod(lambda: seen.append(sys.getswitchinterval()))
+            drain = staticmethod(lambda _timeout_s, _hurry: 0)
+
+        workers.run(Server(), threading.Event())
+        self.assertAlmostEqual(seen[0], workers.SWITCH_S)
 
     def test_how_it_died(self):
         self.assertEqual(workers.how_it_died(9), "signal-9")
