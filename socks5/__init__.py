@@ -13,12 +13,13 @@
       throttle   makes guessing slow                        handler    one client, like RFC 1928 §3 to §6
       rules      who may reach what                         listening  the sockets that are listened on
       resolve    names to addresses, traps closed           spares     threads that wait in accept()
-      sessions   who is connected                           lobby      where the silent wait in a crowd
-    around it                                               home       on which CPU the threads run
-      client     the other side of the protocol             server     the ThreadingTCPServer: accept, cap, drain
-      check      what would be served to whom, in words     table      SIGUSR1: who is doing what
-      logs       how lines of the log look                  workers    several processes, one supervisor
-      selftest   the server, tried by its own client        renewal    a worker that had a crowd makes way
+      counts     how many there are, in all processes       lobby      where the silent wait in a crowd
+      sessions   who is connected                           home       on which CPU the threads run
+    around it                                               server     the ThreadingTCPServer: accept, cap, drain
+      client     the other side of the protocol             table      SIGUSR1: who is doing what
+      check      what would be served to whom, in words     workers    several processes, one supervisor
+      logs       how lines of the log look                  renewal    a worker that had a crowd makes way
+      selftest   the server, tried by its own client
       cli        the command line
 
 Whoever embeds the server needs Config and Server, and Handler to change what a session does.

@@ -38,7 +38,10 @@ SLOW_WAIT_S = 5.0                       # for one's turn: half of the handshake'
 
 def choose(offered: bytes, acceptable: Iterable[int]) -> int:
     """The first acceptable METHOD that the client offers, else X'FF'.                   RFC 1928 §3"""
-    return next((method for method in acceptable if method in offered), int(Method.NO_ACCEPTABLE))
+    for method in acceptable:
+        if method in offered:
+            return method
+    return int(Method.NO_ACCEPTABLE)
 
 
 # ---- one password -------------------------------------------------------------------------------------------------

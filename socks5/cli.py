@@ -118,7 +118,7 @@ def configure_logging(level: int, form: str) -> None:
     handler.setFormatter(logs.formatter(form, descriptor_of(sys.stderr), os.environ.get("JOURNAL_STREAM", "")))
     # What no format of ours shows need not be found out for every line: see "Optimization" in the logging HOWTO.
     logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.setLogRecordFactory(logs.Record)
     log = logging.getLogger("socks5")
     log.handlers[:] = [handler]
     log.propagate = False

@@ -15,7 +15,7 @@ from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from .errors import RequestRefused, name_of, rep_of, telling
 from .waiting import WRITE, SelectPoll, new_poll
-from .resolve import IP, family_of
+from .resolve import IP, family_of, text_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: a call less
@@ -93,7 +93,7 @@ class _Race:
             return None
         if not NONBLOCK:
             sock.setblocking(False)
-        target = str(address), self.port
+        target = text_of(address), self.port
         error = sock.connect_ex(target)
         if error == errno.EINPROGRESS and NONBLOCK:     # what is on this machine has answered meanwhile: Linux says so
             error = sock.connect_ex(target)             # when asked again, which is cheaper than waiting for it

@@ -66,7 +66,7 @@ class Handler(StreamRequestHandler):
                 request = self.take(Request)                   # §4
                 self.server.sessions.negotiated(session)
                 session.cmd, session.dst = request.cmd.name, request.dst
-                session.step("request", cmd=session.cmd, dst=str(request.dst))
+                session.step("request", cmd=session.cmd, dst=request.dst)
                 self.foresee(request)
                 COMMANDS[request.cmd](self, request)            # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
@@ -105,7 +105,7 @@ class Handler(StreamRequestHandler):
         offered = self.take(Greeting).methods
         methods = self.server.methods
         method = auth.choose(offered, methods)
-        self.session.step("method", offered=offered.hex() or "-", chosen="%02x" % method)
+        self.session.step("method", offered=offered, chosen=bytes([method]))
         self.send(Selection(method))
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
@@ -149,7 +149,8 @@ class Handler(StreamRequestHandler):
         addresses = self.not_ourselves(request.dst.port, self.permitted(request, resolve(request.dst.host)))
         remote, address = connect(addresses, request.dst.port, config.connect_timeout, self.connection)
         with remote:
-            self.session.reached = Address(address, request.dst.port)
+            dst = request.dst
+            self.session.reached = dst if address is dst.host else Address(address, dst.port)
             try:
                 remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 remote.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

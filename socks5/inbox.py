@@ -23,10 +23,11 @@ class Inbox:
 
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes. Raises EOFError when the client closes before."""
-        while len(self.held) < size:
-            self.held += self._receive()
-        piece, self.held = self.held[:size], self.held[size:]
-        return piece
+        held = self.held
+        while len(held) < size:
+            held = self.held = held + self._receive()
+        self.held = held[size:]
+        return held[:size]
 
     def first(self) -> int:
         """The next byte, which stays to be read."""

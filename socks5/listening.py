@@ -5,7 +5,7 @@ import errno
 import os
 import socket
 from ipaddress import ip_address
-from typing import List, Sequence
+from typing import Any, List, Sequence, Tuple
 
 from . import splice
 
@@ -21,6 +21,14 @@ REUSE_ADDRESS = os.name == "posix"      # elsewhere it would share the port with
 SPARE_DESCRIPTORS = 80 + (splice.DESCRIPTORS if splice.available else 0)
 DESCRIPTORS_PER_SESSION = 2
 TRIES = 10                              # for a port that is free on every address
+
+
+class Listener(socket.socket):
+    """Accepts like its base, which asks enum for the names of family and type each time."""
+
+    def accept(self) -> Tuple[socket.socket, Any]:
+        fd, client_address = self._accept()                 # type: ignore[attr-defined]    # the C class has it
+        return socket.socket(-1, socket.SOCK_STREAM, 0, fd), client_address     # -1: as the descriptor says
 
 
 def open_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
@@ -48,7 +56,7 @@ def open_one(text: str, port: int, dual: bool) -> socket.socket:
     """A listening socket; an IPv6 one takes IPv4 as well if it is `dual`."""
     host, _, scope = text.partition("%")
     six = ip_address(host).version == 6
-    listener = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
+    listener = Listener(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
     try:
         if REUSE_ADDRESS:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

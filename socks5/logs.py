@@ -46,7 +46,7 @@ class Writer(logging.StreamHandler):      # type: ignore[type-arg]     # generic
             self._lines.append(self.format(record) + self.terminator)
             while self._lines and self._writing.acquire(blocking=len(self._lines) > MOST_LEFT):
                 try:
-                    self.stream.write("".join(self._lines.popleft() for _ in range(len(self._lines))))
+                    self.stream.write("".join([self._lines.popleft() for _ in range(len(self._lines))]))
                     self.stream.flush()
                 finally:
                     self._writing.release()         # and look again: somebody may have left a line just now
@@ -54,10 +54,43 @@ class Writer(logging.StreamHandler):      # type: ignore[type-arg]     # generic
             self.handleError(record)
 
 
+class Record(logging.LogRecord):
+    """What our formats show of a record. Its base also asks where and in which thread it was made, and takes it apart,
+    for every line."""
+
+    pathname = filename = module = ""           # what else a record may be asked for
+    lineno = 0
+    funcName = threadName = processName = ""
+    thread = process = None
+
+    def __init__(self, name: str, level: int, pathname: str, lineno: int, msg: object, args: Any, exc_info: Any,
+                 func: Optional[str] = None, sinfo: Optional[str] = None, **_: object) -> None:
+        self.created = time.time()
+        self.msecs = int(self.created % 1 * 1000) + 0.0
+        self.name = name
+        self.levelno = level
+        self.levelname = logging.getLevelName(level)
+        self.msg = msg
+        self.args = args[0] if len(args) == 1 and isinstance(args[0], dict) and args[0] else args
+        self.exc_info = exc_info
+        self.exc_text = None
+        self.stack_info = sinfo
+
+
 class TextFormatter(logging.Formatter):
     """Like its base; what the clock says is worked out once a second."""
 
     _last: Tuple[int, str] = (0, "")
+
+    def __init__(self, timed: bool) -> None:
+        super().__init__(TEXT if timed else BARE)
+        self.timed = timed
+
+    def format(self, record: logging.LogRecord) -> str:
+        if record.exc_info or record.stack_info:
+            return super().format(record)
+        line = "%s %s" % (record.levelname, record.getMessage())
+        return "%s %s" % (self.formatTime(record), line) if self.timed else line
 
     def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
         second, words = self._last
@@ -121,7 +154,7 @@ class Prioritized(logging.Formatter):
 def formatter(kind: str, descriptor: Optional[int], journal: str) -> logging.Formatter:
     """For `kind` "text" or "json", and what is written to `descriptor`; `journal` is $JOURNAL_STREAM."""
     to_journal = is_journal(descriptor, journal)
-    inner = JsonFormatter() if kind == "json" else TextFormatter(BARE if to_journal else TEXT)
+    inner = JsonFormatter() if kind == "json" else TextFormatter(not to_journal)
     return Prioritized(inner) if to_journal else inner
 
 

@@ -94,7 +94,7 @@ def unmapped(address: IP) -> IP:
 
 def address_of(sockaddr: Sockaddr) -> Address:
     """What getsockname, getpeername, accept and recvfrom give, as an Address; IPv4-mapped shown as IPv4."""
-    return Address(ip_of(sockaddr), int(sockaddr[1]))
+    return Address(ip_in(sockaddr[0]), sockaddr[1])             # type: ignore[arg-type]     # the port is an int
 
 
 def ip_of(sockaddr: Sockaddr) -> IP:
@@ -123,6 +123,12 @@ def subscriber(address: IP) -> str:
 
 def family_of(address: IP) -> int:
     return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+@lru_cache(maxsize=4096)
+def text_of(address: IP) -> str:
+    """As the socket calls want it. Remembered: ipaddress takes its time to write one."""
+    return str(address)
 
 
 def is_here(address: IP) -> bool:

@@ -10,8 +10,9 @@ import os
 import re
 import stat
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_network
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from .codes import Cmd
 from .config import Config, ConfigError, Network, network
@@ -20,6 +21,7 @@ IP = Union[IPv4Address, IPv6Address]
 
 COMMANDS = {"connect": Cmd.CONNECT, "bind": Cmd.BIND, "udp": Cmd.UDP_ASSOCIATE}
 ALL_PORTS = (0, 65535)
+VERDICTS = 4096             # remembered: 1 MB
 GRAMMAR = "allow|deny [user NAME] [from CIDR] [to CIDR|name|.suffix|any] [port N|N-M] [command connect|bind|udp]"
 WORD = re.compile(r'"([^"]*)"|(\S+)')
 PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
@@ -138,6 +140,7 @@ class Rules:
         lines = read_lines(path) if path else DEFAULT.strip().split("\n")
         object.__setattr__(self, "path", path or "default rules")
         object.__setattr__(self, "rules", tuple(parse_lines(lines, self.path)))
+        object.__setattr__(self, "judge", lru_cache(VERDICTS)(self.judge))
         opener = self.opener()
         if path and opener and not self.config.open:
             raise ConfigError("%s: lets in everybody who reaches %s; add 'from CIDR' or 'user NAME' to this rule, or "
@@ -167,7 +170,8 @@ class Rules:
         return not allowed or any(client in network for network in allowed)
 
     def judge(self, asker: Asker, address: IP, port: int, name: Optional[bytes] = None) -> Verdict:
-        """May `asker` reach this? `name` is what the request called it, in ASCII, if it did not say an address."""
+        """May `asker` reach this? `name` is what the request called it, in ASCII, if it did not say an address.
+        Remembered, for as long as these rules are in force."""
         callers = asker.cmd == Cmd.BIND and int(address) == 0       # 0.0.0.0: whoever calls
         exposed = not callers and not asker.client.is_loopback and is_local(address)
         faces = [address] if int(address) or callers else [address, LOOPBACK[address.version]]
@@ -260,14 +264,6 @@ def parse_rule(words: List[str], where: str) -> Rule:
     return rule
 
 
-def part_user(text: str) -> Dict[str, object]:
-    return {"user": text.encode("utf-8", "surrogateescape")}
-
-
-def part_from(text: str) -> Dict[str, object]:
-    return {"source": None if text == "any" else network(text)}
-
-
 def part_to(text: str) -> Dict[str, object]:
     if text == "any":
         return {"anywhere": True}
@@ -297,4 +293,7 @@ def part_command(text: str) -> Dict[str, object]:
     return {"cmd": COMMANDS[text]}
 
 
-PARTS = {"user": part_user, "from": part_from, "to": part_to, "port": part_port, "command": part_command}
+PARTS: Dict[str, Callable[[str], Dict[str, object]]] = {
+    "user": lambda text: {"user": text.encode("utf-8", "surrogateescape")},
+    "from": lambda text: {"source": None if text == "any" else network(text)},
+    "to": part_to, "port": part_port, "command": part_command}

@@ -19,13 +19,14 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, 
 from . import listening, spares, trace
 from .auth import Users
 from .config import Config, ConfigError
+from .counts import Counts
 from .errors import name_of
 from .handler import ANYBODY, BY_PASSWORD, Handler
 from .home import Home
 from .lobby import Lobby
 from .resolve import IP, Names, address_of, subscriber
 from .rules import Rules
-from .sessions import Counts, Full, Sessions
+from .sessions import Full, Sessions
 from .table import Table
 from .throttle import Throttle
 from .waiting import READ, new_poll

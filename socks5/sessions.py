@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import mmap
 import socket
 import threading
+from collections import defaultdict
 from time import monotonic
 from typing import TYPE_CHECKING, Callable, Dict, Hashable, Iterator, List, Optional, Tuple, TypeVar, Union
 
+from .counts import Counts, Shared
 from .fields import text
 from .wire import Address
 
@@ -24,6 +25,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 GRACE_S = 1.0           # nobody is called silent before: whoever is fast is never in the way
+NO_LIMIT = float("inf")
 LEAVING = 32            # whoever was shut down holds one of the spare descriptors until its thread has noticed
 
 
@@ -57,9 +59,11 @@ class Session:
             "up=%(up)d down=%(down)d seconds=%(seconds).3f ended=%(ended)s why=%(why)s")
 
     def facts(self) -> Dict[str, Union[str, int, float]]:
+        dst = str(self.dst or "-")
         return {"client": str(self.client), "user": "-" if self.user is None else text(self.user),
-                "cmd": self.cmd or "-", "dst": str(self.dst or "-"), "reached": str(self.reached or "-"),
-                "rep": self.rep or "-", "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
+                "cmd": self.cmd or "-", "dst": dst,
+                "reached": dst if self.reached is self.dst else str(self.reached or "-"), "rep": self.rep or "-",
+                "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
                 "ended": self.ended_by.replace(" ", "-") or "-", "why": ascii(self.why) if self.why else "-"}
 
     def moved(self) -> Tuple[int, int]:
@@ -80,11 +84,12 @@ class Session:
             return "relaying"
         return "waiting" if self.cmd == "BIND" and self.rep else "connecting" if self.cmd else "negotiating"
 
-    def step(self, word: str, **facts: str) -> None:
+    def step(self, word: str, **facts: object) -> None:
         """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
         if log.isEnabledFor(logging.DEBUG):
-            facts = dict(client=str(self.client), **facts)
-            log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in facts), facts)
+            said = {name: fact.hex() or "-" if isinstance(fact, bytes) else str(fact) for name, fact in facts.items()}
+            said = dict(client=str(self.client), **said)
+            log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
 
 
 class Full(Exception):
@@ -93,60 +98,6 @@ class Full(Exception):
     def __init__(self, limit: str, words: str) -> None:
         super().__init__("%s %s" % (limit, words))
         self.limit = limit
-
-
-class Counts:
-    """How many sessions there are, in all and of an origin: this process's own, and what the others have."""
-
-    def __init__(self, shared: Shared, row: int) -> None:
-        self._shared = shared
-        self._at = row * Shared.ROW
-
-    def number(self) -> int:
-        """For one more session: one that no other has, in any process, nor had in one that has ended. From 1."""
-        given = self._shared.table[self._at + Shared.GIVEN]
-        self._shared.table[self._at + Shared.GIVEN] = (given + 1) % (1 << 32)
-        return 1 + self._at // Shared.ROW + given * self._shared.rows
-
-    def add(self, origin: Hashable, change: int) -> None:
-        for place in (Shared.LIVE, self._place(origin)):
-            self._shared.table[self._at + place] += change
-
-    def live(self) -> int:
-        return self._sum(Shared.LIVE)
-
-    def of(self, origin: Hashable) -> int:
-        return self._sum(self._place(origin))
-
-    def clear(self) -> int:
-        """The process has died: how many sessions it had."""
-        lost = int(self._shared.table[self._at + Shared.LIVE])
-        for place in (Shared.LIVE, *range(Shared.GIVEN + 1, Shared.ROW)):
-            self._shared.table[self._at + place] = 0
-        return lost
-
-    def _sum(self, place: int) -> int:
-        return sum(self._shared.table[place::Shared.ROW])
-
-    @staticmethod
-    def _place(origin: Hashable) -> int:
-        """Two origins may meet in one place, by chance but not on purpose: Python's hash of an address is keyed."""
-        return 2 + hash(origin) % Shared.ORIGINS
-
-
-class Shared:
-    """Counters in memory that forked processes share. Each writes to its own row, and reads the sum of all."""
-
-    LIVE, GIVEN = 0, 1              # how many sessions, how many numbers: a row begins with these
-    ORIGINS = 16384
-    ROW = 2 + ORIGINS
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.table = memoryview(mmap.mmap(-1, 4 * rows * self.ROW)).cast("I")
-
-    def row(self, which: int) -> Counts:
-        return Counts(self, which)
 
 
 class Sessions:
@@ -160,7 +111,7 @@ class Sessions:
     """
 
     def __init__(self, most: float, handshake_s: float, most_per_origin: int = 0, most_negotiating: int = 0,
-                 counts: Optional[Counts] = None, most_here: float = float("inf")) -> None:
+                 counts: Optional[Counts] = None, most_here: float = NO_LIMIT) -> None:
         self.most = most
         self.most_here = most_here
         self.handshake_s = handshake_s
@@ -170,7 +121,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._live: Dict[socket.socket, Session] = {}
         self._negotiating: Dict[Session, None] = {}     # the oldest, whose deadline comes first, first
-        self._negotiating_of: Dict[Hashable, Dict[Session, None]] = {}
+        self._negotiating_of: Dict[Hashable, Dict[Session, None]] = defaultdict(dict)
         self.peak = 0                                   # most there have been
         self._leaving = 0                               # shut down to make room, and not gone yet
 
@@ -204,16 +155,17 @@ class Sessions:
                 raise Full("max-per-client", "%d reached by %s" % (self.most_per_origin, session.origin))
             if 0 < self.most_negotiating <= len(self._negotiating):
                 self._make_room()
-            leaving = min(self._leaving, LEAVING)
-            full = (len(self._live) - leaving >= self.most_here or self._counts.live() - leaving >= self.most)
+            here, leaving = len(self._live), self._leaving and min(self._leaving, LEAVING)
+            full = (here - leaving >= self.most_here
+                    or self.most < NO_LIMIT and self._counts.live() - leaving >= self.most)
             if full and not (self._leaving < LEAVING and self._make_room()):
                 raise Full("max-sessions", "%d reached" % min(self.most, self.most_here))
             session.number = self._counts.number()
             self._live[sock] = session
-            self.peak = max(self.peak, len(self._live))
+            self.peak = here + 1 if here >= self.peak else self.peak
             self._counts.add(session.origin, 1)
             self._negotiating[session] = None
-            self._negotiating_of.setdefault(session.origin, {})[session] = None
+            self._negotiating_of[session.origin][session] = None
         return session
 
     def _make_room(self) -> bool:

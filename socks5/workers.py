@@ -20,9 +20,9 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from . import auth, home, listening
 from .config import Config
+from .counts import Shared
 from .renewal import Renewal
 from .server import Server
-from .sessions import Shared
 from .throttle import Throttle
 from .waiting import READ, new_poll
 

@@ -16,7 +16,7 @@ LEVELS = (
     "errors",
     "fields",
     "wire config",
-    "waiting splice fragments datagrams inbox spares logs",
+    "waiting splice fragments datagrams inbox spares logs counts",
     "auth throttle rules resolve relay trace sessions home listening",
     "client connect bind udp lobby table renewal",
     "handler",

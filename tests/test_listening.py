@@ -117,6 +117,21 @@ class Open(ListenersTest):
                 self.assertTrue(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
                 self.assertTrue(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
 
+    def test_what_is_accepted_is_what_the_base_would_give(self):
+        for host in ["127.0.0.1"] + ["::1"] * HAS_IPV6:
+            with self.subTest(host), contextlib.ExitStack() as stack:
+                listener, = self.open([host])
+                accepted = []
+                for accept in (listening.Listener.accept, socket.socket.accept):
+                    client = stack.enter_context(socket.create_connection(listener.getsockname()[:2], PATIENCE_S))
+                    client.sendall(b"x")
+                    sock, peer = accept(listener)
+                    accepted.append(stack.enter_context(sock))
+                    self.assertEqual(peer, client.getsockname())
+                ours, theirs = ((sock.family, sock.type, sock.gettimeout(), type(sock), sock.get_inheritable(),
+                                 sock.getsockname()) for sock in accepted)
+                self.assertEqual(ours, theirs)
+
     @unittest.skipUnless(hasattr(socket, "TCP_DEFER_ACCEPT"), "Linux defers accept()")
     def test_a_silent_client_stays_in_the_kernel(self):
         listener, = self.open(["127.0.0.1"])

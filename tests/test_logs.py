@@ -101,6 +101,26 @@ class Writer(unittest.TestCase):
         self.say("there")
         self.assertEqual(self.stream.text, "there\n")
 
+    def test_a_record_shows_what_its_base_shows(self):
+        try:
+            raise ValueError("no\nwonder")
+        except ValueError:
+            trouble = sys.exc_info()
+        for args in (("plain",), ("%s and %d", "this", 2), ("word key=%(key)s", {"key": "value"}), ("100 %",),
+                     ("%s", {}), ("it failed", trouble)):
+            *message, exc_info = args if args[-1] is trouble else (*args, None)
+            told = "socks5.x", logging.WARNING, "x.py", 1, message[0], tuple(message[1:]), exc_info
+            base, ours = logging.LogRecord(*told), logs.Record(*told)
+            ours.created, ours.msecs = base.created, base.msecs
+            for form in (logging.Formatter(logs.TEXT), logging.Formatter(logs.BARE), logs.TextFormatter(True),
+                         logs.TextFormatter(False), logs.JsonFormatter()):
+                with self.subTest(args[0], form=form):
+                    self.assertEqual(form.format(ours), form.format(base))
+            for timed, text_form in ((True, logs.TEXT), (False, logs.BARE)):
+                self.assertEqual(logs.TextFormatter(timed).format(ours), logging.Formatter(text_form).format(base))
+        for name in vars(base):                             # whoever asks for more gets something
+            self.assertTrue(hasattr(ours, name) or name in ("relativeCreated", "taskName"), name)
+
     def test_the_time_is_that_of_the_base(self):
         for created in (1700000000.0, 1700000000.999, 1700000001.5, 1699999999.25):
             line = record("x")
@@ -108,7 +128,7 @@ class Writer(unittest.TestCase):
             self.assertEqual(TEXT_FORMATTER.format(line), logging.Formatter(logs.TEXT).format(line))
 
 
-TEXT_FORMATTER = logs.TextFormatter(logs.TEXT)              # one for all of these lines
+TEXT_FORMATTER = logs.TextFormatter(True)                   # one for all of these lines
 
 
 class Facts(unittest.TestCase):

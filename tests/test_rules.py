@@ -1,5 +1,6 @@
 """rules.py: what a line says, what it decides, and that the server does as it says."""
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -172,6 +173,17 @@ class Judging(Case):
                       {"cmd": Cmd.BIND}, {"cmd": Cmd.UDP_ASSOCIATE}):
             with self.subTest(wrong):
                 self.assertFalse(self.judge(rules, **dict(right, **wrong))[0])
+
+    def test_what_is_remembered_is_what_was_judged(self):
+        rules = self.rules("deny user eve", "deny from 192.0.2.0/28 to 198.51.100.1 port 80", "allow to bad.example",
+                           "allow to 198.51.100.0/24 port 1-100 command connect", "allow user bob to any")
+        for _ in range(2):
+            for question in itertools.product(
+                    [Asker(ip_address(client), user, cmd) for client in ("192.0.2.1", "192.0.2.99")
+                     for user in (None, b"bob", b"eve") for cmd in Cmd],
+                    map(ip_address, ("198.51.100.1", "203.0.113.1", "2001:db8::1")), (80, 81, 8080),
+                    (None, b"bad.example", b"")):
+                self.assertEqual(rules.judge(*question), Rules.judge(rules, *question), question)
 
     def test_the_unspecified_address_is_loopback_to_whoever_connects(self):
         rules = self.rules("deny to 127.0.0.0/8", "deny to ::1", "allow")

@@ -17,6 +17,7 @@ from unittest import mock
 import socks5
 from socks5 import spares
 from socks5.codes import Cmd, Method, Rep
+from socks5.listening import Listener
 from socks5.wire import Address, Greeting, Reply, Request
 from tests import support
 from tests.support import (HAS_IPV6, PATIENCE_S, ROOT, address, connect_through, descriptors, dial, need, read_to_end,
@@ -222,7 +223,7 @@ class RunningOut(unittest.TestCase):
 
     def test_accept_that_fails_and_recovers(self):
         """What the system says when it has run out of something else: each ends no loop, and waits for better times."""
-        plain = socket.socket.accept
+        plain = Listener.accept
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
             troubles = [OSError(number, os.strerror(number))] * 3
 
@@ -231,7 +232,7 @@ class RunningOut(unittest.TestCase):
                     raise troubles.pop()
                 return plain(sock)
 
-            with self.subTest(errno.errorcode[number]), mock.patch.object(socket.socket, "accept", accept), \
+            with self.subTest(errno.errorcode[number]), mock.patch.object(Listener, "accept", accept), \
                     self.assertLogs("socks5") as logs, running() as server:
                 served = 0
                 while troubles or not served:

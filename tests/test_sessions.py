@@ -10,8 +10,9 @@ from unittest import mock
 
 from socks5 import sessions
 from socks5.codes import Cmd, Rep
+from socks5.counts import Shared
 from socks5.relay import Tunnel
-from socks5.sessions import Full, Session, Sessions, Shared
+from socks5.sessions import Full, Session, Sessions
 from socks5.wire import Address
 from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, negotiate, reader_of, running,
                            target, wait_until)

@@ -9,7 +9,6 @@ import unittest
 
 from socks5 import listening, renewal, workers
 from socks5.config import Config
-from socks5.sessions import Shared
 from tests.support import (
     PATIENCE_S, connect_through, dial, need, read_to_end, reader_of, spawned, target, threads, wait_until)
 
@@ -261,28 +260,7 @@ def refuses(port):
         return False
 
 
-class Counting(unittest.TestCase):
-    def test_rows_add_up_and_are_cleared(self):
-        shared = Shared(3)
-        rows = [shared.row(which) for which in range(3)]
-        for row in rows:
-            row.add("192.0.2.1", 1)
-        rows[0].add("192.0.2.1", 1)
-        rows[0].add("192.0.2.2", 1)
-        self.assertEqual((rows[1].live(), rows[1].of("192.0.2.1"), rows[1].of("192.0.2.2")), (5, 4, 1))
-        self.assertEqual(rows[0].clear(), 3)
-        self.assertEqual((rows[2].live(), rows[2].of("192.0.2.1"), rows[2].of("192.0.2.2")), (2, 2, 0))
-        rows[1].add("192.0.2.1", -1)
-        self.assertEqual((rows[2].live(), rows[2].of("192.0.2.1")), (1, 1))
-
-    def test_no_number_is_given_twice(self):
-        shared = Shared(2)
-        rows = [shared.row(which) for which in range(2)]
-        numbers = [row.number() for row in rows for _ in range(3)]
-        rows[0].clear()
-        numbers += [shared.row(0).number(), rows[1].number()]
-        self.assertEqual(sorted(numbers), list(range(1, 9)))
-
+class Parts(unittest.TestCase):
     def test_the_switch_interval_is_long_while_a_server_runs(self):
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         seen = []
