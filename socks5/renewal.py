@@ -24,7 +24,7 @@ class Renewal:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.leaving = False            # this process accepts nothing more
+        self.leaving = False            # it accepts nobody any more, and has nobody
         self._busy_at = monotonic()
         signal.signal(signal.SIGURG, lambda _number, _frame: None)      # Spares.leave sends it
 
@@ -32,8 +32,6 @@ class Renewal:
         """To be called now and then by the thread that serves: end it when it has had a crowd, and has nobody."""
         if len(self.server.sessions):
             self._busy_at = monotonic()
-        elif self.leaving:
+        elif self.server.sessions.peak >= CROWD and monotonic() - self._busy_at >= EMPTY_S and self.server.leave():
+            self.leaving = True
             self.server.stop()
-        elif self.server.sessions.peak >= CROWD and monotonic() - self._busy_at >= EMPTY_S:
-            self.leaving = self.server.leave()      # whoever was accepted meanwhile is served before we go
-            self._busy_at = monotonic()

@@ -149,7 +149,7 @@ class Server(ThreadingTCPServer):
         self._stopped.wait()
 
     def leave(self) -> bool:
-        """Accept nothing more, for good; other processes may go on with the same listeners. Whether it worked."""
+        """Accept nobody any more, unless somebody has just come; other processes go on with the same listeners."""
         return bool(self._spares and self._spares.leave())
 
     def service_actions(self) -> None:

@@ -5,6 +5,7 @@ wakes whoever waits in its accept(), which is Linux; elsewhere the server's loop
 """
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -95,19 +96,32 @@ class Spares:
                 pass
 
     def leave(self) -> bool:
-        """Close the listeners in this process and have everybody leave accept(), while other processes go on with the
-        same sockets: nobody who connects meanwhile notices. Whether all have left, within RELEASE_S.
+        """Have everybody leave accept(), while other processes go on with the same sockets: who connects meanwhile does
+        not notice. True when nobody is left, for good; where somebody had just accepted a client, all is as before.
 
-        Takes a signal that somebody handles: a thread whose accept() it interrupts calls it again, on what is closed.
+        Takes a signal that somebody handles: a thread whose accept() it interrupts calls it again, and finds in the
+        listener's place a socket that does not listen.
         """
-        with self._lock:
-            self._serving = False
-        for listener in self._waiting:
-            listener.close()
+        try:
+            kept = {listener: listener.dup() for listener in self._waiting}
+            with socket.socket() as deaf:
+                with self._lock:
+                    self._serving = False
+                for listener in self._waiting:
+                    os.dup2(deaf.fileno(), listener.fileno(), inheritable=False)
+        except OSError:                                     # no descriptors
+            return False
         deadline = monotonic() + RELEASE_S
         while any(self._waiting.values()) and monotonic() < deadline:
             with self._lock:                                # nobody ends meanwhile
                 for ident in self._idents:
                     signal.pthread_kill(ident, signal.SIGURG)
             sleep(0.001)
-        return not any(self._waiting.values())
+        gone = not self._idents
+        for listener, copy in kept.items():
+            with copy:
+                if not gone:
+                    os.dup2(copy.fileno(), listener.fileno(), inheritable=False)
+        if not gone:
+            self.serve()
+        return gone

@@ -35,7 +35,7 @@ STEADY_S = 10.0                 # a worker that lived so long did not die of its
 OVERDUE_S = 5.0                 # beyond the drain: then a worker is killed
 ORDER_S = 1.0                   # a worker that does not listen must not keep the others from hearing an order
 LINE_BYTES = 1 << 16
-SWITCH_S = 0.1                  # see run(); Python's own is 0.005
+SWITCH_S = 20e-6                # for each session: see ask_in_turn()
 RENEWED = 75                    # exit status of a worker that makes way for a fresh one
 ORDERS = {signal.SIGTERM: "stop", signal.SIGINT: "stop"}
 if hasattr(signal, "SIGHUP"):
@@ -55,16 +55,18 @@ def number(asked: int) -> int:
 
 
 def run(server: Server, hurry: threading.Event) -> None:
-    """Serve until stop(), then drain; `hurry` ends the drain at once.
-
-    Every thread that waits for the GIL wakes up in each switch interval to ask for it. When the tunnels of a crowd all
-    end at once, thousands of them keep a CPU busy with asking. Ours let go of the GIL at every system call anyway.
-    """
-    sys.setswitchinterval(SWITCH_S)
+    """Serve until stop(), then drain; `hurry` ends the drain at once."""
+    server.chores.append(partial(ask_in_turn, server, sys.getswitchinterval()))
     server.serve_forever()
     aborted = server.drain(server.config.drain_timeout, hurry)
     if aborted:
         log.warning("stopped with %d sessions cut off", aborted)
+
+
+def ask_in_turn(server: Server, least_s: float) -> None:
+    """Every thread that waits for the GIL wakes up in each switch interval to ask for it. When the tunnels of a crowd
+    all end at once, thousands of them keep a CPU busy with asking: the more there are, the longer the interval."""
+    sys.setswitchinterval(max(least_s, len(server.sessions) * SWITCH_S))
 
 
 class Worker:
@@ -243,7 +245,7 @@ def heard(line: bytes) -> Tuple[str, List[Any]]:
     """The order and its facts; nothing where a full socket has cut the line short."""
     try:
         order, *facts = json.loads(line)
-    except ValueError:
+    except (ValueError, TypeError):
         return "", []
     return order, facts
 

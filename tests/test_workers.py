@@ -261,17 +261,24 @@ def refuses(port):
 
 
 class Parts(unittest.TestCase):
-    def test_the_switch_interval_is_long_while_a_server_runs(self):
-        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+    def test_the_switch_interval_grows_with_a_crowd(self):
+        before = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, before)
         seen = []
 
         class Server:
-            config = Config()
-            serve_forever = staticmethod(lambda: seen.append(sys.getswitchinterval()))
+            config, chores, sessions = Config(), [], []
             drain = staticmethod(lambda _timeout_s, _hurry: 0)
 
+            def serve_forever(self):
+                for sessions in (100, 5000, 1):
+                    self.sessions = range(sessions)
+                    self.chores[0]()
+                    seen.append(sys.getswitchinterval())
+
         workers.run(Server(), threading.Event())
-        self.assertAlmostEqual(seen[0], workers.SWITCH_S)
+        for found, expected in zip(seen, (before, 0.1, before)):
+            self.assertAlmostEqual(found, expected, 4)
 
     def test_how_it_died(self):
         self.assertEqual(workers.how_it_died(9), "signal-9")
