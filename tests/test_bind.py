@@ -403,8 +403,8 @@ class RunningOut(unittest.TestCase):
         def limit():
             resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 
-        with spawned("--max-sessions", "1000", preexec_fn=limit) as server:
-            proxy = ("127.0.0.1", server.port)
+        with spawned("--max-sessions", "1000", "--handshake-timeout", "600", preexec_fn=limit) as server:
+            proxy, before = ("127.0.0.1", server.port), descriptors(server.process.pid)
             with contextlib.ExitStack() as stack:
                 waiting = stack.enter_context(client.bind(proxy, LOCAL))
                 clients = []
@@ -425,6 +425,7 @@ class RunningOut(unittest.TestCase):
                         waiting.accept(PATIENCE_S)
                     self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
                     server.wait_line(r"cmd=BIND .* why='cannot accept: EMFILE'")
+            wait_until(lambda: descriptors(server.process.pid) <= before, "they have gone")
             with self.subTest("it goes on afterwards"), client.bind(proxy, LOCAL) as waiting, call(waiting.bnd) as peer:
                 sock, _ = waiting.accept(PATIENCE_S)
                 with sock:
