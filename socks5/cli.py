@@ -135,15 +135,14 @@ def descriptor_of(stream: Any) -> Optional[int]:
 def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
     try:
-        rules = Rules(config)
-        Users(config)                                       # a bad file ends it here, before anything listens
+        access = Users(config), Rules(config)               # a bad file ends it here, before anything listens
         trace.check(config.trace)
         listeners = listening.open_all(config.listen, config.port)
     except ConfigError as exc:
         return fail(str(exc))
     except OSError as exc:
         return fail("cannot listen on %s: %s" % (exc.filename, exc.strerror or exc.args[0]))
-    for warning in warnings(config, rules):
+    for warning in warnings(config, access[1]):
         logging.getLogger(__name__).warning(warning)
 
     def ready() -> None:                                    # whoever reads this may send a signal at once
@@ -152,9 +151,9 @@ def serve(config: Config) -> int:
 
     count = workers.number(config.workers)
     if count > 1:
-        workers.Supervisor(config, listeners, count).run(ready)
+        workers.Supervisor(config, listeners, count, access).run(ready)
     else:
-        with Server(config, listeners=listeners, home=home.make()) as server:
+        with Server(config, listeners=listeners, home=home.make(), access=access) as server:
             hurry = obey_signals(server)
             ready()
             workers.run(server, hurry)

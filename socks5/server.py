@@ -62,12 +62,12 @@ class Server(ThreadingTCPServer):
 
     def __init__(self, config: Optional[Config] = None, handler: Type[Handler] = Handler,
                  listeners: Sequence[socket.socket] = (), home: Optional[Home] = None,
-                 counts: Optional[Counts] = None) -> None:
-        """`listeners` are open already where several processes share them; `home` is the CPU to stay on, and
-        `counts` what they know of one another's sessions."""
+                 counts: Optional[Counts] = None, access: Optional[Tuple[Users, Rules]] = None) -> None:
+        """`listeners` are open already where several processes share them, `access` is read; `home` is the CPU to stay
+        on, and `counts` what they know of one another's sessions."""
         self.config = config or Config()
         self.home = home
-        self.users, self.rules = Users(self.config), Rules(self.config)
+        self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = trace.opened(self.config.trace)
         self.throttle = Throttle()
         self.names = Names()

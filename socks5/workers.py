@@ -7,6 +7,7 @@ whose supervisor is gone reads EOF, and ends.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,9 +20,11 @@ from time import monotonic
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from . import auth, home, listening
-from .config import Config
+from .auth import Users
+from .config import Config, ConfigError
 from .counts import Shared
 from .renewal import Renewal
+from .rules import Rules
 from .server import Server
 from .throttle import Throttle
 from .waiting import READ, new_poll
@@ -100,9 +103,10 @@ class Worker:
 class Supervisor:
     """Keeps `count` workers running until SIGTERM or SIGINT has ended them all."""
 
-    def __init__(self, config: Config, listeners: Sequence[socket.socket], count: int,
+    def __init__(self, config: Config, listeners: Sequence[socket.socket], count: int, access: Tuple[Users, Rules],
                  make: MakeServer = Server) -> None:
         self.config = config
+        self.access = access                            # in force: a file may be half written when a worker is replaced
         self.listeners = listeners
         self.make = make
         self.shared = Shared(count)
@@ -161,6 +165,9 @@ class Supervisor:
             self.due.clear()
             self.kill_at = monotonic() + OVERDUE_S + (self.config.drain_timeout if self.stopping == 1 else 0)
             listening.close_all(self.listeners)
+        elif order == "reload":
+            with contextlib.suppress(ConfigError):      # then all stays as it was; each worker says so
+                self.access = Users(self.config), Rules(self.config)
         if order:
             self.tell_all(line_of(order), wait_s=ORDER_S)
 
@@ -202,7 +209,8 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ORDERS, signal.SIGCHLD})
             for sock in [supervisors, self.wakeup, self.waker, *[other.channel for other in self.workers.values()]]:
                 sock.close()
-            server = self.make(self.config, listeners=self.listeners, home=home.make(row), counts=self.shared.row(row))
+            server = self.make(self.config, listeners=self.listeners, home=home.make(row), counts=self.shared.row(row),
+                               access=self.access)
             server.throttle = self.throttle
             status = RENEWED if work(server, channel) else 0
         except BaseException:

@@ -22,6 +22,7 @@ from socks5.config import Config, ConfigError, credentials
 from socks5.errors import ProtocolError
 from socks5.handler import Handler
 from socks5.resolve import subscriber
+from socks5.rules import Rules
 from socks5.wire import Greeting, Login, LoginStatus, Reply, Request, Selection
 from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, read_to_end, reader_of, reset, run_cli,
                            running, spawned, target, wait_until)
@@ -383,7 +384,7 @@ class Slowly(FileCase):
     @unittest.skipUnless(hasattr(os, "fork"), "several processes take fork")
     def test_the_supervisor_has_them_share(self):
         with mock.patch.object(auth, "TURNS", auth.Turns()) as turns:
-            supervisor = workers.Supervisor(Config(), [], 2)
+            supervisor = workers.Supervisor(Config(), [], 2, (Users(Config()), Rules(Config())))
             self.assertIsNotNone(turns._file)
             turns._file.close()
             supervisor.wakeup.close()

@@ -4,13 +4,16 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import unittest
 
 from socks5 import listening, renewal, workers
+from socks5.codes import Cmd, Rep
 from socks5.config import Config
 from tests.support import (
-    PATIENCE_S, connect_through, dial, need, read_to_end, reader_of, spawned, target, threads, wait_until)
+    PATIENCE_S, ask, connect_through, dial, need, negotiate, read_to_end, reader_of, spawned, target, threads,
+    wait_until)
 
 ANYBODY = b"\x05\x01\x00"
 
@@ -71,6 +74,13 @@ class Processes(unittest.TestCase):
             wait_until(lambda: len(children(server.process.pid)) == count, "%d workers" % count)
             yield server, children(server.process.pid)
 
+    def replace_all(self, server):
+        """Kill the workers, and wait for as many others."""
+        before = children(server.process.pid)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(set(children(server.process.pid)) - set(before)) == len(before), "fresh workers")
+
     def test_all_serve_and_share_the_port(self):
         with target() as echo, self.crew() as (server, pids), contextlib.ExitStack() as stack:
             wait_until(lambda: all(threads(pid) >= 3 for pid in pids), "each hears orders, and waits for clients")
@@ -122,20 +132,43 @@ class Processes(unittest.TestCase):
             self.assertFalse([line for line in server.log if "worker_died" in line])
 
     def test_what_is_known_about_guessers_outlives_the_worker(self):
-        with self.crew("-u", "bob:right", count=2) as (server, pids):
+        with self.crew("-u", "bob:right", count=2) as (server, _pids):
             for guess in range(10):
                 with dial(server.port) as sock:
                     sock.sendall(b"\x05\x01\x02\x01\x03bob\x01" + bytes([65 + guess]))
                     with contextlib.suppress(OSError):
                         read_to_end(sock)
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: len(children(server.process.pid)) == 2 and not set(children(server.process.pid)) &
-                       set(pids), "two fresh workers")
+            self.replace_all(server)
             with dial(server.port) as sock:
                 sock.sendall(b"\x05\x01\x02\x01\x03bob\x05right")
                 with contextlib.suppress(OSError):
                     self.assertEqual(read_to_end(sock)[2:], b"\x01\x01")
+
+    def test_a_fresh_worker_has_the_rules_in_force_whatever_is_in_the_file(self):
+        with tempfile.TemporaryDirectory() as folder, target() as echo:
+            path = os.path.join(folder, "rules")
+
+            def write(text):
+                with open(path, "w", encoding="ascii") as file:
+                    file.write(text)
+
+            write("allow to any")
+            with self.crew("--rules", path, count=2) as (server, _pids):
+                write("no rule at all")
+                self.replace_all(server)
+                server.signal(signal.SIGHUP)
+                wait_until(lambda: sum("not reloaded" in line for line in server.log) == 2, "both say no")
+                self.replace_all(server)
+                with connect_through(server.port, *echo) as tunnel:
+                    self.assertTrue(echoes(tunnel))
+                write("deny to any")
+                server.signal(signal.SIGHUP)
+                wait_until(lambda: sum(" reloaded " in line for line in server.log) == 2, "both have read it")
+                write("no rule at all")
+                self.replace_all(server)
+                with dial(server.port) as sock:
+                    negotiate(sock)
+                    self.assertEqual(ask(sock, Cmd.CONNECT, *echo).rep, Rep.NOT_ALLOWED)
 
     def test_max_sessions_holds_over_all(self):
         with target() as echo, self.crew("--max-sessions", "10") as (server, _pids), contextlib.ExitStack() as stack:
