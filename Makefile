@@ -33,15 +33,16 @@ bench: ## measure speed and memory
 
 zipapp: ## build dist/socks5_server.pyz, the whole server as one file
 	rm -rf build/zipapp
-	mkdir -p build/zipapp/socks5 dist
-	cp socks5/*.py build/zipapp/socks5/
+	mkdir -p build/zipapp dist
+	cp -R socks5 build/zipapp/
+	find build/zipapp -name __pycache__ -prune -exec rm -rf {} +
 	cp socks5_server.py build/zipapp/__main__.py
 	cp LICENSE build/zipapp/
 	$(PYTHON) -m zipapp --compress --python '/usr/bin/env python3' --output dist/socks5_server.pyz build/zipapp
 
 clean: ## remove what the other targets made
 	rm -rf build dist htmlcov .mypy_cache *.egg-info .coverage .coverage.*
-	rm -rf __pycache__ socks5/__pycache__ tests/__pycache__
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Development tools come from outside: say which one is missing, and how to get them.
 need-%:

@@ -1,34 +1,55 @@
-"""A SOCKS5 proxy server, to run and to read. In reading order:
+"""A SOCKS5 proxy server, to run and to read. In reading order, and in the order in which folders may import:
 
-    the protocol                                          a session's work
-      codes      the numbers of RFC 1928 as names           waiting    until one of several sockets is ready
-      errors     what can go wrong, carrying the answer     splice     bytes by way of a pipe in the kernel
-      fields     what a message is made of                  relay      move bytes both ways; knows no SOCKS
-      wire       every message: bytes in, facts out         connect    CONNECT: race the addresses
-      inbox      what the client sends, piece by piece      bind       BIND: wait for the one peer
-      trace      every message, field by field              fragments  a datagram that comes in pieces
-    who may do what                                         datagrams  many datagrams in few calls
-      config     every tunable, once                        udp        UDP ASSOCIATE: one association
-      auth       which METHOD; is this password right?    the server
-      throttle   makes guessing slow                        handler    one client, like RFC 1928 §3 to §6
-      rules      who may reach what                         listening  the sockets that are listened on
-      resolve    names to addresses, traps closed           spares     threads that wait in accept()
-      counts     how many there are, in all processes       lobby      where the silent wait in a crowd
-      sessions   who is connected                           home       on which CPU the threads run
-    around it                                               server     the ThreadingTCPServer: accept, cap, drain
-      client     the other side of the protocol             table      SIGUSR1: who is doing what
-      check      what would be served to whom, in words     workers    several processes, one supervisor
-      logs       how lines of the log look                  renewal    a worker that had a crowd makes way
-      selftest   the server, tried by its own client
-      cli        the command line
+    config            every option once: name, unit, default, help text
 
-Whoever embeds the server needs Config and Server, and Handler to change what a session does.
+    protocol/         bytes to messages and back: no socket, no thread, no decision
+        codes         the numbers of RFC 1928 as names
+        errors        what can go wrong, as exceptions that carry the REP
+        fields        what a message is made of
+        messages      every message of SOCKS5
+        trace         a message explained, field by field
+    access/           who may do what
+        passwords     hashes of passwords: slow to compute, on purpose
+        users         the users file, the METHOD choice, is this password right?
+        throttle      the rate limit for wrong passwords
+        rules         may this client reach that destination?
+        check         what a configuration would serve to whom, in words
+    net/              sockets without SOCKS
+        addresses     IP addresses and endpoints
+        resolver      names to addresses
+        listeners     the sockets that the server listens on
+        poller        wait for many descriptors: epoll, kqueue, poll or select
+    relay/            bytes between two sockets
+        splice        a kernel pipe, through which bytes go without a copy
+        pipe          one direction
+        tunnel        both directions: a state machine that never waits
+        loop          the thread that relays every quiet tunnel of the process
+    commands/         what a client can ask for
+        connect       CONNECT: the destination's addresses in a race (RFC 8305)
+        bind          BIND: listen for the one peer that the client expects
+        udp           UDP ASSOCIATE: relay datagrams
+        datagrams     many datagrams in few system calls
+        fragments     a datagram that comes in pieces
+    server/           one process
+        counters      how many sessions there are, in all processes
+        sessions      the registry of live sessions: limits, deadlines, eviction
+        inbox         what the client sends before its tunnel stands
+        handler       one client, like RFC 1928 sections 3 to 6
+        acceptors     threads that wait in accept()
+        table         the live sessions as lines of the log
+        server        the ThreadingTCPServer: accept, limit, drain
+    process/          several processes
+        supervisor    start, restart and stop worker processes
+    client            the other side of the protocol
+    log               formats of the log, and the thread that writes it
+    selftest          the server, tried by its own client
+    cli               the command line
 """
 __version__ = "0.1.0"
 
 from .config import Config, ConfigError
-from .errors import ProtocolError, RequestRefused, SocksError
-from .handler import Handler
-from .server import Server
+from .protocol.errors import ProtocolError, RequestRefused, SocksError
+from .server.handler import Handler
+from .server.server import Server
 
 __all__ = ["Config", "ConfigError", "Handler", "ProtocolError", "RequestRefused", "Server", "SocksError", "__version__"]

@@ -11,13 +11,21 @@ import sys
 import threading
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
-from . import __version__, home, listening, logs, selftest, trace, workers
-from .auth import Users, line_for
-from .check import report, warnings
+from . import __version__, log as logs, selftest
+
+from .server import home
+
+from .net import listeners as listening
+
+from .protocol import trace
+
+from .process import supervisor as workers
+from .access.users import Users, line_for
+from .access.check import report, warnings
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
-from .resolve import address_of
-from .rules import Rules
-from .server import Server
+from .net.addresses import endpoint_of
+from .access.rules import Rules
+from .server.server import Server
 
 EXIT_USAGE = 2
 SECTION = "socks5"
@@ -147,7 +155,7 @@ def serve(config: Config) -> int:
 
     def ready() -> None:                                    # whoever reads this may send a signal at once
         for listener in listeners:
-            say("listening on %s" % address_of(listener.getsockname()))
+            say("listening on %s" % str(endpoint_of(listener.getsockname())))
 
     count = workers.number(config.workers)
     if count > 1:

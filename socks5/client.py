@@ -24,10 +24,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from time import monotonic
 from typing import Callable, List, Optional, Tuple, TypeVar, Union
 
-from .codes import Cmd, Method, Rep, phrase
-from .errors import ProtocolError, ProxyError, RequestRefused
-from .fields import ReadExactly
-from .wire import UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
+from .protocol.codes import Cmd, Method, Rep, phrase
+from .protocol.errors import ProtocolError, ProxyError, RequestRefused
+from .protocol.fields import ReadExactly
+from .protocol.messages import UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 HostPort = Tuple[str, int]
 User = Tuple[Union[str, bytes], Union[str, bytes]]      # name and password; text goes out as UTF-8

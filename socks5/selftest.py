@@ -16,13 +16,19 @@ from ipaddress import ip_network
 from time import monotonic
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from . import client, home, listening, splice
+from . import client
+
+from .server import home
+
+from .net import listeners as listening
+
+from .relay import splice
 from .client import HostPort, User
-from .codes import Rep
+from .protocol.codes import Rep
 from .config import Config
-from .errors import ProxyError
-from .rules import parse_lines
-from .server import Server
+from .protocol.errors import ProxyError
+from .access.rules import parse_lines
+from .server.server import Server
 
 PATIENCE_S = 10.0               # for one step, which takes milliseconds on loopback
 BULK = bytes(range(256)) * 256  # 64 KiB

@@ -15,8 +15,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import socks5
-from socks5.codes import Cmd, Method, Rep
-from socks5.wire import Address, Greeting, Login, LoginStatus, Reply, Request, Selection
+from socks5.protocol.codes import Cmd, Method, Rep
+from socks5.protocol.messages import Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "socks5_server.py"

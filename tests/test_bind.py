@@ -15,11 +15,11 @@ from unittest.mock import patch
 
 import socks5
 from socks5 import client
-from socks5.bind import EARLY_BYTES, Rendezvous, expected
-from socks5.codes import Cmd, Rep
-from socks5.errors import ProxyError, RequestRefused
-from socks5.waiting import SelectPoll
-from socks5.wire import Address, Reply, Request
+from socks5.commands.bind import EARLY_BYTES, Rendezvous, expected
+from socks5.protocol.codes import Cmd, Rep
+from socks5.protocol.errors import ProxyError, RequestRefused
+from socks5.net.poller import SelectPoll
+from socks5.protocol.messages import Address, Reply, Request
 
 from .support import (
     FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, ask, descriptors, dial, need, need_program, negotiate, read_to_end,
@@ -259,7 +259,7 @@ class Waiting(unittest.TestCase):
         self.assertIsInstance(outcome[0], EOFError)
 
     def test_without_poll_and_without_RDHUP(self):
-        with patch("socks5.bind.LEFT", 0), patch("socks5.bind.new_poll", SelectPoll):
+        with patch("socks5.commands.bind.LEFT", 0), patch("socks5.commands.bind.new_poll", SelectPoll):
             with self.subTest("client leaves"), self.rendezvous() as (_, far, outcome):
                 far.close()
             self.assertIsInstance(outcome[0], EOFError)

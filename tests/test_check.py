@@ -11,9 +11,9 @@ from ipaddress import ip_network
 from pathlib import Path
 from unittest import mock
 
-from socks5 import auth
-from socks5.auth import Hash
-from socks5.check import report
+from socks5.access import users as auth
+from socks5.access.users import Hash
+from socks5.access.check import report
 from socks5.cli import main
 from socks5.config import Config
 from tests.support import PATIENCE_S, SCRIPT, connect_through, run_cli, spawned, target

@@ -16,7 +16,8 @@ from pathlib import Path
 from unittest import mock
 
 import socks5
-from socks5 import auth, cli
+from socks5.access import users as auth
+from socks5 import cli
 from socks5.config import Config, ConfigError, long_flag, options
 from tests import support
 from tests.test_config import SAMPLES, WRONG
@@ -366,7 +367,7 @@ class Serving(Case):
         root.setLevel(logging.ERROR)
 
         def serve(config):
-            logging.getLogger("socks5.server").error("one line")
+            logging.getLogger("socks5.server.server").error("one line")
             return 0
         with mock.patch.object(cli, "serve", serve):
             status, out, err = main("-v")

@@ -7,9 +7,9 @@ import unittest
 import warnings
 
 from socks5 import client
-from socks5.codes import Rep
-from socks5.errors import ProxyError, SocksError
-from socks5.wire import Address, Datagram
+from socks5.protocol.codes import Rep
+from socks5.protocol.errors import ProxyError, SocksError
+from socks5.protocol.messages import Address, Datagram
 
 from .support import HAS_IPV6, PATIENCE_S, closed_port, echo, need, read_to_end, running, target
 

@@ -2,7 +2,7 @@
 import enum
 import unittest
 
-from socks5.codes import METHOD_RANGES, Atyp, Cmd, Method, Rep, phrase
+from socks5.protocol.codes import METHOD_RANGES, Atyp, Cmd, Method, Rep, phrase
 
 # Typed off RFC 1928 sections 3, 4, 5 and 6, not off codes.py.
 RFC = {

@@ -10,11 +10,11 @@ import unittest
 from ipaddress import ip_address
 from unittest import mock
 
-from socks5 import connect as module
-from socks5.codes import Cmd, Method, Rep
-from socks5.connect import connect, interleave
-from socks5.errors import RequestRefused
-from socks5.wire import Greeting, Reply, Request, Selection
+from socks5.commands import connect as module
+from socks5.protocol.codes import Cmd, Method, Rep
+from socks5.commands.connect import connect, interleave
+from socks5.protocol.errors import RequestRefused
+from socks5.protocol.messages import Greeting, Reply, Request, Selection
 from tests import support
 
 try:
@@ -88,7 +88,7 @@ class Log(logging.Handler):
         return self.facts[-1]["why"]
 
     def __enter__(self):
-        self.log = logging.getLogger("socks5.handler")
+        self.log = logging.getLogger("socks5.server.handler")
         self.level = self.log.level
         self.log.setLevel(logging.INFO)
         self.log.addHandler(self)

@@ -6,8 +6,8 @@ import unittest
 from collections import Counter
 from unittest.mock import patch
 
-from socks5 import datagrams
-from socks5.datagrams import BURST, SEGMENT_BYTES, bound, segments, send
+from socks5.commands import datagrams
+from socks5.commands.datagrams import BURST, SEGMENT_BYTES, bound, segments, send
 
 from .support import HAS_IPV6, PATIENCE_S, descriptors
 

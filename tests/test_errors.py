@@ -5,8 +5,8 @@ import os
 import socket
 import unittest
 
-from socks5.codes import Rep
-from socks5.errors import ProtocolError, RequestRefused, SocksError, name_of, rep_of, telling
+from socks5.protocol.codes import Rep
+from socks5.protocol.errors import ProtocolError, RequestRefused, SocksError, name_of, rep_of, telling
 
 # PROTOCOL's table, "REP from what happened".
 REP_BY_NAME = {

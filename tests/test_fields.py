@@ -2,9 +2,9 @@
 import unittest
 from ipaddress import IPv4Address, IPv6Address
 
-from socks5.codes import Rep
-from socks5.errors import ProtocolError, RequestRefused
-from socks5.fields import BytesReader, Field, dissect, host_of, split, take_address, text
+from socks5.protocol.codes import Rep
+from socks5.protocol.errors import ProtocolError, RequestRefused
+from socks5.protocol.fields import BytesReader, Field, dissect, host_of, split, take_address, text
 
 
 def words(raw):

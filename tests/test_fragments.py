@@ -2,9 +2,9 @@
 import unittest
 from unittest.mock import patch
 
-from socks5 import fragments
-from socks5.fragments import REASSEMBLY_S, WHOLE_BYTES, Fragments
-from socks5.wire import Datagram
+from socks5.commands import fragments
+from socks5.commands.fragments import REASSEMBLY_S, WHOLE_BYTES, Fragments
+from socks5.protocol.messages import Datagram
 
 from .support import address
 

@@ -14,11 +14,11 @@ import tempfile
 import threading
 import unittest
 
-from socks5.codes import Cmd, Method, Rep
-from socks5.errors import SocksError
-from socks5.resolve import name_in
-from socks5.spares import MOST as SPARES
-from socks5.wire import Datagram, Greeting, Login, LoginStatus, Request, Selection
+from socks5.protocol.codes import Cmd, Method, Rep
+from socks5.protocol.errors import SocksError
+from socks5.net.resolver import name_in
+from socks5.server.acceptors import MOST as SPARES
+from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Request, Selection
 from tests.support import (PATIENCE_S, address, ask, closed_port, connect_through, descriptors, dial, need, negotiate,
                            reader_of, read_to_end, reset, spawned, target, threads, wait_until)
 

@@ -12,10 +12,10 @@ import unittest
 from unittest import mock
 
 import socks5
-from socks5 import inbox
-from socks5.codes import Cmd, Method, Rep
-from socks5.fields import BytesReader
-from socks5.wire import UNSPECIFIED, Address, Greeting, Login, Reply, Request, Selection
+from socks5.server import inbox
+from socks5.protocol.codes import Cmd, Method, Rep
+from socks5.protocol.fields import BytesReader
+from socks5.protocol.messages import UNSPECIFIED, Address, Greeting, Login, Reply, Request, Selection
 from tests import support
 from tests.support import PATIENCE_S, address, dial, read_to_end, reader_of, running, target, wait_until
 
@@ -504,7 +504,7 @@ class Requests(Case):
 
     def test_a_remote_that_resets_at_once_still_gets_its_client_a_reply(self):
         """The reset is there before the handler looks at the connection, and not before that stands."""
-        import socks5.handler as module
+        import socks5.server.handler as module
         plain, connected = module.connect, threading.Event()
 
         def reset_when_connected(sock):

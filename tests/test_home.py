@@ -8,7 +8,9 @@ import types
 import unittest
 from unittest import mock
 
-from socks5 import home, splice
+from socks5.server import home
+
+from socks5.relay import splice
 from tests.support import PATIENCE_S, connect_through, spawned, target, wait_until
 
 CHOICE = hasattr(os, "sched_setaffinity") and len(os.sched_getaffinity(0)) > 1

@@ -3,8 +3,8 @@ import socket
 import threading
 import unittest
 
-from socks5 import inbox
-from socks5.inbox import Inbox, linger
+from socks5.server import inbox
+from socks5.server.inbox import Inbox, linger
 from tests.support import PATIENCE_S, read_to_end
 
 

@@ -8,10 +8,12 @@ import unittest
 from ipaddress import ip_address
 from unittest import mock
 
-from socks5 import listening, server, sessions
-from socks5.codes import Cmd, Rep
-from socks5.wire import Address
-from socks5.handler import Handler
+from socks5.net import listeners as listening
+
+from socks5.server import server, sessions
+from socks5.protocol.codes import Cmd, Rep
+from socks5.net.addresses import Endpoint
+from socks5.server.handler import Handler
 from tests.support import PATIENCE_S, ask, connect_through, dial, negotiate, reset, running, target, threads, wait_until
 
 SILENT = 30
@@ -98,7 +100,7 @@ class Lobby(unittest.TestCase):
                 self.assertEqual(first.recv(1), b"")
         negotiate(second)
         self.assertEqual(ask(second, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
-        self.assertEqual(self.lines("ERROR:socks5.server:bug while serving"), 1)
+        self.assertEqual(self.lines("ERROR:socks5.server.server:bug while serving"), 1)
 
     def test_who_cannot_wait_here_gets_a_thread(self):
         destination = self.stack.enter_context(target())
@@ -132,7 +134,7 @@ class Lobby(unittest.TestCase):
             raise ValueError("I/O operation on closed epoll object")
 
         mine, far = map(self.stack.enter_context, socket.socketpair())
-        self.server.sessions.admit(mine, Address(ip_address("192.0.2.1"), 1))
+        self.server.sessions.admit(mine, Endpoint(ip_address("192.0.2.1"), 1))
         closed = mock.Mock(register=register, close=lobby._epoll.close)
         with mock.patch.object(lobby, "_epoll", closed):
             self.assertTrue(lobby.enter(mine, ("192.0.2.1", 1)))
@@ -148,7 +150,7 @@ class Lobby(unittest.TestCase):
                 with contextlib.suppress(ConnectionError):
                     self.assertEqual(client.recv(1), b"")
         wait_until(lambda: not len(self.server.sessions))
-        self.assertEqual(self.lines("WARNING:socks5.server:refused client="), 1)
+        self.assertEqual(self.lines("WARNING:socks5.server.server:refused client="), 1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import unittest
 from unittest import mock
 
 import socks5
-from socks5 import listening, renewal, spares
+from socks5.net import listeners as listening
+from socks5.process import renewal
+from socks5.server import acceptors as spares
 from tests.support import connect_through, reader_of, target, wait_until
 
 

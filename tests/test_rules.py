@@ -10,11 +10,11 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from unittest import mock
 
-from socks5.codes import Cmd, Rep
+from socks5.protocol.codes import Cmd, Rep
 from socks5.config import Config, ConfigError
-from socks5.resolve import unmapped
-from socks5.rules import ALL_PORTS, LOCAL as LOCAL_NETWORKS, Asker, Rule, Rules, inside
-from socks5.wire import Datagram, Reply
+from socks5.net.addresses import unmapped
+from socks5.access.rules import ALL_PORTS, LOCAL as LOCAL_NETWORKS, Asker, Rule, Rules, inside
+from socks5.protocol.messages import Datagram, Reply
 from tests.support import (HAS_IPV6, PATIENCE_S, address, ask, closed_port, connect_through, dial, echo, need,
                            negotiate, reader_of, run_cli, running, spawned, target, wait_until)
 
@@ -387,7 +387,7 @@ class Serving(Case):
 
     def test_no_name_is_looked_up_for_who_may_not_reach_it(self):
         server = self.serve("deny to .invalid", "allow to any")
-        with mock.patch("socks5.handler.resolve", side_effect=AssertionError("was looked up")):
+        with mock.patch("socks5.server.handler.resolve", side_effect=AssertionError("was looked up")):
             self.assertEqual(self.refusal(server, Cmd.CONNECT, b"passwords.invalid", 80)[0], Rep.NOT_ALLOWED)
 
     def test_every_address_of_a_name_is_judged_and_only_what_is_allowed_is_dialled(self):
@@ -399,7 +399,7 @@ class Serving(Case):
         trap.bind(("127.0.0.2", destination[1]))
         trap.listen()
         trap.setblocking(False)
-        with mock.patch("socks5.handler.resolve", return_value=found):
+        with mock.patch("socks5.server.handler.resolve", return_value=found):
             with connect_through(server.server_address, b"rebinding.example", destination[1]) as client:
                 client.sendall(b"x")
                 self.assertEqual(reader_of(client)(1), b"x")

@@ -8,11 +8,13 @@ from ipaddress import ip_network
 from pathlib import Path
 from unittest import mock
 
-from socks5 import handler, selftest
-from socks5.auth import line_for
+from socks5.server import handler
+
+from socks5 import selftest
+from socks5.access.users import line_for
 from socks5.config import Config
-from socks5.errors import RequestRefused
-from socks5.codes import Rep
+from socks5.protocol.errors import RequestRefused
+from socks5.protocol.codes import Rep
 from tests.support import HAS_IPV6, run_cli
 
 PARTS = ["CONNECT to an IPv4 address", "CONNECT to an IPv6 address", "CONNECT to a name", "half-close", "BIND",
@@ -83,12 +85,12 @@ class SomethingIsNot(unittest.TestCase):
             self.failing({"BIND"})
 
     def test_whoever_lets_everybody_in(self):
-        with mock.patch("socks5.auth.Users.check", return_value=True):
+        with mock.patch("socks5.access.users.Users.check", return_value=True):
             self.failing({"a wrong password"})
 
     def test_whoever_lets_everybody_go_anywhere(self):
-        with mock.patch("socks5.rules.Rule.covers", lambda rule, *_: rule.allow), \
-                mock.patch("socks5.rules.Rule.may_cover", lambda rule, *_: rule.allow):
+        with mock.patch("socks5.access.rules.Rule.covers", lambda rule, *_: rule.allow), \
+                mock.patch("socks5.access.rules.Rule.may_cover", lambda rule, *_: rule.allow):
             self.failing({"a destination that a rule denies"})
 
     def test_a_range_of_ports_that_is_taken(self):
@@ -104,7 +106,7 @@ class Lacking(unittest.TestCase):
         for words, ipv6, change in (
                 ("no IPv6", False, mock.patch.object(selftest.splice, "available", True)),
                 ("no os.splice", True, mock.patch.object(selftest.splice, "available", False)),
-                ("low descriptor limit: it carries 7 ", True, mock.patch("socks5.listening.session_limit", lambda: 7)),
+                ("low descriptor limit: it carries 7 ", True, mock.patch("socks5.net.listeners.session_limit", lambda: 7)),
                 ("one CPU", True, mock.patch.object(selftest.os, "sched_getaffinity", lambda _: {0}, create=True))):
             with self.subTest(words), change:
                 self.assertEqual(sum(line.startswith(words) for line in selftest.lacking(ipv6)), 1)

@@ -15,10 +15,10 @@ import unittest
 from unittest import mock
 
 import socks5
-from socks5 import spares
-from socks5.codes import Cmd, Method, Rep
-from socks5.listening import Listener
-from socks5.wire import Address, Greeting, Reply, Request
+from socks5.server import acceptors as spares
+from socks5.protocol.codes import Cmd, Method, Rep
+from socks5.net.listeners import Listener
+from socks5.protocol.messages import Address, Greeting, Reply, Request
 from tests import support
 from tests.support import (HAS_IPV6, PATIENCE_S, ROOT, address, connect_through, descriptors, dial, need, read_to_end,
                            reader_of, reset, run_cli, running, spawned, target, threads, wait_until)

@@ -8,12 +8,13 @@ import unittest
 from ipaddress import ip_address, ip_network
 from unittest import mock
 
-from socks5 import sessions
-from socks5.codes import Cmd, Rep
-from socks5.counts import Shared
-from socks5.relay import Tunnel
-from socks5.sessions import Full, Session, Sessions
-from socks5.wire import Address
+from socks5.server import sessions
+from socks5.protocol.codes import Cmd, Rep
+from socks5.server.counters import Shared
+from socks5.relay.tunnel import Tunnel
+from socks5.server.sessions import Full, Session, Sessions
+from socks5.net.addresses import Endpoint
+from socks5.protocol.messages import Address
 from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, negotiate, reader_of, running,
                            target, wait_until)
 
@@ -48,7 +49,7 @@ class Case(unittest.TestCase):
 
     def admit(self, live, host="192.0.2.1", origin=None):
         mine, far = map(self.stack.enter_context, socket.socketpair())
-        session = live.admit(mine, Address(ip_address(host), 1), origin)
+        session = live.admit(mine, Endpoint(ip_address(host), 1), origin)
         far.setblocking(False)
         self.far[session] = far
         return session
@@ -186,7 +187,7 @@ class Facts(Case):
     def test_order_of_a_whole_line(self):
         session = self.admit(Sessions(9, 0), "2001:db8::1")
         session.user, session.cmd, session.dst = b"alice", "CONNECT", Address(b"example.com", 443)
-        session.reached, session.rep = Address(ip_address("192.0.2.9"), 443), "SUCCEEDED"
+        session.reached, session.rep = Endpoint(ip_address("192.0.2.9"), 443), "SUCCEEDED"
         session.up, session.down, session.ended_by, session.why = 812, 40961, "remote", "remote: reset"
         self.now += 1.25
         self.assertEqual(Session.LINE % session.facts(), "session client=[2001:db8::1]:1 user='alice' cmd=CONNECT "
@@ -214,7 +215,7 @@ class Ending(Case):
     def tunnelled(self, live):
         """A session with a tunnel that runs in a thread, which ends it as a server's does; and its far ends."""
         (mine, client), (near, remote) = (map(self.stack.enter_context, socket.socketpair()) for _ in range(2))
-        session = live.admit(mine, Address(ip_address("192.0.2.1"), 1))
+        session = live.admit(mine, Endpoint(ip_address("192.0.2.1"), 1))
         tunnel = Tunnel(mine, near)
         live.attach(session, tunnel)
 

@@ -8,7 +8,7 @@ import socket
 import unittest
 from unittest import mock
 
-from socks5 import splice
+from socks5.relay import splice
 from tests.support import PATIENCE_S, descriptors, reset
 
 TOO_LARGE = 0xFFFFFFFF          # beyond what any user may ask for: EINVAL

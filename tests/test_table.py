@@ -5,9 +5,11 @@ import socket
 import unittest
 from unittest import mock
 
-from socks5 import client, table
-from socks5.codes import Cmd
-from socks5.wire import Greeting
+from socks5 import client
+
+from socks5.server import table
+from socks5.protocol.codes import Cmd
+from socks5.protocol.messages import Greeting
 from tests.support import (PATIENCE_S, ask, connect_through, dial, need, negotiate, read_to_end, running, spawned,
                            target, wait_until)
 
@@ -22,10 +24,10 @@ def facts(line):
 class Lines(unittest.TestCase):
     def tables(self, server):
         """{state: facts} of the table as it is now, and its lines."""
-        with self.assertLogs("socks5.table", "INFO") as logs:
+        with self.assertLogs("socks5.server.table", "INFO") as logs:
             server.log_sessions_soon()
             wait_until(lambda: any("live sessions=" in line for line in logs.output), "the table")
-        lines = [line.partition("socks5.table:")[2] for line in logs.output]
+        lines = [line.partition("socks5.server.table:")[2] for line in logs.output]
         return {facts(line)["state"]: facts(line) for line in lines if "state=" in line}, lines
 
     def test_every_state_in_one_order(self):

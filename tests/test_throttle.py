@@ -2,9 +2,9 @@
 import threading
 import unittest
 
-from socks5 import throttle
-from socks5.errors import ProtocolError
-from socks5.throttle import Throttle
+from socks5.access import throttle
+from socks5.protocol.errors import ProtocolError
+from socks5.access.throttle import Throttle
 from tests.support import PATIENCE_S
 
 HERE, THERE = "192.0.2.1", "192.0.2.2"

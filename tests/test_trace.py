@@ -13,11 +13,13 @@ import unittest
 from unittest import mock
 from pathlib import Path
 
-from socks5 import client, trace
-from socks5.codes import Cmd, Rep
-from socks5.trace import DOWN, UP, Story, Trace
-from socks5.fields import BytesReader
-from socks5.wire import Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
+from socks5 import client
+
+from socks5.protocol import trace
+from socks5.protocol.codes import Cmd, Rep
+from socks5.protocol.trace import DOWN, UP, Story, Trace
+from socks5.protocol.fields import BytesReader
+from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, need, read_to_end, run_cli, running, spawned,
                            target, wait_until)
 

@@ -14,14 +14,15 @@ from ipaddress import ip_address
 from unittest.mock import patch
 
 import socks5
-from socks5 import client, datagrams
-from socks5.codes import Cmd, Rep
-from socks5.errors import ProxyError
-from socks5.spares import MOST as SPARES
-from socks5.resolve import LOOKUP_THREADS, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
-from socks5.udp import Association
-from socks5.waiting import SelectPoll
-from socks5.wire import Datagram
+from socks5 import client
+from socks5.commands import datagrams
+from socks5.protocol.codes import Cmd, Rep
+from socks5.protocol.errors import ProxyError
+from socks5.server.acceptors import MOST as SPARES
+from socks5.net.resolver import LOOKUP_THREADS, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
+from socks5.commands.udp import Association
+from socks5.net.poller import SelectPoll
+from socks5.protocol.messages import Datagram
 
 from .support import (
     FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, address, ask, closed_port, descriptors, dial, need, need_program,
@@ -80,7 +81,7 @@ def associated(server, timeout=PATIENCE_S):
 def session_line(test, server):
     """A list that will have the line of the one session that ends meanwhile."""
     found = []
-    with test.assertLogs("socks5.handler", "INFO") as logs:
+    with test.assertLogs("socks5.server.handler", "INFO") as logs:
         yield found
         wait_until(lambda: not len(server.sessions), "the session ends")
     found.append(logs.output[-1])
@@ -220,7 +221,7 @@ class Bursts(unittest.TestCase):
             self.both_ways()                                        # 99 is no option of its: EINVAL
 
     def test_without_poll_and_nonblocking_creation(self):
-        with patch("socks5.udp.new_poll", SelectPoll), patch.object(datagrams, "NONBLOCK", 0):
+        with patch("socks5.commands.udp.new_poll", SelectPoll), patch.object(datagrams, "NONBLOCK", 0):
             self.both_ways()
 
     def test_a_short_datagram_is_not_taken_for_the_one_before(self):
@@ -250,7 +251,7 @@ class Bursts(unittest.TestCase):
     def test_idle_is_without_datagrams_either_way(self):
         for direction in ("up", "down"):
             clock = [1000.0]
-            with self.subTest(direction), patch("socks5.udp.monotonic", lambda: clock[0]), udp_socket() as there:
+            with self.subTest(direction), patch("socks5.commands.udp.monotonic", lambda: clock[0]), udp_socket() as there:
                 with self.association(idle_s=100) as (association, sock, run), udp_socket("127.0.0.2") as stranger:
                     run()
                     dst = address(*there.getsockname())
@@ -271,7 +272,7 @@ class Bursts(unittest.TestCase):
                     self.assertEqual(association.ended_by, "idle")
 
     def test_what_is_remembered_is_bounded(self):
-        with patch("socks5.udp.REMEMBERED", 2), contextlib.ExitStack() as stack:
+        with patch("socks5.commands.udp.REMEMBERED", 2), contextlib.ExitStack() as stack:
             remotes = [stack.enter_context(udp_socket()) for _ in range(5)]
             association, sock, run = stack.enter_context(self.association())
             run()
@@ -300,7 +301,7 @@ class Bursts(unittest.TestCase):
             self.assertEqual([there.recv(100) for _ in range(200)], [b"%04d" % number for number in range(200)])
 
     def test_a_quiet_association_holds_nothing(self):
-        with patch("socks5.fragments.REASSEMBLY_S", 0.05), patch("socks5.udp.BUSY_S", 0.05):
+        with patch("socks5.commands.fragments.REASSEMBLY_S", 0.05), patch("socks5.commands.udp.BUSY_S", 0.05):
             with udp_socket() as there, self.association() as (association, sock, run):
                 dst = address(*there.getsockname())
                 sock.send(Datagram(dst, b"whole").pack())
@@ -508,7 +509,7 @@ class NamesOfRemotes(unittest.TestCase):
             self.assertEqual(udp.recvfrom(), (b"LATE", where))
 
     def test_answers_are_remembered_and_failures_too(self):
-        with patch("socks5.resolve.FAILURE_S", 60), running() as server, remote() as where:
+        with patch("socks5.net.resolver.FAILURE_S", 60), running() as server, remote() as where:
             with session_line(self, server) as line:
                 for _ in range(2):                                  # by all associations
                     with associated(server) as udp:
@@ -521,8 +522,8 @@ class NamesOfRemotes(unittest.TestCase):
         self.assertIn("why='dropped: 10 unresolved'", line[0])
 
     def test_but_not_for_long(self):
-        with patch("socks5.resolve.FAILURE_S", 0), patch("socks5.resolve.ANSWER_S", 0), running() as server:
-            with patch("socks5.udp.FORGET_S", 0), remote() as where, associated(server) as udp:
+        with patch("socks5.net.resolver.FAILURE_S", 0), patch("socks5.net.resolver.ANSWER_S", 0), running() as server:
+            with patch("socks5.commands.udp.FORGET_S", 0), remote() as where, associated(server) as udp:
                 for number in range(1, 4):
                     udp.sendto(b"hello", ("good.test", where[1]))
                     self.assertEqual(udp.recvfrom(), (b"HELLO", where))

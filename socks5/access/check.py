@@ -1,0 +1,56 @@
+"""What a configuration would serve, to whom, and what is open, in words. Reads its files; listens on nothing."""
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import List
+
+from .users import Users
+from ..config import Config
+from .rules import Rules
+from ..protocol.fields import text
+from ..protocol.messages import Address
+
+NAMES = 10              # of users that are listed; the others are counted
+
+
+def report(config: Config) -> List[str]:
+    """Raises ConfigError, with file:line for what is wrong in a file."""
+    users, rules = Users(config), Rules(config)
+    lines = ["would listen on %s" % listener(where, config.port) for where in config.listen]
+    lines.append("clients: %s" % clients(config))
+    lines.append("users: %s" % (names(users) if users else "nobody is asked for a password"))
+    lines.append("rules: %s, the first that matches decides" % (config.rules or "the default ones"))
+    lines += ["  %s" % ascii(rule.line)[1:-1] for rule in rules.rules]
+    lines.append("  and what none of them matches is denied")
+    for rule in rules.rules:
+        if rule.user is not None and rule.user not in users.names:
+            lines.append("warning: %s: there is no user %s" % (rule.where, text(rule.user)))
+    return lines + ["warning: %s" % warning for warning in warnings(config, rules)]
+
+
+def warnings(config: Config, rules: Rules) -> List[str]:
+    """What whoever starts the server should have been told."""
+    opener = rules.opener()
+    if not opener:
+        return []
+    reached = ", ".join(listener(where, config.port) for where in config.beyond())
+    which = " (%s: %s)" % (opener.where, ascii(opener.line)[1:-1]) if config.rules else ""
+    return ["open proxy: everybody who reaches %s is let in without a password%s" % (reached, which)]
+
+
+def listener(where: str, port: int) -> str:
+    if not port:
+        return "%s, any free port" % where
+    return "[%s]:%d" % (where, port) if "%" in where else str(Address(ip_address(where), port))
+
+
+def clients(config: Config) -> str:
+    if config.allow_from:
+        return "only those at %s" % ", ".join(map(str, config.allow_from))
+    return "whoever reaches these addresses" if config.beyond() else "this machine's own"
+
+
+def names(users: Users) -> str:
+    more = len(users.names) - NAMES
+    return "only with a password: %s%s" % (", ".join(map(text, users.names[:NAMES])),
+                                           " and %d more" % more if more > 0 else "")

@@ -1,0 +1,299 @@
+"""May this client, as this user, reach that address and port?
+
+Facts in, decisions out; opens no socket and looks nothing up. The first rule that matches decides, and what none
+matches is denied. A rule judges an address at the moment of use: every address of a name by itself, and IPv4 in IPv6
+dress as the IPv4 address inside. RFC 1928 section 6 (X'02', not allowed by ruleset).
+"""
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+from ..protocol.codes import Cmd
+from ..config import Config, ConfigError, Network, network
+
+IP = Union[IPv4Address, IPv6Address]
+
+COMMANDS = {"connect": Cmd.CONNECT, "bind": Cmd.BIND, "udp": Cmd.UDP_ASSOCIATE}
+ALL_PORTS = (0, 65535)
+VERDICTS = 4096             # remembered: 1 MB
+GRAMMAR = "allow|deny [user NAME] [from CIDR] [to CIDR|name|.suffix|any] [port N|N-M] [command connect|bind|udp]"
+WORD = re.compile(r'"([^"]*)"|(\S+)')
+PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+NAME = re.compile(rb"\.?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
+
+# What holds without a file. A BIND for 0.0.0.0 reaches nobody: it says that anybody may call.
+DEFAULT = """
+allow from 127.0.0.0/8
+allow from ::1
+allow to 0.0.0.0 command bind
+allow to :: command bind
+deny to 0.0.0.0/8
+deny to 127.0.0.0/8
+deny to 169.254.0.0/16
+deny to 224.0.0.0/24
+deny to ::
+deny to ::1
+deny to fe80::/10
+deny to ff01::/16
+deny to ff02::/16
+allow to any
+"""
+# This machine itself, and what only its own link may see (169.254.169.254 hands out a cloud machine's credentials; the
+# last of each family are the multicast addresses of the same reach: RFC 5771 §4, RFC 4291 §2.7).
+LOCAL: Tuple[Network, ...] = tuple(map(ip_network, (
+    "0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/24",
+    "::/128", "::1/128", "fe80::/10", "ff01::/16", "ff02::/16")))
+# Who connects to 0.0.0.0 or :: reaches this machine's loopback: denied as either, allowed only as that.
+LOOPBACK: Dict[int, IP] = {4: IPv4Address("127.0.0.1"), 6: IPv6Address("::1")}
+
+# IPv6 addresses that stand for an IPv4 one: their first bytes, and where the IPv4 address begins.
+DRESSES = (
+    (bytes(10) + b"\xff\xff", 12),                      # IPv4-mapped, RFC 4291 §2.5.5.2
+    (b"\x20\x02", 2),                                   # 6to4, RFC 3056 §2
+    (b"\x00\x64\xff\x9b" + bytes(8), 12),               # NAT64, RFC 6052 §2.1
+    (b"\x00\x64\xff\x9b\x00\x01", 12),                  # a network's own NAT64, RFC 8215, at its usual length of 96
+    (bytes(8) + b"\xff\xff\x00\x00", 12),               # IPv4-translated, RFC 2765 §2.1
+    (bytes(12), 12),                                    # IPv4-compatible, RFC 4291 §2.5.5.1; not :: and ::1
+)
+
+
+class Asker(NamedTuple):
+    """Who wants something, and what kind of thing."""
+
+    client: IP
+    user: Optional[bytes]
+    cmd: Cmd
+
+
+class Verdict(NamedTuple):
+    allowed: bool
+    where: str                  # file:line, or what else decided
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line. What is None or left out matches everything."""
+
+    allow: bool
+    where: str
+    line: str
+    user: Optional[bytes] = None
+    source: Optional[Network] = None
+    network: Optional[Network] = None
+    name: Optional[bytes] = None            # in small letters; .suffix matches what ends so, and the suffix itself
+    anywhere: bool = False                  # "to any" was said
+    ports: Tuple[int, int] = ALL_PORTS
+    cmd: Optional[Cmd] = None
+
+    def concerns(self, asker: Asker) -> bool:
+        return ((self.cmd is None or self.cmd == asker.cmd) and (self.user is None or self.user == asker.user)
+                and (self.source is None or asker.client in self.source))
+
+    def covers(self, address: IP, port: int, name: Optional[bytes], exposed: bool) -> bool:
+        """Whether the destination is one that this rule speaks of.
+
+        `exposed`: it is this machine itself, asked for from elsewhere. To allow that takes words that mean it, an
+        address or "any": whoever owns a name can make it resolve to 127.0.0.1.
+        """
+        if not self.ports[0] <= port <= self.ports[1]:
+            return False
+        if self.name is not None:
+            matches = name is not None and is_name(self.name, name)
+        elif self.network is not None:
+            # What denies a dressed address may name either form; what allows it must name the one that counts.
+            matches = inside(address) in self.network or not self.allow and address in self.network
+        else:
+            matches = True
+        return matches and not (exposed and self.allow and self.network is None and not self.anywhere)
+
+    def may_cover(self, port: Optional[int], name: Optional[bytes]) -> bool:
+        """The same before address, port or name (None) are known: an "allow" that might, a "deny" that surely does."""
+        if self.ports != ALL_PORTS and (port is None or not self.ports[0] <= port <= self.ports[1]):
+            return port is None and self.allow
+        if self.name is not None:
+            return is_name(self.name, name) if name is not None else self.allow
+        return self.network is None or self.allow
+
+    def opens_to_all(self) -> bool:
+        return self.allow and self.user is None and (self.source is None or self.source.prefixlen == 0)
+
+    def closes_to_all(self) -> bool:
+        return self == Rule(False, self.where, self.line, anywhere=self.anywhere)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules in force, read once: a reload makes new ones. Raises ConfigError with file:line."""
+
+    config: Config
+    path: str = field(init=False)
+    rules: Tuple[Rule, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        path = self.config.rules
+        lines = read_lines(path) if path else DEFAULT.strip().split("\n")
+        object.__setattr__(self, "path", path or "default rules")
+        object.__setattr__(self, "rules", tuple(parse_lines(lines, self.path)))
+        object.__setattr__(self, "judge", lru_cache(VERDICTS)(self.judge))
+        opener = self.opener()
+        if path and opener and not self.config.open:
+            raise ConfigError("%s: lets in everybody who reaches %s; add 'from CIDR' or 'user NAME' to this rule, or "
+                              "say --open, if everybody may" % (opener.where, self.config.beyond()[0]))
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def opener(self) -> Optional[Rule]:
+        """The rule that makes this an open proxy: it lets in strangers without a password. None where none does."""
+        config = self.config
+        if not config.beyond() or config.needs_password() or config.clients_limited():
+            return None
+        for rule in self.rules:
+            if rule.opens_to_all():
+                return rule
+            if rule.closes_to_all():
+                break
+        return None
+
+    def admits(self, client: IP) -> bool:
+        """Whether a client at this address may talk to us at all: --allow-from."""
+        allowed = self.config.allow_from
+        return not allowed or any(client in network for network in allowed)
+
+    def judge(self, asker: Asker, address: IP, port: int, name: Optional[bytes] = None) -> Verdict:
+        """May `asker` reach this? `name` is what the request called it, in ASCII, if it did not say an address.
+        Remembered, for as long as these rules are in force."""
+        callers = asker.cmd == Cmd.BIND and int(address) == 0       # 0.0.0.0: whoever calls
+        exposed = not callers and not asker.client.is_loopback and is_local(address)
+        faces = [address] if int(address) or callers else [address, LOOPBACK[address.version]]
+        for rule in self.rules:
+            if rule.concerns(asker):
+                for face in faces[-1:] if rule.allow else faces:
+                    if rule.covers(face, port, name, exposed):
+                        return Verdict(rule.allow, rule.where)
+        return Verdict(False, "%s: no rule allows it" % self.path)
+
+    def foresee(self, asker: Asker, port: Optional[int] = None, name: Optional[bytes] = None) -> Verdict:
+        """Judge before anything is looked up: denied is final, allowed means that there is something to judge."""
+        for rule in self.rules:
+            if rule.concerns(asker) and rule.may_cover(port, name):
+                return Verdict(rule.allow, rule.where)
+        return Verdict(False, "%s: no rule allows it" % self.path)
+
+
+def inside(address: IP) -> IP:
+    """The IPv4 address that an IPv6 one stands for, else the address itself."""
+    if isinstance(address, IPv4Address) or int(address) <= 1:
+        return address
+    raw = address.packed
+    return next((IPv4Address(raw[at:at + 4]) for prefix, at in DRESSES if raw.startswith(prefix)), address)
+
+
+def is_local(address: IP) -> bool:
+    real = inside(address)
+    return any(real in network or address in network for network in LOCAL)
+
+
+def is_name(pattern: bytes, name: bytes) -> bool:
+    """Whether a rule's name, or .suffix, is this name. Names know no difference of case: RFC 4343."""
+    name = name.lower().rstrip(b".")
+    return name == pattern.lstrip(b".") or pattern.startswith(b".") and name.endswith(pattern)
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+def read_lines(path: str) -> List[str]:
+    """The lines of the file. Raises ConfigError, also when everybody may write it: then everybody makes our rules."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
+                raise ConfigError("--rules %s: others can write this file (chmod o-w)" % path)
+            return file.read().split("\n")
+    except OSError as exc:
+        raise ConfigError("--rules %s: %s" % (path, exc.strerror)) from None
+
+
+def parse_lines(lines: Iterable[str], path: str) -> Iterator[Rule]:
+    for number, line in enumerate(lines, 1):
+        where = "%s:%d" % (path, number)
+        words = split_words(line)
+        if words:
+            try:
+                yield parse_rule(words, where)
+            except ValueError as exc:
+                raise ConfigError("%s: %s" % (where, exc)) from None
+
+
+def split_words(line: str) -> List[str]:
+    """What stands between spaces, or in "quotes"; from a # on it is a comment."""
+    words = []
+    for found in WORD.finditer(line):
+        if found.group().startswith("#"):
+            break
+        words.append(found.group(2) if found.group(1) is None else found.group(1))
+    return words
+
+
+def parse_rule(words: List[str], where: str) -> Rule:
+    """Raises ValueError with what is wrong."""
+    verb, keys, values = words[0], words[1::2], words[2::2]
+    if verb not in ("allow", "deny"):
+        raise ValueError("a rule starts with allow or deny, not %s" % ascii(verb))
+    facts: Dict[str, object] = {}
+    for at, key in enumerate(keys):
+        if key not in PARTS:
+            raise ValueError("%s is not a part of a rule: %s" % (ascii(key), GRAMMAR))
+        if at >= len(values):
+            raise ValueError("nothing follows %r" % key)
+        if key in keys[:at]:
+            raise ValueError("%r stands here twice" % key)
+        facts.update(PARTS[key](values[at]))
+    rule = Rule(verb == "allow", where, " ".join(words), **facts)       # type: ignore[arg-type]
+    net = rule.network
+    if rule.allow and net and net.prefixlen and inside(net.network_address) != net.network_address:
+        raise ValueError("%s stands for IPv4 addresses, which are judged as such: allow these instead" % net)
+    return rule
+
+
+def part_to(text: str) -> Dict[str, object]:
+    if text == "any":
+        return {"anywhere": True}
+    last = text.rstrip(".").rpartition(".")[2]
+    if "/" in text or ":" in text or last.isdigit():                # no name ends in digits: RFC 1123 §2.1
+        return {"network": network(text)}
+    try:
+        name = text.lower().rstrip(".").encode("ascii" if text.isascii() else "idna")
+    except UnicodeError:
+        name = b""
+    if not NAME.fullmatch(name):
+        raise ValueError("%s is neither an address nor a name" % ascii(text))
+    return {"name": name}
+
+
+def part_port(text: str) -> Dict[str, object]:
+    found = PORTS.fullmatch(text)
+    low, high = (int(found.group(1)), int(found.group(2) or found.group(1))) if found else (1, 0)
+    if not low <= high <= 65535:
+        raise ValueError("%s is not a port or a range of them" % ascii(text))
+    return {"ports": (low, high)}
+
+
+def part_command(text: str) -> Dict[str, object]:
+    if text not in COMMANDS:
+        raise ValueError("%s is not connect, bind or udp" % ascii(text))
+    return {"cmd": COMMANDS[text]}
+
+
+PARTS: Dict[str, Callable[[str], Dict[str, object]]] = {
+    "user": lambda text: {"user": text.encode("utf-8", "surrogateescape")},
+    "from": lambda text: {"source": None if text == "any" else network(text)},
+    "to": part_to, "port": part_port, "command": part_command}

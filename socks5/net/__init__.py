@@ -1,0 +1,1 @@
+"""Sockets without SOCKS: addresses, name look-ups, listening sockets, waiting for many descriptors."""

@@ -1,0 +1,78 @@
+"""IP addresses and endpoints, as sockets have them: never a name.
+
+An IPv4-mapped IPv6 address (::ffff:192.0.2.1) is always shown and judged as the IPv4 address.
+"""
+from __future__ import annotations
+
+import socket
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import NamedTuple, Sequence, Tuple, Union
+
+IP = Union[IPv4Address, IPv6Address]
+Sockaddr = Tuple[Union[str, int], ...]
+
+
+class Endpoint(NamedTuple):
+    """An IP address and a port: one end of a connection."""
+
+    ip: IP
+    port: int
+
+    def __str__(self) -> str:
+        """192.0.2.1:80 or [2001:db8::1]:80"""
+        return ("%s:%d" if self.ip.version == 4 else "[%s]:%d") % (text_of(self.ip), self.port)
+
+
+def unmapped(address: IP) -> IP:
+    """The IPv4 address inside an IPv4-mapped one, else the address itself.             RFC 4291 §2.5.5.2"""
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def endpoint_of(sockaddr: Sockaddr) -> Endpoint:
+    """What getsockname, getpeername, accept and recvfrom return, as an Endpoint."""
+    return Endpoint(ip_in(sockaddr[0]), sockaddr[1])            # type: ignore[arg-type]     # the port is an int
+
+
+def ip_of(sockaddr: Sockaddr) -> IP:
+    """The same without the port."""
+    return ip_in(sockaddr[0])
+
+
+@lru_cache(maxsize=4096)
+def ip_in(text: Union[str, int]) -> IP:
+    """Remembered, because the same few come with every connection, and reading one takes longer than finding it."""
+    return unmapped(ip_address(str(text).partition("%")[0]))
+
+
+def advertised(addresses: Sequence[str], here: IP) -> IP:
+    """What a peer is to connect to: of the configured `addresses` the one of `here`'s family, else `here` itself."""
+    return next((address for address in map(ip_address, addresses) if address.version == here.version), here)
+
+
+@lru_cache(maxsize=4096)
+def subscriber(address: IP) -> str:
+    """What stands for whoever has this address in limits: of an IPv6 one its /64, all of which one host can use.
+
+    A str, because Python remembers its hash, and every session looks it up several times."""
+    return str(address if isinstance(address, IPv4Address) else IPv6Network((address, 64), strict=False))
+
+
+def family_of(address: IP) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+@lru_cache(maxsize=4096)
+def text_of(address: IP) -> str:
+    """As the socket calls want it. Remembered: ipaddress takes its time to write one."""
+    return str(address)
+
+
+def is_here(address: IP) -> bool:
+    """Is it an address of this machine? Only such can be bound."""
+    try:
+        with socket.socket(family_of(address), socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+        return True
+    except OSError:
+        return False

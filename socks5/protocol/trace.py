@@ -1,0 +1,261 @@
+"""--trace: every message of every session as it passes, each field with its bytes, its name and what it says.
+
+It walks over the same LAYOUT that wire.py parses with, so it cannot show another protocol than the one that is spoken.
+Passwords are masked, payload is counted and not shown. A message is written as one block, whose lines begin with the
+session's number, because sessions interleave. Whatever becomes of the place that it writes to, no session suffers.
+"""
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Type, TypeVar, Union
+
+from .codes import Atyp, Cmd, Rep
+from ..config import ConfigError
+from .errors import SocksError
+from .fields import ReadExactly, dissect
+from .messages import Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
+
+M = TypeVar("M", Greeting, Login, Request)
+Sent = Union[Selection, LoginStatus, Reply, bytes]
+Message = Union[Greeting, Login, Request, Selection, LoginStatus, Reply, Datagram]
+Write = Callable[[bytes], object]
+Sockaddr = Tuple[Any, ...]
+
+STDERR = "-"                        # in the place of a file's name
+ROW_BYTES = 8                       # of hex in one line
+SHOWN_BYTES = 64                    # of one field
+UP, DOWN = "client -> proxy", "proxy -> client"
+PLAIN, TITLE, HEX, NAME, BAD = "0", "1", "36", "33", "31"       # colours: ECMA-48, "select graphic rendition"
+
+# What each message is for, and where it is defined.
+TITLES: Dict[type, str] = {
+    Greeting: "Greeting: these are the methods that I can do, choose one (RFC 1928 section 3)",
+    Selection: "Selection: this is the method that we use (RFC 1928 section 3)",
+    Login: "Login: this is who I am (RFC 1929 section 2)",
+    LoginStatus: "LoginStatus: this is what I think of it (RFC 1929 section 2)",
+    Request: "Request: do this for me (RFC 1928 section 4)",
+    Reply: "Reply: this is what came of it (RFC 1928 section 6)",
+}
+SECOND_REPLY = "Second reply: this is what came of the waiting (RFC 1928 section 4)"
+DATAGRAM = {UP: "Datagram: send this there (RFC 1928 section 7)",
+            DOWN: "Datagram: this came from there (RFC 1928 section 7)"}
+# What a field says, in a sentence, where the word alone would leave a newcomer with a question.
+SENTENCES = {"ATYP": "%s follows", "DST.PORT": "port %s", "BND.PORT": "port %s"}
+# What BND.ADDR and BND.PORT of a reply that says "succeeded" mean, by command; BIND has a second reply.
+MEANING_OF_BND = {
+    "CONNECT": ["the destination is reached; BND is the proxy's own end of that connection"],
+    "BIND": ["the proxy listens; the peer is to connect to BND, the second reply says who did",
+             "the peer has connected; BND is the peer's own address"],
+    "UDP_ASSOCIATE": ["the proxy takes datagrams from the client at BND for as long as this connection is open"],
+}
+TUNNEL = "tunnel: from here on, what either side sends goes to the other as it is"
+# The RFC's phrases are short: what each of them means to whoever asked.
+REASONS = {
+    Rep.GENERAL_FAILURE: "the proxy could not do it, for a reason that has no number of its own",
+    Rep.NOT_ALLOWED: "the proxy is there, but its rules do not let this client go there",
+    Rep.NETWORK_UNREACHABLE: "the proxy has no way into the network of the destination",
+    Rep.HOST_UNREACHABLE: "there is a way, but nobody found the host; or its name means nothing",
+    Rep.CONNECTION_REFUSED: "the host is there, and nothing listens on that port",
+    Rep.TTL_EXPIRED: "nobody answered in time",
+    Rep.COMMAND_NOT_SUPPORTED: "the proxy does not know this CMD",
+    Rep.ADDRESS_TYPE_NOT_SUPPORTED: "the proxy cannot use this ATYP",
+}
+
+
+def opened(where: str) -> Optional[Trace]:
+    """The trace to a file, or to standard error for "-"; None for "". Raises ConfigError for a file that cannot be."""
+    if where not in ("", STDERR):
+        try:
+            file = open(where, "ab", buffering=0, opener=private)   # one write for each block
+        except OSError as exc:
+            raise ConfigError("--trace %s: %s" % (where, exc.strerror)) from None
+        return Trace(file.write, close=file.close)
+    stream = sys.stderr if where else None
+    if stream is None:                                  # closed by who started us: its number has a new owner
+        return None
+
+    def write(block: bytes) -> None:
+        stream.write(block.decode("ascii"))
+        stream.flush()
+
+    return Trace(write, colourful(stream))
+
+
+def check(where: str) -> None:
+    """Raises ConfigError where opened() would."""
+    trace = opened(where)
+    if trace:
+        trace.close()
+
+
+def private(path: str, flags: int) -> int:
+    """Who talks to whom is nobody else's business."""
+    return os.open(path, flags, 0o600)
+
+
+def colourful(stream: Any) -> bool:
+    """Only on a terminal that can, and when nobody minds.                              https://no-color.org"""
+    return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+
+
+class Trace:
+    """Where the stories of all sessions are written, a block at a time."""
+
+    def __init__(self, write: Write, colour: bool = False, close: Callable[[], object] = lambda: None) -> None:
+        self._write = write
+        self.close = close
+        self._colour = colour
+        self._lock = threading.Lock()
+
+    def begin(self, number: int, client: object) -> Story:
+        return Story(self, number, client)
+
+    def paint(self, style: str, text: str) -> str:
+        return "\033[%sm%s\033[0m" % (style, text) if self._colour and text.strip() else text
+
+    def block(self, number: int, lines: List[str]) -> None:
+        text = "".join("#%d %s\n" % (number, line) for line in lines)
+        try:
+            with self._lock:
+                self._write(text.encode("ascii", "backslashreplace"))
+        except (OSError, ValueError):                   # a full disk, a reader who left, a stream that was closed
+            pass
+
+
+class Story:
+    """One session, told as it happens."""
+
+    def __init__(self, trace: Trace, number: int, client: object) -> None:
+        self.trace = trace
+        self.number = number
+        self.cmd = ""
+        self.replies = 0                                # that said "succeeded"
+        self.tell("%s has connected" % str(client))
+
+    def tell(self, *lines: str) -> None:
+        self.trace.block(self.number, list(lines))
+
+    # ---- messages -------------------------------------------------------------------------------------------------
+
+    def take(self, kind: Type[M], read: ReadExactly) -> M:
+        """kind.parse(read), and tell what came; of a message that does not end, the fields that are whole."""
+        came, end = bytearray(), []
+
+        def listening(size: int) -> bytes:
+            piece = read(size)
+            came.extend(piece)
+            return piece
+
+        try:
+            message = kind.parse(listening)
+            if isinstance(message, Request):
+                self.cmd = message.cmd.name
+            return message
+        except SocksError as exc:
+            end = ["refused: %s" % exc]
+            raise
+        except (EOFError, OSError):
+            end = ["and there it ends: the client left, or its time was over"]
+            raise
+        finally:
+            self.show(UP, kind, bytes(came), end)
+
+    def sent(self, message: Sent, why: str = "") -> None:
+        """What we are about to send; and, of a refusal, why, as the log will say it."""
+        if isinstance(message, bytes):
+            self.tell(self.title(DOWN, "%d bytes that the client may understand, as this is not SOCKS5" % len(message)))
+            return
+        notes: List[str] = []
+        title = ""
+        if isinstance(message, Reply):
+            title = SECOND_REPLY if self.cmd == Cmd.BIND.name and self.replies else ""
+            notes = self.explain(message, why)
+        elif why:
+            notes = ["why: " + why]
+        self.show(DOWN, type(message), message.pack(), notes, title)
+
+    def explain(self, reply: Reply, why: str) -> List[str]:
+        """What a reply means to whoever asked, in plain words."""
+        if reply.rep != Rep.SUCCEEDED:
+            words = REASONS.get(Rep(reply.rep), "")
+            return [self.trace.paint(BAD, "that is: " + words)] + (["why: " + why] if why else [])
+        meanings = MEANING_OF_BND.get(self.cmd, [])
+        self.replies += 1
+        notes = ["that is: " + meaning for meaning in meanings[self.replies - 1:self.replies]]
+        if self.cmd != Cmd.UDP_ASSOCIATE.name and self.replies == len(meanings):
+            notes.append(TUNNEL)
+        return notes
+
+    def datagram(self, way: str, raw: bytes, other: Sockaddr) -> None:
+        """One between the client and its association, and where on the client's side it comes from or goes to."""
+        shown = sum(len(piece) for _, piece, _ in dissect(Datagram.LAYOUT, raw))
+        self.show(way, Datagram, raw, ["DATA: %d bytes, %s %s" % (
+            len(raw) - shown, "from" if way == UP else "to", "%s port %s" % other[:2])])
+
+    def end(self, facts: Mapping[str, Any]) -> None:
+        """The totals."""
+        why = "" if facts["why"] == "-" else ", why: %s" % facts["why"]
+        words = "the end after %.3f s: %d bytes up (from the client), %d bytes down (to it); ended by: %s%s" % (
+            facts["seconds"], facts["up"], facts["down"], facts["ended"], why)
+        self.tell(self.trace.paint(TITLE, words))
+
+    # ---- how they look --------------------------------------------------------------------------------------------
+
+    def title(self, way: str, words: str) -> str:
+        return self.trace.paint(TITLE, "%s  %s" % (way, words))
+
+    def show(self, way: str, kind: Type[Message], raw: bytes, notes: List[str], title: str = "") -> None:
+        lines, before = [self.title(way, title or TITLES.get(kind) or DATAGRAM[way])], b""
+        for field, piece, words in dissect(kind.LAYOUT, raw):
+            if field.secret:
+                lines += self.row("**", field.name, "not shown")
+            else:
+                if field.size is None and before[0] == Atyp.DOMAINNAME:     # its length stands in front
+                    words = "%d bytes: %s" % (piece[0], words)
+                words = SENTENCES.get(field.name, "%s") % words
+                lines += self.row(piece[:SHOWN_BYTES].hex(), field.name, words, len(piece))
+            before = piece
+        self.tell(*lines, *("  " + note for note in notes))
+
+    def row(self, digits: str, name: str, words: str, size: int = 0) -> Iterator[str]:
+        paint = self.trace.paint
+        step = 2 * ROW_BYTES
+        for at in range(0, max(len(digits), 1), step):
+            pairs = " ".join(digits[at:at + step][i:i + 2] for i in range(0, min(step, len(digits) - at), 2))
+            yield ("  %s  %s  %s" % (paint(HEX, "%-23s" % pairs), paint(NAME, "%-8s" % ("" if at else name)),
+                                     "" if at else words)).rstrip()
+        if size > SHOWN_BYTES:
+            yield "  ... and %d bytes more" % (size - SHOWN_BYTES)
+
+    def overhear(self, sock: socket.socket) -> socket.socket:
+        """The socket of an association towards its client, in another skin that tells what passes through it."""
+        return Overheard(sock, self)
+
+
+class Overheard(socket.socket):
+    """Takes the place of a datagram socket that does not block."""
+
+    def __init__(self, sock: socket.socket, story: Story) -> None:
+        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
+        self.setblocking(False)
+        self.story = story
+
+    def recvfrom_into(self, buffer: Any, *args: Any) -> Tuple[int, Sockaddr]:
+        size, sender = super().recvfrom_into(buffer, *args)
+        self.story.datagram(UP, bytes(buffer[:size]), sender)
+        return size, sender
+
+    def sendto(self, data: Any, address: Sockaddr) -> int:      # type: ignore[override]
+        size = super().sendto(data, address)
+        self.story.datagram(DOWN, bytes(data), address)
+        return size
+
+    def sendmsg(self, run: Any, ancillary: Any = (), flags: int = 0, address: Any = None) -> int:
+        """A run of datagrams, which the kernel cuts up."""
+        size = super().sendmsg(run, ancillary, flags, address)
+        for data in run:
+            self.story.datagram(DOWN, bytes(data), address)
+        return size

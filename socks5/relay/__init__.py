@@ -1,0 +1,1 @@
+"""Bytes between two connected sockets, both ways. Knows no SOCKS."""

@@ -1,0 +1,1 @@
+"""The ThreadingTCPServer: accept a connection, negotiate, keep a registry of the sessions."""

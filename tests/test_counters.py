@@ -1,0 +1,31 @@
+"""counts: rows of counters that processes share."""
+import unittest
+
+from socks5.server.counters import Shared
+
+
+class Counting(unittest.TestCase):
+    def test_rows_add_up_and_are_cleared(self):
+        shared = Shared(3)
+        rows = [shared.row(which) for which in range(3)]
+        for row in rows:
+            row.add("192.0.2.1", 1)
+        rows[0].add("192.0.2.1", 1)
+        rows[0].add("192.0.2.2", 1)
+        self.assertEqual((rows[1].live(), rows[1].of("192.0.2.1"), rows[1].of("192.0.2.2")), (5, 4, 1))
+        self.assertEqual(rows[0].clear(), 3)
+        self.assertEqual((rows[2].live(), rows[2].of("192.0.2.1"), rows[2].of("192.0.2.2")), (2, 2, 0))
+        rows[1].add("192.0.2.1", -1)
+        self.assertEqual((rows[2].live(), rows[2].of("192.0.2.1")), (1, 1))
+
+    def test_no_number_is_given_twice(self):
+        shared = Shared(2)
+        rows = [shared.row(which) for which in range(2)]
+        numbers = [row.number() for row in rows for _ in range(3)]
+        rows[0].clear()
+        numbers += [shared.row(0).number(), rows[1].number()]
+        self.assertEqual(sorted(numbers), list(range(1, 9)))
+
+
+if __name__ == "__main__":
+    unittest.main()

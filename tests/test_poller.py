@@ -1,0 +1,259 @@
+"""waiting.py: what stands in for poll() says of real sockets what poll() says."""
+import contextlib
+import select
+import socket
+import threading
+import unittest
+from unittest import mock
+
+from socks5.net import poller as waiting
+from socks5.net.poller import BROKEN, READ, WRITE, SelectPoll, Watch, new_poll
+from tests.support import PATIENCE_S, closed_port, need, reset
+
+HANG_UP = getattr(select, "POLLHUP", 0)
+
+
+class SocketsTest(unittest.TestCase):
+    def setUp(self):
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+
+    def pair(self):
+        """Two ends of a TCP connection."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            near = self.stack.enter_context(socket.create_connection(listener.getsockname(), PATIENCE_S))
+            far = self.stack.enter_context(listener.accept()[0])
+        far.settimeout(PATIENCE_S)
+        return near, far
+
+
+class States(SocketsTest):
+    """Sockets in every state that a relay, a listener or a connect meets; each is (socket, what is ready)."""
+
+    def quiet(self):
+        return self.pair()[0], WRITE
+
+    def something_to_read(self):
+        near, far = self.pair()
+        far.sendall(b"x")
+        near.recv(1, socket.MSG_PEEK)                       # it has come
+        return near, READ | WRITE
+
+    def eof(self):
+        near, far = self.pair()
+        far.shutdown(socket.SHUT_WR)
+        near.recv(1, socket.MSG_PEEK)
+        return near, READ | WRITE
+
+    def closed_both_ways(self):
+        near, far = self.pair()
+        near.shutdown(socket.SHUT_WR)
+        far.close()
+        near.recv(1)
+        return near, READ | WRITE
+
+    def was_reset(self):
+        near, far = self.pair()
+        reset(far)
+        with contextlib.suppress(ConnectionError):
+            near.recv(1, socket.MSG_PEEK)
+        return near, READ | WRITE
+
+    def full(self):
+        near, _far = self.pair()
+        near.setblocking(False)
+        quiet = 0
+        while quiet < 3:                                    # what is under way to the other side makes room again
+            try:
+                near.send(bytes(1 << 20))
+                quiet = 0
+            except BlockingIOError:
+                quiet += not select.select([], [near], [], 0.02)[1]
+        return near, 0
+
+    def listener_alone(self):
+        return self.stack.enter_context(socket.create_server(("127.0.0.1", 0))), 0
+
+    def listener_with_a_caller(self):
+        listener, _ready = self.listener_alone()
+        self.stack.enter_context(socket.create_connection(listener.getsockname(), PATIENCE_S))
+        return listener, READ
+
+    def refused(self):
+        sock = self.stack.enter_context(socket.socket())
+        sock.setblocking(False)
+        sock.connect_ex(("127.0.0.1", closed_port()))
+        select.select([], [sock], [sock], PATIENCE_S)
+        return sock, READ | WRITE
+
+    def datagram(self):
+        ours = self.stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        ours.bind(("127.0.0.1", 0))
+        ours.sendto(b"", ours.getsockname())                # an empty one is something to read
+        ours.recv(1, socket.MSG_PEEK)
+        return ours, READ | WRITE
+
+    STATES = [quiet, something_to_read, eof, closed_both_ways, was_reset, full, listener_alone, listener_with_a_caller,
+              refused, datagram]
+
+    def test_each(self):
+        for state in self.STATES:
+            sock, ready = state(self)
+            for wanted in (READ, WRITE, READ | WRITE, 0):
+                with self.subTest("%s, asked for %d" % (state.__name__, wanted)):
+                    ours = SelectPoll()
+                    ours.register(sock.fileno(), wanted)
+                    found = dict(ours.poll(0))
+                    self.assertEqual(found, {sock.fileno(): ready & wanted} if ready & wanted else {})
+
+    @unittest.skipUnless(hasattr(select, "poll"), "no poll() to compare with")
+    def test_as_poll_says(self):
+        sockets = [state(self)[0] for state in self.STATES]
+        for wanted in (READ, WRITE, READ | WRITE):
+            with self.subTest("asked for %d" % wanted):
+                ours, theirs = SelectPoll(), select.poll()
+                for sock in sockets:
+                    ours.register(sock.fileno(), wanted)
+                    theirs.register(sock.fileno(), wanted)
+                expected = {}
+                for fd, events in theirs.poll(0):           # poll() also tells of what nobody asked for
+                    events |= READ * bool(events & (HANG_UP | BROKEN)) | WRITE * bool(events & BROKEN)
+                    if events & wanted:
+                        expected[fd] = events & wanted
+                self.assertEqual(dict(ours.poll(0)), expected)
+
+    def test_the_third_set_is_told_as_broken(self):
+        """On Windows a refused connect is there and nowhere else; here, what came out of band is."""
+        near, far = self.pair()
+        far.send(b"!", socket.MSG_OOB)
+        select.select([], [], [near], PATIENCE_S)
+        poll = SelectPoll()
+        poll.register(near.fileno(), WRITE)
+        self.assertEqual(poll.poll(PATIENCE_S * 1000), [(near.fileno(), WRITE | BROKEN)])
+
+
+class Methods(SocketsTest):
+    def polls(self):
+        yield "SelectPoll", SelectPoll()
+        if hasattr(select, "poll"):
+            yield "poll", select.poll()
+
+    def test_modify_and_unregister(self):
+        for name, poll in self.polls():
+            with self.subTest(name):
+                near, _far = self.pair()
+                fd = near.fileno()
+                poll.register(fd, READ)
+                self.assertEqual(poll.poll(0), [])
+                poll.modify(fd, READ | WRITE)
+                self.assertEqual(poll.poll(0), [(fd, WRITE)])
+                poll.register(fd, READ)                     # again is as good as modify
+                self.assertEqual(poll.poll(0), [])
+                poll.modify(fd, WRITE)
+                poll.unregister(fd)
+                self.assertEqual(poll.poll(0), [])
+                self.assertRaises(KeyError, poll.unregister, fd)
+
+    def test_a_time_out_ends_it(self):
+        for name, poll in self.polls():
+            near, _far = self.pair()
+            poll.register(near.fileno(), READ)
+            for timeout_ms in (0, 1, 0.5, 20.0):
+                with self.subTest("%s, %s ms" % (name, timeout_ms)):
+                    self.assertEqual(poll.poll(timeout_ms), [])
+
+    def test_a_time_out_is_in_milliseconds(self):
+        with mock.patch.object(select, "select", return_value=([], [], [])) as asked:
+            for timeout_ms, timeout_s in ((None, None), (0, 0), (1500, 1.5), (0.5, 0.0005)):
+                with self.subTest(str(timeout_ms)):
+                    SelectPoll().poll(timeout_ms)
+                    self.assertEqual(asked.call_args[0][3], timeout_s)
+
+    def test_without_one_it_waits_for_the_event(self):
+        for name, poll in self.polls():
+            with self.subTest(name):
+                near, far = self.pair()
+                poll.register(near.fileno(), READ)
+                found = []
+                waiter = threading.Thread(target=lambda: found.extend(poll.poll()), daemon=True)
+                waiter.start()
+                self.assertEqual(found, [])
+                far.sendall(b"x")
+                waiter.join(PATIENCE_S)
+                self.assertEqual(found, [(near.fileno(), READ)])
+
+    def test_which_one_we_are_given(self):
+        if hasattr(select, "poll"):
+            self.assertIsInstance(new_poll(), type(select.poll()))
+            with mock.patch.object(select, "poll"):
+                del select.poll
+                self.assertIsInstance(new_poll(), SelectPoll)
+        else:
+            self.assertIsInstance(new_poll(), SelectPoll)
+
+    @unittest.skipUnless(hasattr(select, "poll"), "select() has this limit")
+    def test_descriptors_beyond_what_select_can_take(self):
+        import fcntl
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        need(self, hard == resource.RLIM_INFINITY or hard > 1100, "a limit beyond 1100 descriptors")
+        if soft != resource.RLIM_INFINITY and soft <= 1100:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (1101, hard))
+            self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        near, _far = self.pair()
+        high = self.stack.enter_context(socket.socket(fileno=fcntl.fcntl(near.fileno(), fcntl.F_DUPFD, 1024)))
+        poll = new_poll()
+        poll.register(high.fileno(), WRITE)
+        self.assertEqual(poll.poll(0), [(high.fileno(), WRITE)])
+        low = SelectPoll()
+        low.register(high.fileno(), WRITE)
+        self.assertRaises(ValueError, low.poll, 0)
+
+    def test_the_numbers_are_the_systems(self):
+        for ours, name in ((waiting.READ, "POLLIN"), (waiting.WRITE, "POLLOUT"), (waiting.BROKEN, "POLLERR")):
+            with self.subTest(name):
+                self.assertEqual(ours, getattr(select, name, ours))
+
+
+class Watching(SocketsTest):
+    def setUp(self):
+        super().setUp()
+        self.near, self.far = self.pair()
+        self.other, _far = self.pair()
+        self.fd, self.other_fd = self.near.fileno(), self.other.fileno()
+        self.watch = Watch(self.fd, self.other_fd)
+
+    def test_what_is_wanted_of_each(self):
+        for first, second in ((WRITE, READ), (READ, WRITE), (WRITE, WRITE), (0, 0), (READ | WRITE, 0)):
+            with self.subTest("%d and %d" % (first, second)):
+                self.watch.want(first, second)
+                expected = {self.fd: first & WRITE, self.other_fd: second & WRITE}
+                self.assertEqual(dict(self.watch.poll.poll(0)), {fd: ready for fd, ready in expected.items() if ready})
+
+    def test_poll_hears_of_changes_only(self):
+        self.watch.poll = mock.Mock(wraps=self.watch.poll)
+        for first, second in ((READ, 0), (READ, 0), (READ, WRITE), (READ, WRITE)):
+            self.watch.want(first, second)
+        self.assertEqual(self.watch.poll.mock_calls, [mock.call.register(self.fd, READ),
+                                                      mock.call.register(self.other_fd, 0),
+                                                      mock.call.modify(self.other_fd, WRITE)])
+
+    @unittest.skipUnless(hasattr(select, "poll"), "only poll() tells of what nobody asked for")
+    def test_a_reset_is_told_unasked_until_it_is_muted(self):
+        self.watch.want(0, 0)
+        reset(self.far)
+        (fd, events), = self.watch.poll.poll(PATIENCE_S * 1000)
+        self.assertEqual((fd, events & BROKEN), (self.fd, BROKEN))
+        self.watch.mute(self.fd)
+        self.assertEqual(self.watch.poll.poll(0), [])
+        self.watch.want(0, WRITE)
+        self.assertEqual(self.watch.poll.poll(0), [(self.other_fd, WRITE)])
+        self.watch.want(READ, 0)                            # something is wanted of it again
+        self.assertEqual([fd for fd, _events in self.watch.poll.poll(0)], [self.fd])
+        self.watch.mute(self.fd)
+        self.watch.want(0, 0)
+        self.assertEqual(self.watch.poll.poll(0), [])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,553 @@
+"""auth.py: which METHOD is picked, and who is let in."""
+import contextlib
+import hashlib
+import itertools
+import logging
+import os
+import re
+import signal
+import socket
+import tempfile
+import textwrap
+import threading
+import unittest
+from ipaddress import ip_address
+from pathlib import Path
+from unittest import mock
+
+from socks5.access import users as auth, throttle
+
+from socks5.process import supervisor as workers
+from socks5.access.users import Hash, Users, choose
+from socks5.protocol.codes import Cmd, Method, Rep
+from socks5.config import Config, ConfigError, credentials
+from socks5.protocol.errors import ProtocolError
+from socks5.server.handler import Handler
+from socks5.net.addresses import subscriber
+from socks5.access.rules import Rules
+from socks5.protocol.messages import Greeting, Login, LoginStatus, Reply, Request, Selection
+from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, read_to_end, reader_of, reset, run_cli,
+                           running, spawned, target, wait_until)
+
+ANYBODY = (Method.NO_AUTHENTICATION,)
+BY_PASSWORD = (Method.USERNAME_PASSWORD,)
+EVERY_METHOD = bytes(range(256))
+
+
+class Choose(unittest.TestCase):
+    def test_what_was_offered_and_is_acceptable(self):
+        for name, offered, acceptable, method in (
+                ("00 alone", b"\x00", ANYBODY, 0x00),
+                ("00 last of three", b"\x01\x02\x00", ANYBODY, 0x00),
+                ("00 twice", b"\x00\x00", ANYBODY, 0x00),
+                ("everything", EVERY_METHOD[:255], ANYBODY, 0x00),
+                ("users: 02 behind 00", b"\x00\x02", BY_PASSWORD, 0x02),
+                ("users: 00 is never chosen", b"\x00", BY_PASSWORD, 0xFF),
+                ("users: all but 02", EVERY_METHOD.replace(b"\x02", b""), BY_PASSWORD, 0xFF),
+                ("nothing offered", b"", ANYBODY, 0xFF),
+                ("nothing offered, users", b"", BY_PASSWORD, 0xFF),
+                ("no users: 02 alone", b"\x02", ANYBODY, 0xFF),
+                ("GSSAPI and a private one", b"\x01\x80", ANYBODY, 0xFF),
+                ("FF is no method, though offered", b"\xff", ANYBODY, 0xFF),
+                ("ours first, not the client's", b"\x00\x02", BY_PASSWORD + ANYBODY, 0x02),
+                ("a table's keys", b"\x02", {Method.USERNAME_PASSWORD: None}, 0x02)):
+            with self.subTest(name):
+                self.assertEqual(choose(offered, acceptable), method)
+
+    def test_one_answer_fits_in_a_byte(self):
+        for offered in (b"", b"\x00"):
+            self.assertEqual(len(bytes([choose(offered, ANYBODY)])), 1)
+
+
+def users(*pairs):
+    return Users(Config(user=tuple(credentials(pair) for pair in pairs)))
+
+
+class Check(unittest.TestCase):
+    def test_without_users_there_is_nobody(self):
+        nobody = users()
+        self.assertFalse(nobody)
+        for login in ((b"", b""), (b"a", b"b"), (b"a", b"")):
+            with self.subTest(login):
+                self.assertIs(nobody.check(*login), False)
+
+    def test_right_and_wrong(self):
+        known = users("alice:secret", "bob:b:o:b", "carol:x")
+        self.assertTrue(known)
+        for name, uname, passwd, right in (
+                ("right", b"alice", b"secret", True),
+                ("a colon in the password", b"bob", b"b:o:b", True),
+                ("one byte", b"carol", b"x", True),
+                ("another's password", b"alice", b"x", False),
+                ("one letter less", b"alice", b"secre", False),
+                ("one letter more", b"alice", b"secretx", False),
+                ("a NUL behind it", b"alice", b"secret\0", False),
+                ("other case", b"alice", b"SECRET", False),
+                ("name in other case", b"Alice", b"secret", False),
+                ("a NUL behind the name", b"alice\0", b"secret", False),
+                ("empty password", b"alice", b"", False),
+                ("empty name", b"", b"secret", False),
+                ("nothing at all", b"", b"", False),
+                ("unknown, empty password", b"mallory", b"", False),
+                ("unknown", b"mallory", b"secret", False),
+                ("both in the name", b"alice:secret", b"", False),
+                ("255 bytes", b"a" * 255, b"b" * 255, False)):
+            with self.subTest(name):
+                self.assertIs(known.check(uname, passwd), right)
+
+    def test_compared_as_bytes_whatever_their_encoding(self):
+        known = users("j\u00fcrgen:\u20ac5", "raw\udcff:\udc80\udcfe")    # the last: foreign bytes from argv or environ
+        for name, uname, passwd, right in (
+                ("UTF-8", "j\u00fcrgen".encode(), "\u20ac5".encode(), True),
+                ("Latin-1 is other bytes", "j\u00fcrgen".encode("latin-1"), "\u20ac5".encode(), False),
+                ("decomposed is other bytes", "ju\u0308rgen".encode(), "\u20ac5".encode(), False),
+                ("not UTF-8 at all", b"raw\xff", b"\x80\xfe", True)):
+            with self.subTest(name):
+                self.assertIs(known.check(uname, passwd), right)
+
+    def test_an_empty_password_in_the_configuration_lets_nobody_in(self):
+        known = Users(Config(user=(("alice", ""), ("", "secret"))))       # past credentials(), as an embedder might
+        self.assertTrue(known, "a password is asked for all the same")
+        self.assertFalse(known.check(b"alice", b""))
+        self.assertFalse(known.check(b"alice", b"x"))
+
+    def test_secrets_do_not_show(self):
+        self.assertNotIn("s3cret", repr(users("alice:s3cret")))
+
+
+class Passwords(unittest.TestCase):
+    """One password, as the users file keeps it."""
+
+    CHEAP = (("scrypt", (2, 1, 1)), ("scrypt", (1024, 8, 2)), ("pbkdf2", (3,)))
+
+    def test_there_and_back(self):
+        for kind, cost in self.CHEAP:
+            with self.subTest(kind, cost=cost):
+                made = Hash.of(b"secret", kind, cost)
+                self.assertEqual(Hash.parse(str(made)), made)
+                self.assertRegex(str(made), r"^%s(\$\d+)+\$[A-Za-z0-9+/=]{24}\$[A-Za-z0-9+/=]{24}$" % kind)
+                self.assertTrue(made.matches(b"secret"))
+                for wrong in (b"", b"Secret", b"secre", b"secret\0", b"secretx"):
+                    self.assertFalse(made.matches(wrong))
+
+    def test_known_answers(self):
+        """scrypt: RFC 7914 section 12; PBKDF2-HMAC-SHA-256: the same, section 11."""
+        for kind, cost, password, salt, key in (
+                ("scrypt", (1024, 8, 16), b"password", b"NaCl",
+                 "fdbabe1c9d3472007856e7190d01e9fe7c6ad7cbc8237830e77376634b373162"),
+                ("pbkdf2", (1,), b"passwd", b"salt",
+                 "55ac046e56e3089fec1691c22544b605f94185216dde0465e68b9d57c20dacbc")):
+            with self.subTest(kind):
+                self.assertEqual(auth.derive(kind, cost, salt, password, 32).hex(), key)
+
+    def test_made_by_scrypt_where_there_is_one(self):
+        self.assertEqual(Hash.of(b"x").kind, "scrypt")
+        self.assertEqual(Hash.of(b"x").cost, (1 << 14, 8, 5))
+
+    def test_without_scrypt(self):
+        line = str(Hash.of(b"x", "scrypt", (2, 1, 1)))
+        with mock.patch.object(hashlib, "scrypt"), mock.patch.object(auth, "PBKDF2_ROUNDS", 7):
+            del hashlib.scrypt
+            made = Hash.of(b"x")
+            self.assertEqual((made.kind, made.cost), ("pbkdf2", (7,)))
+            self.assertTrue(Hash.parse(str(made)).matches(b"x"))
+            self.assertRaisesRegex(ValueError, "this Python has no scrypt", Hash.parse, line)
+
+    def test_mistakes(self):
+        good = "scrypt$16$8$1$c2FsdHNhbHRzYWx0$a2V5a2V5a2V5a2V5a2V5a2V5"
+        Hash.parse(good)
+        for text, why in (
+                ("", "not what --hash-password prints"), ("secret", "not what --hash-password prints"),
+                ("$$", "not what"), ("md5$1$a$b", "not what"), ("scrypt$16$8$c2Fs$a2V5", "not what"),
+                ("pbkdf2$1$1$c2Fs$a2V5", "not what"), (good.replace("16", "x"), "damaged"), (good + "!", "damaged"),
+                (good.replace("c2FsdHNhbHRzYWx0$", "c2Fs$"), "cut short"),
+                (good[:-4].replace("a2V5a2V5", ""), "cut short"),
+                (good.replace("16", "15"), "power of 2"), (good.replace("16", "0"), "power of 2"),
+                (good.replace("16", "-2"), "power of 2"), (good.replace("16", "1"), "power of 2"),
+                (good.replace("$8$", "$0$"), "power of 2"), (good.replace("$1$", "$65$"), "power of 2"),
+                (good.replace("$16$", "$%d$" % (1 << 30)), "up to %d" % (1 << 28)),
+                ("pbkdf2$0$c2FsdHNhbHRzYWx0$a2V5a2V5a2V5a2V5a2V5a2V5", "10000000 rounds"),
+                ("pbkdf2$10000001$c2FsdHNhbHRzYWx0$a2V5a2V5a2V5a2V5a2V5a2V5", "10000000 rounds")):
+            with self.subTest(text), self.assertRaisesRegex(ValueError, why) as caught:
+                Hash.parse(text)
+            with self.subTest(text + ", said"):
+                self.assertNotIn("secret", str(caught.exception))
+
+
+class FileCase(unittest.TestCase):
+    """With a users file; the slow hash is made cheap, and counted."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name) / "users"
+        self.derived = []
+        derive = auth.derive
+
+        def counted(*args):
+            self.derived.append(args[:2])
+            return derive(*args)
+        self.enter(mock.patch.object(auth, "derive", counted))
+
+    def enter(self, context):
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def write(self, *lines):
+        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(self.path)
+
+    def line(self, name, password, cost=(2, 1, 1)):
+        return "%s:%s" % (name, Hash.of(password, "scrypt", cost))
+
+    def users(self, *lines, **options):
+        users = Users(Config(users=self.write(*lines), **options))
+        self.derived.clear()
+        return users
+
+
+class Files(FileCase):
+    """What may stand in a file, and what a check costs."""
+
+    def test_who_is_let_in(self):
+        users = self.users("# people", "", self.line("alice", b"secret"), "  " + self.line("zo\u00eb", b"\xff:x") + " ",
+                           user=(("carol", "c"),))
+        self.assertTrue(users)
+        self.assertEqual(users.names, [b"alice", b"carol", "zo\u00eb".encode()])
+        for uname, passwd, right in ((b"alice", b"secret", True), (b"alice", b"Secret", False), (b"alice", b"", False),
+                                     ("zo\u00eb".encode(), b"\xff:x", True), (b"zo\xeb", b"\xff:x", False),
+                                     (b"carol", b"c", True), (b"carol", b"secret", False), (b"", b"secret", False),
+                                     (b"mallory", b"secret", False)):
+            for _ in range(2):
+                with self.subTest((uname, passwd)):
+                    self.assertIs(users.check(uname, passwd), right)
+
+    def test_mistakes(self):
+        good = self.line("bob", b"x")
+        for name, lines, why in (
+                ("no colon", [good, "alice"], r":2: not NAME:HASH"),
+                ("no name", [":" + good.partition(":")[2]], r":1: not NAME:HASH"),
+                ("a long name", ["n" * 256 + good[3:]], r":1: not NAME:HASH with a name of 1 to 255 bytes"),
+                ("a password", ["# comment", "", "bob:hunter2"], r":3: the part after the colon is not what --hash-"),
+                ("a name twice", [good, "#", good], r":3: 'bob' is here for the second time"),
+                ("damaged", [good, "al" + good[3:] + "*"], r":2: the hash is damaged"),
+                ("nobody", ["# nobody"], r"nobody is in it")):
+            with self.subTest(name), self.assertRaisesRegex(ConfigError, why) as caught:
+                self.users(*lines)
+            with self.subTest(name + ", said"):
+                self.assertIn(str(self.path), str(caught.exception))
+                self.assertNotIn("hunter2", str(caught.exception))
+        with self.subTest("in both"), self.assertRaisesRegex(ConfigError, "--user: 'bob' is also in .*users"):
+            self.users(good, user=(("bob", "y"),))
+        with self.subTest("no file"), self.assertRaisesRegex(ConfigError, "^--users /none: No such file or directory$"):
+            Users(Config(users="/none"))
+
+    @unittest.skipUnless(os.name == "posix", "elsewhere files have no such mode")
+    def test_a_file_that_others_can_write(self):
+        self.write(self.line("bob", b"x"))
+        self.path.chmod(0o602)
+        with self.assertRaisesRegex(ConfigError, r"--users .*: others can write this file \(chmod o-w\)"):
+            Users(Config(users=str(self.path)))
+        self.path.chmod(0o644)
+        Users(Config(users=str(self.path)))
+
+    def test_the_first_success_is_slow_and_the_others_are_not(self):
+        users = self.users(self.line("bob", b"x"))
+        for _ in range(100):
+            self.assertTrue(users.check(b"bob", b"x"))
+        self.assertEqual(len(self.derived), 1)
+        self.assertFalse(users.check(b"bob", b"y"))
+        self.assertFalse(users.check(b"bo", b"bx"), "name and password do not run together")
+        self.assertEqual(len(self.derived), 3, "what is wrong is never remembered")
+
+    def test_forgotten_on_reload(self):
+        line = self.line("bob", b"x")
+        with running(users=self.write(line)) as server:
+            self.derived.clear()
+            self.assertTrue(server.users.check(b"bob", b"x"))
+            attempt = server.users.attempt(b"bob", b"x")
+            self.write(self.line("bob", b"new"))
+            self.derived.clear()
+            self.assertTrue(server.reload())
+            self.assertNotEqual(server.users.attempt(b"bob", b"x"), attempt, "the key is new, too")
+            self.assertFalse(server.users.check(b"bob", b"x"))
+            self.assertTrue(server.users.check(b"bob", b"new"))
+            self.assertEqual(len(self.derived), 2)
+
+    def test_a_bad_file_changes_nothing(self):
+        with running(users=self.write(self.line("bob", b"x"))) as server:
+            for text in ("bob:x", "# empty"):
+                self.write(text)
+                with self.subTest(text), self.assertLogs("socks5", "ERROR") as logs:
+                    self.assertFalse(server.reload())
+                    self.assertIn(str(self.path), logs.output[0])
+                self.assertTrue(server.users.check(b"bob", b"x"))
+
+    def test_an_unknown_name_costs_the_same(self):
+        users = self.users(self.line("bob", b"x", (2, 1, 1)), self.line("al", b"y", (4, 1, 1)), user=(("plain", "p"),))
+        for uname in (b"bob", b"al", b"nobody", b"plain"):
+            with self.subTest(uname):
+                self.derived.clear()
+                self.assertFalse(users.check(uname, b"wrong"))
+                self.assertEqual(len(self.derived), 1)
+        costs = set()
+        for number in range(64):
+            self.derived.clear()
+            for _ in range(2):
+                users.check(b"nobody%d" % number, b"wrong")
+            self.assertEqual(self.derived[0], self.derived[1], "always the same for one name")
+            costs.add(self.derived[0][1])
+        self.assertEqual(costs, {(2, 1, 1), (4, 1, 1)}, "no line's cost says that it is not there")
+
+    def test_a_decoy_lets_nobody_in(self):
+        self.assertFalse(self.users(self.line("bob", b"x")).check(b"nobody", b"x"))
+
+
+class Slowly(FileCase):
+    """Checks that take as long as the test wants."""
+
+    def setUp(self):
+        super().setUp()
+        self.go, self.lock, self.now, self.most = threading.Event(), threading.Lock(), 0, 0
+        self.addCleanup(self.go.set)
+        derive = auth.derive
+
+        def slow(*args):
+            with self.lock:
+                self.now += 1
+                self.most = max(self.most, self.now)
+            try:
+                self.assertTrue(self.go.wait(PATIENCE_S))
+                return derive(*args)
+            finally:
+                with self.lock:
+                    self.now -= 1
+        self.lines = [self.line("bob", b"x"), self.line("al", b"y")]
+        self.people = self.users(*self.lines, user=(("carol", "c"),))
+        self.assertTrue(self.people.check(b"al", b"y"))
+        self.derived.clear()
+        self.enter(mock.patch.object(auth, "derive", slow))
+        self.answers, self.threads = [], []
+
+    def start(self, uname, passwd):
+        def check():
+            try:
+                self.answers.append(self.people.check(uname, passwd))
+            except ProtocolError as exc:
+                self.answers.append(str(exc))
+        self.threads.append(threading.Thread(target=check))
+        self.threads[-1].start()
+
+    def finish(self):
+        self.go.set()
+        for thread in self.threads:
+            thread.join(PATIENCE_S)
+
+    def test_two_at_a_time_and_who_is_known_does_not_wait(self):
+        for number in range(8):
+            self.start(b"bob", b"wrong%d" % number)
+        wait_until(lambda: self.now == 2)
+        self.assertTrue(self.people.check(b"al", b"y"))             # in this thread: would hang
+        self.assertTrue(self.people.check(b"carol", b"c"))
+        other = Users(Config(users=str(self.path)))                 # as after a reload: it is still two
+        self.threads.append(threading.Thread(target=other.check, args=(b"bob", b"x")))
+        self.threads[-1].start()
+        self.finish()
+        self.assertEqual((self.most, self.answers), (2, [False] * 8))
+
+    def test_the_same_at_once_is_one_check(self):
+        for _ in range(30):
+            self.start(b"bob", b"x")
+        wait_until(lambda: self.now == 1)
+        self.finish()
+        self.assertEqual((self.most, self.answers), (1, [True] * 30))
+        self.assertLess(len(self.derived), 3)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "several processes take fork")
+    def test_two_at_a_time_in_all_processes(self):
+        turns = auth.Turns()
+        turns.share()
+        self.addCleanup(turns._file.close)
+        held, done = os.pipe()
+        child = subprocess_that(lambda: (turns.take(0), turns.take(0), os.write(done, b"x"), self.go.wait()))
+        self.addCleanup(os.close, held)
+        self.addCleanup(os.close, done)
+        self.assertEqual(os.read(held, 1), b"x")
+        self.assertIsNone(turns.take(0.05))
+        os.kill(child, signal.SIGKILL)                              # what it had is there again
+        os.waitpid(child, 0)
+        taken = {turns.take(PATIENCE_S), turns.take(PATIENCE_S)}
+        self.assertEqual(taken, {0, 1})
+        self.assertIsNone(turns.take(0.01))
+        turns.give_back(1)
+        self.assertEqual(turns.take(0), 1)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "several processes take fork")
+    def test_the_supervisor_has_them_share(self):
+        with mock.patch.object(auth, "TURNS", auth.Turns()) as turns:
+            supervisor = workers.Supervisor(Config(), [], 2, (Users(Config()), Rules(Config())))
+            self.assertIsNotNone(turns._file)
+            turns._file.close()
+            supervisor.wakeup.close()
+            supervisor.waker.close()
+
+    def test_nobody_waits_for_ever(self):
+        self.start(b"bob", b"1")
+        self.start(b"bob", b"2")
+        wait_until(lambda: self.now == 2)
+        with mock.patch.object(auth, "SLOW_WAIT_S", 0.01):
+            self.assertRaisesRegex(ProtocolError, "too many passwords", self.people.check, b"bob", b"x")
+        self.finish()
+        self.assertTrue(self.people.check(b"bob", b"x"), "and it was not held against anybody")
+
+
+def subprocess_that(does):
+    """Fork, have the child do it and end; its pid."""
+    pid = os.fork()
+    if not pid:
+        try:
+            does()
+        finally:
+            os._exit(0)
+    return pid
+
+
+# README.rst shows it; <HOST> is fail2ban's.
+FAILREGEX = r"^\s*WARNING auth_failed client=<HOST> user="
+HOST = r"(?P<host>(?:\d{1,3}\.){3}\d{1,3}|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)"
+
+
+def login(server_address, uname, passwd, source="127.0.0.1"):
+    """The STATUS that a login gets."""
+    with socket.create_connection(server_address[:2], PATIENCE_S, (source, 0)) as client:
+        client.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack() + Login(uname, passwd).pack())
+        read = reader_of(client)
+        Selection.parse(read)
+        return LoginStatus.parse(read).status
+
+
+class Guessing(unittest.TestCase):
+    """The throttle, in force."""
+
+    def setUp(self):
+        quiet = logging.NullHandler()                       # these lines are not for whoever runs the tests
+        logging.getLogger("socks5").addHandler(quiet)
+        self.addCleanup(logging.getLogger("socks5").removeHandler, quiet)
+
+    def test_late_then_refused_unseen_and_only_for_that_address(self):
+        pauses = []
+        with running(user=(("bob", "x"),)) as server, mock.patch.object(
+                Handler, "pause", lambda handler, seconds: pauses.append(seconds)):
+            for number in range(7):
+                self.assertEqual(login(server.server_address, b"bob", b"%d" % number, "127.0.0.66"), 1)
+            self.assertEqual(pauses, [0, 0, 0, 1, 2, 4, 4])
+            with mock.patch.object(server.users, "check", side_effect=AssertionError("looked at")), \
+                    self.assertLogs("socks5", "WARNING") as logs:
+                self.assertEqual(login(server.server_address, b"bob", b"x", "127.0.0.66"), 1)
+                self.assertEqual(logs.records[0].getMessage(), "auth_failed client=127.0.0.66 user='bob'")
+            self.assertEqual(login(server.server_address, b"bob", b"x", "127.0.0.67"), 0)
+
+    def test_success_clears(self):
+        pauses = []
+        with running(user=(("bob", "x"),)) as server, mock.patch.object(
+                Handler, "pause", lambda handler, seconds: pauses.append(seconds)):
+            for passwd, status in ((b"1", 1), (b"2", 1), (b"3", 1), (b"x", 0),
+                                   (b"4", 1), (b"5", 1), (b"6", 1), (b"7", 1)):
+                self.assertEqual(login(server.server_address, b"bob", passwd), status)
+        self.assertEqual(pauses, [0, 0, 0, 0, 0, 0, 1])
+
+    def test_who_leaves_is_not_waited_for(self):
+        for name, options, leave in (("reset", {}, reset), ("deadline", {"handshake_timeout": 1}, read_to_end)):
+            with self.subTest(name), mock.patch.multiple(throttle, LATE_AFTER=0, LATE_S=3 * PATIENCE_S), \
+                    running(user=(("bob", "x"),), **options) as server, self.assertLogs("socks5", "WARNING") as logs:
+                client = dial(server.server_address)
+                client.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack() + Login(b"bob", b"y").pack())
+                wait_until(lambda: logs.records)
+                self.assertEqual(len(server.sessions), 1, "the answer is late")
+                leave(client)
+                wait_until(lambda: not len(server.sessions))
+                client.close()
+
+    def test_whose_failures_count_together(self):
+        for one, other, together in (("192.0.2.1", "192.0.2.1", True), ("192.0.2.1", "192.0.2.2", False),
+                                     ("2001:db8:0:1::1", "2001:db8:0:1:ffff::2", True),
+                                     ("2001:db8:0:1::1", "2001:db8:0:2::1", False), ("::1", "0.0.0.1", False)):
+            with self.subTest((one, other)):
+                self.assertEqual(subscriber(ip_address(one)) == subscriber(ip_address(other)), together)
+
+
+class TheLogLine(unittest.TestCase):
+    def banned(self, log):
+        """What fail2ban would: the date is cut out, then the expression is matched."""
+        regex = re.compile(FAILREGEX.replace("<HOST>", HOST))
+        lines = (re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "", line) for line in log)
+        return [found.group("host") for found in map(regex.search, lines) if found]
+
+    def test_fail2ban(self):
+        forged = b"' 2030-01-01 00:00:00,000 WARNING auth_failed client=10.6.6.6 user='x"
+        with target() as destination, spawned("-u", "bob:x") as server:
+            where = ("127.0.0.1", server.port)
+            connect_through(server.port, *destination, user=(b"bob", b"x")).close()
+            names = (b"bob", b"it's", b'say "it\'s"', b"\r\n2030 WARNING auth_failed client=10.6.6.6 user='x'", forged,
+                     b"\xff\xe2\x80\xa8", b"n" * 255)
+            for number, name in enumerate(names):
+                self.assertEqual(login(where, name, b"never shown", "127.0.7.%d" % number), 1)
+            server.wait_line("session client=127.0.7.%d:" % (len(names) - 1))
+            self.assertEqual(self.banned(server.log), ["127.0.7.%d" % number for number in range(len(names))])
+            self.assertIn("auth_failed client=127.0.7.0 user='bob'", "\n".join(server.log))
+            self.assertNotIn("never shown", "\n".join(server.log))
+
+
+def readme_example(word):
+    """What the Python block of README.rst defines that has `word` in it."""
+    blocks = (ROOT / "README.rst").read_text(encoding="utf-8").split(".. code-block:: python\n")[1:]
+    block = next(block for block in blocks if word in block)
+    lines = itertools.takewhile(lambda line: not line.strip() or line.startswith(" "), block.split("\n"))
+    names = {"__name__": "readme"}
+    exec(textwrap.dedent("\n".join(lines)), names)
+    return names
+
+
+class OtherMethods(unittest.TestCase):
+    """A program that embeds the package brings a method of its own; README.rst shows it."""
+
+    def test_a_private_one(self):
+        by_token = readme_example("def by_token")["by_token"]
+        with target() as destination, running(user=(("bob", "x"),)) as server, \
+                self.assertLogs("socks5", "INFO") as logs:
+            server.methods = {0x80: by_token, **server.methods}
+            with self.subTest("right"), dial(server.server_address) as client:
+                client.sendall(Greeting(b"\x02\x80").pack() + b"\x0aopensesame"
+                               + Request(Cmd.CONNECT, address(*destination)).pack() + b"early")
+                read = reader_of(client)
+                self.assertEqual(read(3), b"\x05\x80\x01")
+                self.assertEqual(Reply.parse(read).rep, Rep.SUCCEEDED)
+                self.assertEqual(read(5), b"early")
+                client.shutdown(socket.SHUT_WR)
+                wait_until(lambda: logs.output)
+                self.assertIn("user='alibaba' cmd=CONNECT", logs.output[0])
+            with self.subTest("wrong"), dial(server.server_address) as client:
+                client.sendall(Greeting(b"\x80").pack() + b"\x01x")
+                self.assertEqual(read_to_end(client), b"\x05\x80\x00")
+            with self.subTest("ours as before"):
+                connect_through(server.server_address, *destination, user=(b"bob", b"x")).close()
+            with self.subTest("none that is acceptable"), dial(server.server_address) as client:
+                client.sendall(Greeting(b"\x00\x81").pack())
+                self.assertEqual(read_to_end(client), b"\x05\xff")
+
+
+class Starting(unittest.TestCase):
+    def test_a_bad_file_is_one_line_and_2(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "users")
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(open(path, "w")).write("bob:hunter2\n")
+            status, out, err = run_cli("-p", "0", "--users", path)
+        self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+        self.assertIn(path + ":1: ", err)
+        self.assertNotIn("hunter2", err)
+
+
+if __name__ == "__main__":
+    unittest.main()
