@@ -12,14 +12,9 @@ import threading
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
-
-from .server import home
-
 from .net import listeners as listening
-
-from .protocol import trace
-
 from .process import supervisor as workers
+from .protocol import trace
 from .access.users import Users, line_for
 from .access.check import report, warnings
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
@@ -161,7 +156,7 @@ def serve(config: Config) -> int:
     if count > 1:
         workers.Supervisor(config, listeners, count, access).run(ready)
     else:
-        with Server(config, listeners=listeners, home=home.make(), access=access) as server:
+        with Server(config, listeners=listeners, access=access) as server:
             hurry = obey_signals(server)
             ready()
             workers.run(server, hurry)

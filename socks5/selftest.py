@@ -18,7 +18,6 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 from . import client
 
-from .server import home
 
 from .net import listeners as listening
 
@@ -34,7 +33,7 @@ PATIENCE_S = 10.0               # for one step, which takes milliseconds on loop
 BULK = bytes(range(256)) * 256  # 64 KiB
 FEW_SESSIONS = 1000             # a limit below is worth a word
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
-AWAY = ("advertise", "out", "upstream", "proxy_protocol", "status")    # options that speak of other machines or ports
+AWAY = ("advertise",)                   # options that speak of other machines
 
 Play = Callable[["Stage"], str]
 
@@ -281,7 +280,7 @@ def lacking(ipv6: bool) -> Iterator[str]:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cpus == 1:
         yield "one CPU: more than one worker would gain nothing"
-    elif home.has_gil() and not hasattr(os, "fork"):
-        yield "no fork: one process serves everybody, and its threads take turns at one of %d CPUs" % cpus
+    elif not hasattr(os, "fork"):
+        yield "no fork: one process serves all clients, and its threads take turns at one of %d CPUs" % cpus
     if not hasattr(socket, "TCP_DEFER_ACCEPT"):
         yield "no TCP_DEFER_ACCEPT (Linux): every client costs a thread from the start, the silent ones, too"

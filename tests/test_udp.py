@@ -173,7 +173,7 @@ class Bursts(unittest.TestCase):
             with listener.accept()[0] as ours, udp_socket() as sock:
                 with Association(ours, "127.0.0.1", (), (), Names(), lambda *_: True) as association:
                     thread = threading.Thread(target=association.run, args=(idle_s,), daemon=True)
-                    sock.connect((str(association.bnd.host), association.bnd.port))
+                    sock.connect((str(association.bnd.ip), association.bnd.port))
                     try:
                         yield association, sock, thread.start
                     finally:
@@ -342,7 +342,7 @@ class Whom(unittest.TestCase):
         with running() as server, remote() as where, dial(server.server_address) as control, udp_socket() as sock:
             negotiate(control)
             reply = ask(control, Cmd.UDP_ASSOCIATE, "10.9.8.7", 9)
-            sock.sendto(Datagram(address(*where), b"hello").pack(), (str(reply.bnd.host), reply.bnd.port))
+            sock.sendto(Datagram(address(*where), b"hello").pack(), (str(reply.bnd.ip), reply.bnd.port))
             self.assertEqual(Datagram.parse(sock.recv(100)), Datagram(address(*where), b"HELLO"))
 
     def test_anybody_may_write_to_the_mapped_port(self):
@@ -591,7 +591,7 @@ class OurSide(unittest.TestCase):
         with running(advertise=("192.0.2.1",)) as server, dial(server.server_address) as control:
             negotiate(control)
             reply = ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0)
-            self.assertEqual((str(reply.bnd.host), bool(reply.bnd.port)), ("192.0.2.1", True))
+            self.assertEqual((str(reply.bnd.ip), bool(reply.bnd.port)), ("192.0.2.1", True))
 
 
 # ---- the end -----------------------------------------------------------------------------------------------------

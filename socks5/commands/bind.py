@@ -18,10 +18,10 @@ from ..protocol.codes import Rep
 from ..config import each_port
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.addresses import advertised, endpoint_of, family_of, IP, ip_of, Sockaddr, Endpoint
-from ..net.resolver import clean, resolve
+from ..net.listeners import tune
+from ..net.resolver import resolve
 from ..net.poller import READ, new_poll
-from ..protocol.fields import text
-from ..protocol.messages import Address
+from ..protocol.fields import Host, text
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +32,14 @@ TAKEN = {errno.EADDRINUSE, errno.EACCES}        # by somebody else, or below 102
 LEFT = getattr(select, "POLLRDHUP", 0)          # Linux: a FIN is told even when we no longer read
 
 
-def expected(dst: Address) -> List[IP]:
-    """Whom the client waits for: every address of DST, or the unspecified one alone for "whoever comes".
-
-    Raises RequestRefused X'04' for a name that does not resolve. Blocks while it is looked up.
+def expected(host: Host, port: int) -> List[IP]:
+    """Whom the client waits for, from a DST in its normal form: every address of it, or the unspecified one for any
+    peer. Raises RequestRefused X'04' for a name that does not resolve. Blocks while it is looked up.
     """
-    if dst == Address(b"", 0):                  # neither address nor port
+    if not host and not port:
         return [IPv4Address(0)]
-    host = clean(dst.host) if isinstance(dst.host, bytes) else dst.host
     peers = resolve(host)
-    if isinstance(host, bytes):                 # a name may resolve to 0.0.0.0: that is nobody, not everybody
+    if isinstance(host, bytes):                 # a name that resolves to 0.0.0.0 is no host, and not any host
         peers = [peer for peer in peers if not peer.is_unspecified]
         if not peers:
             raise RequestRefused(Rep.HOST_UNREACHABLE, "%s resolves to no host" % text(host))
@@ -124,8 +122,7 @@ class Rendezvous:
             raise RequestRefused(rep_of(exc), self.also("cannot accept: %s" % name_of(exc))) from None
         peer = endpoint_of(sockaddr)
         if self.permit(ip_of(sockaddr)) if self.anybody else peer.ip in self.peers:
-            remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            remote.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            tune(remote)
             return remote, peer
         remote.close()
         self.strangers += 1

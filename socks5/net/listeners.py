@@ -1,38 +1,51 @@
-"""The sockets that are listened on, and the descriptors that serving takes."""
+"""The sockets that the server listens on, the options of every TCP socket, and the descriptors that serving takes."""
 from __future__ import annotations
 
 import errno
 import os
 import socket
 from ipaddress import ip_address
-from typing import Any, List, Sequence, Tuple
-
-from ..relay import splice
+from typing import List, Sequence
 
 try:
     import resource
 except ImportError:                     # Windows has no such limit
     resource = None                     # type: ignore[assignment]
 
-BACKLOG = 4096                          # Linux's own most since 5.4 (net.core.somaxconn)
+BACKLOG = 4096                          # Linux's own maximum since 5.4 (net.core.somaxconn)
 DEFER_ACCEPT_S = 1                      # Linux: until the greeting is there, a silent client costs no thread
-REUSE_ADDRESS = os.name == "posix"      # elsewhere it would share the port with whoever comes
-# Listeners, threads in accept() (each has one in hand), log, resolver, kernel pipes.
-SPARE_DESCRIPTORS = 80 + (splice.DESCRIPTORS if splice.available else 0)
+REUSE_ADDRESS = os.name == "posix"      # elsewhere it would share the port with any program that asks for it
+SPARE_DESCRIPTORS = 180                 # listeners, acceptors (each has one in hand), log, resolver, kernel pipes
 DESCRIPTORS_PER_SESSION = 2
 TRIES = 10                              # for a port that is free on every address
 
+# Of both sockets of a tunnel. Urgent data (MSG_OOB) stays in line: recv() stops in front of it, nothing overtakes it.
+OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    (socket.SOL_SOCKET, socket.SO_OOBINLINE),
+)
 
-class Listener(socket.socket):
-    """Accepts like its base, which asks enum for the names of family and type each time."""
 
-    def accept(self) -> Tuple[socket.socket, Any]:
-        fd, client_address = self._accept()                 # type: ignore[attr-defined]    # the C class has it
-        return socket.socket(-1, socket.SOCK_STREAM, 0, fd), client_address     # -1: as the descriptor says
+def tune(sock: socket.socket) -> None:
+    """Set what every TCP connection of ours has. Raises OSError, where a dead socket cannot be set (not Linux)."""
+    for level, name in OPTIONS:
+        sock.setsockopt(level, name, 1)
 
 
 def open_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
-    """A listening socket for each address; those after the first take its port where any was asked for.
+    """bind_all and listen_all in one."""
+    listeners = bind_all(addresses, port)
+    try:
+        listen_all(listeners, BACKLOG)
+    except OSError:
+        close_all(listeners)
+        raise
+    return listeners
+
+
+def bind_all(addresses: Sequence[str], port: int, reuse: bool = REUSE_ADDRESS) -> List[socket.socket]:
+    """A bound socket for each address; those after the first take its port where any was asked for.
 
     "::" takes IPv4 as well, unless an IPv4 address is named too: Linux does not let both have it. Raises OSError with
     the address in `filename`, and leaves nothing open.
@@ -43,7 +56,7 @@ def open_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
         try:
             for text in addresses:
                 dual = text == "::" and all(":" in other for other in addresses)
-                listeners.append(open_one(text, listeners[0].getsockname()[1] if listeners else port, dual))
+                listeners.append(open_one(text, listeners[0].getsockname()[1] if listeners else port, dual, reuse))
             return listeners
         except OSError as exc:
             close_all(listeners)
@@ -52,35 +65,42 @@ def open_all(addresses: Sequence[str], port: int) -> List[socket.socket]:
                 raise
 
 
-def open_one(text: str, port: int, dual: bool) -> socket.socket:
-    """A listening socket; an IPv6 one takes IPv4 as well if it is `dual`."""
+def open_one(text: str, port: int, dual: bool, reuse: bool) -> socket.socket:
+    """A bound socket; an IPv6 one takes IPv4 as well if it is `dual`."""
     host, _, scope = text.partition("%")
     six = ip_address(host).version == 6
-    listener = Listener(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        if REUSE_ADDRESS:
+        if reuse:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if six:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
-        # What is accepted inherits these: saves two system calls a connection.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        tune(listener)                  # on Linux what is accepted inherits this: three system calls less
         if hasattr(socket, "TCP_DEFER_ACCEPT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_S)
         scope_id = socket.if_nametoindex(scope) if scope else 0
         listener.bind((host, port, 0, scope_id) if six else (host, port))
         if not port:
-            # Linux gives a port of its own choice away again when the listener is shut down, which is how our threads
-            # are woken out of accept(): take the same one by its number.
+            # Linux gives a port of its own choice away again when the listener is shut down, which is how acceptors
+            # are woken: take the same port by its number.
             port = listener.getsockname()[1]
             listener.close()
-            return open_one(text, port, dual)
-        listener.listen(BACKLOG)
+            return open_one(text, port, dual, reuse)
         return listener
     except OSError as exc:
         listener.close()
         exc.filename = "%s port %d" % (text, port)
         raise
+
+
+def listen_all(listeners: Sequence[socket.socket], backlog: int) -> None:
+    """Raises OSError with the address in `filename`: another socket listens there already."""
+    for listener in listeners:
+        try:
+            listener.listen(backlog)
+        except OSError as exc:
+            exc.filename = "%s port %d" % listener.getsockname()[:2]
+            raise
 
 
 def close_all(listeners: Sequence[socket.socket]) -> None:

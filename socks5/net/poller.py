@@ -1,17 +1,27 @@
-"""Wait until one of several sockets is ready: poll() where there is one, else select().
+"""Wait until descriptors are ready: epoll where it exists, else poll(), else select().
 
-select.select() itself raises for descriptors from 1024 up, which is about 500 tunnels; what socketserver uses is what
-we use. selectors has the same in more general clothes, at some 10 us a turn, which a relay would feel.
+select.select() itself raises ValueError for descriptors from 1024 up, which is about 500 tunnels. The selectors module
+has the same in a more general form; it costs 10 us a turn, which a relay loop feels, and hides a hang-up from callers
+that did not ask for reading. Events are the numbers of poll(2) everywhere.
+
+Two kinds: `new_poll()` for a thread that waits for a few descriptors of its own, `new_poller()` for an event loop with
+thousands, to which other threads may add. poll(2), epoll(7), select(2).
 """
 from __future__ import annotations
 
 import select
+import socket
 from typing import Dict, List, Optional, Tuple, Union
 
-# The numbers of poll(2), the same wherever there is one.
+# The numbers of poll(2), which are epoll's as well.
 READ = getattr(select, "POLLIN", 0x01)
+URGENT = getattr(select, "POLLPRI", 0x02)       # TCP urgent data: send(..., MSG_OOB) at the other end
 WRITE = getattr(select, "POLLOUT", 0x04)
 BROKEN = getattr(select, "POLLERR", 0x08)
+HANG_UP = getattr(select, "POLLHUP", 0x10)      # closed both ways; reported whether asked for or not, like BROKEN
+
+BATCH = 256                                     # events that one epoll_wait() returns at most
+Events = List[Tuple[int, int]]                  # (descriptor, events) pairs
 
 
 class SelectPoll:
@@ -28,59 +38,85 @@ class SelectPoll:
     def unregister(self, fd: int) -> None:
         del self._wanted[fd]
 
-    def poll(self, timeout_ms: Optional[float] = None) -> List[Tuple[int, int]]:
-        readers = [fd for fd, events in self._wanted.items() if events & READ]
-        writers = [fd for fd, events in self._wanted.items() if events & WRITE]
-        # Windows tells of a connect that failed in the third set only.
-        ready = select.select(readers, writers, writers, None if timeout_ms is None else timeout_ms / 1000)
+    def poll(self, timeout_ms: Optional[float] = None) -> Events:
+        wanted = list(self._wanted.items())
+        readers = [fd for fd, events in wanted if events & READ]
+        writers = [fd for fd, events in wanted if events & WRITE]
+        # Windows reports a connect that failed in the third set only; elsewhere that set is for urgent data.
+        others = sorted({*writers, *(fd for fd, events in wanted if events & URGENT)})
+        ready = select.select(readers, writers, others, None if timeout_ms is None else timeout_ms / 1000)
         found: Dict[int, int] = {}
         for fds, event in zip(ready, (READ, WRITE, BROKEN)):
             for fd in fds:
+                if event == BROKEN and self._wanted.get(fd, 0) & URGENT:
+                    event = URGENT
                 found[fd] = found.get(fd, 0) | event
         return list(found.items())
 
 
 def new_poll() -> "Union[select.poll, SelectPoll]":
+    """For one thread and the few descriptors that it waits for. poll() takes milliseconds."""
     return select.poll() if hasattr(select, "poll") else SelectPoll()
 
 
-class Watch:
-    """What is wanted of two descriptors; speaks to the poll object only when that changes.
+class EpollPoller:
+    """For an event loop. Any thread may register a descriptor, and a wait that is under way takes notice of it."""
 
-    One of which nothing is wanted stays registered with no events, because a reset is reported all the same; unless it
-    is closed both ways, which would be reported without end: then mute() it.
-    """
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self.register = self._epoll.register        # (fd, events)
+        self.modify = self._epoll.modify
+        self.unregister = self._epoll.unregister
 
-    __slots__ = ("first", "second", "poll", "wanted", "muted")
+    def poll(self, timeout_s: float) -> Events:
+        return self._epoll.poll(timeout_s, BATCH)
 
-    def __init__(self, first: int, second: int) -> None:
-        self.first = first
-        self.second = second
-        self.poll = new_poll()
-        self.wanted = (-1, -1)              # of each; -1: not registered
-        self.muted = -1
-
-    def want(self, first: int, second: int) -> None:
-        if (first, second) != self.wanted:
-            self.wanted = (self._want(self.first, first, self.wanted[0]),
-                           self._want(self.second, second, self.wanted[1]))
-
-    def mute(self, fd: int) -> None:
-        """Forget it until something is wanted of it again."""
-        self.poll.unregister(fd)
-        self.muted = fd
-        self.wanted = (-1, self.wanted[1]) if fd == self.first else (self.wanted[0], -1)
-
-    def _want(self, fd: int, events: int, before: int) -> int:
-        if before == -1:
-            if fd == self.muted and not events:
-                return -1
-            self.poll.register(fd, events)
-        elif events != before:
-            self.poll.modify(fd, events)
-        return events
+    def close(self) -> None:
+        self._epoll.close()
 
 
-def new_epoll() -> "select.epoll":
-    """For very many descriptors, of which few are ready. Linux only."""
-    return select.epoll()
+class PollPoller:
+    """The same by poll() or select(), which read the descriptors when they begin: a wait under way is interrupted."""
+
+    def __init__(self) -> None:
+        self._poll = new_poll()
+        self._waiting = False
+        self._woken, self._waker = socket.socketpair()
+        for sock in (self._woken, self._waker):
+            sock.setblocking(False)
+        self._poll.register(self._woken.fileno(), READ)
+
+    def register(self, fd: int, events: int) -> None:
+        self._poll.register(fd, events)
+        if self._waiting:
+            try:
+                self._waker.send(b"\0")
+            except BlockingIOError:                 # so many are unread that it wakes up anyway
+                pass
+
+    def modify(self, fd: int, events: int) -> None:
+        self._poll.modify(fd, events)
+
+    def unregister(self, fd: int) -> None:
+        self._poll.unregister(fd)
+
+    def poll(self, timeout_s: float) -> Events:
+        self._waiting = True
+        try:
+            ready = self._poll.poll(timeout_s * 1000)
+        finally:
+            self._waiting = False
+        mine = self._woken.fileno()
+        if any(fd == mine for fd, _events in ready):
+            self._woken.recv(4096)
+            return [pair for pair in ready if pair[0] != mine]
+        return ready
+
+    def close(self) -> None:
+        self._woken.close()
+        self._waker.close()
+
+
+def new_poller() -> Union[EpollPoller, PollPoller]:
+    """For an event loop with thousands of descriptors. poll() takes seconds."""
+    return EpollPoller() if hasattr(select, "epoll") else PollPoller()

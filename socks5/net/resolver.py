@@ -61,10 +61,12 @@ def clean(name: bytes) -> Host:
     return ascii_name
 
 
-def name_in(host: Host) -> Optional[bytes]:
-    """The name that a request goes by, in ASCII; None for an address, or nothing. Raises RequestRefused as `clean`."""
-    host = clean(host) if isinstance(host, bytes) and host else host
-    return host if isinstance(host, bytes) and host else None
+def normalise(host: Host) -> Host:
+    """A host in the one form that is judged and looked up: an IP address (IPv4-mapped as IPv4), or a `clean` name.
+
+    Raises RequestRefused X'04' as `clean`."""
+    host = clean(host) if isinstance(host, bytes) else host
+    return host if isinstance(host, bytes) else unmapped(host)
 
 
 def resolve(host: Host) -> List[IP]:
@@ -72,10 +74,9 @@ def resolve(host: Host) -> List[IP]:
 
     IPv4 in an IPv6 coat (::ffff:192.0.2.1) comes out as IPv4. Raises RequestRefused X'04' when nothing is found.
     """
-    if isinstance(host, bytes):
-        host = clean(host)
+    host = normalise(host)
     if not isinstance(host, bytes):
-        return [unmapped(host)]
+        return [host]
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:

@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from functools import partial
 from time import monotonic
@@ -21,13 +20,11 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..access import users as auth
 
-from ..server import home
 
 from ..net import listeners as listening
 from ..access.users import Users
 from ..config import Config, ConfigError
 from ..server.counters import Shared
-from .renewal import Renewal
 from ..access.rules import Rules
 from ..server.server import Server
 from ..access.throttle import Throttle
@@ -56,24 +53,15 @@ def number(asked: int) -> int:
     if not hasattr(os, "fork"):
         return 1
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not home.has_gil():
-        cpus = 1                # threads alone use every CPU
     return asked or min(cpus, MOST_BY_DEFAULT)
 
 
 def run(server: Server, hurry: threading.Event) -> None:
     """Serve until stop(), then drain; `hurry` ends the drain at once."""
-    server.chores.append(partial(ask_in_turn, server, sys.getswitchinterval()))
     server.serve_forever()
     aborted = server.drain(server.config.drain_timeout, hurry)
     if aborted:
         log.warning("stopped with %d sessions cut off", aborted)
-
-
-def ask_in_turn(server: Server, least_s: float) -> None:
-    """Every thread that waits for the GIL wakes up in each switch interval to ask for it. When the tunnels of a crowd
-    all end at once, thousands of them keep a CPU busy with asking: the more there are, the longer the interval."""
-    sys.setswitchinterval(max(least_s, len(server.sessions) * SWITCH_S))
 
 
 class Worker:
@@ -213,7 +201,7 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ORDERS, signal.SIGCHLD})
             for sock in [supervisors, self.wakeup, self.waker, *[other.channel for other in self.workers.values()]]:
                 sock.close()
-            server = self.make(self.config, listeners=self.listeners, home=home.make(row), counts=self.shared.row(row),
+            server = self.make(self.config, listeners=self.listeners, counts=self.shared.row(row),
                                access=self.access)
             server.throttle = self.throttle
             status = RENEWED if work(server, channel) else 0
@@ -265,13 +253,11 @@ def heard(line: bytes) -> Tuple[str, List[Any]]:
 def work(server: Server, channel: socket.socket) -> bool:
     """Serve as the supervisor's orders say. True when it ends to make way for a fresh one."""
     hurry = threading.Event()
-    renewal = Renewal(server)
-    server.chores.append(renewal.look)
     server.throttle.tell = partial(report, channel)
     threading.Thread(target=obey, args=(server, channel, hurry), daemon=True).start()
     with server:
         run(server, hurry)
-    return renewal.leaving
+    return False
 
 
 def report(channel: socket.socket, origin: str, *facts: Any) -> None:

@@ -1,6 +1,6 @@
-"""Bytes from one socket to another by way of a pipe in the kernel, never copied into this process.
+"""Move bytes from one socket to another through a pipe in the kernel, without a copy into this process.
 
-Linux, Python 3.10 and newer; elsewhere `available` is false and relay.py copies. It knows descriptors, not sockets.
+Linux, Python 3.10 and newer; elsewhere `available` is false and pipe.py copies. Knows descriptors, not sockets.
 splice(2), pipe(7).
 """
 from __future__ import annotations
@@ -17,47 +17,56 @@ except ImportError:                     # Windows
 else:
     available = hasattr(os, "splice")
 
-PIPE_BYTES = 1 << 20                    # the most an ordinary user may ask for (fs.pipe-max-size)
-MOST_PIPES = 48                         # all users' pipes together may hold 64 MiB (fs.pipe-user-pages-soft)
-DESCRIPTORS = 2 * MOST_PIPES            # what they may take from the sessions
+PIPE_BYTES = 1 << 20                    # the largest that an ordinary user may ask for (fs.pipe-max-size)
+MAX_PIPES = 48                          # all pipes of a user together may hold 64 MiB (fs.pipe-user-pages-soft)
+DESCRIPTORS = 2 * MAX_PIPES             # what they may take from the sessions
 _splice: Any = getattr(os, "splice", None)
 F_SETPIPE_SZ = 1031                     # fcntl has the name from Python 3.10 on
 MOVE_NONBLOCK = 0x01 | 0x02             # SPLICE_F_MOVE, SPLICE_F_NONBLOCK: a full or empty pipe is EAGAIN
 
 
 class KernelPipe:
-    """One fill takes at most PIPE_BYTES. `held` is how many it has."""
+    """One fill() takes at most PIPE_BYTES; `held` is how many bytes it holds."""
 
     __slots__ = ("held", "_out", "_into")
-    live = 0
+    live = 0                            # of this process
     _lock = threading.Lock()
 
     def __init__(self) -> None:
-        """Raises OSError when there is none to be had: too many of ours, no descriptors, the user's share used up."""
+        """Raises OSError when there is none: MAX_PIPES reached, no descriptors, the user's pipe memory used up."""
         with self._lock:
-            if KernelPipe.live >= MOST_PIPES:
+            if KernelPipe.live >= MAX_PIPES:
                 raise OSError(errno.EMFILE, "%d kernel pipes in use" % KernelPipe.live)
             KernelPipe.live += 1
         self.held = 0
         self._out = self._into = -1
         try:
             self._out, self._into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            fcntl.fcntl(self._into, F_SETPIPE_SZ, PIPE_BYTES)       # a small pipe would be worse than copying
+            fcntl.fcntl(self._into, F_SETPIPE_SZ, PIPE_BYTES)       # a small pipe would be slower than copying
         except OSError:
             self.close()
             raise
 
     def fill(self, source: int) -> int:
-        """Take what is there, of a descriptor that does not block; 0 at EOF. Raises OSError as recv does."""
+        """Take what a non-blocking descriptor has. 0 and BlockingIOError both mean "ask recv()": at urgent data
+        splice() stops with either of them, whatever else has come. Raises OSError as recv does."""
         taken: int = _splice(source, self._into, PIPE_BYTES, flags=MOVE_NONBLOCK)
         self.held += taken
         return taken
 
     def empty(self, sink: int) -> int:
-        """Give what fits, to a descriptor that does not block. Raises OSError as send does."""
+        """Give a non-blocking descriptor what fits. Raises OSError as send does."""
         given: int = _splice(self._out, sink, self.held, flags=MOVE_NONBLOCK)
         self.held -= given
         return given
+
+    def read(self) -> bytes:
+        """Take back what it holds: then it is empty."""
+        pieces = []
+        while self.held:
+            pieces.append(os.read(self._out, self.held))
+            self.held -= len(pieces[-1])
+        return b"".join(pieces)
 
     def close(self) -> None:
         for fd in (self._out, self._into):

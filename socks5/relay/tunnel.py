@@ -1,273 +1,156 @@
-"""Move bytes both ways between two connected sockets.
+"""Both directions between a client and its remote: a state machine that never waits.
 
-Knows no SOCKS and never logs. Half-close is passed on, so a client may shut its sending side and still read; a reset on
-one side becomes a reset on the other, so that a cut-off download never looks complete.
+The owner (loop.py) waits for events and calls `handle`; `interest` says which events to wait for. There is no thread,
+no log and no SOCKS in here, so that it can be tested with plain events, in every order.
 
-Nothing blocks in here: a blocking send in one direction deadlocks with a peer that answers while it is still being
-sent to. A Pipe per direction reads only while it holds nothing and writes only while it holds something: that is the
-whole of backpressure, and of half-close. A direction that is busy goes through the kernel (splice.py) until it falls
-quiet.
+Half-close is passed on: a client may shut its sending side down and still read. A reset on one side becomes a reset on
+the other, so that a download which was cut off never looks complete. Urgent data stays urgent, and in its place.
 """
 from __future__ import annotations
 
-import os
 import socket
-import struct
-from typing import Callable, List, Optional, Tuple, Union
+from typing import Any, Tuple
 
-from . import splice
-from ..net.poller import READ, WRITE, Watch
+from ..net.poller import HANG_UP, READ, URGENT, WRITE
+from .pipe import Broken, Pipe, error_of, reset_on_close
 
-CHUNK_BYTES = 1 << 16                       # one read; an idle tunnel holds none
-QUIET_S = 0.5                               # after which a kernel pipe is given back; and how late abort() may be seen
-RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # SO_LINGER on, for 0 s: close() sends RST
-DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)       # spares small tunnels from making their sockets non-blocking
-
-
-def reset_on_close(sock: socket.socket) -> None:
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
-    except OSError:                         # it is dead already, which is as good
-        pass
-
-
-class Broken(Exception):
-    """The connection called `side` ("client" or "remote") failed while bytes were moved."""
-
-    def __init__(self, side: str, error: OSError) -> None:
-        super().__init__(side, error)
-        self.side = side
-        self.error = error
-
-
-class Pipe:
-    """One direction: what was read from `source` and not yet taken by `sink`.
-
-    held    bytes in hand: in `chunk`, or in the kernel pipe where there is one
-    total   bytes that the sink has taken
-    done    the source said EOF, and nothing is in hand
-    full    the last read filled its buffer, so there is more, and a kernel pipe pays
-    """
-
-    __slots__ = ("source", "sink", "names", "chunk", "kernel", "held", "total", "done", "full")
-
-    def __init__(self, source: socket.socket, sink: socket.socket, names: Tuple[str, str], early: bytes = b"") -> None:
-        self.source = source
-        self.sink = sink
-        self.names = names
-        self.chunk: Union[bytes, memoryview] = early
-        self.kernel: Optional[splice.KernelPipe] = None
-        self.held = len(early)
-        self.total = 0
-        self.done = False
-        self.full = False
-
-    def fill(self) -> bool:
-        """The source is readable, and nothing is in hand: take what is there and pass on what fits, or note the EOF.
-
-        True when the loop has to think: a rest in hand, the EOF, or more to come. Raises Broken.
-        """
-        try:
-            if self.kernel:
-                self.held = self.kernel.fill(self.source.fileno())
-            else:
-                self.chunk = self.source.recv(CHUNK_BYTES, DONTWAIT)
-                self.held = len(self.chunk)
-                self.full = self.held == CHUNK_BYTES
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError as exc:
-            raise Broken(self.names[0], exc) from None
-        if not self.held:
-            self.done = True
-            return True
-        self.drain()
-        return self.held > 0 or self.full
-
-    def drain(self) -> None:
-        """Pass on what the sink takes of what is in hand. Raises Broken."""
-        try:
-            if self.kernel:
-                sent = self.kernel.empty(self.sink.fileno())
-            else:
-                sent = self.sink.send(self.chunk, DONTWAIT)
-                self.chunk = memoryview(self.chunk)[sent:] if sent < self.held else b""
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as exc:
-            raise Broken(self.names[1], exc) from None
-        self.held -= sent
-        self.total += sent
-
-    def promote(self) -> bool:
-        """Go through the kernel from now on, where it can be had. Both sockets must not block. Nothing is in hand."""
-        try:
-            self.kernel = splice.KernelPipe()
-        except OSError:
-            return False
-        self.full = False
-        return True
-
-    def demote(self) -> None:
-        if self.kernel:
-            self.kernel.close()
-            self.kernel = None
+CLIENT, REMOTE = 0, 1                   # the two sides
+INCOMING = READ | URGENT                # what a source is asked for
+FAILED = ~(READ | URGENT | WRITE)       # a hang-up or an error, which poll() and epoll report without being asked
+UNREGISTERED = -1                       # in the place of events
+BUSY_READS = 4                          # full reads in a row (256 KiB) that make a tunnel busy
 
 
 class Tunnel:
-    """The two pipes between a client and its remote. `run` in the thread that owns both sockets; closing them is
-    the owner's, afterwards.
+    """A client, a remote, and a Pipe for each direction. Both sockets are the owner's, who closes them by close().
 
-    idle_s, half_closed_s   how long nothing may move, before and after one side said EOF; 0 is for ever
-    on_bulk                 told True when the thread turns to bulk work, and False when that is over
-    ended_by                "client" or "remote", who said EOF or broke first; else "idle", "half-closed", or what
-                            abort said
-    why                     the error that ended it, or ""
+    session         whatever the owner wants to find again
+    up, down        client to remote, remote to client
+    idle_s          seconds without a byte after which the tunnel ends, 0 for never; half_closed_s after the first EOF
+    moved_at        when a byte was last moved, by time.monotonic()
+    watched         the events for which the loop has registered each side; UNREGISTERED for none
+    hung_up         the sides that are closed both ways, as bits 1 (client) and 2 (remote)
+    lent            a thread of its own has it: the loop must not touch it
+    aborted         set by another thread: the tunnel is to end, for this reason
+    ended           it is over, and `close` may be called
+    ended_by        "client" or "remote", which said EOF or failed first; "idle", "half-closed", or why it was aborted
+    why             the error that ended it, or ""
     """
 
-    __slots__ = ("client", "remote", "up", "down", "idle_s", "half_closed_s", "on_bulk", "ended_by", "why", "aborted")
+    __slots__ = ("session", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched", "hung_up",
+                 "lent", "aborted", "ended", "ended_by", "why")
 
-    def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", early_down: bytes = b"",
-                 idle_s: float = 0, half_closed_s: float = 0, on_bulk: Optional[Callable[[bool], None]] = None) -> None:
-        """`early` are bytes of the client's that were read before the tunnel stood, `early_down` the remote's."""
+    def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", idle_s: float = 0,
+                 half_closed_s: float = 0, session: Any = None) -> None:
+        """`early` is what the client has sent behind its request."""
+        self.session = session
         self.client = client
         self.remote = remote
-        self.up = Pipe(client, remote, ("client", "remote"), early)
-        self.down = Pipe(remote, client, ("remote", "client"), early_down)
+        self.up = Pipe(client, remote, "client", "remote", early)
+        self.down = Pipe(remote, client, "remote", "client")
         self.idle_s = idle_s
         self.half_closed_s = half_closed_s
-        self.on_bulk = on_bulk
+        self.moved_at = 0.0
+        self.watched = (UNREGISTERED, UNREGISTERED)
+        self.hung_up = 0
+        self.lent = False
+        self.aborted = ""
+        self.ended = False
         self.ended_by = ""
         self.why = ""
-        self.aborted = ""
 
-    def run(self) -> None:
-        """Relay until both sides are done, or the tunnel is. Raises nothing: `ended_by` and `why` tell."""
-        # A socket with a time-out waits for it, whatever the flag says.
-        if not DONTWAIT or self.client.gettimeout() or self.remote.gettimeout():
-            self._make_nonblocking()
-        try:
-            self._loop()
-        except Broken as exc:
-            self.ended_by = self.ended_by or exc.side
-            self.why = "%s: %s" % (exc.side, exc.error.strerror or exc.error)
-            reset_on_close(self.client if exc.side == "remote" else self.remote)
-        finally:
-            self.up.held = self.down.held = 0       # what nobody can take any more
-            self._demote()
-        if self.aborted or self.ended_by in ("idle", "half-closed"):
-            self.ended_by = self.aborted or self.ended_by
-            reset_on_close(self.client)
-            reset_on_close(self.remote)
-
-    def abort(self, why: str) -> None:
-        """End the tunnel from another thread, which must know that the sockets are still open.
-
-        A shut receiving side wakes the loop and sends nothing: closing is still up to the owner, who then resets. A
-        loop that waits only to send is not woken, but looks up every QUIET_S.
-        """
-        self.aborted = why
-        for sock in (self.client, self.remote):
-            reset_on_close(sock)
-            try:
-                sock.shutdown(socket.SHUT_RD)
-            except OSError:
-                pass
-
-    def _loop(self) -> None:
+    def interest(self) -> Tuple[int, int]:
+        """The events to wait for now, of the client and of the remote. 0 still reports a failure; UNREGISTERED is for
+        a side that has nothing more to report."""
         up, down = self.up, self.down
-        watch = Watch(self.client.fileno(), self.remote.fileno())
-        client_fd = watch.first
-        ready: List[Tuple[int, int]] = [(watch.first, WRITE), (watch.second, WRITE)]    # there may be something in hand
-        poll = watch.poll.poll
-        wait_s = quiet_s = 0.0                      # how long to wait now; how long nothing has moved
-        think = True
-        while True:
-            for fd, events in ready:
-                mine, other = (up, down) if fd == client_fd else (down, up)     # whose source, whose sink it is
-                acted = False
-                if events & ~WRITE and not mine.held and not mine.done:
-                    acted = True
-                    if mine.fill():
-                        think = True
-                        if mine.done:
-                            if self.aborted:
-                                return
-                            self._pass_on(mine, other)
-                        elif mine.full and not mine.held and splice.available:
-                            self._promote(mine)
-                if other.held and events & ~READ:
-                    other.drain()
-                    acted = think = True
-                if not acted and events & ~(READ | WRITE):
-                    self._look_at(mine, fd, watch)
-                    think = True
-            if self.aborted or (up.done and down.done):
-                return
-            if think:                               # a ping-pong never comes here
-                watch.want((0 if up.done or up.held else READ) | (WRITE if down.held else 0),
-                           (0 if down.done or down.held else READ) | (WRITE if up.held else 0))
-                wait_s = self._patience(quiet_s)
-            ready = poll(wait_s * 1000 if wait_s else None)
-            think = not ready or quiet_s > 0
-            quiet_s = 0.0 if ready else quiet_s + wait_s
-            if not ready:
-                self._demote()
-                if self._tired(quiet_s):
-                    return
+        client = (0 if up.done or up.held else INCOMING) | (WRITE if down.held else 0)
+        remote = (0 if down.done or down.held else INCOMING) | (WRITE if up.held else 0)
+        if self.hung_up:
+            client = client or (UNREGISTERED if self.hung_up & 1 else 0)
+            remote = remote or (UNREGISTERED if self.hung_up & 2 else 0)
+        return client, remote
 
-    def _limit(self) -> Tuple[float, str]:
+    def handle(self, side: int, events: int, now: float) -> bool:
+        """Move bytes after an event on one side. True when the owner has to look: at `ended`, `busy`, `interest`."""
+        mine, other = (self.up, self.down) if side == CLIENT else (self.down, self.up)
+        try:
+            acted = look = False
+            if events & ~WRITE and not mine.held and not mine.done:
+                filled = mine.fill_urgent() if events & URGENT else mine.fill()
+                if filled is not None:
+                    acted = True
+                    self.moved_at = now
+                    if filled:
+                        look = True
+                        if mine.done:
+                            self._pass_eof_on(mine, other)
+            if other.held and events & ~INCOMING:
+                held = other.held
+                other.drain()
+                if other.held < held:
+                    acted = look = True
+                    self.moved_at = now
+            if events & FAILED and not acted:
+                return self._look_at_failure(mine, side, events)
+            return look
+        except Broken as exc:
+            self._fail(exc)
+            return True
+
+    def busy(self) -> bool:
+        """Whether a direction has so much to move that a thread of its own is worth its price."""
+        return self.up.full >= BUSY_READS or self.down.full >= BUSY_READS
+
+    def limit(self) -> Tuple[float, str]:
+        """The time limit in force, in seconds (0: none), and its name."""
         return (self.half_closed_s, "half-closed") if self.up.done or self.down.done else (self.idle_s, "idle")
 
-    def _patience(self, quiet_s: float) -> float:
-        """How long to wait for the next event, in seconds; 0 is for ever."""
-        limit_s, _name = self._limit()
-        left_s = max(limit_s - quiet_s, 0.001) if limit_s else 0.0
-        if self.up.held or self.down.held or self.up.kernel or self.down.kernel:
-            return min(left_s or QUIET_S, QUIET_S)
-        return left_s
+    def deadline(self) -> float:
+        """When the limit ends it, if no byte moves before."""
+        limit_s, _name = self.limit()
+        return self.moved_at + limit_s if limit_s else float("inf")
 
-    def _tired(self, quiet_s: float) -> bool:
-        limit_s, name = self._limit()
-        if not limit_s or quiet_s < limit_s:
-            return False
-        self.ended_by, self.why = name, "nothing moved for %g s" % limit_s
-        return True
+    def expire(self) -> None:
+        """End it because its deadline has passed."""
+        limit_s, name = self.limit()
+        self.end(name, "nothing moved for %g s" % limit_s)
 
-    def _pass_on(self, pipe: Pipe, other: Pipe) -> None:
-        """EOF on one side becomes FIN on the other, once what was in hand has been delivered."""
-        self.ended_by = self.ended_by or pipe.names[0]
-        if other.done:                      # then both are, and close() says it
+    def end(self, by: str, why: str = "") -> None:
+        """End it by our own decision: both sides are reset."""
+        self.ended, self.ended_by, self.why = True, by, why
+        reset_on_close(self.client)
+        reset_on_close(self.remote)
+
+    def close(self) -> None:
+        """Close the remote and what is in hand; the client's socket is closed with its session."""
+        self.up.close()
+        self.down.close()
+        self.remote.close()
+
+    # ---- the parts ------------------------------------------------------------------------------------------------
+
+    def _pass_eof_on(self, pipe: Pipe, other: Pipe) -> None:
+        """EOF on one side becomes FIN on the other; nothing is in hand, or there would have been no read."""
+        self.ended_by = self.ended_by or pipe.origin
+        if other.done:                      # both are: close() says the rest
+            self.ended = True
             return
         try:
             pipe.sink.shutdown(socket.SHUT_WR)
-        except OSError:                     # the sink has gone, and its own direction will say so
+        except OSError:                     # the sink is dead, and its own direction will say so
             pass
 
-    def _look_at(self, pipe: Pipe, fd: int, watch: Watch) -> None:
-        """A side of which nothing is wanted is broken, or closed both ways, and poll() will say so for ever."""
-        error = pipe.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    def _look_at_failure(self, pipe: Pipe, side: int, events: int) -> bool:
+        """A side of which nothing is wanted has failed; or is closed both ways, which would be reported for ever."""
+        error = error_of(pipe.source)
         if error:
-            raise Broken(pipe.names[0], OSError(error, os.strerror(error)))
-        watch.mute(fd)
+            raise Broken(pipe.origin, error)
+        if events & HANG_UP:
+            self.hung_up |= 1 << side
+        return True
 
-    def _make_nonblocking(self) -> None:
-        for sock in (self.client, self.remote):
-            if sock.gettimeout() != 0:
-                sock.setblocking(False)
-
-    def _promote(self, pipe: Pipe) -> None:
-        """A direction with nothing in hand and much to come: let the kernel carry it."""
-        if not pipe.kernel:
-            self._make_nonblocking()        # splice() has no flag that does it for a socket
-            if pipe.promote() and self.on_bulk:
-                self.on_bulk(True)
-
-    def _demote(self) -> None:
-        """Give kernel pipes back that have nothing in them; at the end, all of them."""
-        had = self.up.kernel or self.down.kernel
-        for pipe in (self.up, self.down):
-            if not pipe.held:
-                pipe.demote()
-        if had and self.on_bulk and not (self.up.kernel or self.down.kernel):
-            self.on_bulk(False)
+    def _fail(self, broken: Broken) -> None:
+        self.ended = True
+        self.ended_by = self.ended_by or broken.side
+        self.why = "%s: %s" % (broken.side, broken.error.strerror or broken.error)
+        reset_on_close(self.client if broken.side == "remote" else self.remote)

@@ -1,35 +1,37 @@
-"""One client, from the first byte to the last: read it next to RFC 1928, from section 3 to section 6.
+"""One client, from the first byte until its tunnel stands: read it next to RFC 1928, from section 3 to section 6.
 
-Deep code raises what the client is to be told; only `handle` answers. The negotiation is blocking code without
-time-outs: the whole of it has one deadline, and Sessions.expire shuts the connection down when that has passed.
+Runs in the thread of an acceptor, or in one of its own. Deep code raises what the client is to be told; only `handle`
+answers. The negotiation is blocking code without time-outs: the whole of it has one deadline, and Sessions.expire shuts
+the connection down when that has passed. When the tunnel stands, the handler hands it over to the relay loop and ends.
 """
 from __future__ import annotations
 
 import logging
 import socket
-from functools import partial
+from functools import cached_property, partial
 from socketserver import StreamRequestHandler
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Set, Type
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Type
 
-from ..access import users as auth
+from ..access import users
+from ..access.rules import Asker, Rules
+from ..access.throttle import Throttle
+from ..access.users import Users
 from ..commands.bind import Rendezvous, expected
-from ..protocol.codes import Cmd, Method, Rep
 from ..commands.connect import connect
-from ..protocol.errors import ProtocolError, RequestRefused, rep_of
-from .inbox import Inbox, linger
-from ..relay.tunnel import Tunnel
-from ..net.addresses import endpoint_of, IP, is_here, Endpoint
-from ..net.resolver import name_in, resolve
-from ..access.rules import Asker
-from .sessions import Session
-from ..protocol.trace import M, Sent
 from ..commands.udp import Association
+from ..config import Config
+from ..net.addresses import IP, Endpoint, endpoint_of, is_here
+from ..net.listeners import tune
 from ..net.poller import new_poll
-from ..protocol.fields import Host, text
+from ..net.resolver import Names, normalise, resolve
+from ..protocol.codes import Cmd, Method, Rep
+from ..protocol.errors import ProtocolError, RequestRefused, rep_of
+from ..protocol.fields import Host
 from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
-
-if TYPE_CHECKING:
-    from .server import Server
+from ..protocol.trace import M, Sent
+from ..relay.tunnel import Tunnel
+from .inbox import Inbox, Outbox, linger
+from .sessions import Session, Sessions
 
 log = logging.getLogger(__name__)
 
@@ -42,33 +44,61 @@ HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnectio
              b"Firefox: Settings, Network Settings, SOCKS Host, SOCKS v5, Proxy DNS when using SOCKS v5).\n")
 
 
-class Handler(StreamRequestHandler):
-    """Serves one client in its own thread."""
+class Service:
+    """What a Handler needs of its server."""
 
-    server: Server
+    config: Config
+    users: Users
+    rules: Rules
+    throttle: Throttle
+    names: Names
+    sessions: Sessions
+    server_address: Any
+    methods: Mapping[int, Callable[[Handler], Optional[bytes]]]     # see MethodTable
+
+    def session_of(self, request: socket.socket, client_address: Any) -> Session:
+        raise NotImplementedError
+
+    def relay(self, tunnel: Tunnel) -> None:
+        raise NotImplementedError
+
+
+class Handler(StreamRequestHandler):
+    """Serves one client until its tunnel stands, or until it has ended without one.
+
+    As StreamRequestHandler documents it; what differs: `rfile` hands over to the tunnel what it has read ahead, and
+    `finish` is called when the tunnel stands, not when the session is over (that is Server.session_ended).
+    """
+
+    server: Service                                             # type: ignore[assignment]
     request: socket.socket
-    session: Session
 
     def setup(self) -> None:
-        """Instead of StreamRequestHandler's: its rfile reads ahead, and hides from the tunnel what it has read."""
         self.connection = self.request
-        self.inbox = Inbox(self.connection)
-        self.session = self.server.sessions[self.request]
-        trace = self.server.trace
-        self.story = trace.begin(self.session.number, self.session.client) if trace else None
+        if self.timeout is not None:
+            self.connection.settimeout(self.timeout)
+        self.rfile = self.inbox = Inbox(self.connection)
+        self.session = self.server.session_of(self.request, self.client_address)
+        self.story = self.session.story
+
+    @cached_property
+    def wfile(self) -> Outbox:                                  # type: ignore[override]
+        return Outbox(self.connection)
+
+    def finish(self) -> None:
+        """Nothing to flush, and nothing to close: both sockets may be the relay loop's by now."""
 
     def handle(self) -> None:
-        """Serve the client until either side is done.                                   RFC 1928 §3 to §6"""
+        """Serve the client until its tunnel stands.                                     RFC 1928 §3 to §6"""
         session = self.session
         try:
             self.negotiate()                                    # §3 METHOD, then its sub-negotiation
             try:
-                request = self.take(Request)                   # §4
+                request = self.take(Request)                    # §4
                 self.server.sessions.negotiated(session)
                 session.cmd, session.dst = request.cmd.name, request.dst
                 session.step("request", cmd=session.cmd, dst=request.dst)
-                self.foresee(request)
-                COMMANDS[request.cmd](self, request)            # §4 CONNECT | BIND | UDP ASSOCIATE
+                COMMANDS[request.cmd](self, request.dst)        # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
                 session.ended_by, session.why = "refused", exc.why
                 self.reply(exc.rep)
@@ -80,15 +110,9 @@ class Handler(StreamRequestHandler):
             if not session.ended_by:                            # else we shut it down: that, not the EOF, is why
                 session.ended_by, session.why = "client", str(getattr(exc, "strerror", None) or exc)
 
-    def finish(self) -> None:
-        facts = self.session.facts()
-        log.info(Session.LINE, facts)
-        if self.story:
-            self.story.end(facts)
-
     def take(self, kind: Type[M]) -> M:
         """The client's next message."""
-        return self.story.take(kind, self.inbox.read) if self.story else kind.parse(self.inbox.read)
+        return self.story.take(kind, self.inbox.read_exactly) if self.story else kind.parse(self.inbox.read_exactly)
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
@@ -100,11 +124,12 @@ class Handler(StreamRequestHandler):
 
     def negotiate(self) -> None:
         """Agree on a METHOD and run its sub-negotiation. Raises ProtocolError when there is nothing to agree on."""
-        if self.inbox.first() != VER:
+        if self.first() != VER:
             self.explain()
         offered = self.take(Greeting).methods
+        self.session.greeted = True
         methods = self.server.methods
-        method = auth.choose(offered, methods)
+        method = users.choose(offered, methods)
         self.session.step("method", offered=offered, chosen=bytes([method]))
         self.send(Selection(method))
         if method not in methods:
@@ -112,8 +137,8 @@ class Handler(StreamRequestHandler):
         self.session.user = methods[method](self)
 
     def explain(self) -> None:
-        """Whoever does not speak SOCKS5 is told so in its own language, where we know it."""
-        first = self.inbox.first()
+        """Tell a client that does not speak SOCKS5 so, in its own protocol where we know it."""
+        first = self.first()
         if first == 0x04:
             self.send(SOCKS4_REFUSAL)
             raise ProtocolError("a SOCKS4 client")
@@ -121,6 +146,13 @@ class Handler(StreamRequestHandler):
             self.send(HTTP_HELP)
             raise ProtocolError("an HTTP client")
         raise ProtocolError("a TLS client" if first == 0x16 else "not SOCKS: first byte 0x%02x" % first)
+
+    def first(self) -> int:
+        """The next byte, which stays to be read. Raises EOFError."""
+        seen = self.inbox.peek()
+        if not seen:
+            raise EOFError("client closed")
+        return seen[0]
 
     def no_authentication(self) -> Optional[bytes]:
         return None
@@ -133,50 +165,51 @@ class Handler(StreamRequestHandler):
                                               partial(server.users.check, *who))
         if not right:
             log.warning("auth_failed client=%(client)s user=%(user)s",       # README.rst: fail2ban looks for it
-                        {"client": str(session.client.ip), "user": text(login.uname)})
+                        {"client": session.client.ip, "user": login.uname})
             session.user = login.uname
             self.pause(late_s)
             self.send(LoginStatus(0x01))
             raise ProtocolError("wrong user name or password")
-        session.step("login", user=text(login.uname))
+        session.step("login", user=login.uname)
         self.send(LoginStatus(0x00))
         return login.uname
 
     # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
 
-    def connect(self, request: Request) -> None:
-        config = self.server.config
-        addresses = self.not_ourselves(request.dst.port, self.permitted(request, resolve(request.dst.host)))
-        remote, address = connect(addresses, request.dst.port, config.connect_timeout, self.connection)
-        with remote:
-            dst = request.dst
-            self.session.reached = Endpoint(address, dst.port)
+    def connect(self, dst: Address) -> None:
+        host, session = self.authorized(Cmd.CONNECT, dst), self.session
+        addresses = self.not_ourselves(dst.port, self.permitted(Cmd.CONNECT, host, dst.port, resolve(host)))
+        remote, ip = connect(addresses, dst.port, self.server.config.connect_timeout, self.connection)
+        with ClosedOnError(remote):
+            session.reached = Endpoint(ip, dst.port)
             try:
-                remote.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                remote.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                tune(remote)
                 bnd = endpoint_of(remote.getsockname())
             except OSError as exc:                              # reset already; Linux leaves that to the tunnel
                 raise RequestRefused(rep_of(exc), "reset by the destination at once") from None
             self.reply(Rep.SUCCEEDED, bnd)
             self.relay(remote)
 
-    def bind(self, request: Request) -> None:
-        config = self.server.config
-        peers = self.permitted(request, expected(request.dst))
-        permit = partial(self.permits_caller, request)
+    def bind(self, dst: Address) -> None:
+        config, session = self.server.config, self.session
+        host = self.authorized(Cmd.BIND, dst)
+        peers = self.permitted(Cmd.BIND, host, dst.port, expected(host, dst.port))
+        permit = partial(self.permits_caller, dst.port)
         with Rendezvous(self.connection, peers, config.bind_ports, config.advertise, permit) as rendezvous:
             self.reply(Rep.SUCCEEDED, rendezvous.bnd)           # the first: where we listen
             remote, peer = rendezvous.wait(config.bind_timeout)
-        with remote:                                            # and the listener is closed: one peer only
-            self.session.reached = peer
+        with ClosedOnError(remote):                             # the listener is closed: one peer only
+            session.reached, session.notes = peer, rendezvous.also("")
             self.inbox.held += rendezvous.early
             self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
             self.relay(remote)
-        self.session.why = rendezvous.also(self.session.why)
 
-    def udp_associate(self, request: Request) -> None:
+    def udp_associate(self, dst: Address) -> None:
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
         config, session = self.server.config, self.session
+        verdict = self.server.rules.foresee(self.asker(Cmd.UDP_ASSOCIATE))
+        if not verdict.allowed:
+            raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
         self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, str(session.client.ip), config.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
@@ -186,28 +219,38 @@ class Handler(StreamRequestHandler):
             association.run(config.udp_idle_timeout)
             session.up, session.down = association.up, association.down
             session.ended_by = session.ended_by or association.ended_by
-            session.why = "; ".join(filter(None, (session.why, association.why, association.summary())))
+            session.why, session.notes = session.why or association.why, association.summary()
+        session.association = None
+
+    def relay(self, remote: socket.socket) -> None:
+        """Hand the tunnel over to the relay loop, which owns both sockets from here on. What the client sent behind
+        its request goes first."""
+        config = self.server.config
+        if self.timeout is not None:
+            self.connection.settimeout(None)
+        self.server.relay(Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout,
+                                 config.half_closed_timeout, self.session))
 
     # ---- may this client do that? ---------------------------------------------------------------------------------
 
     def asker(self, cmd: Cmd) -> Asker:
         return Asker(self.session.client.ip, self.session.user, cmd)
 
-    def foresee(self, request: Request) -> None:
-        """Before anything is looked up. Raises RequestRefused X'02' for what no address could make right."""
-        udp = request.cmd == Cmd.UDP_ASSOCIATE                  # whose destinations come with the datagrams
-        name = None if udp else name_in(request.dst.host)
-        if name is None and not udp:                            # an address, which is judged as such
-            return
-        verdict = self.server.rules.foresee(self.asker(request.cmd), None if udp else request.dst.port, name)
-        if not verdict.allowed:
-            raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+    def authorized(self, cmd: Cmd, dst: Address) -> Host:
+        """DST.ADDR in its normal form: an IP address, or a name in ASCII, b"" for none. Raises RequestRefused: X'04'
+        for what is not a name, X'02' for a name that no address could make right, before anything is looked up."""
+        host = normalise(dst.host) if dst.host or dst.port else b""
+        if isinstance(host, bytes) and host:                    # an address is judged as such
+            verdict = self.server.rules.foresee(self.asker(cmd), dst.port, host)
+            if not verdict.allowed:
+                raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+        return host
 
-    def permitted(self, request: Request, addresses: List[IP]) -> List[IP]:
+    def permitted(self, cmd: Cmd, host: Host, port: int, addresses: List[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
-        asker, name, allowed, why = self.asker(request.cmd), name_in(request.dst.host), [], ""
+        asker, name, allowed, why = self.asker(cmd), host if isinstance(host, bytes) and host else None, [], ""
         for address in addresses:
-            verdict = self.server.rules.judge(asker, address, request.dst.port, name)
+            verdict = self.server.rules.judge(asker, address, port, name)
             if verdict.allowed:
                 allowed.append(address)
             else:
@@ -219,7 +262,7 @@ class Handler(StreamRequestHandler):
     def not_ourselves(self, port: int, addresses: List[IP]) -> List[IP]:
         """Those of `addresses` that do not lead back into this server, where the client would come a second time, as
         one of our own addresses: a rule "from" our network, or a limit for each client, would not know it any more.
-        Who is on this machine may: it gains nothing. Raises RequestRefused X'02' when none is left."""
+        A client on this machine may: it gains nothing. Raises RequestRefused X'02' when none is left."""
         if port != self.server.server_address[1] or self.session.client.ip.is_loopback:
             return addresses
         others = [address for address in addresses if not is_here(address)]
@@ -227,35 +270,22 @@ class Handler(StreamRequestHandler):
             raise RequestRefused(Rep.NOT_ALLOWED, "%s is this proxy itself" % addresses[0])
         return others
 
-    def permits_caller(self, request: Request, peer: IP) -> bool:
-        """For a BIND that expects nobody in particular: may this one come?"""
-        return self.server.rules.judge(self.asker(Cmd.BIND), peer, request.dst.port).allowed
+    def permits_caller(self, port: int, peer: IP) -> bool:
+        """For a BIND that accepts any peer: may this one connect?"""
+        return self.server.rules.judge(self.asker(Cmd.BIND), peer, port).allowed
 
     def permits_datagram(self, address: Optional[IP], port: int, host: Host) -> bool:
         """May this client's datagrams go there? Without an address: is it worth looking up? Logs once for each rule."""
-        asker, name, rules = self.asker(Cmd.UDP_ASSOCIATE), name_in(host), self.server.rules
+        asker, rules = self.asker(Cmd.UDP_ASSOCIATE), self.server.rules
+        name = normalise(host) if isinstance(host, bytes) else None
+        name = name if isinstance(name, bytes) else None
         verdict = rules.judge(asker, address, port, name) if address else rules.foresee(asker, port, name)
         if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:
             self.told.add(verdict.where)
             log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", {
-                "client": str(self.session.client), "user": self.session.facts()["user"],
-                "dst": str(Address(address or host, port)), "why": ascii("denied by %s" % verdict.where)})
+                "client": self.session.client, "user": self.session.user, "dst": Address(address or host, port),
+                "why": "denied by %s" % verdict.where})
         return verdict.allowed
-
-    def unsupported(self, request: Request) -> None:
-        raise RequestRefused(Rep.COMMAND_NOT_SUPPORTED, "CMD %s" % request.cmd.phrase)
-
-    def relay(self, remote: socket.socket, early_down: bytes = b"") -> None:
-        """Tunnel until both sides are done. What the client sent behind its request goes first."""
-        config, sessions = self.server.config, self.server.sessions
-        tunnel = Tunnel(self.connection, remote, self.inbox.rest(), early_down,
-                        config.idle_timeout, config.half_closed_timeout,
-                        self.server.home.on_bulk if self.server.home else None)
-        sessions.attach(self.session, tunnel)
-        try:
-            tunnel.run()
-        finally:
-            sessions.detach(self.session)
 
     # ---- §6: answers ----------------------------------------------------------------------------------------------
 
@@ -264,20 +294,34 @@ class Handler(StreamRequestHandler):
         self.send(Reply(rep, Address(*bnd) if bnd else UNSPECIFIED))
 
     def pause(self, seconds: float) -> None:
-        """Wait; not for one who has left, or been shut down."""
+        """Wait, unless the client has left or was shut down."""
         if seconds:
             poll = new_poll()
             poll.register(self.connection.fileno(), 0)          # what is told unasked: a hang-up, an error
             poll.poll(seconds * 1000)
 
 
-COMMANDS: Dict[Cmd, Callable[[Handler, Request], None]] = {
+class ClosedOnError:
+    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+        if kind:
+            self.sock.close()
+
+
+COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {
     Cmd.CONNECT: Handler.connect,
     Cmd.BIND: Handler.bind,
     Cmd.UDP_ASSOCIATE: Handler.udp_associate,
 }
 
-# METHOD to the code of its sub-negotiation, which gives the user's name or raises ProtocolError.
+# METHOD to the code of its sub-negotiation, which returns the user's name or raises ProtocolError.
 MethodTable = Dict[int, Callable[[Handler], Optional[bytes]]]
-ANYBODY: MethodTable = {Method.NO_AUTHENTICATION: Handler.no_authentication}
+ANONYMOUS: MethodTable = {Method.NO_AUTHENTICATION: Handler.no_authentication}
 BY_PASSWORD: MethodTable = {Method.USERNAME_PASSWORD: Handler.username_password}

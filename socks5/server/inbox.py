@@ -1,48 +1,93 @@
 """What a client sends before its tunnel stands, exactly as much as is asked for, and how to part from it afterwards.
 
-Knows no SOCKS. Nothing that was read is ever lost: `rest` gives the tunnel what came behind the request.
+Knows no SOCKS. Nothing that was read is ever lost: `rest` gives the tunnel what came behind the request. Blocking; used
+by the thread that serves the client.
 """
 from __future__ import annotations
 
+import io
 import socket
 from time import monotonic
+from typing import Any
 
 READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
 LINGER_BYTES = 1 << 16      # and how much of it
 
 
-class Inbox:
-    """What the client sends, exactly as much as is asked for; the rest stays for the tunnel."""
+class Inbox(io.BufferedIOBase):
+    """The handler's rfile: a buffered reader whose buffer can be taken over by the tunnel.
 
-    __slots__ = ("sock", "held")
+    A reader of io's own would do; but nothing says how much it has read ahead without reading on.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.held = b""
 
-    def read(self, size: int) -> bytes:
+    def readable(self) -> bool:
+        return True
+
+    def read_exactly(self, size: int) -> bytes:
         """Exactly `size` bytes. Raises EOFError when the client closes before."""
         held = self.held
         while len(held) < size:
-            held = self.held = held + self._receive()
+            data = self.sock.recv(READ_BYTES)       # one call a message, not one a field
+            if not data:
+                raise EOFError("client closed")
+            held = self.held = held + data
         self.held = held[size:]
         return held[:size]
 
-    def first(self) -> int:
-        """The next byte, which stays to be read."""
-        self.held = self.held or self._receive()
-        return self.held[0]
+    def peek(self, size: int = 1) -> bytes:
+        """What is in hand, or else what comes next, without taking it; b"" at the end."""
+        if not self.held:
+            self.held = self.sock.recv(READ_BYTES)
+        return self.held
+
+    def read(self, size: Any = -1) -> bytes:
+        """As io.BufferedIOBase: up to `size` bytes, fewer only at the end; all until the end for None or -1."""
+        held = self.held
+        while size is None or size < 0 or len(held) < size:
+            data = self.sock.recv(READ_BYTES)
+            if not data:
+                break
+            held += data
+        end = len(held) if size is None or size < 0 else size
+        self.held = held[end:]
+        return held[:end]
+
+    def read1(self, size: int = -1) -> bytes:
+        """At most one recv()."""
+        held = self.peek()
+        end = len(held) if size < 0 else size
+        self.held = held[end:]
+        return held[:end]
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[:len(data)] = data
+        return len(data)
 
     def rest(self) -> bytes:
-        piece, self.held = self.held, b""
-        return piece
+        """Take what is in hand."""
+        rest, self.held = self.held, b""
+        return rest
 
-    def _receive(self) -> bytes:
-        data = self.sock.recv(READ_BYTES)       # one call a message, not one a field
-        if not data:
-            raise EOFError("client closed")
-        return data
+
+class Outbox(io.BufferedIOBase):
+    """The handler's wfile, as StreamRequestHandler has it: unbuffered, and write() sends all."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sock.sendall(data)
+        with memoryview(data) as view:
+            return view.nbytes
 
 
 def linger(sock: socket.socket) -> None:

@@ -1,138 +1,168 @@
-"""The ThreadingTCPServer: listen, accept, cap, expire, drain.
+"""The ThreadingTCPServer: listen, accept, limit, hand over to the relay loop, drain.
 
-Every connection gets a Handler in a thread of its own, which waited in accept() for it or is new. The hooks are
-socketserver's (get_request, verify_request, process_request, service_actions, shutdown_request, handle_error) and may
-be overridden as there.
+Every connection gets a Handler, in the acceptor's thread that accepted it or in one of its own. When its tunnel stands,
+the relay loop has it. The session ends in one place, `end_session`, whichever thread comes there.
 """
 from __future__ import annotations
 
 import errno
 import logging
+import queue
 import socket
 import threading
 from collections import deque
 from functools import partial
 from socketserver import BaseServer, ThreadingTCPServer
 from time import monotonic, sleep
-from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
-from ..net import listeners as listening
-
-from . import acceptors as spares
-
-from ..protocol import trace
+from ..access.rules import Rules
+from ..access.throttle import Throttle
 from ..access.users import Users
 from ..config import Config, ConfigError
-from .counters import Counts
-from ..protocol.errors import name_of
-from .handler import ANYBODY, BY_PASSWORD, Handler
-from .home import Home
-from .lobby import Lobby
+from ..net import listeners as net_listeners
 from ..net.addresses import Endpoint, endpoint_of, subscriber
-from ..net.resolver import Names
-from ..access.rules import Rules
-from .sessions import Full, Sessions
-from .table import Table
-from ..access.throttle import Throttle
 from ..net.poller import READ, new_poll
+from ..net.resolver import Names
+from ..protocol import trace
+from ..protocol.errors import name_of
+from ..relay.loop import Loop, peek
+from ..relay.tunnel import Tunnel
+from . import acceptors
+from .counters import Counts
+from .handler import ANONYMOUS, BY_PASSWORD, Handler, Service
+from .sessions import Full, Session, Sessions
+from .table import Table
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25                           # how late a handshake's deadline may be noticed
-STACK_BYTES = 256 * 1024                # address space, not memory; getaddrinfo wants some 100 KiB of it
-CROWD = 64                              # negotiating at once: from then on the silent ones get no thread
+MANY_NEGOTIATING = 64                   # at once: from then on a silent newcomer gets no thread
 COMPLAIN_EVERY_S = 60.0
 REST_S = 0.1                            # without it, accept() at the descriptor limit spins
+MAX_UNTOLD = 1000                       # sessions for which session_ended is due; then acceptors wait for it
 REFUSED = "refused client=%(client)s why=%(why)s"
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-class Server(ThreadingTCPServer):
+class Server(ThreadingTCPServer, Service):
     """A SOCKS5 server.
 
         with Server(Config(port=0)) as server:
             print(server.server_address)
             server.serve_forever()          # until server.shutdown() in another thread
 
-    Listens from the start: raises OSError (with the address in `filename`) when it cannot, ConfigError for a bad file.
-    `server_address` is the first address, `addresses` are all of them. `methods` maps each METHOD, best first, to its
-    sub-negotiation.
+    Raises OSError (with the address in `filename`) when it cannot listen, ConfigError for a bad file.
+
+    To call: serve_forever, handle_request, shutdown, server_close, fileno as in socketserver; stop, soon, reload, drain.
+
+    To override, as in socketserver; the thread that calls it in brackets:
+        server_bind, server_activate    the sockets of config.listen are bound, and listened on [that makes the Server]
+        service_actions                 every poll_interval seconds [serve_forever]
+        get_request                     accept a connection [an acceptor, or serve_forever where there are none]
+        verify_request                  may this client talk to us? The default asks --allow-from [the same]
+        process_request                 admit the session, then serve it [the same]
+        finish_request, handle_error    make the handler; a bug in it [the acceptor, or a thread of the connection]
+        shutdown_request                the handler has ended. Nothing happens to a session that has a tunnel [the same]
+        close_request                   the session is over: close the client's socket [the same, or the relay loop]
+        session_ended                   not in socketserver: once for every session that was admitted, however it
+                                        ended, one after the other [a thread for this alone]
+
+    Attributes: `config`, `sessions`; `server_address` is the first address, `addresses` are all of them; `methods` has
+    each METHOD, best first, to its sub-negotiation; request_queue_size, allow_reuse_address and timeout as in
+    socketserver.
+
+    What differs from socketserver: the first argument is a Config, which has the addresses; so address_family and
+    socket_type mean nothing. `socket` is the first of several listening sockets. block_on_close is false: server_close
+    ends the sessions that are left. shutdown() may be called before serve_forever().
     """
 
     daemon_threads = True
-    block_on_close = False                  # our own set of live sessions is drained instead
-    allow_reuse_address = listening.REUSE_ADDRESS
-    request_queue_size = listening.BACKLOG
+    block_on_close = False
+    allow_reuse_address = net_listeners.REUSE_ADDRESS
+    request_queue_size = net_listeners.BACKLOG
 
-    def __init__(self, config: Optional[Config] = None, handler: Type[Handler] = Handler,
-                 listeners: Sequence[socket.socket] = (), home: Optional[Home] = None,
+    def __init__(self, config: Optional[Config] = None, RequestHandlerClass: Callable[..., Any] = Handler,
+                 bind_and_activate: bool = True, *, listeners: Sequence[socket.socket] = (),
                  counts: Optional[Counts] = None, access: Optional[Tuple[Users, Rules]] = None) -> None:
-        """`listeners` are open already where several processes share them, `access` is read; `home` is the CPU to stay
-        on, and `counts` what they know of one another's sessions."""
+        """`listeners` are open already where several processes share them, and `counts` what these know of one
+        another's sessions; `access` is read already."""
         self.config = config or Config()
-        self.home = home
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = trace.opened(self.config.trace)
         self.throttle = Throttle()
         self.names = Names()
-        self.methods = dict(BY_PASSWORD if self.users else ANYBODY)
-        listening.raise_descriptor_limit()
+        self.methods = dict(BY_PASSWORD if self.users else ANONYMOUS)
+        net_listeners.raise_descriptor_limit()
         self.sessions = Sessions(self.config.max_sessions or float("inf"), self.config.handshake_timeout,
                                  self.config.max_per_client, self.config.max_negotiating, counts,
-                                 float("inf") if self.config.max_sessions else listening.session_limit())
+                                 float("inf") if self.config.max_sessions else net_listeners.session_limit())
         self.table = Table()
-        self.listeners = list(listeners) or listening.open_all(self.config.listen, self.config.port)
         self._wakeup, self._waker = socket.socketpair()
-        self.socket = self.listeners[0]
-        BaseServer.__init__(self, self.socket.getsockname(), handler)
         self._stopping = threading.Event()
-        self._due: Deque[Callable[[], object]] = deque()        # for serve_forever to do
         self._stopped = threading.Event()
         self._stopped.set()
+        self._due: Deque[Callable[[], object]] = deque()        # for serve_forever to do
         self._complained: Dict[str, float] = {}
         self._lock = threading.Lock()
-        self._spares = spares.Spares(self.listeners, self.accept_from) if spares.available else None
-        self.chores: List[Callable[[], None]] = [self.sessions.expire] + ([home.look] if home else [])
-        self.lobby = Lobby(self) if spares.available else None      # whoever says nothing yet
+        self._loop: Optional[Loop] = None                       # made when first needed: not before a fork
+        self._untold: "queue.Queue[Optional[Session]]" = queue.Queue()
+        self._teller: Optional[threading.Thread] = None
+        self._accepting: Optional[socket.socket] = None         # where there are no acceptors: what is ready
+        self.listeners: List[socket.socket] = list(listeners)
+        BaseServer.__init__(self, (self.config.listen[0], self.config.port), RequestHandlerClass)
+        try:
+            if not listeners and bind_and_activate:
+                self.server_bind()
+                self.server_activate()
+            elif listeners:
+                self.socket, self.server_address = listeners[0], listeners[0].getsockname()
+        except BaseException:
+            self.server_close()
+            raise
+        self._acceptors = acceptors.Acceptors(self.listeners if acceptors.available else [], self._accept_one)
+
+    def server_bind(self) -> None:
+        self.listeners = net_listeners.bind_all(self.config.listen, self.config.port, self.allow_reuse_address)
+        self.socket = self.listeners[0]
+        self.server_address = self.socket.getsockname()
+
+    def server_activate(self) -> None:
+        net_listeners.listen_all(self.listeners, self.request_queue_size)
 
     @property
     def addresses(self) -> List[Endpoint]:
         return [endpoint_of(listener.getsockname()) for listener in self.listeners]
 
-    # ---- the loop -------------------------------------------------------------------------------------------------
+    # ---- the thread of serve_forever ------------------------------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
         """Serve until shutdown(). Calls service_actions() every poll_interval seconds at the least."""
         self._stopped.clear()
-        threading.stack_size(STACK_BYTES)
-        if self.home:
-            self.home.settle()
+        self.relay_loop()
         poll = new_poll()
         poll.register(self._wakeup.fileno(), READ)
-        if self.lobby:
-            poll.register(self.lobby.fileno(), READ)
         by_fd = {listener.fileno(): listener for listener in self.listeners}
         for fd, listener in by_fd.items():
-            listener.setblocking(bool(self._spares))
-            if not self._spares:
+            listener.setblocking(acceptors.available)
+            if not acceptors.available:
                 poll.register(fd, READ)
-        if self._spares:
-            self._spares.serve()
+        self._acceptors.serve()
         try:
             while not self._stopping.is_set():
-                if self._spares:
-                    self._spares.refill()
+                self._acceptors.refill()
                 for fd, _events in poll.poll(poll_interval * 1000):
-                    if fd in by_fd:
-                        self.accept_from(by_fd[fd])
-                    elif fd == self._wakeup.fileno():
+                    self._accepting = by_fd.get(fd)
+                    if self._accepting:
+                        self._accept_one()
+                    else:
                         self._wakeup.recv(64)               # or serving again after shutdown() would spin
-                    elif self.lobby:
-                        self.lobby.let_out()
+                self.sessions.expire()
+                while self._due:
+                    self._due.popleft()()
                 self.service_actions()
         finally:
-            if self._spares:
-                self._spares.release(self.request_queue_size)
+            self._acceptors.release(self.request_queue_size)
             self._stopping.clear()
             self._stopped.set()
 
@@ -151,16 +181,6 @@ class Server(ThreadingTCPServer):
         """Make serve_forever return, and wait for it: for another thread than the one that serves."""
         self.stop()
         self._stopped.wait()
-
-    def leave(self) -> bool:
-        """Accept nobody any more, unless somebody has just come; other processes go on with the same listeners."""
-        return bool(self._spares and self._spares.leave())
-
-    def service_actions(self) -> None:
-        for chore in self.chores:
-            chore()
-        while self._due:
-            self._due.popleft()()
 
     def soon(self, action: Callable[[], object]) -> None:
         """Have serve_forever do it. A signal handler may call this."""
@@ -183,25 +203,27 @@ class Server(ThreadingTCPServer):
         log.info("reloaded users=%(users)d rules=%(rules)d", {"users": len(self.users.names), "rules": len(self.rules)})
         return True
 
-    # ---- one connection -------------------------------------------------------------------------------------------
+    # ---- one connection, from accept to its handler -----------------------------------------------------------------
 
-    def accept_from(self, listener: socket.socket) -> None:
-        """Accept one connection and serve it, or have it served."""
+    def _accept_one(self) -> None:
+        """Accept one connection and serve it, or have it served. Raises nothing."""
+        while self._untold.qsize() > MAX_UNTOLD:                # an overridden session_ended is slow
+            sleep(REST_S)
         covered = True
         try:
-            request, client_address = self.get_request(listener)
+            request, client_address = self.get_request()
         except OSError:
             return
         finally:
-            if self._spares:
-                covered = self._spares.accepted(listener)
+            if self._acceptors.listener():
+                covered = self._acceptors.accepted()
         try:
             if not covered:
                 raise RuntimeError("can't start new thread")
-            if not self.verify_request(request, client_address):
-                self.shutdown_request(request)
-            elif not self.waits(request, client_address):
+            if self.verify_request(request, client_address):
                 self.process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
         except (RuntimeError, MemoryError, OSError) as exc:
             self.refuse(client_address, "no thread", "no thread: %s" % exc)
             self.shutdown_request(request)
@@ -209,67 +231,81 @@ class Server(ThreadingTCPServer):
             self.handle_error(request, client_address)
             self.shutdown_request(request)
 
-    def get_request(self, listener: Optional[socket.socket] = None) -> Tuple[socket.socket, Any]:
+    def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept one connection. When resources have run out, rest a little before raising."""
+        listener = self._acceptors.listener()
         try:
-            request, client_address = (listener or self.socket).accept()
+            request, client_address = (listener or self._accepting or self.socket).accept()
         except OSError as exc:
             if exc.errno in EXHAUSTED:
                 self.complain("accept", "accept_failed errno=%(errno)s sessions=%(sessions)d",
                               {"errno": name_of(exc), "sessions": len(self.sessions)})
                 sleep(REST_S)
             raise
-        if not self._spares:                                    # or it inherits what the listener has
+        if not listener:                                        # or it has inherited all this
             request.setblocking(True)
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            request.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            net_listeners.tune(request)
         return request, client_address
 
-    def waits(self, request: socket.socket, client_address: Any) -> bool:
-        """Whether it is left in the lobby, because it is silent and there is a crowd."""
-        crowd = self.sessions.negotiating > CROWD
-        return bool(crowd and self.lobby and self.lobby.enter(request, client_address))
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        client = endpoint_of(client_address)
+        if self.rules.admits(client.ip):
+            return True
+        log.info(REFUSED, {"client": client, "why": "not in --allow-from"})
+        return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve it in this thread if that is what this thread waited for, else in a new one."""
-        if self._spares and self._spares.here():
+        """Serve it in this thread if it is an acceptor, else in a new one; in neither while it says nothing and many
+        others negotiate."""
+        try:
+            session = self.session_of(request, client_address)
+        except Full as exc:
+            self.refuse(client_address, exc.limit, str(exc))
+            self.shutdown_request(request)
+            return
+        if self.sessions.negotiating > MANY_NEGOTIATING and peek(request) is None:
+            try:
+                self.relay_loop().watch(request, partial(self._newcomer, session, client_address))
+                return
+            except (OSError, ValueError):                       # the system has no more to give: a thread, then
+                pass
+        if self._acceptors.listener():
             self.process_request_thread(request, client_address)
         else:
             super().process_request(request, client_address)
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """As socketserver does it, but __init__, which serves, runs as a method: calling the class would put another
-        frame on the C stack for as long as the tunnel stands, and with it another page."""
-        if isinstance(self.RequestHandlerClass, type):
-            kind: Any = self.RequestHandlerClass
-            kind.__init__(kind.__new__(kind), request, client_address, self)
-        else:                                                   # a functools.partial, say
-            super().finish_request(request, client_address)
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        client = endpoint_of(client_address)
-        ip = client.ip
-        if not self.rules.admits(ip):
-            log.info(REFUSED, {"client": str(client), "why": "'not in --allow-from'"})
-            return False
+    def _newcomer(self, session: Session, client_address: Any, said: bool) -> None:
+        """In the relay loop's thread: a silent newcomer has said something, or left."""
         try:
-            self.sessions.admit(request, client, subscriber(ip))
-        except Full as exc:
-            self.refuse(client_address, exc.limit, str(exc))
-            return False
-        return True
+            if said:
+                super().process_request(session.sock, client_address)
+                return
+            session.ended_by = session.ended_by or "client"     # unless it was shut down, and that is why
+            session.why = session.why or ("client closed" if session.ended_by == "client" else "")
+        except (RuntimeError, MemoryError) as exc:
+            self.refuse(client_address, "no thread", "no thread: %s" % exc)
+            session.ended_by, session.why = "server", str(exc)
+        self.end_session(session)
 
-    def shutdown_request(self, request: Any) -> None:
-        """Every request ends here: out of the registry first, then closed. FIN or RST is the handler's choice."""
-        self.sessions.remove(request)
-        request.close()
+    def session_of(self, request: socket.socket, client_address: Any) -> Session:
+        """The session of a connection, admitted now if it was not before. Raises Full."""
+        session = self.sessions.get(request)
+        if not session:
+            client = endpoint_of(client_address)
+            session = self.sessions.admit(request, client, subscriber(client.ip))
+            if self.trace:
+                session.story = self.trace.begin(session.number, client)
+        return session
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("bug while serving %s", endpoint_of(client_address))
+        session = self.sessions.get(request)
+        if session:
+            session.ended_by, session.why = "server", "a bug of the server"
+        log.exception("bug while serving %s", str(endpoint_of(client_address)))
 
     def refuse(self, client_address: Any, about: str, why: str) -> None:
         """Say that this client is turned away before it is heard, for want of something of ours."""
-        self.complain(about, REFUSED, {"client": str(endpoint_of(client_address)), "why": ascii(why)})
+        self.complain(about, REFUSED, {"client": endpoint_of(client_address), "why": why})
 
     def complain(self, about: str, line: str, facts: Dict[str, Any]) -> None:
         """A warning that would come with every connection: once a minute is enough, for each thing it is about."""
@@ -281,24 +317,102 @@ class Server(ThreadingTCPServer):
         if due:
             log.warning(line, facts)
 
+    # ---- from its handler to the end of the session -----------------------------------------------------------------
+
+    def relay_loop(self) -> Loop:
+        """The relay loop of this process, started when it is first needed. Raises RuntimeError without a thread."""
+        with self._lock:
+            if self._loop is None:
+                loop = Loop(self._tunnel_ended, partial(log.exception, "bug in the relay loop"))
+                loop.start()
+                self._loop = loop
+            return self._loop
+
+    def relay(self, tunnel: Tunnel) -> None:
+        """Hand a tunnel over. Raises OSError, and has not, when the loop cannot take it."""
+        session: Session = tunnel.session
+        session.tunnel = tunnel
+        try:
+            (self._loop or self.relay_loop()).adopt(tunnel)
+        except BaseException:
+            session.tunnel = None
+            raise
+
+    def _tunnel_ended(self, tunnel: Tunnel) -> None:
+        """In the relay loop's thread."""
+        session: Session = tunnel.session
+        session.up, session.down = tunnel.up.total, tunnel.down.total
+        session.ended_by, session.why = tunnel.ended_by, tunnel.why
+        tunnel.close()
+        session.tunnel = tunnel.session = None
+        self.end_session(session)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The handler has ended, or there was none."""
+        session = self.sessions.get(request)
+        if not session:
+            self.close_request(request)
+        elif not session.tunnel:
+            self.end_session(session)
+
+    def close_request(self, request: Any) -> None:
+        """FIN or RST is decided already."""
+        request.close()
+
+    def end_session(self, session: Session) -> None:
+        """The session is over: the line in the log, the registry, the socket, the hook."""
+        if self.sessions.get(session.sock) is not session:
+            return
+        facts = session.facts()
+        log.info(Session.LINE, facts)
+        if session.story:
+            session.story.end(facts)
+        self.sessions.remove(session)
+        self.close_request(session.sock)
+        if type(self).session_ended is not Server.session_ended:
+            self._tell(session)
+
+    def session_ended(self, session: Session) -> None:
+        """To override: what is to be done with a session that is over. No traffic waits for it."""
+
+    def _tell(self, session: Session) -> None:
+        """Have session_ended called by a thread that does nothing else."""
+        with self._lock:
+            self._untold.put(session)
+            if self._teller is None:
+                self._teller = threading.Thread(target=self._tell_all, name="session_ended", daemon=True)
+                self._teller.start()
+
+    def _tell_all(self) -> None:
+        for session in iter(self._untold.get, None):
+            try:
+                self.session_ended(session)
+            except Exception:
+                log.exception("bug in session_ended")
+
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def server_close(self) -> None:
-        """Stop listening, and end whatever is still live."""
+        """Stop listening, and end the sessions that are left."""
         self.drain(0)
-        self._wakeup.close()
+        if self._loop:
+            self._loop.stop("server stopped")
+        if self._teller:
+            self._untold.put(None)
+            self._teller.join(COMPLAIN_EVERY_S)
         if self.trace:
             self.trace.close()
+        self._wakeup.close()
         self._waker.close()
 
     def drain(self, timeout_s: float, hurry: Optional[threading.Event] = None) -> int:
         """Stop listening, give sessions timeout_s to finish, then abort the rest. How many were aborted."""
-        listening.close_all(self.listeners)
-        if self.lobby:
-            self.lobby.close()
+        net_listeners.close_all(self.listeners)
         if self.sessions.wait_empty(timeout_s, hurry or threading.Event()):
             return 0
         aborted = len(self.sessions)
         self.sessions.abort("server stopped")
+        if self._loop:
+            self._loop.abort_all("server stopped")
         self.sessions.wait_empty(1.0, threading.Event())
         return aborted

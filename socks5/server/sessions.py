@@ -1,7 +1,8 @@
-"""Who is connected: the registry that caps, expires, aborts and counts sessions.
+"""The registry of live sessions: it limits, expires, evicts, aborts and counts them.
 
-A session lives from accept to close. Its socket belongs to the thread that serves it; everybody else may only shut it
-down, through here and under the lock, so that nobody ever touches a descriptor that was closed and used again.
+A session lives from accept to close. Its sockets belong to the thread that serves it, or to the relay loop; every other
+thread may only shut them down, through here and under the lock, so that it never touches a descriptor that was closed
+and used again. Any thread may call this.
 """
 from __future__ import annotations
 
@@ -9,63 +10,72 @@ import itertools
 import logging
 import socket
 import threading
-from collections import defaultdict
+from collections import Counter
 from time import monotonic
-from typing import TYPE_CHECKING, Callable, Dict, Hashable, Iterator, List, Optional, Tuple, TypeVar, Union
+from typing import Any, Dict, Hashable, Iterator, List, Optional, Tuple
 
-from .counters import Counts, Shared
-from ..protocol.fields import text
-from ..protocol.messages import Address
+from ..commands.udp import Association
 from ..net.addresses import Endpoint
+from ..protocol.messages import Address
+from ..relay.tunnel import Tunnel
+from .counters import Counts, Shared
 
-if TYPE_CHECKING:
-    from ..relay.tunnel import Tunnel               # a neighbour, which is only held and told to end
-    from ..commands.udp import Association            # the same
-
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-GRACE_S = 1.0           # nobody is called silent before: whoever is fast is never in the way
+GRACE_S = 1.0           # a newcomer is not evicted before
 NO_LIMIT = float("inf")
-LEAVING = 32            # whoever was shut down holds one of the spare descriptors until its thread has noticed
+MAX_LEAVING = 32        # evicted sessions that still hold a descriptor, one of the spare ones
 
 
 class Session:
-    """What there is to know about one client, for the log and for whoever watches."""
+    """What is known of one client, for the log, the table and the limits.
+
+    number      unlike any other session's, also in other processes
+    origin      what shares one limit: an IPv4 address, an IPv6 /64
+    reached     the address that answered (CONNECT) or called (BIND)
+    rep         the name of the last reply's REP
+    up, down    bytes from the client and to it, once the session is over; `moved` knows them before
+    ended_by    "client", "remote", or the reason why we ended it; `why` is the error behind it
+    notes       what is to be added to `why`
+    """
 
     __slots__ = ("number", "client", "origin", "sock", "started", "user", "cmd", "dst", "reached", "rep", "tunnel",
-                 "association", "up", "down", "ended_by", "why", "leaving")
+                 "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight", "story")
 
     def __init__(self, client: Endpoint, origin: Hashable, sock: socket.socket) -> None:
-        self.number = 0                             # it has one as soon as it is let in
+        self.number = 0                             # until it is admitted
         self.client = client
         self.origin = origin
         self.sock = sock
         self.started = monotonic()
         self.user: Optional[bytes] = None
-        self.cmd = ""                               # "" until the request is there
+        self.cmd = ""                               # until the request is there
         self.dst: Optional[Address] = None
-        self.reached: Optional[Endpoint] = None      # the address that answered, or called
-        self.rep = ""                               # of the last reply
+        self.reached: Optional[Endpoint] = None
+        self.rep = ""
         self.tunnel: Optional[Tunnel] = None
         self.association: Optional[Association] = None
         self.up = 0
         self.down = 0
         self.ended_by = ""
         self.why = ""
-        self.leaving = False                        # shut down to make room
+        self.notes = ""
+        self.greeted = False                        # its greeting is here: it speaks SOCKS5
+        self.leaving = False                        # evicted, and its thread has not noticed yet
+        self.weight = 1                             # how many sessions it counts as
+        self.story: Any = None                      # the trace of this session
 
-    # The order in which a session's facts stand in the log; a fact that there is not is "-".
+    # The order in which a session's facts stand in the log.
     LINE = ("session client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s reached=%(reached)s rep=%(rep)s "
             "up=%(up)d down=%(down)d seconds=%(seconds).3f ended=%(ended)s why=%(why)s")
 
-    def facts(self) -> Dict[str, Union[str, int, float]]:
-        dst = str(self.dst or "-")
-        return {"client": str(self.client), "user": "-" if self.user is None else text(self.user),
-                "cmd": self.cmd or "-", "dst": dst,
-                "reached": str(self.reached or "-"), "rep": self.rep or "-",
-                "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
-                "ended": self.ended_by.replace(" ", "-") or "-", "why": ascii(self.why) if self.why else "-"}
+    def facts(self) -> Dict[str, Any]:
+        """Typed: the formatter of the log decides how they look. None is for a fact that there is not."""
+        up, down = self.moved()
+        return {"client": self.client, "user": self.user, "cmd": self.cmd or None, "dst": self.dst,
+                "reached": self.reached, "rep": self.rep or None, "up": up, "down": down,
+                "seconds": monotonic() - self.started, "ended": self.ended_by.replace(" ", "-") or None,
+                "why": "; ".join(filter(None, (self.why, self.notes))) or None}
 
     def moved(self) -> Tuple[int, int]:
         """Bytes up and down until now."""
@@ -74,10 +84,15 @@ class Session:
             return tunnel.up.total, tunnel.down.total
         return (association.up, association.down) if association else (self.up, self.down)
 
+    def idle_s(self, now: float) -> Optional[float]:
+        """For how many seconds no byte was relayed; None before there is a relay."""
+        relay = self.tunnel or self.association
+        return max(0.0, now - max(relay.moved_at, self.started)) if relay else None
+
     def state(self) -> str:
         """What it is doing, in a word."""
         tunnel = self.tunnel
-        if self.ended_by or (tunnel and tunnel.aborted):
+        if self.ended_by or (tunnel and (tunnel.ended or tunnel.aborted)):
             return "closing"
         if tunnel:
             return "half-closed" if tunnel.up.done or tunnel.down.done else "relaying"
@@ -88,8 +103,7 @@ class Session:
     def step(self, word: str, **facts: object) -> None:
         """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
         if log.isEnabledFor(logging.DEBUG):
-            said = {name: fact.hex() or "-" if isinstance(fact, bytes) else str(fact) for name, fact in facts.items()}
-            said = dict(client=str(self.client), **said)
+            said = dict(client=self.client, **facts)
             log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
 
 
@@ -104,27 +118,27 @@ class Full(Exception):
 class Sessions:
     """The live sessions, by their client's socket.
 
-    most              of them at once, in all processes; and `most_here`, in this one
-    most_per_origin   of these from one origin, 0 for any number; an origin is who shares one limit: an IPv4 address, an
-                      IPv6 /64
-    most_negotiating  before their request. Beyond it, and when there is no room at all, the origin with most of them
-                      loses the one that has been at it longest: silence crowds out nobody but the silent.
+    maximum          sessions at once in all processes; and `maximum_here`, in this one. The last tenth is kept for
+                     origins that hold less than a tenth, so that a newcomer is served while one address holds the rest
+    per_origin       sessions at once of one origin, 0 for any number
+    negotiating_max  sessions before their request. Beyond it, and when the maximum is reached, a connection that has
+                     not sent a greeting is evicted (if there is none, one in mid-login): the oldest of the origin that
+                     has most of these
     """
 
-    def __init__(self, most: float, handshake_s: float, most_per_origin: int = 0, most_negotiating: int = 0,
-                 counts: Optional[Counts] = None, most_here: float = NO_LIMIT) -> None:
-        self.most = most
-        self.most_here = most_here
+    def __init__(self, maximum: float = NO_LIMIT, handshake_s: float = 0, per_origin: int = 0,
+                 negotiating_max: int = 0, counts: Optional[Counts] = None, maximum_here: float = NO_LIMIT) -> None:
+        self.maximum = maximum
+        self.maximum_here = maximum_here
+        self.per_origin = per_origin
+        self.negotiating_max = negotiating_max
         self.handshake_s = handshake_s
-        self.most_per_origin = most_per_origin
-        self.most_negotiating = most_negotiating
-        self._counts = counts or Shared(1).row(0)
         self._lock = threading.Lock()
+        self._counts = counts or Shared(1).row(0)
         self._live: Dict[socket.socket, Session] = {}
-        self._negotiating: Dict[Session, None] = {}     # the oldest, whose deadline comes first, first
-        self._negotiating_of: Dict[Hashable, Dict[Session, None]] = defaultdict(dict)
-        self.peak = 0                                   # most there have been
-        self._leaving = 0                               # shut down to make room, and not gone yet
+        self._negotiating: Dict[Session, None] = {}         # in the order in which they came
+        self._weight = 0                                    # of all live sessions
+        self._leaving = 0
 
     def __len__(self) -> int:
         return len(self._live)
@@ -137,104 +151,101 @@ class Sessions:
         with self._lock:
             return iter(list(self._live.values()))
 
-    def with_sockets(self, session: Session, ask: Callable[[List[socket.socket]], Optional[T]]) -> Optional[T]:
-        """What ask() says of its TCP connections, which nobody can close meanwhile; None when they are closed."""
-        with self._lock:
-            if session.sock not in self._live:
-                return None
-            return ask([session.sock, session.tunnel.remote] if session.tunnel else [session.sock])
-
     def __getitem__(self, sock: socket.socket) -> Session:
         return self._live[sock]
+
+    def get(self, sock: socket.socket) -> Optional[Session]:
+        return self._live.get(sock)
+
+    # ---- in and out -----------------------------------------------------------------------------------------------
 
     def admit(self, sock: socket.socket, client: Endpoint, origin: Hashable = None) -> Session:
         """A new session. Raises Full when there is no room for it."""
         session = Session(client, client.ip if origin is None else origin, sock)
         with self._lock:
-            mine = self._counts.of(session.origin) if self.most_per_origin else 0
-            if 0 < self.most_per_origin <= mine:
-                raise Full("max-per-client", "%d reached by %s" % (self.most_per_origin, session.origin))
-            if 0 < self.most_negotiating <= len(self._negotiating):
-                self._make_room()
-            here, leaving = len(self._live), self._leaving and min(self._leaving, LEAVING)
-            full = (here - leaving >= self.most_here
-                    or self.most < NO_LIMIT and self._counts.live() - leaving >= self.most)
-            if full and not (self._leaving < LEAVING and self._make_room()):
-                raise Full("max-sessions", "%d reached" % min(self.most, self.most_here))
+            if 0 < self.per_origin <= self._counts.of(session.origin):
+                raise Full("max-per-client", "%d reached by %s" % (self.per_origin, session.origin))
+            if 0 < self.negotiating_max <= len(self._negotiating):
+                self._evict()
+            if self._full(session.origin, 1) and not (self._leaving < MAX_LEAVING and self._evict()):
+                raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
             session.number = self._counts.number()
             self._live[sock] = session
-            self.peak = here + 1 if here >= self.peak else self.peak
+            self._weight += 1
             self._counts.add(session.origin, 1)
             self._negotiating[session] = None
-            self._negotiating_of[session.origin][session] = None
         return session
 
-    def _make_room(self) -> bool:
-        """Shut down the longest negotiating session of the origin that has most of them, unless it is new as well."""
-        if not self._negotiating:
+    def _full(self, origin: Hashable, more: int) -> bool:
+        """Whether `more` would be too many, of all or of this origin's share."""
+        leaving = min(self._leaving, MAX_LEAVING)
+        here, shared = self._weight - leaving, self.maximum < NO_LIMIT
+        everywhere = self._counts.live() - leaving if shared else 0
+        if here + more > self.maximum_here or shared and everywhere + more > self.maximum:
+            return True
+        limit, used = (self.maximum, everywhere) if shared else (self.maximum_here, here)
+        if limit == NO_LIMIT or used + more <= limit - max(1, limit // 10):
             return False
-        busiest: Dict[Session, None] = max(self._negotiating_of.values(), key=len)
-        victim = next(iter(busiest))
+        return limit > 1 and self._counts.of(origin) + more > max(1, limit // 10)
+
+    def grow(self, session: Session, weight: int) -> None:
+        """The session takes as many descriptors as `weight` ordinary ones. Raises Full."""
+        with self._lock:
+            more = weight - session.weight
+            if self._full(session.origin, more):
+                raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
+            session.weight = weight
+            self._weight += more
+            self._counts.add(session.origin, more)
+
+    def _evict(self) -> bool:
+        """Shut down one session that is still negotiating, unless all of them are new as well."""
+        candidates = [session for session in self._negotiating if not session.greeted] or list(self._negotiating)
+        if not candidates:
+            return False
+        busiest, _count = Counter(session.origin for session in candidates).most_common(1)[0]
+        victim = next(session for session in candidates if session.origin == busiest)
         if monotonic() - victim.started < GRACE_S:
             return False
-        self._settle(victim)
+        del self._negotiating[victim]
         victim.leaving = True
         self._leaving += 1
-        self._shut(victim, "crowded out")
+        self._shut(victim, "evicted")
         return True
-
-    def _settle(self, session: Session) -> None:
-        """It is no longer negotiating."""
-        if session in self._negotiating:
-            del self._negotiating[session]
-            mine = self._negotiating_of[session.origin]
-            del mine[session]
-            if not mine:
-                del self._negotiating_of[session.origin]
-
-    def remove(self, sock: socket.socket) -> None:
-        """To be called before `sock` is closed."""
-        with self._lock:
-            session = self._live.pop(sock, None)
-            if session:
-                self._settle(session)
-                self._leaving -= session.leaving
-                self._counts.add(session.origin, -1)
 
     def negotiated(self, session: Session) -> None:
         """The request is here: the handshake's deadline no longer holds."""
         with self._lock:
-            self._settle(session)
+            self._negotiating.pop(session, None)
 
-    def attach(self, session: Session, tunnel: Tunnel) -> None:
+    def remove(self, session: Session) -> bool:
+        """To be called before its socket is closed. False if it was removed before."""
         with self._lock:
-            session.tunnel = tunnel
+            if self._live.pop(session.sock, None) is None:
+                return False
+            self._negotiating.pop(session, None)
+            self._leaving -= session.leaving
+            self._weight -= session.weight
+            self._counts.add(session.origin, -session.weight)
+        return True
 
-    def detach(self, session: Session) -> None:
-        """To be called before the tunnel's remote is closed."""
-        with self._lock:
-            tunnel, session.tunnel = session.tunnel, None
-        if tunnel:
-            session.up, session.down = tunnel.up.total, tunnel.down.total
-            session.ended_by, session.why = tunnel.ended_by, tunnel.why
+    # ---- ending them ----------------------------------------------------------------------------------------------
 
     def expire(self) -> None:
-        """Shut down whoever is over the handshake's deadline; the thread that serves it sees EOF and closes."""
+        """Shut down the sessions that are over the handshake's deadline; the thread that serves each sees EOF."""
         if not self._negotiating or not self.handshake_s:
             return
         since = monotonic() - self.handshake_s
         with self._lock:
             for session in list(itertools.takewhile(lambda session: session.started <= since, self._negotiating)):
-                self._settle(session)
+                del self._negotiating[session]
                 self._shut(session, "handshake timeout")
 
     def abort(self, why: str) -> None:
-        """End every session, now."""
+        """End every session that has no tunnel; the relay loop ends the others."""
         with self._lock:
             for session in self._live.values():
-                if session.tunnel:
-                    session.tunnel.abort(why)
-                else:
+                if not session.tunnel:
                     self._shut(session, why)
 
     def wait_empty(self, timeout_s: float, hurry: threading.Event) -> bool:
@@ -251,3 +262,7 @@ class Sessions:
             session.sock.shutdown(socket.SHUT_RDWR)
         except OSError:                                 # the client was faster
             pass
+
+
+def oldest_first(sessions: Sessions) -> List[Session]:
+    return sorted(sessions, key=lambda session: session.number)

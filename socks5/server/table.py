@@ -1,25 +1,17 @@
-"""The live sessions as a table in the log: SIGUSR1. Reads what others keep, and asks the kernel for what nobody does.
-
-Nothing here costs a session anything until somebody asks.
-"""
+"""The live sessions as a table in the log: SIGUSR1. Reads what others keep; nothing here costs a session anything until
+it is asked for. Runs in the thread of serve_forever()."""
 from __future__ import annotations
 
 import logging
-import socket
-import struct
 from time import monotonic
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Tuple
 
-from .sessions import Session, Sessions
+from .sessions import Session, Sessions, oldest_first
 
 log = logging.getLogger(__name__)
 
 LINE = ("live id=%(id)d client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s state=%(state)s age=%(age).1f "
         "idle=%(idle)s up=%(up)d down=%(down)d rate=%(rate)d")
-# struct tcp_info of linux/tcp.h: 8 bytes, 9 numbers, then milliseconds since data was last sent, an ACK was sent, data
-# was last received.
-TCP_INFO = getattr(socket, "TCP_INFO", 0)
-LAST_DATA = struct.Struct("=8x36xI4xI")
 
 
 class Table:
@@ -31,37 +23,19 @@ class Table:
     def log(self, sessions: Sessions) -> None:
         """One line for each session, the oldest first, and one that counts them."""
         seen = {}
-        for session in sessions:
-            facts = self.facts(session, sessions)
+        for session in oldest_first(sessions):
+            facts = self.facts(session)
             seen[session.number] = monotonic(), int(facts["up"]) + int(facts["down"])
             log.info(LINE, facts)
         self._before = seen
         log.info("live sessions=%(sessions)d", {"sessions": len(seen)})
 
-    def facts(self, session: Session, sessions: Sessions) -> Dict[str, Union[str, int, float]]:
+    def facts(self, session: Session) -> Dict[str, Any]:
         """`rate` is bytes a second, both ways together, since the last table, or since the session began."""
         now = monotonic()
-        up, down = session.moved()
+        facts = session.facts()
         when, before = self._before.get(session.number, (session.started, 0))
-        quiet = session.association
-        idle_s = now - quiet.moved_at if quiet else sessions.with_sockets(session, idle_seconds)
-        age = now - session.started
-        return dict(session.facts(), id=session.number, state=session.state(), age=age,
-                    idle="-" if idle_s is None else "%.1f" % min(idle_s, age), up=up, down=down,
-                    rate=round((up + down - before) / max(now - when, 0.001)))
-
-
-def idle_seconds(sockets: List[socket.socket]) -> Optional[float]:
-    """For how long no data came or went on any of these; None where nobody can tell.
-
-    The kernel counts it for each TCP connection, in milliseconds, to the clock tick (4 ms or so). Linux only.
-    """
-    silences = []
-    for sock in sockets:
-        try:
-            raw = sock.getsockopt(socket.IPPROTO_TCP, TCP_INFO, LAST_DATA.size) if TCP_INFO else b""
-        except OSError:
-            raw = b""
-        if len(raw) == LAST_DATA.size:
-            silences.append(min(LAST_DATA.unpack(raw)) / 1000)
-    return min(silences) if silences else None
+        idle_s = session.idle_s(now)
+        return dict(facts, id=session.number, state=session.state(), age=now - session.started,
+                    idle=None if idle_s is None else round(idle_s, 1),
+                    rate=round((facts["up"] + facts["down"] - before) / max(now - when, 0.001)))

@@ -1,0 +1,188 @@
+"""One direction of a tunnel: what was read from one socket and is not yet written to the other.
+
+A Pipe reads only while it holds nothing, and writes only while it holds something. That is the whole of backpressure
+and of half-close. Nothing here waits. Any thread that has the tunnel may run it, one at a time: the relay loop, or the
+thread of a busy tunnel, which sends the bytes through a kernel pipe (splice.py).
+"""
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from typing import Optional, Union
+
+from . import splice
+
+try:
+    import fcntl
+except ImportError:                         # Windows
+    fcntl = None                            # type: ignore[assignment]
+
+CHUNK_BYTES = 1 << 16                       # one read
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)       # spares small tunnels the call that makes a socket non-blocking
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # SO_LINGER on, for 0 s: close() sends RST
+# ioctl(): is the next byte to be read the urgent one? Linux, then BSD and macOS: asm/sockios.h, sys/sockio.h.
+SIOCATMARK = 0x8905 if sys.platform.startswith("linux") else 0x40047307 if fcntl else 0
+
+
+class Broken(Exception):
+    """The connection to `side` ("client" or "remote") failed while bytes were moved."""
+
+    def __init__(self, side: str, error: OSError) -> None:
+        super().__init__(side, error)
+        self.side = side
+        self.error = error
+
+
+class Pipe:
+    """From the socket `source` to the socket `sink`.
+
+    origin, target  their names, "client" and "remote" or the other way round
+    held            bytes in hand: in `chunk`, or in the kernel pipe where there is one
+    total           bytes that the sink has taken
+    done            the source has said EOF, and nothing is in hand
+    full            how many reads in a row filled their buffer: from a few on, a kernel pipe is worth its price
+    urgent          `chunk` is the one byte that the source sent as urgent data
+    """
+
+    __slots__ = ("source", "sink", "origin", "target", "chunk", "kernel", "held", "total", "done", "full", "urgent")
+
+    def __init__(self, source: socket.socket, sink: socket.socket, origin: str, target: str,
+                 early: bytes = b"") -> None:
+        """`early` is what was read from the source before the tunnel stood."""
+        self.source = source
+        self.sink = sink
+        self.origin = origin
+        self.target = target
+        self.chunk: Union[bytes, memoryview] = early
+        self.kernel: Optional[splice.KernelPipe] = None
+        self.held = len(early)
+        self.total = 0
+        self.done = False
+        self.full = 0
+        self.urgent = False
+
+    def fill(self) -> Optional[bool]:
+        """Read what the source has and pass on what the sink takes; to be called while nothing is in hand.
+
+        None when nothing was there after all; True when the caller has to look: something is in hand, the source said
+        EOF, or a read filled its buffer. Raises Broken.
+        """
+        if self.kernel is not None:
+            return self._fill_kernel(self.kernel)
+        try:
+            data = self.source.recv(CHUNK_BYTES, DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            raise Broken(self.origin, exc) from None
+        size = len(data)
+        try:
+            sent = self.sink.send(data, DONTWAIT) if size else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError as exc:
+            raise Broken(self.target, exc) from None
+        self.total += sent
+        if sent < size:
+            self.chunk, self.held = memoryview(data)[sent:], size - sent
+            return True
+        if size < CHUNK_BYTES:
+            self.full = 0
+            self.done = not size
+            return not size
+        self.full += 1
+        return True
+
+    def _fill_kernel(self, kernel: splice.KernelPipe) -> Optional[bool]:
+        try:
+            self.held = kernel.fill(self.source.fileno())
+        except BlockingIOError:
+            pass
+        except OSError as exc:
+            raise Broken(self.origin, exc) from None
+        if self.held:
+            self.drain()
+            return True
+        self.close()                        # EOF, or urgent data in the way: what it is, recv() says
+        return self.fill()
+
+    def fill_urgent(self) -> Optional[bool]:
+        """The same while urgent data is on its way. recv() stops in front of the urgent byte, which is passed on as
+        urgent data again, so that it keeps its place among the others.                         RFC 6093, tcp(7)"""
+        if not self.at_mark():
+            self.close()                    # splice() stops in front of it as well, and does not say so
+            return self.fill()
+        try:
+            self.chunk = self.source.recv(1, DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            raise Broken(self.origin, exc) from None
+        self.held = len(self.chunk)
+        self.done = not self.held
+        if self.held:
+            self.urgent = True
+            self.drain()
+        return True
+
+    def at_mark(self) -> bool:
+        try:
+            return bool(SIOCATMARK and any(fcntl.ioctl(self.source.fileno(), SIOCATMARK, bytes(4))))
+        except OSError:                     # then it is passed on in line
+            return False
+
+    def drain(self) -> None:
+        """Pass on what the sink takes of what is in hand. Raises Broken."""
+        kernel = self.kernel
+        try:
+            if kernel is not None and kernel.held:
+                sent = kernel.empty(self.sink.fileno())
+            else:
+                sent = self.sink.send(self.chunk, DONTWAIT | socket.MSG_OOB if self.urgent else DONTWAIT)
+                self.chunk = memoryview(self.chunk)[sent:] if sent < self.held else b""
+                self.urgent = False
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            raise Broken(self.target, exc) from None
+        self.held -= sent
+        self.total += sent
+
+    def use_kernel(self) -> None:
+        """Send the bytes through a kernel pipe from now on, if there is one to be had. Nothing is in hand, and neither
+        socket blocks: splice() has no flag for that."""
+        self.full = 0
+        if self.kernel is None and splice.available:
+            try:
+                self.kernel = splice.KernelPipe()
+            except OSError:
+                pass
+
+    def leave_kernel(self) -> None:
+        """Take back what the kernel pipe holds, and close it."""
+        if self.kernel is not None:
+            if self.kernel.held:
+                self.chunk = self.kernel.read()
+            self.close()
+
+    def close(self) -> None:
+        """Close the kernel pipe, with all that it holds."""
+        if self.kernel is not None:
+            self.kernel.close()
+            self.kernel = None
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """Make close() send RST in place of FIN: the peer learns that the stream was cut off."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+    except OSError:                         # the connection is dead already
+        pass
+
+
+def error_of(sock: socket.socket) -> Optional[OSError]:
+    """The error that the kernel has noted for this socket, which then forgets it; None if there is none."""
+    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return OSError(number, os.strerror(number)) if number else None
