@@ -20,7 +20,7 @@ WRITE = getattr(select, "POLLOUT", 0x04)
 BROKEN = getattr(select, "POLLERR", 0x08)
 HANG_UP = getattr(select, "POLLHUP", 0x10)      # closed both ways; reported whether asked for or not, like BROKEN
 
-BATCH = 256                                     # events that one epoll_wait() returns at most
+BATCH = 256                                     # events that an event loop takes at a time
 Events = List[Tuple[int, int]]                  # (descriptor, events) pairs
 
 
@@ -67,9 +67,7 @@ class EpollPoller:
         self.register = self._epoll.register        # (fd, events)
         self.modify = self._epoll.modify
         self.unregister = self._epoll.unregister
-
-    def poll(self, timeout_s: float) -> Events:
-        return self._epoll.poll(timeout_s, BATCH)
+        self.poll = self._epoll.poll                # (timeout_s, how many events at most)
 
     def close(self) -> None:
         self._epoll.close()
@@ -100,7 +98,7 @@ class PollPoller:
     def unregister(self, fd: int) -> None:
         self._poll.unregister(fd)
 
-    def poll(self, timeout_s: float) -> Events:
+    def poll(self, timeout_s: float, _maximum: int = 0) -> Events:
         self._waiting = True
         try:
             ready = self._poll.poll(timeout_s * 1000)

@@ -19,7 +19,7 @@ from collections import deque
 from time import monotonic
 from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
-from ..net.poller import READ, new_poll, new_poller
+from ..net.poller import BATCH, READ, new_poll, new_poller
 from . import splice
 from .pipe import DONTWAIT
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel
@@ -109,19 +109,19 @@ class Loop:
 
     def _run(self) -> None:
         poll, watched = self._poller.poll, self._watched
-        now = monotonic()
         while not self._stopping or self._lent or self._calls:
-            ready = poll(max(0.0, min(self._sweep_at - now, FAR_S)) if self._tunnels else FAR_S)
+            ready = poll(SWEEP_S if self._tunnels else FAR_S, BATCH)
             now = monotonic()
             for fd, events in ready:
-                entry = watched.get(fd)
-                if entry is None:               # unregistered by an earlier event of this batch; or not published yet
+                try:
+                    subject, side = watched[fd]
+                except KeyError:                # unregistered by an earlier event of this batch; or not published yet
                     continue
                 try:
-                    if entry[0].handle(entry[1], events, now):
-                        self._look_at(entry[0])
+                    if subject.handle(side, events, now):
+                        self._look_at(subject)
                 except Exception:               # one exception costs one tunnel
-                    self._bug(entry[0])
+                    self._bug(subject)
             while self._calls:
                 try:
                     self._calls.popleft()()

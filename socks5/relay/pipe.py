@@ -85,14 +85,15 @@ class Pipe:
         except OSError as exc:
             raise Broken(self.target, exc) from None
         self.total += sent
+        if sent == size and 0 < size < CHUNK_BYTES:
+            self.full = 0
+            return False
         if sent < size:
             self.chunk, self.held = memoryview(data)[sent:], size - sent
-            return True
-        if size < CHUNK_BYTES:
-            self.full = 0
-            self.done = not size
-            return not size
-        self.full += 1
+        elif size:
+            self.full += 1
+        else:
+            self.done = True
         return True
 
     def _fill_kernel(self, kernel: splice.KernelPipe) -> Optional[bool]:

@@ -74,6 +74,13 @@ class Tunnel:
         """Move bytes after an event on one side. True when the owner has to look: at `ended`, `busy`, `interest`."""
         mine, other = (self.up, self.down) if side == CLIENT else (self.down, self.up)
         try:
+            if events == READ and not mine.held:        # nearly always
+                filled = mine.fill()
+                if filled is not None:
+                    self.moved_at = now
+                    if mine.done:
+                        self._pass_eof_on(mine, other)
+                return bool(filled)
             acted = look = False
             if events & ~WRITE and not mine.held and not mine.done:
                 filled = mine.fill_urgent() if events & URGENT else mine.fill()
