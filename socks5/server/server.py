@@ -21,7 +21,7 @@ from ..access.throttle import Throttle
 from ..access.users import Users
 from ..config import Config, ConfigError
 from ..net import listeners as net_listeners
-from ..net.addresses import Endpoint, endpoint_of, subscriber
+from ..net.addresses import Endpoint, endpoint_of, origin_of
 from ..net.poller import READ, new_poll
 from ..net.resolver import Names
 from ..protocol import trace
@@ -248,6 +248,8 @@ class Server(ThreadingTCPServer, Service):
         return request, client_address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        if not self.config.allow_from:
+            return True
         client = endpoint_of(client_address)
         if self.rules.admits(client.ip):
             return True
@@ -292,7 +294,7 @@ class Server(ThreadingTCPServer, Service):
         session = self.sessions.get(request)
         if not session:
             client = endpoint_of(client_address)
-            session = self.sessions.admit(request, client, subscriber(client.ip))
+            session = self.sessions.admit(request, client, origin_of(client_address))
             if self.trace:
                 session.story = self.trace.begin(session.number, client)
         return session
