@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import List
 
 from ..server.server import Server
 from .control import Control
@@ -28,6 +29,9 @@ class Alone(Control):
 
     def running(self) -> bool:
         return not self._ended if self._started else not self.stops
+
+    def due(self) -> List[float]:
+        return [] if self._started else [0.0]
 
     def work(self) -> None:
         if not self._started and not self.stops:

@@ -47,8 +47,12 @@ class Control:
                 due = min([self._reload_at, self._kill_at, *self.due()])
                 self.obey(self.signals.wait(due - monotonic(), self.unsent()))
                 self.work()
-        self.files.close()
+        self.close()
         return self.status
+
+    def close(self) -> None:
+        self.signals.close()
+        self.files.close()
 
     # ---- what subclasses say --------------------------------------------------------------------------------------
 

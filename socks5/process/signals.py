@@ -67,7 +67,6 @@ class Signals:
     def __exit__(self, *_exc: object) -> None:
         hold()
         signal.set_wakeup_fd(-1)
-        self.close()
 
     def close(self) -> None:
         for sock in self.sockets:
