@@ -1,4 +1,4 @@
-"""control.py, files.py and signals.py: what signals ask for, in which order, how often; reading files without descriptors."""
+"""control.py, files.py and signals.py: what signals ask for, how often, in which order; files without descriptors."""
 import errno
 import os
 import signal
@@ -58,6 +58,7 @@ class Obeying(unittest.TestCase):
         """What is told when these orders come so many seconds after the start."""
         self.now = 1000.0 + seconds
         made.told.clear()
+        made.end(set(orders))
         made.obey(set(orders))
         return made.told
 

@@ -45,8 +45,10 @@ class Control:
             ready()
             while self.running():
                 due = min([self._reload_at, self._kill_at, *self.due()])
-                self.obey(self.signals.wait(due - monotonic(), self.unsent()))
+                orders = self.signals.wait(due - monotonic(), self.unsent())
+                self.end(orders)
                 self.work()
+                self.obey(orders)
         self.close()
         return self.status
 
@@ -81,29 +83,29 @@ class Control:
 
     # ---- signals --------------------------------------------------------------------------------------------------
 
-    def obey(self, orders: Set[Order]) -> None:
-        """Stop goes first: it must not wait for a reload."""
+    def end(self, orders: Set[Order]) -> None:
+        """Stop and drain when it is asked for, at once when it is asked for again. Goes before all else: it must not
+        wait for a reload."""
         if Order.STOP in orders:
-            self.stop()
+            self.stops += 1
+            if self.stops == 1:
+                self._kill_at = monotonic() + self.config.drain_timeout + OVERDUE_S
+                self.tell(Order.STOP)
+            else:
+                self._kill_at = min(self._kill_at, monotonic() + ABORT_S)
+                self.tell(Order.ABORT)
         if monotonic() >= self._kill_at:
             self._kill_at = NEVER
             self.kill()
+
+    def obey(self, orders: Set[Order]) -> None:
+        """Do what else is asked for."""
         if Order.RELOAD in orders:
             self._reload_at = min(self._reload_at, self._read_at + RELOAD_EVERY_S)
         if monotonic() >= self._reload_at:
             self.reload()
         if Order.SESSIONS in orders:
             self.tell(Order.SESSIONS)
-
-    def stop(self) -> None:
-        """Stop and drain; end at once when asked again."""
-        self.stops += 1
-        if self.stops == 1:
-            self._kill_at = monotonic() + self.config.drain_timeout + OVERDUE_S
-            self.tell(Order.STOP)
-        else:
-            self._kill_at = min(self._kill_at, monotonic() + ABORT_S)
-            self.tell(Order.ABORT)
 
     def reload(self) -> None:
         """Read the files and put them in force. A bad file changes nothing; want of resources only delays it."""
