@@ -1,5 +1,7 @@
 """control.py, files.py and signals.py: what signals ask for, how often, in which order; files without descriptors."""
+import contextlib
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -149,7 +151,7 @@ with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), stderr=subprocess.PIPE, timeout=PATIENCE_S)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
 
-    def fail(self, exc):
+    def failing(self, exc):
         def read(_config):
             try:
                 raise exc
@@ -162,11 +164,11 @@ with tempfile.TemporaryDirectory() as folder:
     def test_want_of_resources_is_told_from_bad_files(self):
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             with self.subTest(errno.errorcode[number]):
-                self.assertRaises(Exhausted, self.fail(OSError(number, os.strerror(number))).read)
+                self.assertRaises(Exhausted, self.failing(OSError(number, os.strerror(number))).read)
         for exc in (OSError(errno.ENOENT, "no such file"), ConfigError("rules:1: bad")):
             with self.subTest(repr(exc)):
-                self.assertRaises(ConfigError, self.fail(exc).read)
-        self.assertRaises(Exhausted, self.fail(MemoryError()).read)
+                self.assertRaises(ConfigError, self.failing(exc).read)
+        self.assertRaises(Exhausted, self.failing(MemoryError()).read)
 
     def test_the_reserve_is_back_after_each_read(self):
         reader = Files(Config(), lambda _config: "read")
@@ -214,21 +216,33 @@ class Waiting(unittest.TestCase):
         self.raise_all(signal.SIGCHLD)
         self.assertEqual(self.signals.wait(PATIENCE_S), set())
 
-    def test_wake(self):
-        for _ in range(100000):                             # a full socket is no obstacle
-            self.signals.wake()
+    def test_wake_and_a_full_socket(self):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            for _ in range(5000):
+                self.signals.wake()
+            self.raise_all(signal.SIGTERM)
+            self.assertEqual(self.signals.wait(PATIENCE_S), {Order.STOP})
+        self.assertEqual(err.getvalue(), "", "a warning of Python")
+        while True:                                         # until it is empty: then only wake() ends the wait
+            try:
+                self.signals.sockets[0].recv(4096)
+            except BlockingIOError:
+                break
+        self.signals.wake()
         self.assertEqual(self.signals.wait(PATIENCE_S), set())
-        self.raise_all(signal.SIGTERM)
-        self.assertEqual(self.signals.wait(PATIENCE_S), {Order.STOP})
 
     def test_held_outside_of_wait(self):
         self.signals.wait(0)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self.assertLessEqual({*signals.ORDERS, *signals.CHILD}, blocked)
 
-    def test_a_flood_ends_neither_wait_nor_python(self):
-        """Two processes that do nothing but send: a handler written in Python would be called within itself, until
-        there is a RecursionError."""
+    def test_handlers_are_c_functions(self):
+        """One written in Python is called within itself by the next signal, until there is a RecursionError."""
+        for number in {*signals.ORDERS, *signals.CHILD}:
+            self.assertFalse(hasattr(signal.getsignal(number), "__code__"))
+
+    def test_under_a_flood_other_signals_are_seen(self):
+        """Two processes that do nothing but send."""
         code = "import os, signal, sys\nwhile True: os.kill(int(sys.argv[1]), signal.SIGHUP)"
         floods = [subprocess.Popen([sys.executable, "-c", code, str(os.getpid())]) for _ in range(2)]
         try:
