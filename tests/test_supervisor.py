@@ -160,6 +160,7 @@ class Processes(unittest.TestCase):
     def test_a_second_signal_ends_it_at_once(self):
         with target() as echo, self.crew("--drain-timeout", "600") as (server, _pids):
             with connect_through(server.port, *echo) as tunnel:
+                self.assertTrue(echoes(tunnel))         # it stands
                 port = server.port
                 server.signal(signal.SIGTERM)
                 wait_until(lambda: refuses(port), "nobody listens")
