@@ -96,6 +96,14 @@ class Obeying(unittest.TestCase):
         self.assertEqual((made.access, len(logs.output)), ("new", 1))
         self.assertEqual(self.at(made, 100), [])
 
+    def test_a_reload_for_which_there_is_no_memory_is_in_force_nowhere(self):
+        made = self.control("new")
+        with mock.patch.object(made, "tell", side_effect=MemoryError), self.assertLogs("socks5", "ERROR"):
+            self.at(made, 0, Order.RELOAD)
+        self.assertEqual(made.access, "at the start")
+        self.assertEqual(self.at(made, RELOAD_EVERY_S), [Order.RELOAD])
+        self.assertEqual(made.access, "new")
+
     def test_a_bad_file_ends_the_tries(self):
         made = self.control(Exhausted("too many open files"), ConfigError("bad"))
         with self.assertLogs("socks5", "ERROR"):

@@ -333,6 +333,21 @@ runpy.run_path(%r, run_name="__main__")
             file.write(text)
         return path
 
+    def test_a_server_that_does_not_stop_does_not_keep_the_program(self):
+        text = """
+import threading
+from socks5 import Server
+Server.drain = lambda *args: (print("draining", flush=True), threading.Event().wait())
+"""
+        with script(text) as path, spawned("-w", "1", script=path) as server:
+            with dial(server.port) as client:
+                negotiate(client)                       # it serves
+            server.signal(signal.SIGTERM)
+            server.wait_line("draining", server.lines)
+            server.signal(signal.SIGINT)
+            self.assertEqual(server.process.wait(PATIENCE_S), 0)
+            server.wait_line("the server did not stop in time")
+
     def test_a_server_that_breaks_ends_the_program_with_1(self):
         text = "from socks5 import Server\nServer.serve_forever = lambda self: 1 // 0"
         with script(text) as path, spawned("-w", "1", script=path) as server:

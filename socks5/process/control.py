@@ -37,7 +37,7 @@ class Control:
         self._reload_at = NEVER
         self._read_at = -NEVER                  # when the files were read last
         self._kill_at = NEVER
-        self._failed = ""                       # why the last reload is still to be tried again
+        self._delayed = False                   # a reload is tried again, which has been said
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """Calls ready() as soon as signals will be obeyed. Returns the exit status."""
@@ -63,7 +63,7 @@ class Control:
         raise NotImplementedError
 
     def tell(self, order: Order) -> None:
-        """Have the servers do it; RELOAD puts self.access in force."""
+        """Have the servers do it. RELOAD puts self.access in force: everywhere, or, with a MemoryError, nowhere."""
         raise NotImplementedError
 
     def kill(self) -> None:
@@ -110,16 +110,14 @@ class Control:
     def reload(self) -> None:
         """Read the files and put them in force. A bad file changes nothing; want of resources only delays it."""
         self._reload_at, self._read_at = NEVER, monotonic()
+        before, said, self._delayed = self.access, self._delayed, False
         try:
             self.access = self.files.read()
-        except Exhausted as exc:
-            self._reload_at = monotonic() + RELOAD_EVERY_S
-            if not self._failed:                # once is enough
-                log.error("not reloaded yet, tried again every second: %s", exc)
-            self._failed = str(exc)
-        except (ConfigError, OSError) as exc:
-            self._failed = ""
-            log.error("not reloaded, users and rules stay as they were: %s", exc)
-        else:
-            self._failed = ""
             self.tell(Order.RELOAD)
+        except (Exhausted, MemoryError) as exc:
+            self.access, self._delayed = before, True
+            self._reload_at = monotonic() + RELOAD_EVERY_S
+            if not said:                        # once is enough
+                log.error("not reloaded yet, tried again every second: %s", exc)
+        except (ConfigError, OSError) as exc:
+            log.error("not reloaded, users and rules stay as they were: %s", exc)
