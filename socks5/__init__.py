@@ -39,6 +39,12 @@
         table         the live sessions as lines of the log
         server        the ThreadingTCPServer: accept, limit, drain
     process/          several processes
+        orders        what a server process is told to do, and the way to a worker
+        signals       signals become orders
+        files         read users and rules again, with descriptors kept in reserve
+        control       the main loop: stop, reload, log sessions
+        worker        a worker process
+        alone         one server in this process
         supervisor    start, restart and stop worker processes
     client            the other side of the protocol
     log               formats of the log, and the thread that writes it

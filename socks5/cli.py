@@ -6,20 +6,21 @@ import configparser
 import getpass
 import logging
 import os
-import signal
 import sys
-import threading
-from typing import Any, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Dict, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
+
 from .net import listeners as listening
-from .process import supervisor as workers
+
 from .protocol import trace
-from .access.users import Users, line_for
+
+from .process import files, signals, supervisor as workers
+from .process.alone import Alone
+from .access.users import line_for
 from .access.check import report, warnings
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
 from .net.addresses import endpoint_of
-from .access.rules import Rules
 from .server.server import Server
 
 EXIT_USAGE = 2
@@ -138,7 +139,7 @@ def descriptor_of(stream: Any) -> Optional[int]:
 def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
     try:
-        access = Users(config), Rules(config)               # a bad file ends it here, before anything listens
+        access = files.read_access(config)                  # a bad file ends it here, before anything listens
         trace.check(config.trace)
         listeners = listening.open_all(config.listen, config.port)
     except ConfigError as exc:
@@ -154,32 +155,20 @@ def serve(config: Config) -> int:
 
     count = workers.number(config.workers)
     if count > 1:
-        workers.Supervisor(config, listeners, count, access).run(ready)
-    else:
-        with Server(config, listeners=listeners, access=access) as server:
-            hurry = obey_signals(server)
-            ready()
-            workers.run(server, hurry)
-    return 0
+        return workers.Supervisor(config, listeners, count, access, fork=fork).run(ready)
+    return Alone(Server(config, listeners=listeners, access=access), access).run(ready)
 
 
-def obey_signals(server: Server) -> threading.Event:
-    """Of a server that is alone. The event that is set when a stop is asked for twice."""
-    hurry = threading.Event()
-    stopping: List[bool] = []
-
-    def stop(_number: int, _frame: Any) -> None:
-        if stopping:
-            hurry.set()
-        stopping.append(True)
-        server.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda _number, _frame: server.reload_soon())
-        signal.signal(signal.SIGUSR1, lambda _number, _frame: server.log_sessions_soon())
-    return hurry
+def fork() -> int:
+    """os.fork(), with the log's thread paused: only the thread that forks lives on in the child."""
+    pause, resume = getattr(logs, "pause", None), getattr(logs, "resume", None)
+    if not pause or not resume:
+        return os.fork()
+    pause()
+    try:
+        return os.fork()
+    finally:
+        resume()                                            # in both processes
 
 
 def self_test(config: Config) -> int:
@@ -222,7 +211,11 @@ def fail(message: str) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command. Leaves the signals that a server obeys blocked: see Signals."""
+    signals.hold()                                          # a SIGHUP that comes too early waits
     args = vars(build_parser().parse_args(argv))
+    if not {"hash_password", "check", "self_test"}.isdisjoint(args):
+        signals.release()                                   # these serve nobody: Ctrl-C ends them as usual
     if "hash_password" in args:
         return hash_password(args["hash_password"])
     try:

@@ -193,10 +193,11 @@ class Server(ThreadingTCPServer, Service):
     def log_sessions_soon(self) -> None:
         self.soon(partial(self.table.log, self.sessions))
 
-    def reload(self) -> bool:
-        """Read users and rules again, for what is asked from now on. Where one of the files is bad, both stay."""
+    def reload(self, access: Optional[Tuple[Users, Rules]] = None) -> bool:
+        """Put users and rules in force for what is asked from now on. Reads the files again unless `access` is given;
+        where one of them is bad, both stay as they were. Any thread may call this."""
         try:
-            self.users, self.rules = Users(self.config), Rules(self.config)
+            self.users, self.rules = access or (Users(self.config), Rules(self.config))
         except ConfigError as exc:
             log.error("not reloaded, users and rules stay as they were: %s", exc)
             return False
