@@ -17,7 +17,7 @@ from .server import home
 
 from .net import listeners as listening
 
-from .protocol import trace
+from .net.writer import writing_to
 
 from .process import supervisor as workers
 from .access.users import Users, line_for
@@ -25,6 +25,7 @@ from .access.check import report, warnings
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
 from .net.addresses import endpoint_of
 from .access.rules import Rules
+from .server import tracing
 from .server.server import Server
 
 EXIT_USAGE = 2
@@ -120,23 +121,23 @@ def read_file(path: str) -> Dict[str, Any]:
     return values
 
 
-def configure_logging(level: int, form: str) -> None:
-    """Ours alone: the root logger belongs to whoever embeds the package."""
-    handler = logs.Writer()
-    handler.setFormatter(logs.formatter(form, descriptor_of(sys.stderr), os.environ.get("JOURNAL_STREAM", "")))
-    # What no format of ours shows need not be found out for every line: see "Optimization" in the logging HOWTO.
-    logging._srcfile = None
-    logging.setLogRecordFactory(logs.Record)
+def configure_logging(level: int, form: str) -> logging.Handler:
+    """The handler, to be closed at the end. Only ours: the root logger belongs to a program that embeds the package."""
+    handler: logging.Handler = logging.NullHandler()
+    if sys.stderr is not None and not sys.stderr.closed:
+        handler = logs.Handler(writing_to(sys.stderr), logs.formatter(form, descriptor_of(sys.stderr),
+                                                                      os.environ.get("JOURNAL_STREAM", "")))
     log = logging.getLogger("socks5")
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(level)
+    return handler
 
 
 def descriptor_of(stream: Any) -> Optional[int]:
     try:
         return int(stream.fileno())
-    except (AttributeError, OSError, ValueError):           # closed from the start, or not a file
+    except (AttributeError, OSError, ValueError):           # not a file
         return None
 
 
@@ -144,7 +145,7 @@ def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
     try:
         access = Users(config), Rules(config)               # a bad file ends it here, before anything listens
-        trace.check(config.trace)
+        tracing.check(config.trace)
         listeners = listening.open_all(config.listen, config.port)
     except ConfigError as exc:
         return fail(str(exc))
@@ -190,9 +191,12 @@ def obey_signals(server: Server) -> threading.Event:
 def self_test(config: Config) -> int:
     """The exit status."""
     good = True
-    for line in selftest.run(config):
-        say(line.text)
-        good = good and line.good
+    try:
+        for line in selftest.run(config):
+            say(line.text)
+            good = good and line.good
+    except (ConfigError, OSError) as exc:
+        return fail(str(exc))
     return 0 if good else 1
 
 
@@ -235,11 +239,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if "check" in args:
             say("\n".join(report(config)))
             return 0
-        if "self_test" in args:
-            configure_logging(logging.DEBUG if "verbose" in args else logging.CRITICAL, config.log_format)
-            return self_test(config)
     except (ConfigError, OSError) as exc:
         return fail(str(exc))
-    configure_logging(logging.WARNING if "quiet" in args else logging.DEBUG if "verbose" in args else logging.INFO,
-                      config.log_format)
-    return serve(config)
+    testing = "self_test" in args
+    handler = configure_logging(
+        logging.DEBUG if "verbose" in args else logging.CRITICAL if testing else
+        logging.WARNING if "quiet" in args else logging.INFO, config.log_format)
+    try:
+        return self_test(config) if testing else serve(config)
+    finally:
+        handler.close()                                     # writes what is queued

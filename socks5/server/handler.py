@@ -25,7 +25,8 @@ from .sessions import Session
 from ..protocol.trace import M, Sent
 from ..commands.udp import Association
 from ..net.poller import new_poll
-from ..protocol.fields import Host, text
+from ..protocol.facts import Facts, tell
+from ..protocol.fields import Host
 from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Handler(StreamRequestHandler):
 
     def finish(self) -> None:
         facts = self.session.facts()
-        log.info(Session.LINE, facts)
+        tell(log, logging.INFO, Session.LINE, facts)
         if self.story:
             self.story.end(facts)
 
@@ -105,7 +106,7 @@ class Handler(StreamRequestHandler):
         offered = self.take(Greeting).methods
         methods = self.server.methods
         method = auth.choose(offered, methods)
-        self.session.step("method", offered=offered, chosen=bytes([method]))
+        self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
         self.send(Selection(method))
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
@@ -133,12 +134,12 @@ class Handler(StreamRequestHandler):
                                               partial(server.users.check, *who))
         if not right:
             log.warning("auth_failed client=%(client)s user=%(user)s",       # README.rst: fail2ban looks for it
-                        {"client": str(session.client.ip), "user": text(login.uname)})
+                        Facts(client=session.client.ip, user=login.uname))
             session.user = login.uname
             self.pause(late_s)
             self.send(LoginStatus(0x01))
             raise ProtocolError("wrong user name or password")
-        session.step("login", user=text(login.uname))
+        session.step("login", user=login.uname)
         self.send(LoginStatus(0x00))
         return login.uname
 
@@ -180,7 +181,7 @@ class Handler(StreamRequestHandler):
         self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, str(session.client.ip), config.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
-                         self.story.overhear if self.story else None) as association:
+                         on_datagram=self.story.datagram if self.story else None) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
             association.run(config.udp_idle_timeout)
@@ -237,9 +238,9 @@ class Handler(StreamRequestHandler):
         verdict = rules.judge(asker, address, port, name) if address else rules.foresee(asker, port, name)
         if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:
             self.told.add(verdict.where)
-            log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", {
-                "client": str(self.session.client), "user": self.session.facts()["user"],
-                "dst": str(Address(address or host, port)), "why": ascii("denied by %s" % verdict.where)})
+            log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", Facts(
+                client=self.session.client, user=self.session.user, dst=Address(address or host, port),
+                why="denied by %s" % verdict.where))
         return verdict.allowed
 
     def unsupported(self, request: Request) -> None:

@@ -20,7 +20,8 @@ from ..net import listeners as listening
 
 from . import acceptors as spares
 
-from ..protocol import trace
+from . import tracing
+from ..protocol.facts import Facts
 from ..access.users import Users
 from ..config import Config, ConfigError
 from .counters import Counts
@@ -72,7 +73,7 @@ class Server(ThreadingTCPServer):
         self.config = config or Config()
         self.home = home
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
-        self.trace = trace.opened(self.config.trace)
+        self.trace = tracing.opened(self.config.trace)
         self.throttle = Throttle()
         self.names = Names()
         self.methods = dict(BY_PASSWORD if self.users else ANYBODY)
@@ -250,7 +251,7 @@ class Server(ThreadingTCPServer):
         client = endpoint_of(client_address)
         ip = client.ip
         if not self.rules.admits(ip):
-            log.info(REFUSED, {"client": str(client), "why": "'not in --allow-from'"})
+            log.info(REFUSED, Facts(client=client, why="not in --allow-from"))
             return False
         try:
             self.sessions.admit(request, client, subscriber(ip))
@@ -269,7 +270,7 @@ class Server(ThreadingTCPServer):
 
     def refuse(self, client_address: Any, about: str, why: str) -> None:
         """Say that this client is turned away before it is heard, for want of something of ours."""
-        self.complain(about, REFUSED, {"client": str(endpoint_of(client_address)), "why": ascii(why)})
+        self.complain(about, REFUSED, Facts(client=endpoint_of(client_address), why=why))
 
     def complain(self, about: str, line: str, facts: Dict[str, Any]) -> None:
         """A warning that would come with every connection: once a minute is enough, for each thing it is about."""

@@ -11,10 +11,10 @@ import socket
 import threading
 from collections import defaultdict
 from time import monotonic
-from typing import TYPE_CHECKING, Callable, Dict, Hashable, Iterator, List, Optional, Tuple, TypeVar, Union
+from typing import TYPE_CHECKING, Callable, Dict, Hashable, Iterator, List, Optional, Tuple, TypeVar
 
 from .counters import Counts, Shared
-from ..protocol.fields import text
+from ..protocol.facts import Facts
 from ..protocol.messages import Address
 from ..net.addresses import Endpoint
 
@@ -55,17 +55,14 @@ class Session:
         self.why = ""
         self.leaving = False                        # shut down to make room
 
-    # The order in which a session's facts stand in the log; a fact that there is not is "-".
+    # The order in which a session's facts stand in the log.
     LINE = ("session client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s reached=%(reached)s rep=%(rep)s "
             "up=%(up)d down=%(down)d seconds=%(seconds).3f ended=%(ended)s why=%(why)s")
 
-    def facts(self) -> Dict[str, Union[str, int, float]]:
-        dst = str(self.dst or "-")
-        return {"client": str(self.client), "user": "-" if self.user is None else text(self.user),
-                "cmd": self.cmd or "-", "dst": dst,
-                "reached": str(self.reached or "-"), "rep": self.rep or "-",
-                "up": self.up, "down": self.down, "seconds": monotonic() - self.started,
-                "ended": self.ended_by.replace(" ", "-") or "-", "why": ascii(self.why) if self.why else "-"}
+    def facts(self) -> Facts:
+        return Facts(client=self.client, user=self.user, cmd=self.cmd, dst=self.dst, reached=self.reached, rep=self.rep,
+                     up=self.up, down=self.down, seconds=monotonic() - self.started,
+                     ended=self.ended_by.replace(" ", "-"), why=self.why)
 
     def moved(self) -> Tuple[int, int]:
         """Bytes up and down until now."""
@@ -88,8 +85,7 @@ class Session:
     def step(self, word: str, **facts: object) -> None:
         """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
         if log.isEnabledFor(logging.DEBUG):
-            said = {name: fact.hex() or "-" if isinstance(fact, bytes) else str(fact) for name, fact in facts.items()}
-            said = dict(client=str(self.client), **said)
+            said = Facts(client=self.client, **facts)
             log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
 
 

@@ -8,8 +8,9 @@ import logging
 import socket
 import struct
 from time import monotonic
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Dict, List, Optional, Tuple
 
+from ..protocol.facts import Facts
 from .sessions import Session, Sessions
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Table:
         self._before = seen
         log.info("live sessions=%(sessions)d", {"sessions": len(seen)})
 
-    def facts(self, session: Session, sessions: Sessions) -> Dict[str, Union[str, int, float]]:
+    def facts(self, session: Session, sessions: Sessions) -> Facts:
         """`rate` is bytes a second, both ways together, since the last table, or since the session began."""
         now = monotonic()
         up, down = session.moved()
@@ -46,9 +47,9 @@ class Table:
         quiet = session.association
         idle_s = now - quiet.moved_at if quiet else sessions.with_sockets(session, idle_seconds)
         age = now - session.started
-        return dict(session.facts(), id=session.number, state=session.state(), age=age,
-                    idle="-" if idle_s is None else "%.1f" % min(idle_s, age), up=up, down=down,
-                    rate=round((up + down - before) / max(now - when, 0.001)))
+        return Facts(session.facts(), id=session.number, state=session.state(), age=age,
+                     idle=None if idle_s is None else round(min(idle_s, age), 1), up=up, down=down,
+                     rate=round((up + down - before) / max(now - when, 0.001)))
 
 
 def idle_seconds(sockets: List[socket.socket]) -> Optional[float]:
