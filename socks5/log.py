@@ -45,10 +45,16 @@ class Handler(logging.Handler):
         """None is needed: what is shared is the queue."""
         self.lock = None
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        """emit(), without the lock of the base. A handler of the command line has no filters."""
+        self.emit(record)
+        return True
+
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[0]:  # a traceback holds every variable of its frames, sockets too
+        trouble = record.exc_info
+        if trouble:                                 # it holds every variable of its frames, sockets too
             record = copy.copy(record)              # other handlers may want it
-            record.exc_text, record.exc_info = TRACEBACKS.formatException(record.exc_info), None
+            record.exc_text, record.exc_info = TRACEBACKS.formatException(trouble), None
         self.writer.put(record)
 
     def close(self) -> None:
