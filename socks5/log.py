@@ -40,14 +40,18 @@ class Handler(logging.Handler):
         super().__init__()
         self.setFormatter(form)
         self.writer = Writer(write, self.format, lost_line(form))
+        self.put = self.writer.put
 
     def createLock(self) -> None:
         """None is needed: what is shared is the queue."""
         self.lock = None
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """emit(), without the lock of the base. A handler of the command line has no filters."""
-        self.emit(record)
+        """emit(), without the lock of the base; the command line's handler has no filters."""
+        if record.exc_info:
+            self.emit(record)
+        else:
+            self.put(record)
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -55,7 +59,7 @@ class Handler(logging.Handler):
         if trouble:                                 # it holds every variable of its frames, sockets too
             record = copy.copy(record)              # other handlers may want it
             record.exc_text, record.exc_info = TRACEBACKS.formatException(trouble), None
-        self.writer.put(record)
+        self.put(record)
 
     def close(self) -> None:
         """Write what is queued, for CLOSE_S at the most. logging.shutdown() calls this, too."""
@@ -102,8 +106,9 @@ class TextFormatter(logging.Formatter):
 
 def words_of(record: logging.LogRecord) -> str:
     """The message. A plain dict of arguments is read like Facts."""
-    if type(record.args) is dict:
-        return str(record.msg) % Facts(record.args)
+    args = record.args
+    if isinstance(args, dict) and args:
+        return str(record.msg) % (args if isinstance(args, Facts) else Facts(args))
     return record.getMessage()
 
 
@@ -154,14 +159,14 @@ def utc(seconds: float) -> str:
 
 def plain(value: Any) -> Any:
     """A fact as JSON has it. A float to the microsecond: more digits say nothing."""
+    if isinstance(value, bytes):
+        return name_of(value)
     if value is None or value == "":
         return None
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, float):
         return round(value, 6)
-    if isinstance(value, bytes):
-        return name_of(value)
     if isinstance(value, Address) and isinstance(value.host, bytes):
         return "%s:%d" % (name_of(value.host), value.port)
     return value if isinstance(value, (int, str)) else str(value)

@@ -115,8 +115,8 @@ class Shown(unittest.TestCase):
         for why, shown in (("", "ended by: idle"), ("it's \n over", "ended by: idle, why: \"it's \\n over\"")):
             told, blocks = story()
             told.end(Facts(seconds=1.25, up=3, down=4, ended="idle", why=why))
-            self.assertEqual(blocks, ["#1 the end after 1.250 s: 3 bytes up (from the client), 4 bytes down (to it); %s\n"
-                                      % shown])
+            self.assertEqual(blocks, ["#1 the end after 1.250 s: 3 bytes up (from the client), 4 bytes down (to it); "
+                                      "%s\n" % shown])
 
     def test_what_is_cut_or_wrong_is_shown_as_far_as_it_came(self):
         for name, kind, raw, fields, words in (

@@ -33,34 +33,43 @@ class Facts(Dict[str, Any]):
         kind = type(value)
         if kind is int or kind is float:
             return value                                    # type: ignore[no-any-return]
-        if value is None or value == "":
-            return NOTHING
         if kind is bytes:
             return text(value)
+        if value is None or value == "":
+            return NOTHING
         word = value if kind is str else value.name if isinstance(value, Enum) else str(value)
         if word.isprintable() and word.isascii() and not (kind is str and (key in FREE or " " in word)):
-            return word                                     # type: ignore[no-any-return]
+            return word
         return ascii(word)
-
-
-# What a record may be asked for beside the line: a format finds it in the record's __dict__.
-BLANK = dict(logging.LogRecord("", 0, "", 0, "", (), None).__dict__, filename="", module="", funcName="", thread=0,
-             threadName="", relativeCreated=0.0)
 
 
 class FactsRecord(logging.LogRecord):
     """A record of a line of facts, made in a fraction of the time that Logger.info() takes: the place in the code, the
     thread and the process that it comes from are not looked up."""
 
+    pathname = filename = module = funcName = threadName = processName = ""
+    lineno = thread = process = 0
+    relativeCreated = 0.0
+    exc_info = exc_text = stack_info = taskName = None
+
     def __init__(self, name: str, level: int, line: str, facts: Facts) -> None:
-        self.__dict__.update(BLANK)
-        self.created = created = time.time()
-        self.msecs = created % 1 * 1000
+        self.created = time.time()
+        self.msecs = self.created % 1 * 1000
         self.name = name
         self.levelno = level
         self.levelname = logging.getLevelName(level)
         self.msg = line
         self.args = facts
+
+    def getMessage(self) -> str:
+        """The line. A logging.Formatter asks for it first, then looks into __dict__ for what else its format shows."""
+        for key in BLANK:
+            self.__dict__.setdefault(key, getattr(self, key))
+        return super().getMessage()
+
+
+BLANK = ("pathname", "filename", "module", "funcName", "threadName", "processName", "lineno", "thread", "process",
+         "relativeCreated", "exc_info", "exc_text", "stack_info", "taskName")
 
 
 def tell(log: logging.Logger, level: int, line: str, facts: Facts) -> None:
