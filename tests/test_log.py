@@ -1,7 +1,9 @@
 """log.py, protocol/facts.py, net/writer.py: what a line shows, that it reaches the kernel whole, and that only the
 writer thread waits for who reads it."""
+import contextlib
 import copy
 import errno
+import io
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ import unittest
 from ipaddress import ip_address
 from unittest import mock
 
-from socks5 import client, log as logs
+from socks5 import cli, client, log as logs
 from socks5.net import writer as writers
 from socks5.net.addresses import Endpoint
 from socks5.net.writer import PIPE_BUF, Writer, chunks, encoded
@@ -138,11 +140,12 @@ class Text(unittest.TestCase):
         self.assertEqual(as_text("100 %"), "INFO 100 %")
 
     def test_no_line_of_a_traceback_looks_like_another_line(self):
-        bug = trouble("x\nWARNING auth_failed client=192.0.2.1")
+        bug = trouble("x\nWARNING auth_failed client=192.0.2.1\n\x1b[2J")
         shown = as_text("bug", level=logging.ERROR, exc_info=bug).split("\n")
         self.assertEqual(shown[0], "ERROR bug")
         self.assertTrue(all(line.startswith("| ") for line in shown[1:]), shown)
         self.assertIn("| WARNING auth_failed client=192.0.2.1", shown)
+        self.assertEqual(shown[-1], r"| \x1b[2J")
 
     @unittest.skipUnless(hasattr(time, "tzset"), "no tzset")
     def test_local_time_in_text_and_utc_in_json(self):
@@ -413,6 +416,24 @@ class WriterThread(unittest.TestCase):
         self.put("third")
         wait_until(lambda: self.sink.lines == ["first", "second", "third"])
 
+    def test_what_comes_while_it_goes_on_after_such_a_pause(self):
+        def render(item):
+            if item == "second":
+                writer.put("third")
+            return item
+
+        writer = Writer(self.sink, render, "lost=%d".__mod__)
+        self.addCleanup(writer.close)
+        self.addCleanup(self.sink.may.set)
+        self.sink.may.clear()
+        writer.put("first")
+        self.assertTrue(self.sink.entered.acquire(timeout=PATIENCE_S))
+        writer.pause(0.01)
+        writer.put("second")
+        writer.resume()
+        self.sink.may.set()
+        wait_until(lambda: self.sink.lines == ["first", "second", "third"])
+
     def test_no_thread_can_be_started(self):
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
             self.put("a")
@@ -424,9 +445,12 @@ class WriterThread(unittest.TestCase):
 class Forks(unittest.TestCase):
     """Of processes that have a Writer, in interpreters of their own: a fork of this one has too many threads."""
 
-    def run_program(self, program):
+    def run_program(self, program, *options):
         need(self, hasattr(os, "fork"), "fork")
-        done = subprocess.run([sys.executable, "-c", "import os, threading\nfrom functools import partial\n"
+        done = subprocess.run([sys.executable, *options, "-c", "import os, threading\nfrom functools import partial\n"
+                               "def look():\n"
+                               "    look.threads = threading.active_count()\n"
+                               "os.register_at_fork(before=look)\n"        # runs after those registered later
                                "from socks5.net.writer import Writer\n" + program], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, cwd=str(ROOT), timeout=PATIENCE_S)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
@@ -440,15 +464,14 @@ class Forks(unittest.TestCase):
             "    w.put('before %d' % number)\n"
             "    pid = os.fork()\n"
             "    if not pid:\n"
-            "        alone = threading.active_count() == 1\n"
-            "        w.put('child %d %s' % (number, alone))\n"
+            "        w.put('child %d %d' % (number, look.threads))\n"
             "        w.close()\n"
             "        os._exit(0)\n"
             "    w.put('after %d' % number)\n"
             "    os.waitpid(pid, 0)\n"
             "w.close()\n")
         self.assertEqual(sorted(lines), sorted(["parent 1"] + [
-            line % number for number in range(5) for line in ("before %d", "child %d True", "after %d")]))
+            line % number for number in range(5) for line in ("before %d", "child %d 1", "after %d")]))
 
     def test_a_fork_while_a_write_hangs(self):
         lines = self.run_program(
@@ -468,7 +491,7 @@ class Forks(unittest.TestCase):
             "    os._exit(0)\n"
             "w.put('parent again')\n"
             "os.waitpid(pid, 0)\n"
-            "w.close()\n")
+            "w.close()\n", "-W", "ignore::DeprecationWarning")     # Python 3.12 warns of a fork beside threads
         self.assertEqual(sorted(lines), ["child", "parent", "parent again"])
 
 
@@ -659,6 +682,23 @@ class Program(unittest.TestCase):
                                "assert not logging.getLogger().handlers\n"], cwd=str(ROOT), stderr=subprocess.PIPE,
                               timeout=PATIENCE_S)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    def test_the_log_is_written_when_main_returns(self):
+        log = logging.getLogger("socks5")
+        before = log.handlers[:], log.propagate, log.level
+
+        def serve(_config):
+            for number in range(2000):
+                log.warning("line %d", number)
+            return 0
+
+        try:
+            with mock.patch.object(cli, "serve", serve), contextlib.redirect_stderr(io.StringIO()) as said:
+                self.assertEqual(cli.main([]), 0)
+        finally:
+            log.handlers[:], log.propagate = before[:2]
+            log.setLevel(before[2])
+        self.assertEqual(len(said.getvalue().splitlines()), 2000)
 
     def test_no_standard_error(self):
         need(self, os.path.exists("/bin/sh"), "/bin/sh")
