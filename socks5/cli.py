@@ -124,7 +124,7 @@ def read_file(path: str) -> Dict[str, Any]:
 def configure_logging(level: int, form: str) -> logging.Handler:
     """The handler, to be closed at the end. Only ours: the root logger belongs to a program that embeds the package."""
     handler: logging.Handler = logging.NullHandler()
-    if sys.stderr is not None and not sys.stderr.closed:
+    if not getattr(sys.stderr, "closed", sys.stderr is None):
         handler = logs.Handler(writing_to(sys.stderr), logs.formatter(form, descriptor_of(sys.stderr),
                                                                       os.environ.get("JOURNAL_STREAM", "")))
     log = logging.getLogger("socks5")

@@ -34,7 +34,7 @@ Write = Callable[[bytes], Optional[int]]        # writes some of it, and says ho
 class Writer:
     """A bounded queue, and the thread that writes it.
 
-    write        as os.write with a descriptor: a short write is continued, an OSError or ValueError loses the chunk
+    write        as os.write with a descriptor: a short write is continued, an exception loses the chunk
     render       an item's text in ASCII, one line or several, without the last newline. Runs in the writer thread
     lost         the text of the line that says how many items were lost
     chunk_bytes  the most that is given to write() at once; a longer line is cut, and ends in "..."
@@ -188,7 +188,7 @@ class Writer:
                     break
                 sleep(RETRY_S)
                 continue
-            except (OSError, ValueError):   # a full disk, a reader that left, a stream that was closed
+            except Exception:               # a full disk, a reader that left, a stream that was closed
                 break
             data = data[len(data) if done is None else done:]
         if len(data) < whole:
