@@ -17,8 +17,6 @@ from .server import home
 
 from .net import listeners as listening
 
-from .net.writer import writing_to
-
 from .process import supervisor as workers
 from .access.users import Users, line_for
 from .access.check import report, warnings
@@ -119,26 +117,6 @@ def read_file(path: str) -> Dict[str, Any]:
             lines = [line for line in text.split("\n") if line] if known[name].metadata["many"] else [text]
             values[known[name].name] = parse(known[name], lines or [""], "%s: %s" % (path, name))
     return values
-
-
-def configure_logging(level: int, form: str) -> logging.Handler:
-    """The handler, to be closed at the end. Only ours: the root logger belongs to a program that embeds the package."""
-    handler: logging.Handler = logging.NullHandler()
-    if not getattr(sys.stderr, "closed", sys.stderr is None):
-        handler = logs.Handler(writing_to(sys.stderr), logs.formatter(form, descriptor_of(sys.stderr),
-                                                                      os.environ.get("JOURNAL_STREAM", "")))
-    log = logging.getLogger("socks5")
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(level)
-    return handler
-
-
-def descriptor_of(stream: Any) -> Optional[int]:
-    try:
-        return int(stream.fileno())
-    except (AttributeError, OSError, ValueError):           # not a file
-        return None
 
 
 def serve(config: Config) -> int:
@@ -242,9 +220,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (ConfigError, OSError) as exc:
         return fail(str(exc))
     testing = "self_test" in args
-    handler = configure_logging(
-        logging.DEBUG if "verbose" in args else logging.CRITICAL if testing else
-        logging.WARNING if "quiet" in args else logging.INFO, config.log_format)
+    level = (logging.DEBUG if "verbose" in args else logging.CRITICAL if testing else
+             logging.WARNING if "quiet" in args else logging.INFO)
+    handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
     try:
         return self_test(config) if testing else serve(config)
     finally:

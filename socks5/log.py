@@ -15,7 +15,7 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from .net.writer import CLOSE_S, PIPE_BUF, Writer
+from .net.writer import CLOSE_S, PIPE_BUF, Writer, writing_to
 from .protocol.facts import Facts, FactsRecord
 from .protocol.messages import Address
 
@@ -65,6 +65,32 @@ class Handler(logging.Handler):
         """Write what is queued, for CLOSE_S at the most. logging.shutdown() calls this, too."""
         self.writer.close(CLOSE_S)
         super().close()
+
+
+def install(level: int, kind: str, stream: Any, journal: str) -> logging.Handler:
+    """Have the package's logger write to `stream` (None or closed: to nothing). Gives the handler, to be closed at the
+    end. The root logger is left alone: it belongs to a program that embeds the package.
+
+    kind      "text" or "json"
+    journal   $JOURNAL_STREAM
+    """
+    handler: logging.Handler = logging.NullHandler()
+    if not getattr(stream, "closed", stream is None):
+        handler = Handler(writing_to(stream), formatter(kind, descriptor_of(stream), journal))
+    log = logging.getLogger("socks5")
+    for before in log.handlers[:]:
+        log.removeHandler(before)
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(level)
+    return handler
+
+
+def descriptor_of(stream: Any) -> Optional[int]:
+    try:
+        return int(stream.fileno())
+    except (AttributeError, OSError, ValueError):           # not a file
+        return None
 
 
 def lost_line(form: logging.Formatter) -> Callable[[int], str]:

@@ -551,16 +551,16 @@ class Handler(unittest.TestCase):
 
 TALKER = """
 import logging, random, sys
-from socks5 import cli
+from socks5 import log
 from socks5.protocol.facts import Facts, tell
 form, number, evil = sys.argv[1], int(sys.argv[2]), bytes.fromhex(sys.argv[3])
-handler = cli.configure_logging(logging.INFO, form)
-log = logging.getLogger("socks5.talker")
+handler = log.install(logging.INFO, form, sys.stderr, "")
+talker = logging.getLogger("socks5.talker")
 random.seed(number)
 sys.stdin.readline()
 for turn in range(400):
     name = (evil * 20)[:random.randrange(10, 1500)] * random.choice((1, 1, 1, 3))
-    tell(log, logging.INFO, "session who=%(who)d turn=%(turn)d user=%(user)s end=%(who)d", Facts(
+    tell(talker, logging.INFO, "session who=%(who)d turn=%(turn)d user=%(user)s end=%(who)d", Facts(
         who=number, turn=turn, user=name))
 handler.close()
 """
@@ -674,9 +674,9 @@ class Program(unittest.TestCase):
                          [("auth_failed", "127.0.0.1"), ("session", "127.0.0.1")], server.log)
 
     def test_nothing_of_logging_is_changed_for_the_process(self):
-        done = subprocess.run([sys.executable, "-c", "import logging\nbefore = dict(vars(logging))\n"
-                               "from socks5 import cli\n"
-                               "cli.configure_logging(logging.INFO, 'text')\n"
+        done = subprocess.run([sys.executable, "-c", "import logging, sys\nbefore = dict(vars(logging))\n"
+                               "from socks5 import log\n"
+                               "log.install(logging.INFO, 'text', sys.stderr, '')\n"
                                "assert {key: value for key, value in vars(logging).items() if key[:2] != '__'} == "
                                "{key: value for key, value in before.items() if key[:2] != '__'}\n"
                                "assert not logging.getLogger().handlers\n"], cwd=str(ROOT), stderr=subprocess.PIPE,
