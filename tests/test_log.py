@@ -465,11 +465,11 @@ class Forks(unittest.TestCase):
             "    pid = os.fork()\n"
             "    if not pid:\n"
             "        w.put('child %d %d' % (number, look.threads))\n"
-            "        w.close()\n"
+            "        w.close(20)\n"
             "        os._exit(0)\n"
             "    w.put('after %d' % number)\n"
             "    os.waitpid(pid, 0)\n"
-            "w.close()\n")
+            "w.close(20)\n")
         self.assertEqual(sorted(lines), sorted(["parent 1"] + [
             line % number for number in range(5) for line in ("before %d", "child %d 1", "after %d")]))
 
@@ -487,11 +487,11 @@ class Forks(unittest.TestCase):
             "may.set()\n"
             "if not pid:\n"
             "    w.put('child')\n"
-            "    w.close()\n"
+            "    w.close(20)\n"
             "    os._exit(0)\n"
             "w.put('parent again')\n"
             "os.waitpid(pid, 0)\n"
-            "w.close()\n", "-W", "ignore::DeprecationWarning")     # Python 3.12 warns of a fork beside threads
+            "w.close(20)\n", "-W", "ignore::DeprecationWarning")     # Python 3.12 warns of a fork beside threads
         self.assertEqual(sorted(lines), ["child", "parent", "parent again"])
 
 
@@ -514,7 +514,7 @@ class Handler(unittest.TestCase):
 
         handler = self.handler(Form())
         handler.handle(record("x"))
-        handler.close()
+        handler.writer.close(PATIENCE_S)
         self.assertEqual(seen, ["writer"])
 
     def test_a_traceback_keeps_no_frame_alive_and_other_handlers_see_it(self):
@@ -525,7 +525,7 @@ class Handler(unittest.TestCase):
         self.assertIsNone(seen[0].exc_info)
         self.assertIsNotNone(bug.exc_info)
         handler.handle(bug)
-        handler.close()
+        handler.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines[0], "ERROR bug")
         self.assertIn("| RuntimeError: a", self.sink.lines)
 
@@ -538,6 +538,7 @@ class Handler(unittest.TestCase):
     def test_shutdown_of_logging_writes_what_is_queued(self):
         done = subprocess.run([sys.executable, "-c", "import logging, os\nfrom functools import partial\n"
                                "from socks5 import log\n"
+                               "log.CLOSE_S = 20\n"
                                "handler = log.Handler(partial(os.write, 1), log.TextFormatter(False))\n"
                                "logging.getLogger('x').addHandler(handler)\n"
                                "for number in range(3000):\n"
@@ -562,7 +563,7 @@ for turn in range(400):
     name = (evil * 20)[:random.randrange(10, 1500)] * random.choice((1, 1, 1, 3))
     tell(talker, logging.INFO, "session who=%(who)d turn=%(turn)d user=%(user)s end=%(who)d", Facts(
         who=number, turn=turn, user=name))
-handler.close()
+handler.writer.close(60)
 """
 
 
@@ -693,7 +694,8 @@ class Program(unittest.TestCase):
             return 0
 
         try:
-            with mock.patch.object(cli, "serve", serve), contextlib.redirect_stderr(io.StringIO()) as said:
+            with mock.patch.object(cli, "serve", serve), mock.patch.object(logs, "CLOSE_S", PATIENCE_S), \
+                    contextlib.redirect_stderr(io.StringIO()) as said:
                 self.assertEqual(cli.main([]), 0)
         finally:
             log.handlers[:], log.propagate = before[:2]
