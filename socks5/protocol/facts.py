@@ -15,6 +15,7 @@ from .fields import text
 
 NOTHING = "-"                       # stands in the text for a fact that there is not
 FREE = {"why"}                      # keys whose values are sentences
+LEVELS = {level: logging.getLevelName(level) for level in range(10, 60, 10)}
 
 
 class Facts(Dict[str, Any]):
@@ -57,7 +58,7 @@ class FactsRecord(logging.LogRecord):
         self.msecs = self.created % 1 * 1000
         self.name = name
         self.levelno = level
-        self.levelname = logging.getLevelName(level)
+        self.levelname = LEVELS.get(level) or logging.getLevelName(level)
         self.msg = line
         self.args = facts
 
