@@ -10,17 +10,14 @@ import sys
 from typing import Any, Dict, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
-
+from .access.check import report, warnings
+from .access.users import line_for
+from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
 from .net import listeners as listening
-
-from .protocol import trace
-
+from .net.addresses import endpoint_of
 from .process import files, signals, supervisor as workers
 from .process.alone import Alone
-from .access.users import line_for
-from .access.check import report, warnings
-from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
-from .net.addresses import endpoint_of
+from .server import tracing
 from .server.server import Server
 
 EXIT_USAGE = 2
@@ -116,31 +113,11 @@ def read_file(path: str) -> Dict[str, Any]:
     return values
 
 
-def configure_logging(level: int, form: str) -> None:
-    """Ours alone: the root logger belongs to whoever embeds the package."""
-    handler = logs.Writer()
-    handler.setFormatter(logs.formatter(form, descriptor_of(sys.stderr), os.environ.get("JOURNAL_STREAM", "")))
-    # What no format of ours shows need not be found out for every line: see "Optimization" in the logging HOWTO.
-    logging._srcfile = None
-    logging.setLogRecordFactory(logs.Record)
-    log = logging.getLogger("socks5")
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(level)
-
-
-def descriptor_of(stream: Any) -> Optional[int]:
-    try:
-        return int(stream.fileno())
-    except (AttributeError, OSError, ValueError):           # closed from the start, or not a file
-        return None
-
-
 def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
-        trace.check(config.trace)
+        tracing.check(config.trace)
         listeners = listening.open_all(config.listen, config.port)
     except ConfigError as exc:
         return fail(str(exc))
@@ -155,28 +132,19 @@ def serve(config: Config) -> int:
 
     count = workers.number(config.workers)
     if count > 1:
-        return workers.Supervisor(config, listeners, count, access, fork=fork).run(ready)
+        return workers.Supervisor(config, listeners, count, access).run(ready)
     return Alone(Server(config, listeners=listeners, access=access), access).run(ready)
-
-
-def fork() -> int:
-    """os.fork(), with the log's thread paused: only the thread that forks lives on in the child."""
-    pause, resume = getattr(logs, "pause", None), getattr(logs, "resume", None)
-    if not pause or not resume:
-        return os.fork()
-    pause()
-    try:
-        return os.fork()
-    finally:
-        resume()                                            # in both processes
 
 
 def self_test(config: Config) -> int:
     """The exit status."""
     good = True
-    for line in selftest.run(config):
-        say(line.text)
-        good = good and line.good
+    try:
+        for line in selftest.run(config):
+            say(line.text)
+            good = good and line.good
+    except (ConfigError, OSError) as exc:
+        return fail(str(exc))
     return 0 if good else 1
 
 
@@ -223,11 +191,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if "check" in args:
             say("\n".join(report(config)))
             return 0
-        if "self_test" in args:
-            configure_logging(logging.DEBUG if "verbose" in args else logging.CRITICAL, config.log_format)
-            return self_test(config)
     except (ConfigError, OSError) as exc:
         return fail(str(exc))
-    configure_logging(logging.WARNING if "quiet" in args else logging.DEBUG if "verbose" in args else logging.INFO,
-                      config.log_format)
-    return serve(config)
+    testing = "self_test" in args
+    level = (logging.DEBUG if "verbose" in args else logging.CRITICAL if testing else
+             logging.WARNING if "quiet" in args else logging.INFO)
+    handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
+    try:
+        return self_test(config) if testing else serve(config)
+    finally:
+        handler.close()                                     # writes what is queued

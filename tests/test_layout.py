@@ -206,7 +206,7 @@ class Voices(unittest.TestCase):
     # A forked worker must never return into the code of its parent, so it ends in os._exit. The trace goes to standard
     # error or a file: whichever it is, each worker opens it for itself.
     ALLOWED = {"cli": None, "__main__": {"sys.exit"}, "process.worker": {"os._exit"},
-               "log": {"sys.stderr"}}
+               "server.tracing": {"sys.stderr"}}
 
     def test_only_the_command_line_prints_or_exits(self):
         for name in modules():

@@ -127,7 +127,7 @@ class Rendezvous:
         remote.close()
         self.strangers += 1
         log.info("stranger bnd=%(bnd)s peer=%(peer)s expected=%(expected)s", {
-            "bnd": str(self.bnd), "peer": str(peer), "expected": ",".join(map(str, self.peers))})
+            "bnd": self.bnd, "peer": peer, "expected": ",".join(map(str, self.peers))})
         return None
 
     def also(self, why: str) -> str:

@@ -51,17 +51,13 @@ class Worker:
 
 
 class Supervisor(Control):
-    """Keeps `count` workers running until SIGTERM or SIGINT has ended them all.
-
-    `fork` is os.fork, or a function that does more around it.
-    """
+    """Keeps `count` workers running until SIGTERM or SIGINT has ended them all."""
 
     def __init__(self, config: Config, listeners: Sequence[socket.socket], count: int, access: Access,
-                 make: MakeServer = Server, fork: Callable[[], int] = getattr(os, "fork", lambda: -1)) -> None:
+                 make: MakeServer = Server) -> None:
         super().__init__(config, access)
         self.listeners = listeners
         self.make = make
-        self.fork = fork
         self.shared = Shared(count)
         auth.TURNS.share()
         self.workers: Dict[int, Worker] = {}            # by pid
@@ -112,7 +108,7 @@ class Supervisor(Control):
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                pid = self.fork()
+                pid = os.fork()
             except BaseException:
                 ours.close()
                 raise

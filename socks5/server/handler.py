@@ -26,6 +26,7 @@ from ..net.poller import new_poll
 from ..net.resolver import Names, normalise, resolve
 from ..protocol.codes import Cmd, Method, Rep
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
+from ..protocol.facts import Facts
 from ..protocol.fields import Host
 from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 from ..protocol.trace import M, Sent
@@ -130,7 +131,7 @@ class Handler(StreamRequestHandler):
         self.session.greeted = True
         methods = self.server.methods
         method = users.choose(offered, methods)
-        self.session.step("method", offered=offered, chosen=bytes([method]))
+        self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
         self.send(Selection(method))
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
@@ -165,7 +166,7 @@ class Handler(StreamRequestHandler):
                                               partial(server.users.check, *who))
         if not right:
             log.warning("auth_failed client=%(client)s user=%(user)s",       # README.rst: fail2ban looks for it
-                        {"client": session.client.ip, "user": login.uname})
+                        Facts(client=session.client.ip, user=login.uname))
             session.user = login.uname
             self.pause(late_s)
             self.send(LoginStatus(0x01))
@@ -213,7 +214,7 @@ class Handler(StreamRequestHandler):
         self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, str(session.client.ip), config.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
-                         self.story.overhear if self.story else None) as association:
+                         self.story.datagram if self.story else None) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
             association.run(config.udp_idle_timeout)
@@ -282,9 +283,9 @@ class Handler(StreamRequestHandler):
         verdict = rules.judge(asker, address, port, name) if address else rules.foresee(asker, port, name)
         if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:
             self.told.add(verdict.where)
-            log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", {
-                "client": self.session.client, "user": self.session.user, "dst": Address(address or host, port),
-                "why": "denied by %s" % verdict.where})
+            log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", Facts(
+                client=self.session.client, user=self.session.user, dst=Address(address or host, port),
+                why="denied by %s" % verdict.where))
         return verdict.allowed
 
     # ---- §6: answers ----------------------------------------------------------------------------------------------

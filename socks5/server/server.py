@@ -24,11 +24,11 @@ from ..net import listeners as net_listeners
 from ..net.addresses import Endpoint, endpoint_of, origin_of
 from ..net.poller import READ, new_poll
 from ..net.resolver import Names
-from ..protocol import trace
 from ..protocol.errors import name_of
+from ..protocol.facts import Facts, tell
 from ..relay.loop import Loop, peek
 from ..relay.tunnel import Tunnel
-from . import acceptors
+from . import acceptors, tracing
 from .counters import Counts
 from .handler import ANONYMOUS, BY_PASSWORD, Handler, Service
 from .sessions import Full, Session, Sessions
@@ -89,7 +89,7 @@ class Server(ThreadingTCPServer, Service):
         another's sessions; `access` is read already."""
         self.config = config or Config()
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
-        self.trace = trace.opened(self.config.trace)
+        self.trace = tracing.opened(self.config.trace)
         self.throttle = Throttle()
         self.names = Names()
         self.methods = dict(BY_PASSWORD if self.users else ANONYMOUS)
@@ -201,7 +201,7 @@ class Server(ThreadingTCPServer, Service):
         except ConfigError as exc:
             log.error("not reloaded, users and rules stay as they were: %s", exc)
             return False
-        log.info("reloaded users=%(users)d rules=%(rules)d", {"users": len(self.users.names), "rules": len(self.rules)})
+        log.info("reloaded users=%(users)d rules=%(rules)d", Facts(users=len(self.users.names), rules=len(self.rules)))
         return True
 
     # ---- one connection, from accept to its handler -----------------------------------------------------------------
@@ -240,7 +240,7 @@ class Server(ThreadingTCPServer, Service):
         except OSError as exc:
             if exc.errno in EXHAUSTED:
                 self.complain("accept", "accept_failed errno=%(errno)s sessions=%(sessions)d",
-                              {"errno": name_of(exc), "sessions": len(self.sessions)})
+                              Facts(errno=name_of(exc), sessions=len(self.sessions)))
                 sleep(REST_S)
             raise
         if not listener:                                        # or it has inherited all this
@@ -254,7 +254,7 @@ class Server(ThreadingTCPServer, Service):
         client = endpoint_of(client_address)
         if self.rules.admits(client.ip):
             return True
-        log.info(REFUSED, {"client": client, "why": "not in --allow-from"})
+        log.info(REFUSED, Facts(client=client, why="not in --allow-from"))
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -308,9 +308,9 @@ class Server(ThreadingTCPServer, Service):
 
     def refuse(self, client_address: Any, about: str, why: str) -> None:
         """Say that this client is turned away before it is heard, for want of something of ours."""
-        self.complain(about, REFUSED, {"client": endpoint_of(client_address), "why": why})
+        self.complain(about, REFUSED, Facts(client=endpoint_of(client_address), why=why))
 
-    def complain(self, about: str, line: str, facts: Dict[str, Any]) -> None:
+    def complain(self, about: str, line: str, facts: Facts) -> None:
         """A warning that would come with every connection: once a minute is enough, for each thing it is about."""
         now = monotonic()
         with self._lock:
@@ -366,8 +366,9 @@ class Server(ThreadingTCPServer, Service):
         """The session is over: the line in the log, the registry, the socket, the hook."""
         if self.sessions.get(session.sock) is not session:
             return
+        session.ended_at = monotonic()
         facts = session.facts()
-        log.info(Session.LINE, facts)
+        tell(log, logging.INFO, Session.LINE, facts)
         if session.story:
             session.story.end(facts)
         self.sessions.remove(session)
