@@ -244,7 +244,7 @@ class Waiting(unittest.TestCase):
             far.sendall(b"x" * (EARLY_BYTES + 6000))
             wait_until(lambda: len(rendezvous.early) == EARLY_BYTES)
             self.assertEqual(outcome, [])
-            call((str(rendezvous.bnd.host), rendezvous.bnd.port)).close()
+            call((str(rendezvous.bnd.ip), rendezvous.bnd.port)).close()
             wait_until(lambda: outcome)
             outcome[0][0].close()
             self.assertEqual(len(rendezvous.early), EARLY_BYTES)
@@ -266,7 +266,7 @@ class Waiting(unittest.TestCase):
             with self.subTest("peer comes"), self.rendezvous() as (rendezvous, far, outcome):
                 far.sendall(b"x" * (EARLY_BYTES + 1))
                 wait_until(lambda: len(rendezvous.early) == EARLY_BYTES)
-                with call((str(rendezvous.bnd.host), rendezvous.bnd.port)) as peer:
+                with call((str(rendezvous.bnd.ip), rendezvous.bnd.port)) as peer:
                     wait_until(lambda: outcome)
                     self.assertEqual(str(outcome[0][1]), "%s:%d" % peer.getsockname())
                 outcome[0][0].close()

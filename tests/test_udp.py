@@ -173,7 +173,7 @@ class Bursts(unittest.TestCase):
             with listener.accept()[0] as ours, udp_socket() as sock:
                 with Association(ours, "127.0.0.1", (), (), Names(), lambda *_: True) as association:
                     thread = threading.Thread(target=association.run, args=(idle_s,), daemon=True)
-                    sock.connect((str(association.bnd.host), association.bnd.port))
+                    sock.connect((str(association.bnd.ip), association.bnd.port))
                     try:
                         yield association, sock, thread.start
                     finally:

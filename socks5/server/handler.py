@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import logging
 import socket
+from dataclasses import replace
 from functools import partial
+from ipaddress import IPv4Address
 from socketserver import StreamRequestHandler
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Set, Type
+from time import monotonic
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Sequence, Set, Type
 
 from ..access import users as auth
-from ..commands.bind import Rendezvous, expected
+from ..commands.bind import Rendezvous, any_peer, expected
 from ..protocol.codes import Cmd, Method, Rep
 from ..commands.connect import connect
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from .inbox import Inbox, linger
 from ..relay.tunnel import Tunnel
-from ..net.addresses import endpoint_of, IP, is_here, Endpoint
-from ..net.resolver import name_in, resolve
+from ..net.addresses import endpoint_of, IP, is_here, Endpoint, subscriber
+from ..net.resolver import normalise
 from ..access.rules import Asker
 from .sessions import Session
 from ..protocol.trace import M, Sent
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LEAST_S = 0.001             # for connect(), which takes 0 for "no limit"
 TOLD = 10                   # rules that one association may name in the log
 
 SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
@@ -67,6 +71,7 @@ class Handler(StreamRequestHandler):
                 self.server.sessions.negotiated(session)
                 session.cmd, session.dst = request.cmd.name, request.dst
                 session.step("request", cmd=session.cmd, dst=request.dst)
+                request = self.normalised(request)
                 self.foresee(request)
                 COMMANDS[request.cmd](self, request)            # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
@@ -144,10 +149,25 @@ class Handler(StreamRequestHandler):
 
     # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
 
+    @staticmethod
+    def normalised(request: Request) -> Request:
+        """The request with its DST as it is judged and used. Raises RequestRefused X'04' for a host that is none."""
+        dst = request.dst
+        if request.cmd == Cmd.UDP_ASSOCIATE:                    # not needed, and may be wrong
+            return request
+        host = IPv4Address(0) if request.cmd == Cmd.BIND and any_peer(dst) else normalise(dst.host)
+        return replace(request, dst=Address(host, dst.port))
+
+    def lookup(self, deadline: float, host: Host) -> Sequence[IP]:
+        """The addresses of a normalised host. Raises RequestRefused; ConnectionResetError when the client has left."""
+        return self.server.names.resolve(host, deadline, self.connection, subscriber(self.session.client.ip))
+
     def connect(self, request: Request) -> None:
-        config = self.server.config
-        addresses = self.not_ourselves(request.dst.port, self.permitted(request, resolve(request.dst.host)))
-        remote, address = connect(addresses, request.dst.port, config.connect_timeout, self.connection)
+        timeout_s = self.server.config.connect_timeout or float("inf")
+        deadline = monotonic() + timeout_s                      # for the lookup as well
+        found = self.lookup(deadline, request.dst.host)
+        addresses = self.not_ourselves(request.dst.port, self.permitted(request, found))
+        remote, address = connect(addresses, request.dst.port, max(deadline - monotonic(), LEAST_S), self.connection)
         with remote:
             dst = request.dst
             self.session.reached = Endpoint(address, dst.port)
@@ -162,9 +182,10 @@ class Handler(StreamRequestHandler):
 
     def bind(self, request: Request) -> None:
         config = self.server.config
-        peers = self.permitted(request, expected(request.dst))
-        permit = partial(self.permits_caller, request)
-        with Rendezvous(self.connection, peers, config.bind_ports, config.advertise, permit) as rendezvous:
+        deadline = monotonic() + (config.connect_timeout or float("inf"))
+        peers = self.permitted(request, expected(request.dst.host, partial(self.lookup, deadline)))
+        permit, owner = partial(self.permits_caller, request), subscriber(self.session.client.ip)
+        with Rendezvous(self.connection, peers, self.server.bind_ports, config.advertise, permit, owner) as rendezvous:
             self.reply(Rep.SUCCEEDED, rendezvous.bnd)           # the first: where we listen
             remote, peer = rendezvous.wait(config.bind_timeout)
         with remote:                                            # and the listener is closed: one peer only
@@ -178,13 +199,16 @@ class Handler(StreamRequestHandler):
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
         config, session = self.server.config, self.session
         self.told: Set[str] = set()             # rules that a line in the log has named
-        with Association(self.connection, str(session.client.ip), config.udp_ports, config.advertise,
+        with Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
-                         self.story.overhear if self.story else None) as association:
+                         self.story.datagram if self.story else None) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
-            association.run(config.udp_idle_timeout)
-            session.up, session.down = association.up, association.down
+            try:
+                association.run(config.udp_idle_timeout)
+            finally:
+                session.up, session.down = association.up, association.down
+                session.association = None                      # which refers to us, and we to the session
             session.ended_by = session.ended_by or association.ended_by
             session.why = "; ".join(filter(None, (session.why, association.why, association.summary())))
 
@@ -196,16 +220,16 @@ class Handler(StreamRequestHandler):
     def foresee(self, request: Request) -> None:
         """Before anything is looked up. Raises RequestRefused X'02' for what no address could make right."""
         udp = request.cmd == Cmd.UDP_ASSOCIATE                  # whose destinations come with the datagrams
-        name = None if udp else name_in(request.dst.host)
+        name = name_of_host(request.dst.host) if not udp else None
         if name is None and not udp:                            # an address, which is judged as such
             return
         verdict = self.server.rules.foresee(self.asker(request.cmd), None if udp else request.dst.port, name)
         if not verdict.allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
 
-    def permitted(self, request: Request, addresses: List[IP]) -> List[IP]:
+    def permitted(self, request: Request, addresses: Sequence[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
-        asker, name, allowed, why = self.asker(request.cmd), name_in(request.dst.host), [], ""
+        asker, name, allowed, why = self.asker(request.cmd), name_of_host(request.dst.host), [], ""
         for address in addresses:
             verdict = self.server.rules.judge(asker, address, request.dst.port, name)
             if verdict.allowed:
@@ -233,7 +257,7 @@ class Handler(StreamRequestHandler):
 
     def permits_datagram(self, address: Optional[IP], port: int, host: Host) -> bool:
         """May this client's datagrams go there? Without an address: is it worth looking up? Logs once for each rule."""
-        asker, name, rules = self.asker(Cmd.UDP_ASSOCIATE), name_in(host), self.server.rules
+        asker, name, rules = self.asker(Cmd.UDP_ASSOCIATE), name_of_host(host), self.server.rules
         verdict = rules.judge(asker, address, port, name) if address else rules.foresee(asker, port, name)
         if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:
             self.told.add(verdict.where)
@@ -269,6 +293,11 @@ class Handler(StreamRequestHandler):
             poll = new_poll()
             poll.register(self.connection.fileno(), 0)          # what is told unasked: a hang-up, an error
             poll.poll(seconds * 1000)
+
+
+def name_of_host(host: Host) -> Optional[bytes]:
+    """The name in a normalised host; None for an address."""
+    return host if isinstance(host, bytes) else None
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Request], None]] = {

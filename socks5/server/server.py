@@ -29,7 +29,8 @@ from .handler import ANYBODY, BY_PASSWORD, Handler
 from .home import Home
 from .lobby import Lobby
 from ..net.addresses import Endpoint, endpoint_of, subscriber
-from ..net.resolver import Names
+from ..net.lookups import Names
+from ..net.shares import Ports
 from ..access.rules import Rules
 from .sessions import Full, Sessions
 from .table import Table
@@ -75,6 +76,8 @@ class Server(ThreadingTCPServer):
         self.trace = trace.opened(self.config.trace)
         self.throttle = Throttle()
         self.names = Names()
+        self.bind_ports = Ports(self.config.bind_ports)
+        self.udp_ports = Ports(self.config.udp_ports, need=2)      # one towards the client, one towards the remotes
         self.methods = dict(BY_PASSWORD if self.users else ANYBODY)
         listening.raise_descriptor_limit()
         self.sessions = Sessions(self.config.max_sessions or float("inf"), self.config.handshake_timeout,
