@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import socks5
 from socks5 import client
-from socks5.commands.bind import EARLY_BYTES, Rendezvous, expected
+from socks5.commands.bind import EARLY_BYTES, Rendezvous, any_peer, expected
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError, RequestRefused
 from socks5.net.poller import SelectPoll
@@ -54,30 +54,32 @@ def both_ways(test, one, other):
 
 class WhoComes(unittest.TestCase):
     def test_whom_a_request_expects(self):
-        cases = [("IPv4", Address(ip_address("192.0.2.1"), 21), ["192.0.2.1"]),
-                 ("IPv4-mapped", Address(ip_address("::ffff:192.0.2.1"), 21), ["192.0.2.1"]),
-                 ("IPv6", Address(ip_address("2001:db8::1"), 0), ["2001:db8::1"]),
-                 ("literal as a name", Address(b"192.0.2.1", 21), ["192.0.2.1"]),
-                 ("anybody", Address(ip_address("0.0.0.0"), 21), ["0.0.0.0"]),
-                 ("anybody on IPv6", Address(ip_address("::"), 0), ["::"]),
-                 ("anybody, as a name", Address(b"0.0.0.0", 0), ["0.0.0.0"]),
-                 ("neither address nor port", Address(b"", 0), ["0.0.0.0"])]
-        for name, dst, peers in cases:
-            with self.subTest(name):
-                self.assertEqual(expected(dst), [ip_address(peer) for peer in peers])
-        for name, dst in [("no address but a port", Address(b"", 21)), ("no name", Address(b"a b", 21)),
-                          ("nobody has it", Address(b"nobody.invalid", 21))]:
-            with self.subTest(name), self.assertRaises(RequestRefused) as caught:
-                expected(dst)
-            self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+        ips = [ip_address(text) for text in ("192.0.2.1", "2001:db8::1", "0.0.0.0")]
 
-    def test_a_name_for_0_0_0_0_is_nobody(self):
-        """Name servers that block a name answer so; it must not open the port to everybody."""
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("0.0.0.0", 0))]
-        with patch("socket.getaddrinfo", return_value=found):
+        def no_lookup(host):
+            self.fail(host)
+
+        for ip in ips + [ip_address("::")]:
+            with self.subTest(ip=ip):
+                self.assertEqual(expected(ip, no_lookup), [ip])
+        with self.subTest("a name; what resolves to 0.0.0.0 is blocked, and does not stand for any host"):
+            self.assertEqual(expected(b"name.test", lambda host: ips), ips[:2])
             with self.assertRaises(RequestRefused) as caught:
-                expected(Address(b"ads.example", 21))
-        self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+                expected(b"ads.test", lambda host: ips[2:])
+            self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+        cases = [(Address(b"", 0), True), (Address(b"", 21), False), (Address(b"a", 0), False)]
+        self.assertEqual([any_peer(dst) for dst, _ in cases], [any_host for _, any_host in cases])
+
+    def test_requests_that_name_no_host(self):
+        with running() as server:
+            for name, host, port, rep in (("neither address nor port: any host", b"", 0, Rep.SUCCEEDED),
+                                          ("a port without an address", b"", 21, Rep.HOST_UNREACHABLE),
+                                          ("no name", b"a b", 21, Rep.HOST_UNREACHABLE),
+                                          ("it does not exist", b"name.invalid", 21, Rep.HOST_UNREACHABLE)):
+                with self.subTest(name), dial(server.server_address) as sock:
+                    negotiate(sock)
+                    sock.sendall(b"\5\2\0\3" + bytes([len(host)]) + host + port.to_bytes(2, "big"))
+                    self.assertEqual(Reply.parse(reader_of(sock)).rep, rep)
 
     def test_the_expected_peer(self):
         cases = [("IPv4", "127.0.0.2"), ("IPv4-mapped", "::ffff:127.0.0.2"), ("anybody", "0.0.0.0"),

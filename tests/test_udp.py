@@ -19,7 +19,8 @@ from socks5.commands import datagrams
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError
 from socks5.server.acceptors import MOST as SPARES
-from socks5.net.resolver import LOOKUP_THREADS, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
+from socks5.net.lookups import PER_CLIENT, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
+from socks5.net.shares import ANY_PORT
 from socks5.commands.udp import Association
 from socks5.net.poller import SelectPoll
 from socks5.protocol.messages import Datagram
@@ -171,7 +172,7 @@ class Bursts(unittest.TestCase):
         """One that does not run before run() is called: (it, its client's socket, run)."""
         with socket.create_server(("127.0.0.1", 0)) as listener, dial(listener.getsockname()) as control:
             with listener.accept()[0] as ours, udp_socket() as sock:
-                with Association(ours, "127.0.0.1", (), (), Names(), lambda *_: True) as association:
+                with Association(ours, ip_address("127.0.0.1"), ANY_PORT, (), Names(), lambda *_: True) as association:
                     thread = threading.Thread(target=association.run, args=(idle_s,), daemon=True)
                     sock.connect((str(association.bnd.ip), association.bnd.port))
                     try:
@@ -239,7 +240,7 @@ class Bursts(unittest.TestCase):
         """As BSD and Windows do unasked: what was sent to a closed port makes the next recvfrom() fail."""
         with udp_socket() as there, self.association() as (association, sock, run):
             dst, nobody = address(*there.getsockname()), address("127.0.0.1", closed_port())
-            association._toward(socket.AF_INET).setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
+            association._open_toward(socket.AF_INET).setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
             sock.send(Datagram(nobody, b"anybody?").pack())
             run()
             wait_until(lambda: association.dropped)
@@ -267,8 +268,12 @@ class Bursts(unittest.TestCase):
                             self.assertEqual(Datagram.parse(sock.recv(100)).data, b"still here")
                     self.assertEqual(association.ended_by, "")
                     clock[0] += 101
-                    stranger.sendto(b"wake up", sock.getpeername())         # which does not count
-                    wait_until(lambda: association.ended_by)
+
+                    def ended():
+                        stranger.sendto(b"wake up", sock.getpeername())     # which does not count
+                        return association.ended_by
+
+                    wait_until(ended)
                     self.assertEqual(association.ended_by, "idle")
 
     def test_what_is_remembered_is_bounded(self):
@@ -301,14 +306,14 @@ class Bursts(unittest.TestCase):
             self.assertEqual([there.recv(100) for _ in range(200)], [b"%04d" % number for number in range(200)])
 
     def test_a_quiet_association_holds_nothing(self):
-        with patch("socks5.commands.fragments.REASSEMBLY_S", 0.05), patch("socks5.commands.udp.BUSY_S", 0.05):
+        with patch("socks5.commands.fragments.REASSEMBLY_S", 0.05):
             with udp_socket() as there, self.association() as (association, sock, run):
                 dst = address(*there.getsockname())
                 sock.send(Datagram(dst, b"whole").pack())
                 sock.send(Datagram(dst, b"a piece", 1).pack())
                 run()
                 self.assertEqual(there.recv(100), b"whole")
-                wait_until(lambda: not association._fragments.pieces and not association._buffer)
+                wait_until(lambda: association._fragments.dropped)
                 sock.send(Datagram(dst, b"too late", 2 | 0x80).pack())
                 sock.send(Datagram(dst, b"whole").pack())
                 self.assertEqual(there.recv(100), b"whole")
@@ -567,7 +572,7 @@ class NamesOfRemotes(unittest.TestCase):
                 for name in range(WAITING_NAMES):
                     udp.sendto(b"x", ("slow%d-%d.test" % (number, name), where[1]))
                 exchange(self, udp, where)
-            self.assertEqual(len(lookups()), LOOKUP_THREADS)
+            self.assertEqual(len(lookups()), PER_CLIENT)
             self.hang.set()
             wait_until(lambda: not lookups(), "they end")
 
