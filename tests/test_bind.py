@@ -312,12 +312,13 @@ class Where(unittest.TestCase):
     def test_ports_from_the_range_and_no_others(self):
         first = two_free_ports()
         with running(bind_ports=(first, first + 1)) as server, self.assertLogs("socks5", "INFO") as logs:
-            with client.bind(server.server_address, LOCAL) as one, client.bind(server.server_address, LOCAL) as two:
+            with client.bind(server.server_address, LOCAL) as one, bind_from("127.0.0.2", server) as two:
                 self.assertEqual({one.bnd[1], two.bnd[1]}, {first, first + 1})
                 with self.assertRaises(ProxyError) as caught:
                     client.bind(server.server_address, LOCAL)
                 self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
-                wait_until(lambda: any("ports %d-%d: EADDRINUSE" % (first, first + 1) in line for line in logs.output))
+                wait_until(lambda: any("no port left for 127.0.0.1: ports %d-%d" % (first, first + 1) in line
+                                       for line in logs.output))
                 for waiting in (one, two):
                     with call(waiting.bnd) as peer:             # and we close first: TIME_WAIT is ours
                         sock, _ = waiting.accept(PATIENCE_S)
@@ -327,9 +328,45 @@ class Where(unittest.TestCase):
                 wait_until(lambda: not len(server.sessions))
                 with client.bind(server.server_address, LOCAL) as one:
                     for _ in range(8):                          # each starts at a random port
-                        with client.bind(server.server_address, LOCAL) as two:
+                        with bind_from("127.0.0.2", server) as two:
                             self.assertEqual({one.bnd[1], two.bnd[1]}, {first, first + 1})
                         wait_until(lambda: len(server.sessions) == 1)
+
+    def test_ports_that_others_have_are_none_of_ours(self):
+        first = two_free_ports()
+        with socket.socket() as one, socket.socket() as two:
+            for port, sock in enumerate((one, two), first):
+                sock.bind(("127.0.0.1", port))
+                sock.listen()
+            with running(bind_ports=(first, first + 1)) as server, self.assertLogs("socks5", "INFO") as logs:
+                for _ in range(3):                              # and what cannot be had is not counted as taken
+                    with self.assertRaises(ProxyError) as caught:
+                        client.bind(server.server_address, LOCAL)
+                    self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
+                wait_until(lambda: sum("ports %d-%d: EADDRINUSE" % (first, first + 1) in line
+                                       for line in logs.output) == 3)
+
+    def test_one_address_cannot_take_all_ports(self):
+        first = two_free_ports()
+        with running(bind_ports=(first, first + 1)) as server:
+            with client.bind(server.server_address, LOCAL):
+                for _ in range(5):
+                    with self.assertRaises(ProxyError):
+                        client.bind(server.server_address, LOCAL)
+                bind_from("127.0.0.2", server).close()
+
+
+def bind_from(source, server):
+    """A BIND by a client at this address."""
+    real_connect = socket.socket.connect
+
+    def connect(sock, where):
+        if where[1] == server.server_address[1]:
+            sock.bind((source, 0))
+        real_connect(sock, where)
+
+    with patch.object(socket.socket, "connect", connect):
+        return client.bind(server.server_address, LOCAL)
 
 
 def two_free_ports():

@@ -59,16 +59,21 @@ class Resolver:
             return list(self.asked)
 
 
+def lookup_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "names"]
+
+
 class LookupCase(unittest.TestCase):
     def setUp(self):
         self.resolver = Resolver()
-        self.addCleanup(self.resolver.answer)
         bugs = []
         self.addCleanup(self.assertEqual, bugs, [])
         for patch in (mock.patch("socket.getaddrinfo", self.resolver.getaddrinfo),
                       mock.patch("threading.excepthook", bugs.append), mock.patch.object(module, "REST_S", 0.02)):
             patch.start()
             self.addCleanup(patch.stop)
+        self.addCleanup(wait_until, lambda: not lookup_threads(), "the lookup threads end")
+        self.addCleanup(self.resolver.answer)
         self.told = []
         self.names = Names()
 
@@ -199,9 +204,6 @@ class Turns(LookupCase):
             self.assertIsNone(self.ask(b"one.more.test"))
 
     def test_threads_end_when_there_is_no_work(self):
-        def lookup_threads():
-            return [thread for thread in threading.enumerate() if thread.name == "names"]
-
         for turn in range(3):
             for number in range(20):
                 self.ask(b"quick%d-%d.test" % (turn, number))
