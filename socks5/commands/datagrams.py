@@ -7,10 +7,12 @@ each.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import sys
-from typing import Any, Counter, Iterable, List, Optional, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, Counter, Iterable, List, Optional, Sequence, Tuple
 
 from ..protocol.errors import name_of
 
@@ -19,9 +21,40 @@ DATAGRAM_BYTES = 1 << 16        # more than UDP can carry, so that no datagram i
 BURST_BYTES = 60000             # what a burst may hold before its last datagram: one call sends 65,507 at most
 SEGMENT_BYTES = 1452            # of payload in an Ethernet frame with IPv6 and UDP headers; longer ones go one by one
 SOCKET_BYTES = 1 << 20          # of each kernel buffer, or what the kernel allows (net.core.rmem_max)
+BUFFER_WAIT_S = 1.0             # for a shared buffer, before one more is allocated
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # saves a system call where it exists
 LINUX = sys.platform.startswith("linux")
 SOL_UDP, UDP_SEGMENT = 17, 103                          # linux/udp.h; the socket module has no names for them
+Buffer = Tuple[bytearray, memoryview]                   # and a view of the whole of it
+
+
+class Buffers:
+    """Receive buffers that the threads of the process share, so that none has to keep one while it waits for datagrams.
+
+    As many threads receive and send at the same time as there are buffers; the others wait for one, as they would for
+    the interpreter.
+    """
+
+    def __init__(self, size: int, most: int = max(4, min(os.cpu_count() or 1, 32))) -> None:
+        self.size = size
+        self.most = most
+        self._free: "SimpleQueue[Optional[Buffer]]" = SimpleQueue()
+        for _ in range(most):
+            self._free.put(None)                        # allocated when it is first needed
+
+    def take(self) -> Buffer:
+        try:
+            free = self._free.get(timeout=BUFFER_WAIT_S)
+        except Empty:                                   # others are stuck: a trace to a full pipe, a fork amid a burst
+            free = None
+        if free:
+            return free
+        buffer = bytearray(self.size)
+        return buffer, memoryview(buffer)
+
+    def give_back(self, buffer: Buffer) -> None:
+        if self._free.qsize() < self.most:
+            self._free.put(buffer)
 
 
 def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = ()) -> socket.socket:

@@ -12,10 +12,8 @@ of its loop. RFC 1928 section 7.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections import Counter
-from queue import SimpleQueue
 from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple, TypeVar
 
@@ -29,26 +27,19 @@ from ..protocol.errors import RequestRefused, name_of, rep_of
 from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
-from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, bound, send
+from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, send
 from .fragments import Fragments
 
 Route = Tuple[socket.socket, Sockaddr]
 OnDatagram = Callable[[str, bytes, Sockaddr], None]
-Buffer = Tuple[bytearray, memoryview]
 K = TypeVar("K")
 V = TypeVar("V")
 
 HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, ATYP, 16 of IPv6, port
-BUFFER_BYTES = BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES
 REMEMBERED = 512                # headers each way
 FORGET_S = 30.0                 # how long a name stands for the same address
 FOREVER = float("inf")
-
-# As many associations receive and send at the same time as there are buffers; the others wait for one, as they would
-# for the interpreter. None is a buffer that was not needed so far.
-BUFFERS: "SimpleQueue[Optional[Buffer]]" = SimpleQueue()
-for _ in range(max(4, min(os.cpu_count() or 1, 32))):
-    BUFFERS.put(None)
+BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
 
 
 class Association:
@@ -174,8 +165,7 @@ class Association:
 
     def _turn(self, ready: Sequence[Tuple[int, int]]) -> None:
         """Serve each socket that is ready, with one of the shared buffers."""
-        shared = BUFFERS.get()
-        buffer, view = shared or new_buffer()
+        buffer, view = BUFFERS.take()
         try:
             for fd, _events in ready:
                 if fd == self._inside.fileno():
@@ -187,7 +177,7 @@ class Association:
                 else:
                     self._from_names()
         finally:
-            BUFFERS.put((buffer, view))
+            BUFFERS.give_back((buffer, view))
 
     def summary(self) -> str:
         """What was dropped, in words; "" if nothing was."""
@@ -277,7 +267,7 @@ class Association:
 
     def _down(self, run: List[memoryview], length: int) -> None:
         if run and not self._peer:
-            self.dropped["before the client's first"] += len(run)
+            self.dropped["client not known yet"] += len(run)
         elif run:
             sent = send(self._inside, run, self._peer, self.dropped)
             if self.on_datagram and sent == len(run):
@@ -365,11 +355,6 @@ class Association:
         header = Datagram(Address(*endpoint_of(sender)), b"").pack()
         remember(self._headers, sender, header)
         return header
-
-
-def new_buffer() -> Buffer:
-    buffer = bytearray(BUFFER_BYTES)
-    return buffer, memoryview(buffer)
 
 
 def remember(table: Dict[K, V], key: K, value: V) -> None:
