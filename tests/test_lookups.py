@@ -7,6 +7,7 @@ import threading
 import time
 import unittest
 from ipaddress import IPv4Address
+from queue import Empty
 from unittest import mock
 
 from socks5.net import lookups as module
@@ -154,6 +155,14 @@ class Turns(LookupCase):
             self.resolver.answer(b"hang1.one.test")             # it holds none now, and is served from the reserve
             self.assertEqual(self.resolver.wait_asked(6)[5], b"hang2.one.test")
 
+    def test_of_two_clients_with_lookups_under_way_the_one_with_fewer_is_next(self):
+        with mock.patch.multiple(module, THREADS=4, PER_CLIENT=3, RESERVE=0):
+            self.hang("one", 4)
+            self.hang("two", 2)
+            self.resolver.wait_asked(4)
+            self.resolver.answer(b"hang0.one.test")
+            self.assertEqual(self.resolver.wait_asked(5)[4], b"hang1.two.test")
+
     def test_a_popular_name_does_not_wait_behind_the_queue_of_another(self):
         self.hang("one", module.PER_CLIENT)
         self.ask(b"quick.test", "one")
@@ -171,6 +180,16 @@ class Turns(LookupCase):
         wait_until(lambda: len(self.told) == module.PER_CLIENT + 1)
         self.assertEqual(self.resolver.asked[module.PER_CLIENT:], [b"late49.test"])
         self.assertEqual((self.names._askers, self.names._queues, self.names._held), ({}, {}, {}))
+
+    def test_a_name_that_another_request_of_the_client_waits_for_is_still_looked_up(self):
+        self.hang("one", module.PER_CLIENT)
+        other = []
+        self.ask(b"quick.test")
+        self.ask(b"quick.test", tell=lambda *what: other.append(what))
+        self.names.drop(b"quick.test", "one", self.tell)
+        self.resolver.answer(b"hang0.one.test")
+        wait_until(lambda: other)
+        self.assertEqual(self.told, [(b"hang0.one.test", [FOUND])])
 
     def test_a_name_that_another_client_waits_for_is_still_looked_up(self):
         with mock.patch.multiple(module, THREADS=2, PER_CLIENT=1, RESERVE=0):
@@ -209,6 +228,23 @@ class Turns(LookupCase):
                 self.ask(b"quick%d-%d.test" % (turn, number))
             wait_until(lambda: not lookup_threads())
             self.assertEqual((self.names._idle, len(self.told)), (0, 20 * (turn + 1)))
+
+    def test_a_thread_that_a_name_is_meant_for_waits_for_it(self):
+        """Its time without work may be over in the moment in which it gets some."""
+        work = iter([Empty, Empty, b"quick.test", Empty])
+
+        class Work:
+            def get(self, timeout):
+                came = next(work)
+                if came is Empty:
+                    raise Empty
+                return came
+
+        with mock.patch.object(module, "Thread", side_effect=lambda **_: mock.Mock()):
+            self.ask(b"quick.test")                             # under way, and no thread has begun
+        self.names._work = Work()
+        self.names._serve(None)
+        self.assertEqual((self.told, self.names._idle), ([(b"quick.test", [FOUND])], 0))
 
     def test_without_a_thread_it_says_so(self):
         with mock.patch.object(module, "Thread", side_effect=RuntimeError("can't start new thread")):
