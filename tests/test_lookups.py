@@ -178,7 +178,7 @@ class Turns(LookupCase):
             self.names.drop(b"late%d.test" % number, "one", self.tell)
         self.resolver.answer()
         wait_until(lambda: len(self.told) == module.PER_CLIENT + 1)
-        self.assertEqual(self.resolver.asked[module.PER_CLIENT:], [b"late49.test"])
+        self.assertEqual([name for name in self.resolver.asked if name.startswith(b"late")], [b"late49.test"])
         self.assertEqual((self.names._askers, self.names._queues, self.names._held), ({}, {}, {}))
 
     def test_a_name_that_another_request_of_the_client_waits_for_is_still_looked_up(self):
