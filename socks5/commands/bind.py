@@ -15,13 +15,13 @@ from time import monotonic
 from typing import Callable, List, Optional, Sequence, Tuple
 
 from ..protocol.codes import Rep
-from ..config import each_port
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.addresses import advertised, endpoint_of, family_of, IP, ip_of, Sockaddr, Endpoint
 from ..net.listeners import tune
-from ..net.resolver import resolve
 from ..net.poller import READ, new_poll
+from ..net.shares import ANY_PORT, Ports
 from ..protocol.fields import Host, text
+from ..protocol.messages import Address
 
 log = logging.getLogger(__name__)
 
@@ -32,17 +32,22 @@ TAKEN = {errno.EADDRINUSE, errno.EACCES}        # by somebody else, or below 102
 LEFT = getattr(select, "POLLRDHUP", 0)          # Linux: a FIN is told even when we no longer read
 
 
-def expected(host: Host, port: int) -> List[IP]:
-    """Whom the client waits for, from a DST in its normal form: every address of it, or the unspecified one for any
-    peer. Raises RequestRefused X'04' for a name that does not resolve. Blocks while it is looked up.
+def any_peer(dst: Address) -> bool:
+    """A DST with neither address nor port, before it is normalised: any host may connect, as for 0.0.0.0."""
+    return dst == Address(b"", 0)
+
+
+def expected(host: Host, resolve: Callable[[Host], Sequence[IP]]) -> List[IP]:
+    """The peers that may connect: every address of the normalised `host`, or the unspecified one for any host.
+
+    `resolve` looks a name up. Raises what it raises, and RequestRefused X'04' for a name that stands for no host.
     """
-    if not host and not port:
-        return [IPv4Address(0)]
-    peers = resolve(host)
-    if isinstance(host, bytes):                 # a name that resolves to 0.0.0.0 is no host, and not any host
-        peers = [peer for peer in peers if not peer.is_unspecified]
-        if not peers:
-            raise RequestRefused(Rep.HOST_UNREACHABLE, "%s resolves to no host" % text(host))
+    if not isinstance(host, bytes):
+        return [host]
+    # Name servers that block a name answer 0.0.0.0: that must not stand for any host.
+    peers = [peer for peer in resolve(host) if not peer.is_unspecified]
+    if not peers:
+        raise RequestRefused(Rep.HOST_UNREACHABLE, "%s resolves to no host" % text(host))
     return peers
 
 
@@ -50,16 +55,18 @@ class Rendezvous:
     """A listener, from the first reply to the second.
 
     peers      as `expected` gives them
+    ports      to listen on, of which `owner` (as addresses.subscriber gives it) takes its share
     bnd        where the peer is to connect to, never 0.0.0.0
     early      what the client has sent since, for the peer
-    permit     where anybody may come: may this one?
-    strangers  how many came that were not expected
+    permit     where any host may connect: may this one?
+    strangers  how many unexpected peers came
 
     Raises RequestRefused: X'01' when no port is free, X'03' and the like when there is no way to the peer.
     """
 
-    def __init__(self, client: socket.socket, peers: Sequence[IP], ports: Tuple[int, ...] = (),
-                 advertise: Sequence[str] = (), permit: Callable[[IP], bool] = lambda peer: True) -> None:
+    def __init__(self, client: socket.socket, peers: Sequence[IP], ports: Ports = ANY_PORT,
+                 advertise: Sequence[str] = (), permit: Callable[[IP], bool] = lambda peer: True,
+                 owner: str = "") -> None:
         self.client = client
         self.permit = permit
         self.peers = frozenset(peers)
@@ -69,7 +76,16 @@ class Rendezvous:
         here, scope = our_end(client if self.anybody else None, peers)
         told = advertised(advertise, here)
         anywhere: IP = IPv4Address(0) if here.version == 4 else IPv6Address(0)
-        self.listener = listen(here if told == here else anywhere, scope, ports)
+        self.version = here.version
+        self.ports = ports
+        self.owner = owner
+        if not ports.take(owner, self.version):
+            raise RequestRefused(Rep.GENERAL_FAILURE, "no port left for %s: %s" % (owner, ports))
+        try:
+            self.listener = listen(here if told == here else anywhere, scope, ports)
+        except RequestRefused:
+            ports.give_back(owner, self.version)
+            raise
         self.bnd = Endpoint(told, self.listener.getsockname()[1])
 
     def __enter__(self) -> Rendezvous:
@@ -77,6 +93,7 @@ class Rendezvous:
 
     def __exit__(self, *_: object) -> None:
         self.listener.close()
+        self.ports.give_back(self.owner, self.version)
 
     def wait(self, timeout_s: float) -> Tuple[socket.socket, Endpoint]:
         """The connection of the expected peer, and who that is. Leave the `with` then: one peer only.
@@ -127,7 +144,7 @@ class Rendezvous:
         remote.close()
         self.strangers += 1
         log.info("stranger bnd=%(bnd)s peer=%(peer)s expected=%(expected)s", {
-            "bnd": self.bnd, "peer": peer, "expected": ",".join(map(str, self.peers))})
+            "bnd": str(self.bnd), "peer": str(peer), "expected": ",".join(map(str, self.peers))})
         return None
 
     def also(self, why: str) -> str:
@@ -161,17 +178,17 @@ def split(sockaddr: Sockaddr) -> Tuple[IP, int]:
     return ip_of(sockaddr), int(sockaddr[3]) if len(sockaddr) == 4 else 0
 
 
-def listen(host: IP, scope: int, ports: Tuple[int, ...]) -> socket.socket:
-    """A listener at one of `ports` (none: any). Raises RequestRefused X'01' when no port or descriptor is free."""
+def listen(host: IP, scope: int, ports: Ports) -> socket.socket:
+    """A listener at one of `ports`. Raises RequestRefused X'01' when no port or descriptor is free."""
     failure = OSError()
-    for port in each_port(ports):
+    for port in ports:
         try:
             listener = socket.socket(family_of(host), socket.SOCK_STREAM)
         except OSError as exc:
             failure = exc
             break
         try:
-            if ports and os.name == "posix":                # what an earlier tunnel left in TIME_WAIT is no obstacle
+            if ports.range and os.name == "posix":          # what an earlier tunnel left in TIME_WAIT is no obstacle
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if host.version == 6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -185,5 +202,4 @@ def listen(host: IP, scope: int, ports: Tuple[int, ...]) -> socket.socket:
             if exc.errno not in TAKEN:
                 break
     rep = Rep.GENERAL_FAILURE if failure.errno in TAKEN else rep_of(failure)
-    where = "%s ports %d-%d" % (host, *ports) if ports else str(host)
-    raise RequestRefused(rep, "cannot listen on %s: %s" % (where, name_of(failure)))
+    raise RequestRefused(rep, "cannot listen on %s, %s: %s" % (host, ports, name_of(failure)))

@@ -22,8 +22,9 @@ from ..access.users import Users
 from ..config import Config, ConfigError
 from ..net import listeners as net_listeners
 from ..net.addresses import Endpoint, endpoint_of, origin_of
+from ..net.lookups import Names
 from ..net.poller import READ, new_poll
-from ..net.resolver import Names
+from ..net.shares import Ports
 from ..protocol.errors import name_of
 from ..protocol.facts import Facts, tell
 from ..relay.loop import Loop, peek
@@ -92,6 +93,8 @@ class Server(ThreadingTCPServer, Service):
         self.trace = tracing.opened(self.config.trace)
         self.throttle = Throttle()
         self.names = Names()
+        self.bind_ports = Ports(self.config.bind_ports)
+        self.udp_ports = Ports(self.config.udp_ports, need=2)       # one towards the client, one towards the remotes
         self.methods = dict(BY_PASSWORD if self.users else ANONYMOUS)
         net_listeners.raise_descriptor_limit()
         self.sessions = Sessions(self.config.max_sessions or float("inf"), self.config.handshake_timeout,

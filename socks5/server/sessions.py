@@ -12,7 +12,7 @@ import socket
 import threading
 from collections import Counter
 from time import monotonic
-from typing import Any, Dict, Hashable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from ..commands.udp import Association
 from ..net.addresses import Endpoint
@@ -44,7 +44,7 @@ class Session:
                  "tunnel", "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
                  "story")
 
-    def __init__(self, client: Endpoint, origin: Hashable, sock: socket.socket) -> None:
+    def __init__(self, client: Endpoint, origin: str, sock: socket.socket) -> None:
         self.number = 0                             # until it is admitted
         self.client = client
         self.origin = origin
@@ -161,9 +161,9 @@ class Sessions:
 
     # ---- in and out -----------------------------------------------------------------------------------------------
 
-    def admit(self, sock: socket.socket, client: Endpoint, origin: Hashable = None) -> Session:
+    def admit(self, sock: socket.socket, client: Endpoint, origin: str = "") -> Session:
         """A new session. Raises Full when there is no room for it."""
-        session = Session(client, client.ip if origin is None else origin, sock)
+        session = Session(client, origin or str(client.ip), sock)
         with self._lock:
             if 0 < self.per_origin <= self._counts.of(session.origin):
                 raise Full("max-per-client", "%d reached by %s" % (self.per_origin, session.origin))
@@ -178,7 +178,7 @@ class Sessions:
             self._negotiating[session] = None
         return session
 
-    def _full(self, origin: Hashable, more: int) -> bool:
+    def _full(self, origin: str, more: int) -> bool:
         """Whether `more` would be too many, of all or of this origin's share."""
         leaving = min(self._leaving, MAX_LEAVING)
         here, shared = self._weight - leaving, self.maximum < NO_LIMIT
