@@ -2,8 +2,8 @@
 
 Each has its own GIL and its own home CPU, and waits in accept() on the same listening sockets. The supervisor serves
 nobody: it replaces a worker that died, and passes on what signals ask for. Orders go down a socket to each worker, one
-JSON object a line; what one worker learns about guessers of passwords comes up and goes down to the others. A worker
-whose supervisor is gone reads EOF, and ends.
+JSON object a line. What the workers know of logins is in memory that they share (access/logins.py). A worker whose
+supervisor is gone reads EOF, and ends.
 """
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from functools import partial
 from time import monotonic
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from ..access import users as auth
-
 from ..server import home
 
 from ..net import listeners as listening
@@ -30,7 +28,6 @@ from ..server.counters import Shared
 from .renewal import Renewal
 from ..access.rules import Rules
 from ..server.server import Server
-from ..access.throttle import Throttle
 from ..net.poller import READ, new_poll
 
 log = logging.getLogger(__name__)
@@ -114,8 +111,7 @@ class Supervisor:
         self.listeners = listeners
         self.make = make
         self.shared = Shared(count)
-        self.throttle = Throttle()                      # what all workers know, for the next one to start with
-        auth.TURNS.share()
+        access[0].logins.share()
         self.workers: Dict[int, Worker] = {}            # by pid
         self.due: Dict[int, float] = dict.fromkeys(range(count), 0.0)      # row: when it is to be started
         self.backoff_s = RESTART_S
@@ -153,11 +149,7 @@ class Supervisor:
         next_s = min([*self.due.values(), self.kill_at]) - monotonic()
         for fd, _events in poll.poll(max(min(next_s, 3600.0), 0.0) * 1000 + 1):
             if fd in speakers:
-                for line in speakers[fd].lines():
-                    order, facts = heard(line)
-                    if order == "throttle":
-                        self.throttle.learn(*facts)
-                    self.tell_all(line, speakers[fd])
+                speakers[fd].lines()
             else:
                 for signum in self.wakeup.recv(64):
                     self.on_signal(signum)
@@ -171,7 +163,7 @@ class Supervisor:
             listening.close_all(self.listeners)
         elif order == "reload":
             with contextlib.suppress(ConfigError):      # then all stays as it was; each worker says so
-                self.access = Users(self.config), Rules(self.config)
+                self.access = Users(self.config, self.access[0]), Rules(self.config)
         if order:
             self.tell_all(line_of(order), wait_s=ORDER_S)
 
@@ -215,7 +207,6 @@ class Supervisor:
                 sock.close()
             server = self.make(self.config, listeners=self.listeners, home=home.make(row), counts=self.shared.row(row),
                                access=self.access)
-            server.throttle = self.throttle
             status = RENEWED if work(server, channel) else 0
         except BaseException:
             log.exception("worker %d cannot go on", os.getpid())
@@ -267,20 +258,10 @@ def work(server: Server, channel: socket.socket) -> bool:
     hurry = threading.Event()
     renewal = Renewal(server)
     server.chores.append(renewal.look)
-    server.throttle.tell = partial(report, channel)
     threading.Thread(target=obey, args=(server, channel, hurry), daemon=True).start()
     with server:
         run(server, hurry)
     return renewal.leaving
-
-
-def report(channel: socket.socket, origin: str, *facts: Any) -> None:
-    """News from this worker to the others. Never waits: the throttle is locked meanwhile, and so would be every login;
-    under a flood of guesses some of the news is lost, and each worker still counts what it sees itself."""
-    try:
-        channel.send(line_of("throttle", origin, *facts), socket.MSG_DONTWAIT)
-    except OSError:
-        pass
 
 
 def obey(server: Server, channel: socket.socket, hurry: threading.Event) -> None:
@@ -288,7 +269,7 @@ def obey(server: Server, channel: socket.socket, hurry: threading.Event) -> None
     stopping = False
     with channel.makefile("rb") as lines:
         for line in lines:
-            order, facts = heard(line)
+            order, _facts = heard(line)
             if order == "stop":
                 if stopping:
                     hurry.set()
@@ -298,7 +279,5 @@ def obey(server: Server, channel: socket.socket, hurry: threading.Event) -> None
                 server.reload_soon()
             elif order == "sessions":
                 server.log_sessions_soon()
-            elif order == "throttle":
-                server.throttle.learn(*facts)
     hurry.set()
     server.stop()

@@ -33,7 +33,6 @@ from ..net.resolver import Names
 from ..access.rules import Rules
 from .sessions import Full, Sessions
 from .table import Table
-from ..access.throttle import Throttle
 from ..net.poller import READ, new_poll
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,6 @@ class Server(ThreadingTCPServer):
         self.home = home
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = trace.opened(self.config.trace)
-        self.throttle = Throttle()
         self.names = Names()
         self.methods = dict(BY_PASSWORD if self.users else ANYBODY)
         listening.raise_descriptor_limit()
@@ -176,7 +174,7 @@ class Server(ThreadingTCPServer):
     def reload(self) -> bool:
         """Read users and rules again, for what is asked from now on. Where one of the files is bad, both stay."""
         try:
-            self.users, self.rules = Users(self.config), Rules(self.config)
+            self.users, self.rules = Users(self.config, self.users), Rules(self.config)
         except ConfigError as exc:
             log.error("not reloaded, users and rules stay as they were: %s", exc)
             return False

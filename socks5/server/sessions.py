@@ -34,7 +34,7 @@ class Session:
     """What there is to know about one client, for the log and for whoever watches."""
 
     __slots__ = ("number", "client", "origin", "sock", "started", "user", "cmd", "dst", "reached", "rep", "tunnel",
-                 "association", "up", "down", "ended_by", "why", "leaving")
+                 "association", "up", "down", "ended_by", "why", "leaving", "extended_s")
 
     def __init__(self, client: Endpoint, origin: Hashable, sock: socket.socket) -> None:
         self.number = 0                             # it has one as soon as it is let in
@@ -54,6 +54,7 @@ class Session:
         self.ended_by = ""
         self.why = ""
         self.leaving = False                        # shut down to make room
+        self.extended_s = 0.0                       # so much longer than others may its handshake take
 
     # The order in which a session's facts stand in the log; a fact that there is not is "-".
     LINE = ("session client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s reached=%(reached)s rep=%(rep)s "
@@ -225,8 +226,13 @@ class Sessions:
         since = monotonic() - self.handshake_s
         with self._lock:
             for session in list(itertools.takewhile(lambda session: session.started <= since, self._negotiating)):
-                self._settle(session)
-                self._shut(session, "handshake timeout")
+                if session.started + session.extended_s <= since:
+                    self._settle(session)
+                    self._shut(session, "handshake timeout")
+
+    def extend(self, session: Session, seconds: float) -> None:
+        """Let this handshake take so much longer: it waits for something of ours."""
+        session.extended_s += seconds
 
     def abort(self, why: str) -> None:
         """End every session, now."""
