@@ -26,7 +26,7 @@ SALT_BYTES = KEY_BYTES = 16
 SLOW_AT_ONCE = 2                        # slow checks that run at a time, in all processes together
 NEXT_POLL_S = 0.005                     # how often the first in the queue looks for a free turn,
 LATER_POLL_S = 0.05                     # and the others
-EXTRA_S = 30.0                          # beyond the handshake's time, for a login that waits for slow hashes
+EXTRA_S = 60.0                          # beyond the handshake's time, for a login that waits for slow hashes
 
 
 @dataclass(frozen=True)
