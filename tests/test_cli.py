@@ -16,7 +16,6 @@ from pathlib import Path
 from unittest import mock
 
 import socks5
-from socks5.access import users as auth
 from socks5 import cli
 from socks5.config import Config, ConfigError, long_flag, options
 from tests import support
@@ -43,13 +42,9 @@ def as_it_was():
     before = log.handlers[:], log.propagate, log.level
     names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGCHLD") if hasattr(signal, name)]
     signals = {name: signal.getsignal(getattr(signal, name)) for name in names}
-    turns = auth.Turns()
     try:
-        with mock.patch.object(auth, "TURNS", turns):       # a supervisor gives it a file, for its workers
-            yield
+        yield
     finally:
-        if turns._file:
-            turns._file.close()
         for name, action in signals.items():
             signal.signal(getattr(signal, name), action)
         log.handlers[:], log.propagate = before[:2]

@@ -36,6 +36,7 @@ QUIET_S = 60.0                              # an origin without a failure for so
 
 PENDING = 256                               # attempts that wait for a look, for an origin in a process
 POLL_S = 0.1                                # how often one that waits asks again
+SHORTEST_S = 0.001                          # a wait that rounding cannot make nothing
 STALE_S = 0.5                               # one that has not asked for so long does not wait any more
 
 ORIGINS = PAIRS = GOOD = 16384              # records, 60 bytes or less each
@@ -162,7 +163,7 @@ class Throttle:
                                   else (self._names, attempt.name, name))
             if not other_first(record, attempt, now):
                 table.put(key, *record[:2], attempt.rank, attempt.arrived, now)
-            return min(max(lacks), POLL_S)
+            return min(max(*lacks, SHORTEST_S), POLL_S)
         if other_first(origin, attempt, now) or other_first(name, attempt, now):
             return POLL_S
         self._origins.put(attempt.origin, max(origin[0], now) + INTERVAL_S, origin[1], 0.0, 0.0, 0.0)
