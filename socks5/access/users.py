@@ -87,7 +87,7 @@ class Users:
 
 
 def read_lines(path: str) -> List[str]:
-    """The lines of the users file. Raises ConfigError, also when everybody may write it."""
+    """The lines of the users file. Raises ConfigError, also when all users of this machine may write it."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
