@@ -180,6 +180,16 @@ class Processes(unittest.TestCase):
         self.assertIsNotNone(self.turns.try_take(ticket))
         self.assertIsNotNone(self.turns.take(ALICE, Wait()), "nor does its user count as busy")
 
+    def test_what_is_given_back_is_there_for_others_at_once(self):
+        for turn in [self.turns.take(user, Wait()) for user in (ALICE, BOB)]:
+            self.turns.give_back(turn)
+
+        def take_both():
+            with mock.patch.object(passwords, "EXTRA_S", 0.0):
+                if None in [self.turns.take(user, Wait(0)) for user in (ALICE, BOB)]:
+                    raise AssertionError("no turn")
+        self.end(self.child(take_both))
+
     def test_one_for_a_user_in_all(self):
         pid = self.child(lambda: self.turns.take(ALICE, Wait()))
         alice, bob = object(), object()

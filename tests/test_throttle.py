@@ -180,7 +180,8 @@ class LettingIn(Case):
             self.throttle.ask(attempt)
             compared += attempt.compared
             self.throttle.withdraw(attempt)
-            self.now += 0.5
+            self.now += 0.1
+        self.assertFalse(self.look(b"right"), "no comparison is left")
         self.assertLessEqual(compared, throttle.MISS_BURST + HOUR / throttle.MISS_INTERVAL_S + 1)
         waited = self.seconds_until_looked_at(self.attempt(b"right"))
         self.assertLessEqual(waited, throttle.MISS_INTERVAL_S + throttle.POLL_S)
@@ -200,6 +201,13 @@ class LettingIn(Case):
         while self.look(uname=b"carol"):
             spent += 1
         self.assertEqual(spent, throttle.BURST - (throttle.BURST - 1) // 2)
+
+    def test_a_success_of_a_known_password_clears_as_well(self):
+        self.look(b"right", right=True)
+        for number in range(throttle.BURST):
+            self.assertTrue(self.look(b"%d" % number))
+        self.assertTrue(self.look(b"right", right=True))
+        self.assertTrue(self.look(uname=b"al"))
 
     def test_a_success_clears_the_failures_from_that_origin_only(self):
         for origin in (HERE, THERE):

@@ -84,10 +84,8 @@ class Table:
 
     def get(self, key: bytes) -> Optional[Tuple[Any, ...]]:
         """The fields; None when there is no such record."""
-        for at in self._places(key):
-            if self._memory[at:at + KEY_BYTES] == key:
-                return self._format.unpack_from(self._memory, at)[1:]
-        return None
+        at = self._find(key)
+        return None if at < 0 else self._format.unpack_from(self._memory, at)[1:]
 
     def put(self, key: bytes, *fields: object) -> None:
         found = [(record[0] != key, record[1], at) for at in self._places(key)
@@ -95,9 +93,15 @@ class Table:
         self._format.pack_into(self._memory, min(found)[2], key, *fields)
 
     def drop(self, key: bytes) -> None:
-        for at in self._places(key):
-            if self._memory[at:at + KEY_BYTES] == key:
-                self._memory[at:at + self._format.size] = bytes(self._format.size)
+        at = self._find(key)
+        if at >= 0:
+            self._memory[at:at + self._format.size] = bytes(self._format.size)
+
+    def _find(self, key: bytes) -> int:
+        """Where the record is, or -1."""
+        places = self._places(key)
+        at = self._memory.find(key, places.start, places.stop)
+        return at if at in places else -1           # a key's bytes elsewhere are chance
 
     def _places(self, key: bytes) -> range:
         size = self._format.size

@@ -46,19 +46,23 @@ NAMES = 16384
 class Attempt:
     """One password tried for one user from one origin. `arrived` also tells it from all others."""
 
-    __slots__ = ("origin", "name", "pair", "proof", "arrived", "rank", "known", "compared", "dropped", "waits")
+    __slots__ = ("origin", "name", "pair", "proof", "arrived", "rank", "known", "compared", "dropped", "waits", "facts")
 
     def __init__(self, secret: bytes, origin: str, uname: bytes, passwd: bytes, arrived: float) -> None:
-        self.origin = digest(secret, b"origin", origin.encode())
-        self.name = digest(secret, b"name", uname)
-        self.pair = digest(secret, b"pair", origin.encode(), uname)
-        self.proof = digest(secret, b"attempt", origin.encode(), uname, passwd)
+        self.facts = secret, origin.encode(), uname
+        self.origin = self.name = b""       # their digests, when they are needed: a known password does not need them
+        self.pair = digest(secret, b"pair", self.facts[1], uname)
+        self.proof = digest(secret, b"attempt", self.facts[1], uname, passwd)
         self.arrived = arrived
         self.rank = 0                       # 1 for a user that has failed REPEATED times: others go first
         self.known = False                  # it was right from here within a day: it took no look
         self.compared = False               # with the password that was
         self.dropped = False                # deferred: too many others wait
         self.waits = False                  # it is among the pending
+
+    def find_limits(self) -> None:
+        secret, origin, uname = self.facts
+        self.origin, self.name = digest(secret, b"origin", origin), digest(secret, b"name", uname)
 
 
 class Throttle:
@@ -84,6 +88,8 @@ class Throttle:
 
     def ask(self, attempt: Attempt) -> Optional[float]:
         """0 when the password is to be looked at now, else in how many seconds to ask again; None: not at all."""
+        if not attempt.origin:
+            attempt.find_limits()
         with self._lock:
             now = self._clock()
             if self.is_known(attempt):
@@ -103,6 +109,8 @@ class Throttle:
 
     def settle(self, attempt: Attempt, right: Optional[bool]) -> None:
         """What came of the look; None when the password was not checked after all."""
+        if not attempt.origin:
+            attempt.find_limits()
         with self._lock:
             now = self._clock()
             if right:
@@ -110,7 +118,7 @@ class Throttle:
                 self._good.put(attempt.pair, now, attempt.proof, good[2] if good else 0.0)
             elif right is False and attempt.known:              # it was changed: what was known is no longer right
                 self._good.drop(attempt.pair)
-            if not attempt.known:
+            if right or not attempt.known:
                 self._settle_look(attempt, right, now)
 
     def _settle_look(self, attempt: Attempt, right: Optional[bool], now: float) -> None:
@@ -124,13 +132,16 @@ class Throttle:
         returned = owed if right else min(owed, INTERVAL_S)
         self._pairs.put(attempt.pair, now + owed - returned)
         self._origins.put(attempt.origin, full - returned, failed, *first)
+        if attempt.known:                                   # it took no look of the name
+            return
         full, *rest = self._names.get(attempt.name) or NOTHING
         self._names.put(attempt.name, full - min(max(full - now, 0.0), NAME_INTERVAL_S), *rest)
 
     def is_news(self, attempt: Attempt) -> bool:
-        """Whether a success is worth a settle(): not when it is known, and no older than a minute. Takes no lock."""
-        good = self._good.get(attempt.pair) if attempt.known else None
-        return good is None or self._clock() - good[0] > FRESH_S
+        """Whether a success is worth a settle(): not when it was so within a minute, and no failure is to be cleared.
+        Takes no lock."""
+        good, now = self._good.get(attempt.pair) if attempt.known else None, self._clock()
+        return good is None or now - good[0] > FRESH_S or (self._pairs.get(attempt.pair) or (0.0,))[0] > now
 
     def withdraw(self, attempt: Attempt) -> None:
         """This attempt no longer waits."""
