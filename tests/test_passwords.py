@@ -157,11 +157,14 @@ class Processes(unittest.TestCase):
         ready, done = os.pipe()
         pid = os.fork()
         if not pid:
-            with contextlib.suppress(BaseException):
-                does()
-                os.write(done, b"x")
-                signal.pause()
-            os._exit(1)
+            try:
+                with contextlib.suppress(Exception):
+                    does()
+                    os.write(done, b"x")
+                    signal.pause()
+                os.write(done, b"!")
+            finally:
+                os._exit(1)
         self.assertEqual(os.read(ready, 1), b"x")
         os.close(ready)
         os.close(done)

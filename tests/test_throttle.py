@@ -181,6 +181,8 @@ class LettingIn(Case):
             compared += attempt.compared
             self.throttle.withdraw(attempt)
             self.now += 0.1
+        for number in range(throttle.MISS_BURST):
+            self.look(b"at once %d" % number)
         self.assertFalse(self.look(b"right"), "no comparison is left")
         self.assertLessEqual(compared, throttle.MISS_BURST + HOUR / throttle.MISS_INTERVAL_S + 1)
         waited = self.seconds_until_looked_at(self.attempt(b"right"))
