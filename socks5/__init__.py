@@ -10,9 +10,11 @@
         facts         typed values of a line in the log, and how text shows them
         trace         a message explained, field by field
     access/           who may do what
-        passwords     hashes of passwords: slow to compute, on purpose
-        users         the users file, the METHOD choice, is this password right?
+        shared        memory that the server processes share
+        passwords     hashes of passwords: slow to compute, on purpose; turns at computing them
         throttle      the rate limit for wrong passwords
+        logins        a login from the attempt to the verdict
+        users         the users file, the METHOD choice, is this password right?
         rules         may this client reach that destination?
         check         what a configuration would serve to whom, in words
     net/              sockets without SOCKS

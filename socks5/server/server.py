@@ -17,7 +17,6 @@ from time import monotonic, sleep
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 from ..access.rules import Rules
-from ..access.throttle import Throttle
 from ..access.users import Users
 from ..config import Config, ConfigError
 from ..net import listeners as net_listeners
@@ -91,7 +90,6 @@ class Server(ThreadingTCPServer, Service):
         self.config = config or Config()
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = tracing.opened(self.config.trace)
-        self.throttle = Throttle()
         self.names = Names()
         self.bind_ports = Ports(self.config.bind_ports)
         self.udp_ports = Ports(self.config.udp_ports, need=2)       # one towards the client, one towards the remotes
@@ -200,10 +198,12 @@ class Server(ThreadingTCPServer, Service):
         """Put users and rules in force for what is asked from now on. Reads the files again unless `access` is given;
         where one of them is bad, both stay as they were. Any thread may call this."""
         try:
-            self.users, self.rules = access or (Users(self.config), Rules(self.config))
+            users, rules = access or (Users(self.config, self.users), Rules(self.config))
         except ConfigError as exc:
             log.error("not reloaded, users and rules stay as they were: %s", exc)
             return False
+        users.join(self.users)
+        self.users, self.rules = users, rules
         log.info("reloaded users=%(users)d rules=%(rules)d", Facts(users=len(self.users.names), rules=len(self.rules)))
         return True
 

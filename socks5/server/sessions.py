@@ -42,7 +42,7 @@ class Session:
 
     __slots__ = ("number", "client", "origin", "sock", "started", "ended_at", "user", "cmd", "dst", "reached", "rep",
                  "tunnel", "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
-                 "story")
+                 "story", "extended_s")
 
     def __init__(self, client: Endpoint, origin: str, sock: socket.socket) -> None:
         self.number = 0                             # until it is admitted
@@ -63,6 +63,7 @@ class Session:
         self.ended_by = ""
         self.why = ""
         self.notes = ""
+        self.extended_s = 0.0                       # so much longer than others may its handshake take
         self.greeted = False                        # its greeting is here: it speaks SOCKS5
         self.leaving = False                        # evicted, and its thread has not noticed yet
         self.weight = 1                             # how many sessions it counts as
@@ -240,8 +241,13 @@ class Sessions:
         since = monotonic() - self.handshake_s
         with self._lock:
             for session in list(itertools.takewhile(lambda session: session.started <= since, self._negotiating)):
-                del self._negotiating[session]
-                self._shut(session, "handshake timeout")
+                if session.started + session.extended_s <= since:
+                    del self._negotiating[session]
+                    self._shut(session, "handshake timeout")
+
+    def extend(self, session: Session, seconds: float) -> None:
+        """Let this handshake take so much longer: it waits for something of ours."""
+        session.extended_s += seconds
 
     def abort(self, why: str) -> None:
         """End every session that has no tunnel; the relay loop ends the others."""
