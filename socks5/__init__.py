@@ -25,7 +25,6 @@
         lookups       names looked up in threads: fair turns, a time limit
         wakeup        a descriptor by which one thread wakes another
         shares        a limited number of things, of which no address takes all
-        writer        a thread that writes a queue of lines or blocks
         writer        the thread that writes lines to a descriptor
     relay/            bytes between two sockets
         splice        a kernel pipe, through which bytes go without a copy

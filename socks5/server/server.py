@@ -168,13 +168,7 @@ class Server(ThreadingTCPServer, Service):
     def stop(self) -> None:
         """Make serve_forever return soon. Unlike shutdown() it does not wait: a signal handler may call it."""
         self._stopping.set()
-        self._wake()
-
-    def _wake(self) -> None:
-        try:
-            self._waker.send(b"x")
-        except OSError:
-            pass
+        self.soon(lambda: None)
 
     def shutdown(self) -> None:
         """Make serve_forever return, and wait for it: for another thread than the one that serves."""
@@ -184,10 +178,10 @@ class Server(ThreadingTCPServer, Service):
     def soon(self, action: Callable[[], object]) -> None:
         """Have serve_forever do it. A signal handler may call this."""
         self._due.append(action)
-        self._wake()
-
-    def reload_soon(self) -> None:
-        self.soon(self.reload)
+        try:
+            self._waker.send(b"x")
+        except OSError:                                         # closed, or so many are unread that it wakes up
+            pass
 
     def log_sessions_soon(self) -> None:
         self.soon(partial(self.table.log, self.sessions))
