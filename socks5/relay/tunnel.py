@@ -37,8 +37,8 @@ class Tunnel:
     why             the error that ended it, or ""
     """
 
-    __slots__ = ("session", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched", "hung_up",
-                 "lent", "aborted", "ended", "ended_by", "why")
+    __slots__ = ("session", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched",
+                 "hung_up", "lent", "aborted", "ended", "ended_by", "why")
 
     def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", idle_s: float = 0,
                  half_closed_s: float = 0, session: Any = None) -> None:
@@ -76,7 +76,8 @@ class Tunnel:
         try:
             acted = look = False
             if events & ~WRITE and not mine.held and not mine.done:
-                filled = mine.fill_urgent() if events & URGENT else mine.fill()
+                # A bare hang-up says nothing about urgent data: it was not asked for when this batch was made.
+                filled = mine.fill() if events & (READ | URGENT) == READ else mine.fill_urgent()
                 if filled is not None:
                     acted = True
                     self.moved_at = now
@@ -100,6 +101,10 @@ class Tunnel:
     def busy(self) -> bool:
         """Whether a direction has so much to move that a thread of its own is worth its price."""
         return self.up.full >= BUSY_READS or self.down.full >= BUSY_READS
+
+    def moved(self) -> int:
+        """Bytes that were delivered, both ways."""
+        return self.up.total + self.down.total
 
     def limit(self) -> Tuple[float, str]:
         """The time limit in force, in seconds (0: none), and its name."""
@@ -131,6 +136,9 @@ class Tunnel:
 
     def _pass_eof_on(self, pipe: Pipe, other: Pipe) -> None:
         """EOF on one side becomes FIN on the other; nothing is in hand, or there would have been no read."""
+        if self.aborted:                    # the owner has shut this socket down to wake us up: no EOF of the peer
+            self.end(self.aborted)
+            return
         self.ended_by = self.ended_by or pipe.origin
         if other.done:                      # both are: close() says the rest
             self.ended = True
