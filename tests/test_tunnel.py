@@ -254,7 +254,7 @@ class Play:
         before, moved, wanted = self.state(), tunnel.moved_at, tunnel.interest()
         look = tunnel.handle(side, ready, self.now)
         after = self.state()
-        assert (tunnel.moved_at == self.now) == (after != before) or tunnel.why, "moved_at is for bytes and EOF, and nothing else"
+        assert (tunnel.moved_at == self.now) == (after != before) or tunnel.why, "moved_at is for bytes and EOF only"
         assert tunnel.moved_at in (moved, self.now)
         changed = tunnel.interest() != wanted
         assert look or not changed and not tunnel.ended, "the owner was not told to look"
