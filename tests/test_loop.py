@@ -165,6 +165,12 @@ class LoopTest(unittest.TestCase):
         self.loop.start()
         self.stack.callback(self.tear_down)
 
+    def pair(self):
+        one, two = tcp_pair()
+        self.addCleanup(one.close)
+        self.addCleanup(two.close)
+        return one, two
+
     def counting(self, poll):
         def counted(timeout_s):
             self.turns += 1
@@ -350,7 +356,10 @@ class EveryDriver:
     def test_nothing_spins(self):
         def hung_up(ends):
             """The client is closed both ways, and what it said before is still to be delivered."""
-            send_until_stuck(ends.client)
+            sent = 0
+            while not ends.tunnel.up.held:                  # and not more than that, or its FIN does not come through
+                sent += ends.client.send(NOISE[:1024])
+                wait_until(lambda: ends.tunnel.up.held or ends.tunnel.up.total == sent, "read")
             ends.client.shutdown(socket.SHUT_WR)
             ends.remote.shutdown(socket.SHUT_WR)
             self.assertEqual(ends.client.recv(1), b"")
@@ -661,7 +670,7 @@ class TrapTest(LoopTest):
 
     def test_adopt_and_watch_after_stop(self):
         self.loop.stop("server stopped")
-        near = tcp_pair()[1]
+        near = self.pair()[1]
         for call in (lambda: self.loop.adopt(Tunnel(near, near)), lambda: self.loop.watch(near, self.fail)):
             with self.assertRaises(OSError) as caught:
                 call()
@@ -671,7 +680,7 @@ class TrapTest(LoopTest):
 
     def test_adopt_of_what_cannot_be_registered(self):
         standing = self.tunnel()
-        one, other = tcp_pair()[1], tcp_pair()[1]
+        one, other = self.pair()[1], self.pair()[1]
         other.close()
         for pair in ((one, other), (other, one)):
             self.assertRaises(OSError, self.loop.adopt, Tunnel(*pair))
@@ -693,7 +702,7 @@ class TrapTest(LoopTest):
     def test_a_forked_child_disturbs_nothing(self):
         standing = self.tunnel()
         standing.echo()
-        near = tcp_pair()[1]
+        near = self.pair()[1]
         child = os.fork()
         if not child:
             try:
@@ -721,7 +730,7 @@ class TrapTest(LoopTest):
         for name, act, said in (("speaks", lambda far: far.sendall(b"\5"), True),
                                 ("leaves", lambda far: far.close(), False), ("resets", reset, False)):
             with self.subTest(name):
-                far, near = tcp_pair()
+                far, near = self.pair()
                 told, event = [], threading.Event()
                 self.loop.watch(near, lambda spoke: (told.append(spoke), event.set()))
                 act(far)
@@ -729,7 +738,7 @@ class TrapTest(LoopTest):
                 self.assertEqual(told, [said])
                 near.close()
         with self.subTest("is shut down by its owner"):
-            _far, near = tcp_pair()
+            _far, near = self.pair()
             told, event = [], threading.Event()
             self.loop.watch(near, lambda spoke: (told.append(spoke), event.set()))
             near.shutdown(socket.SHUT_RDWR)
@@ -737,7 +746,7 @@ class TrapTest(LoopTest):
         self.assertEqual((len(self.loop._watched), self.bugs), (1, []))
 
     def test_a_watch_whose_call_fails_does_not_spin(self):
-        far, near = tcp_pair()
+        far, near = self.pair()
         self.loop.watch(near, lambda spoke: 1 / 0)
         far.sendall(b"x")
         wait_until(lambda: self.bugs, "told")
@@ -748,8 +757,8 @@ class TrapTest(LoopTest):
         gc.disable()
         self.addCleanup(gc.enable)
         left = []
-        for end in (lambda s: s.client.close() or s.remote.close(), lambda s: reset(s.client),
-                    lambda s: self.loop.abort_all("enough")):
+        for end in (lambda s: self.loop.abort_all("enough"), lambda s: s.client.close() or s.remote.close(),
+                    lambda s: reset(s.client)):
             standing = Standing(self.loop)
             standing.tunnel.session = Subject()             # weak references to a Tunnel are not to be had
             left.append(weakref.ref(standing.tunnel.session))
