@@ -762,9 +762,9 @@ class TrapTest(LoopTest):
             standing = Standing(self.loop)
             standing.tunnel.session = Subject()             # weak references to a Tunnel are not to be had
             left.append(weakref.ref(standing.tunnel.session))
-            end(standing)
             for sock in (standing.client, standing.remote):
-                sock.close()
+                self.addCleanup(sock.close)                 # later: its event would make the loop forget the tunnel
+            end(standing)
             del standing
         wait_until(lambda: [ref() for ref in left] == [None] * 3, "nothing holds them")
 
