@@ -1,9 +1,11 @@
 """splice.py: bytes through a real pipe in the kernel, and descriptors that all come back."""
+import contextlib
 import errno
 import hashlib
 import importlib
 import os
 import random
+import select
 import socket
 import unittest
 from unittest import mock
@@ -77,21 +79,7 @@ class Bytes(SpliceTest):
         self.assertRaises(BlockingIOError, pipe.fill, self.source.fileno())
         self.assertEqual(pipe.held, 0)
 
-    def test_eof_is_nothing_taken(self):
-        pipe = self.pipe()
-        self.writer.sendall(b"last")
-        self.writer.shutdown(socket.SHUT_WR)
-        taken = []
-        while 0 not in taken:
-            try:
-                taken.append(pipe.fill(self.source.fileno()))
-            except BlockingIOError:
-                pass
-        self.assertEqual((sum(taken), pipe.held), (4, 4))
-        pipe.empty(self.sink.fileno())
-        self.assertEqual(self.read(4), b"last")
-
-    def test_full_pipe_and_full_sink_block_nobody_and_lose_nothing(self):
+    def test_a_full_pipe_and_a_full_sink_block_nothing_and_lose_nothing(self):
         pipe = self.pipe()
         sent, received, piece = hashlib.sha256(), hashlib.sha256(), numbered(1 << 16)
         self.writer.setblocking(False)
@@ -108,7 +96,7 @@ class Bytes(SpliceTest):
         def give():
             counts["given"] += pipe.empty(self.sink.fileno())
 
-        def until_it_blocks(*steps):
+        def until_all_block(*steps):
             blocked = 0
             while blocked < len(steps):
                 blocked = 0
@@ -119,32 +107,61 @@ class Bytes(SpliceTest):
                         blocked += 1
                 self.assertEqual(pipe.held, counts["taken"] - counts["given"])
 
-        until_it_blocks(write, fill)                # nobody reads: pipe and socket fill up
-        self.assertGreater(pipe.held, 0)
+        until_all_block(write, fill)                # nothing is read: pipe and socket fill up
         self.assertGreater(counts["in"], pipe.held)
-        held = pipe.held
-        self.assertRaises(BlockingIOError, pipe.fill, self.source.fileno())
-        self.assertEqual(pipe.held, held)
-        until_it_blocks(give, fill)                 # the sink's own buffers fill up, too
         self.assertGreater(pipe.held, 0)
-        self.assertRaises(BlockingIOError, give)
-        total = 0
+        until_all_block(give, fill)                 # the sink's own buffers fill up, too
+        self.assertGreater(pipe.held, 0)
         self.reader.setblocking(False)
+        total = 0
         while total < counts["in"]:
-            for step in (fill, give):
-                try:
-                    if step is fill or pipe.held:
-                        step()
-                except BlockingIOError:
-                    pass
-            try:
+            for step in (give, fill) if pipe.held else (fill,):
+                with contextlib.suppress(BlockingIOError):
+                    step()
+            with contextlib.suppress(BlockingIOError):
                 data = self.reader.recv(1 << 16)
-            except BlockingIOError:
-                continue
-            received.update(data)
-            total += len(data)
-        self.assertEqual(received.digest(), sent.digest())
-        self.assertEqual((pipe.held, counts["given"]), (0, counts["in"]))
+                received.update(data)
+                total += len(data)
+        self.assertEqual((received.digest(), pipe.held, counts["given"]), (sent.digest(), 0, counts["in"]))
+
+    def test_what_it_holds_can_be_taken_back(self):
+        pipe = self.pipe()
+        data = numbered(300000)
+        self.writer.sendall(data)
+        while pipe.held < len(data):
+            with contextlib.suppress(BlockingIOError):
+                pipe.fill(self.source.fileno())
+        self.assertEqual((pipe.read(), pipe.held), (data, 0))
+        self.assertRaises(BlockingIOError, pipe.fill, self.source.fileno())
+
+    def test_urgent_data_stops_it(self):
+        """With EAGAIN, or 0 after FIN: neither says that nothing is left."""
+        pipe = self.pipe()
+        self.source.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        self.writer.sendall(b"abc")
+        self.writer.send(b"D", socket.MSG_OOB)
+        self.writer.sendall(b"efg")
+        select.select([], [], [self.source], PATIENCE_S)
+        while pipe.held < 3:
+            with contextlib.suppress(BlockingIOError):
+                pipe.fill(self.source.fileno())
+        self.assertEqual(pipe.read(), b"abc")
+        self.assertRaises(BlockingIOError, pipe.fill, self.source.fileno())
+        self.writer.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(BlockingIOError):
+            self.assertEqual(pipe.fill(self.source.fileno()), 0)
+        self.assertEqual(self.source.recv(1), b"D")
+
+    def test_it_takes_little_while_much_is_parked(self):
+        pipe = self.pipe()
+        splice.park(splice.MAX_PARKED)
+        try:
+            with mock.patch.object(splice, "_splice", return_value=1) as asked:
+                pipe.fill(self.source.fileno())
+        finally:
+            splice.park(-splice.MAX_PARKED)
+        self.assertEqual(asked.call_args[0][2], splice.FRUGAL_BYTES)
+        pipe.held = 0                               # it was told of one byte that is not there
 
     def test_a_sink_that_was_reset(self):
         pipe = self.pipe()
@@ -187,7 +204,7 @@ class Descriptors(SpliceTest):
         self.assertGreaterEqual(splice.fcntl.fcntl(pipe._into, get_size), splice.PIPE_BYTES)
 
     def test_so_many_and_no_more(self):
-        with mock.patch.object(splice, "MOST_PIPES", self.live + 3):
+        with mock.patch.object(splice, "MAX_PIPES", self.live + 3):
             pipes = [splice.KernelPipe() for _ in range(3)]
             for _ in range(2):
                 with self.assertRaises(OSError) as caught:

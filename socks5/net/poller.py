@@ -9,6 +9,8 @@ thousands, to which other threads may add. poll(2), epoll(7), select(2).
 """
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
 from typing import Dict, List, Optional, Tuple, Union
@@ -20,6 +22,7 @@ WRITE = getattr(select, "POLLOUT", 0x04)
 BROKEN = getattr(select, "POLLERR", 0x08)
 HANG_UP = getattr(select, "POLLHUP", 0x10)      # closed both ways; reported whether asked for or not, like BROKEN
 
+MAX_SELECT = 1024 if os.name == "posix" else 500    # descriptors from this number up; or sockets, on Windows
 BATCH = 256                                     # events that an event loop takes at a time
 Events = List[Tuple[int, int]]                  # (descriptor, events) pairs
 
@@ -31,9 +34,13 @@ class SelectPoll:
         self._wanted: Dict[int, int] = {}
 
     def register(self, fd: int, events: int) -> None:
+        """Raises OSError for a descriptor that would make select() raise ValueError from then on."""
+        if (fd if os.name == "posix" else len(self._wanted)) >= MAX_SELECT and fd not in self._wanted:
+            raise OSError(errno.EMFILE, "select() takes no more")
         self._wanted[fd] = events
 
-    modify = register
+    def modify(self, fd: int, events: int) -> None:
+        self._wanted[fd] = events
 
     def unregister(self, fd: int) -> None:
         del self._wanted[fd]
@@ -48,9 +55,8 @@ class SelectPoll:
         found: Dict[int, int] = {}
         for fds, event in zip(ready, (READ, WRITE, BROKEN)):
             for fd in fds:
-                if event == BROKEN and self._wanted.get(fd, 0) & URGENT:
-                    event = URGENT
-                found[fd] = found.get(fd, 0) | event
+                urgent = event == BROKEN and self._wanted.get(fd, 0) & URGENT
+                found[fd] = found.get(fd, 0) | (URGENT if urgent else event)
         return list(found.items())
 
 

@@ -12,11 +12,12 @@ after the batch of events in which the tunnel ended.
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
 import threading
 from collections import deque
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
 from ..net.poller import BATCH, READ, new_poll, new_poller
@@ -25,10 +26,10 @@ from .pipe import DONTWAIT
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel
 
 SWEEP_S = 1.0                       # how late a time limit may be noticed
-QUIET_S = 0.5                       # without a byte: a busy tunnel is quiet again, a kernel pipe is given back
+QUIET_S = 0.5                       # how often a busy tunnel is looked at:
+QUIET_BYTES = 256 * 1024            # one that moved less in that time is quiet again and gives its kernel pipes back
 MAX_LENT = splice.MAX_PIPES         # threads of busy tunnels at a time; further ones stay in the loop
 FAR_S = 3600.0                      # no wait is longer
-SOON_S = 0.001                      # when another thread is about to finish something
 MANY = hasattr(select, "poll")      # whether one thread can wait for thousands of descriptors
 
 
@@ -44,12 +45,13 @@ class Loop:
         self._poller = new_poller()
         self._watched: Dict[int, Tuple[Any, int]] = {}          # by descriptor: Tunnel or Watch or Bell, and side
         self._tunnels: Set[Tunnel] = set()
-        self._early: List[Tunnel] = []                          # to be looked at when they are adopted
         self._over: List[Tunnel] = []                           # to be closed after this batch
         self._calls: Deque[Callable[[], object]] = deque()
         self._lent = 0
-        self._stopping = ""                                     # why, once it is to stop
+        self._gate = threading.Lock()                           # held while a tunnel comes in, and to list them all
+        self._stopping = ""                                     # why, once it is to stop: nothing comes in then
         self._sweep_at = 0.0
+        self._process = os.getpid()
         self._bell = Bell()
         self._poller.register(self._bell.fileno(), READ)
         self._watched[self._bell.fileno()] = self._bell, CLIENT
@@ -65,26 +67,46 @@ class Loop:
     # ---- for any thread -------------------------------------------------------------------------------------------
 
     def adopt(self, tunnel: Tunnel) -> None:
-        """Take over a tunnel and both of its sockets. Raises OSError, and has not, when the loop has stopped."""
+        """Take over a tunnel and both of its sockets. Raises OSError, and has not taken them, when that cannot be."""
+        self._check_process()
         tunnel.moved_at = monotonic()
-        self._tunnels.add(tunnel)
-        if not MANY:
-            self.call_soon(lambda: self._lend(tunnel))
-            return
-        try:
-            self._register(tunnel)
-        except ValueError:                          # its epoll is closed
-            self._unregister(tunnel)
-            self._tunnels.discard(tunnel)
-            raise OSError(errno.ECANCELED, "the relay loop has stopped") from None
+        for sock in (tunnel.client, tunnel.remote):
+            if sock.gettimeout() or not DONTWAIT:   # Python waits for a socket with a timeout, whatever the flags say
+                sock.setblocking(False)
+        with self._gate:
+            self._check_open()
+            self._tunnels.add(tunnel)               # before it is registered: it may end at once
+            first = len(self._tunnels) == 1
+            try:
+                if MANY:
+                    self._register(tunnel)
+                else:
+                    self._calls.append(lambda: self._lend(tunnel))
+            except OSError:
+                self._tunnels.discard(tunnel)
+                raise
+        if first or not MANY:                       # without tunnels the loop waits for hours, not for time limits
+            self._bell.ring()
+
+    def _check_process(self) -> None:
+        """Raises OSError in a forked child: it has no thread for this loop, and shares the parent's epoll."""
+        if os.getpid() != self._process:
+            raise OSError(errno.ECANCELED, "the relay loop belongs to another process")
+
+    def _check_open(self) -> None:
+        if self._stopping:
+            raise OSError(errno.ECANCELED, self._stopping)
 
     def watch(self, sock: socket.socket, spoke: Callable[[bool], None]) -> None:
         """Call spoke(whether there is something to read) as soon as the client has said something or left.
 
-        Raises OSError or ValueError when the system has no more to give, or the loop has stopped."""
-        fd = sock.fileno()
-        self._poller.register(fd, READ)
-        self._watched[fd] = Watch(self, sock, spoke), CLIENT
+        Raises OSError when the system has no more to give, or the loop has stopped."""
+        self._check_process()
+        watch = Watch(self, sock, spoke)
+        with self._gate:
+            self._check_open()
+            self._poller.register(watch.fd, READ)
+            self._watched[watch.fd] = watch, CLIENT
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Have the loop's thread call it, after the events that it is busy with."""
@@ -96,24 +118,52 @@ class Loop:
         self.call_soon(lambda: self._abort_each(why))
 
     def stop(self, why: str) -> None:
-        """End all tunnels and then the loop's thread, and wait for that. A tunnel that comes later is not taken."""
-        self._stopping = why
+        """End all tunnels and then the loop's thread, and wait for that. A tunnel that comes later is not taken.
+
+        In a forked child it only closes the descriptors of the loop: the tunnels are the parent's."""
+        if os.getpid() != self._process:
+            self._close()
+            return
+        with self._gate:
+            self._stopping = self._stopping or why
         self.abort_all(why)
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
-        self._poller.close()
-        for tunnel in list(self._tunnels):          # that came when the thread had ended, or never ran
-            tunnel.end(why)
-            self._over.append(tunnel)
-        self._close_ended()
-        self._bell.close()
+        if self._thread.is_alive():
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+        else:                                       # it never ran, or this is the second call
+            self._calls.clear()
+            self._end_all()
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:                           # no tunnel may wait for a thread that is gone
+            self._failed()
+        self._end_all()
+
+    def _end_all(self) -> None:
+        """End the tunnels that are left, and close the descriptors of the loop."""
+        with self._gate:
+            self._stopping = self._stopping or "the relay loop failed"
+        self._abort_each(self._stopping)
+        while self._lent:                           # after a failure only: _serve() waits for them
+            self._run_calls()
+            sleep(QUIET_S / 10)
+        self._close_ended()
+        self._close()
+
+    def _close(self) -> None:
+        self._watched.clear()
+        self._poller.close()
+        self._bell.close()
+
+    def _serve(self) -> None:
         poll, watched = self._poller.poll, self._watched
+        subject: Any = None
         while not self._stopping or self._lent or self._calls:
-            ready = poll(SOON_S if self._early else SWEEP_S if self._tunnels else FAR_S, BATCH)
+            ready = poll(SWEEP_S if self._tunnels else FAR_S, BATCH)
             now = monotonic()
             for fd, events in ready:
                 try:
@@ -124,27 +174,24 @@ class Loop:
                     if subject.handle(side, events, now):
                         self._look_at(subject)
                 except Exception:               # one exception costs one tunnel
-                    self._bug(subject)
-            while self._calls:
-                try:
-                    self._calls.popleft()()
-                except Exception:
-                    self._failed()
-            if self._early:
-                early, self._early = self._early, []
-                for tunnel in early:
-                    self._look_at(tunnel)
+                    self._bug(fd, subject)
+            subject = None                      # keep no tunnel alive while the loop waits
+            self._run_calls()
             if now >= self._sweep_at:
                 self._sweep(now)
             if self._over:
                 self._close_ended()
 
+    def _run_calls(self) -> None:
+        while self._calls:
+            try:
+                self._calls.popleft()()
+            except Exception:
+                self._failed()
+
     def _look_at(self, tunnel: Any) -> None:
         """After an event that changed more than bytes: has it ended, is it busy, what is to be waited for?"""
         if not isinstance(tunnel, Tunnel):
-            return
-        if not tunnel.adopted:
-            self._early.append(tunnel)
             return
         if tunnel.ended:
             self._over.append(tunnel)
@@ -154,21 +201,28 @@ class Loop:
             self._unregister(tunnel)
             self._lend(tunnel)
             return
-        wanted = tunnel.interest()
-        if wanted != tunnel.watched:
-            self._rewatch(tunnel.client, tunnel, CLIENT, tunnel.watched[CLIENT], wanted[CLIENT])
-            self._rewatch(tunnel.remote, tunnel, REMOTE, tunnel.watched[REMOTE], wanted[REMOTE])
+        wanted, before = tunnel.interest(), tunnel.watched
+        if wanted != before:
+            self._rewatch(tunnel.client, before[CLIENT], wanted[CLIENT])
+            tunnel.watched = wanted[CLIENT], before[REMOTE]         # what is true if the next line fails
+            self._rewatch(tunnel.remote, before[REMOTE], wanted[REMOTE])
             tunnel.watched = wanted
 
-    def _bug(self, subject: Any) -> None:
+    def _bug(self, fd: int, subject: Any) -> None:
         self._failed()
-        if isinstance(subject, Tunnel) and not subject.ended:
+        if not isinstance(subject, Tunnel):
+            if subject is not self._bell:
+                self._forget(fd)
+        elif subject not in self._over:
             subject.end("server", "a bug of the server")
-            self._look_at(subject)
+            self._over.append(subject)
+            self._unregister(subject)
 
     def _sweep(self, now: float) -> None:
         """End the tunnels whose deadline has passed."""
-        for tunnel in list(self._tunnels):
+        with self._gate:
+            tunnels = list(self._tunnels)
+        for tunnel in tunnels:
             if not tunnel.lent and not tunnel.ended and tunnel.deadline() <= now:
                 tunnel.expire()
                 self._look_at(tunnel)
@@ -177,8 +231,6 @@ class Loop:
     def _close_ended(self) -> None:
         over, self._over = self._over, []
         for tunnel in over:
-            if tunnel not in self._tunnels:     # it was looked at twice
-                continue
             self._tunnels.discard(tunnel)
             try:
                 self._ended(tunnel)
@@ -186,7 +238,9 @@ class Loop:
                 self._failed()
 
     def _abort_each(self, why: str) -> None:
-        for tunnel in list(self._tunnels):
+        with self._gate:
+            tunnels = list(self._tunnels)
+        for tunnel in tunnels:
             self._abort(tunnel, why)
 
     def _abort(self, tunnel: Tunnel, why: str) -> None:
@@ -206,22 +260,23 @@ class Loop:
     # ---- which descriptors are registered -------------------------------------------------------------------------
 
     def _register(self, tunnel: Tunnel) -> None:
-        """Register both sides. They are published first, so that the loop can go to work at once, while this thread may
-        still wait for the GIL; until `adopted` says so, the loop changes no registration and closes nothing."""
+        """Register both sides, and only then publish them: an event that comes between is seen again at once."""
         client, remote = tunnel.client.fileno(), tunnel.remote.fileno()
-        wanted = tunnel.watched = tunnel.interest()
-        self._watched.update({client: (tunnel, CLIENT), remote: (tunnel, REMOTE)})
+        wanted = tunnel.interest()
+        done = []
         try:
             for fd, events in ((remote, wanted[REMOTE]), (client, wanted[CLIENT])):     # the client speaks first
                 if events != UNREGISTERED:
                     self._poller.register(fd, events)
-        except OSError as exc:                              # the system has no more to give
-            tunnel.end("server", exc.strerror or str(exc))
-            self.call_soon(lambda: self._look_at(tunnel))
-        finally:
-            tunnel.adopted = True
+                    done.append(fd)
+        except (OSError, ValueError) as exc:        # ValueError: a socket that is closed already
+            for fd in done:
+                self._poller.unregister(fd)
+            raise OSError(getattr(exc, "errno", None) or errno.EBADF, str(exc)) from None
+        tunnel.watched = wanted
+        self._watched.update({client: (tunnel, CLIENT), remote: (tunnel, REMOTE)})
 
-    def _rewatch(self, sock: socket.socket, tunnel: Tunnel, side: int, before: int, wanted: int) -> None:
+    def _rewatch(self, sock: socket.socket, before: int, wanted: int) -> None:
         if wanted == before:
             return
         fd = sock.fileno()
@@ -235,12 +290,18 @@ class Loop:
     def _unregister(self, tunnel: Tunnel) -> None:
         for sock, events in zip((tunnel.client, tunnel.remote), tunnel.watched):
             fd = sock.fileno()
-            if self._watched.pop(fd, None) and events != UNREGISTERED:
-                try:
-                    self._poller.unregister(fd)
-                except (OSError, ValueError, KeyError):     # it could not be registered; or the loop has stopped
-                    pass
+            if events == UNREGISTERED:
+                self._watched.pop(fd, None)
+            else:
+                self._forget(fd)
         tunnel.watched = (UNREGISTERED, UNREGISTERED)
+
+    def _forget(self, fd: int) -> None:
+        if self._watched.pop(fd, None):
+            try:
+                self._poller.unregister(fd)
+            except (OSError, KeyError):             # closed by its owner before its time
+                pass
 
     # ---- busy tunnels ---------------------------------------------------------------------------------------------
 
@@ -259,6 +320,8 @@ class Loop:
         """What the thread of a busy tunnel does. It closes nothing."""
         try:
             relay_alone(tunnel, until_quiet=MANY)
+        except OSError as exc:                          # poll() or select() takes no more
+            tunnel.end("server", exc.strerror or str(exc))
         except Exception:
             self._failed()
             tunnel.end("server", "a bug of the server")
@@ -273,12 +336,15 @@ class Loop:
             self._over.append(tunnel)
             return
         tunnel.up.full = tunnel.down.full = 0
-        tunnel.adopted = False
-        self._register(tunnel)
+        try:
+            self._register(tunnel)
+        except OSError as exc:
+            tunnel.end("server", exc.strerror or str(exc))
+            self._over.append(tunnel)
 
 
 def relay_alone(tunnel: Tunnel, until_quiet: bool) -> None:
-    """Relay one tunnel in the calling thread until it has ended, is aborted or, if wished, nothing moved for QUIET_S.
+    """Relay one tunnel in the calling thread until it has ended, is aborted or, if wished, is quiet again.
 
     A direction with much to move goes through a kernel pipe where there is one.
     """
@@ -289,7 +355,7 @@ def relay_alone(tunnel: Tunnel, until_quiet: bool) -> None:
     sides = {tunnel.client.fileno(): CLIENT, tunnel.remote.fileno(): REMOTE}
     watched = (UNREGISTERED, UNREGISTERED)
     look = True
-    now = monotonic()
+    look_back_at, moved = monotonic() + QUIET_S, tunnel.moved()
     while not tunnel.ended and not tunnel.aborted:
         if look:
             for pipe in (tunnel.up, tunnel.down):
@@ -311,11 +377,14 @@ def relay_alone(tunnel: Tunnel, until_quiet: bool) -> None:
             look = tunnel.handle(sides[fd], events, now) or look
             if tunnel.ended:
                 return
-        if now - tunnel.moved_at >= QUIET_S:
-            tunnel.up.leave_kernel()
-            tunnel.down.leave_kernel()
-            if until_quiet:
-                return
+        if now >= look_back_at:                 # a few bytes now and then must not keep a thread and a kernel pipe
+            before, moved = moved, tunnel.moved()
+            if moved - before < QUIET_BYTES:
+                tunnel.up.leave_kernel()
+                tunnel.down.leave_kernel()
+                if until_quiet:
+                    return
+            look_back_at = now + QUIET_S
             if now >= tunnel.deadline():
                 tunnel.expire()
 
@@ -323,20 +392,19 @@ def relay_alone(tunnel: Tunnel, until_quiet: bool) -> None:
 class Watch:
     """A client that has not said anything yet: it costs a descriptor, and no thread."""
 
-    __slots__ = ("loop", "sock", "spoke")
+    __slots__ = ("loop", "sock", "fd", "spoke")
 
     def __init__(self, loop: Loop, sock: socket.socket, spoke: Callable[[bool], None]) -> None:
         self.loop = loop
         self.sock = sock
+        self.fd = sock.fileno()
         self.spoke = spoke
 
     def handle(self, _side: int, _events: int, _now: float) -> bool:
         said = peek(self.sock)
         if said is None:
             return False
-        fd = self.sock.fileno()
-        self.loop._watched.pop(fd)
-        self.loop._poller.unregister(fd)
+        self.loop._forget(self.fd)
         self.spoke(said)
         return False
 

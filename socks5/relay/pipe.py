@@ -44,9 +44,11 @@ class Pipe:
     done            the source has said EOF, and nothing is in hand
     full            how many reads in a row filled their buffer: from a few on, a kernel pipe is worth its price
     urgent          `chunk` is the one byte that the source sent as urgent data
+    parked          bytes of `chunk` that count for splice.parked: what a kernel pipe held when it was given back
     """
 
-    __slots__ = ("source", "sink", "origin", "target", "chunk", "kernel", "held", "total", "done", "full", "urgent")
+    __slots__ = ("source", "sink", "origin", "target", "chunk", "kernel", "held", "total", "done", "full", "urgent",
+                 "parked")
 
     def __init__(self, source: socket.socket, sink: socket.socket, origin: str, target: str,
                  early: bytes = b"") -> None:
@@ -62,6 +64,7 @@ class Pipe:
         self.done = False
         self.full = 0
         self.urgent = False
+        self.parked = 0
 
     def fill(self) -> Optional[bool]:
         """Read what the source has and pass on what the sink takes; to be called while nothing is in hand.
@@ -106,14 +109,14 @@ class Pipe:
         if self.held:
             self.drain()
             return True
-        self.close()                        # EOF, or urgent data in the way: what it is, recv() says
+        self.close_kernel()                 # EOF, or urgent data in the way: what it is, recv() says
         return self.fill()
 
     def fill_urgent(self) -> Optional[bool]:
         """The same while urgent data is on its way. recv() stops in front of the urgent byte, which is passed on as
         urgent data again, so that it keeps its place among the others.                         RFC 6093, tcp(7)"""
         if not self.at_mark():
-            self.close()                    # splice() stops in front of it as well, and does not say so
+            self.close_kernel()             # splice() stops in front of it as well, and does not say so
             return self.fill()
         try:
             self.chunk = self.source.recv(1, DONTWAIT)
@@ -150,6 +153,8 @@ class Pipe:
             raise Broken(self.target, exc) from None
         self.held -= sent
         self.total += sent
+        if self.parked and not self.held:
+            self._unpark()
 
     def use_kernel(self) -> None:
         """Send the bytes through a kernel pipe from now on, if there is one to be had. Nothing is in hand, and neither
@@ -165,14 +170,26 @@ class Pipe:
         """Take back what the kernel pipe holds, and close it."""
         if self.kernel is not None:
             if self.kernel.held:
+                self.parked = self.kernel.held
+                splice.park(self.parked)
                 self.chunk = self.kernel.read()
-            self.close()
+            self.close_kernel()
 
-    def close(self) -> None:
+    def close_kernel(self) -> None:
         """Close the kernel pipe, with all that it holds."""
         if self.kernel is not None:
             self.kernel.close()
             self.kernel = None
+
+    def close(self) -> None:
+        """Let go of what is in hand. The sockets are the owner's."""
+        self.close_kernel()
+        self.chunk = b""
+        self._unpark()
+
+    def _unpark(self) -> None:
+        splice.park(-self.parked)
+        self.parked = 0
 
 
 def reset_on_close(sock: socket.socket) -> None:

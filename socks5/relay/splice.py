@@ -20,21 +20,38 @@ else:
 PIPE_BYTES = 1 << 20                    # the largest that an ordinary user may ask for (fs.pipe-max-size)
 MAX_PIPES = 48                          # all pipes of a user together may hold 64 MiB (fs.pipe-user-pages-soft)
 DESCRIPTORS = 2 * MAX_PIPES             # what they may take from the sessions
+MAX_PARKED = 16 << 20                   # bytes of stalled tunnels in memory: beyond that a pipe takes FRUGAL_BYTES
+FRUGAL_BYTES = 1 << 16                  # as much as a tunnel that copies has in hand
 _splice: Any = getattr(os, "splice", None)
 F_SETPIPE_SZ = 1031                     # fcntl has the name from Python 3.10 on
 MOVE_NONBLOCK = 0x01 | 0x02             # SPLICE_F_MOVE, SPLICE_F_NONBLOCK: a full or empty pipe is EAGAIN
 
 
+parked = 0                              # bytes that were taken back from kernel pipes and are not delivered yet
+_lock = threading.Lock()
+
+
+def park(size: int) -> None:
+    """Count bytes that a stalled tunnel takes back from its kernel pipe; with a negative size, has got rid of."""
+    global parked
+    if size:
+        with _lock:
+            parked += size
+
+
 class KernelPipe:
-    """One fill() takes at most PIPE_BYTES; `held` is how many bytes it holds."""
+    """One fill() takes at most PIPE_BYTES; `held` is how many bytes it holds.
+
+    Clients that stall in the middle of a download must not fill the memory: what all kernel pipes of the process held
+    when their tunnels stalled is at most MAX_PARKED, MAX_PIPES times PIPE_BYTES, and FRUGAL_BYTES for each.
+    """
 
     __slots__ = ("held", "_out", "_into")
     live = 0                            # of this process
-    _lock = threading.Lock()
 
     def __init__(self) -> None:
         """Raises OSError when there is none: MAX_PIPES reached, no descriptors, the user's pipe memory used up."""
-        with self._lock:
+        with _lock:
             if KernelPipe.live >= MAX_PIPES:
                 raise OSError(errno.EMFILE, "%d kernel pipes in use" % KernelPipe.live)
             KernelPipe.live += 1
@@ -50,7 +67,8 @@ class KernelPipe:
     def fill(self, source: int) -> int:
         """Take what a non-blocking descriptor has. 0 and BlockingIOError both mean "ask recv()": at urgent data
         splice() stops with either of them, whatever else has come. Raises OSError as recv does."""
-        taken: int = _splice(source, self._into, PIPE_BYTES, flags=MOVE_NONBLOCK)
+        size = PIPE_BYTES if parked < MAX_PARKED else FRUGAL_BYTES
+        taken: int = _splice(source, self._into, size, flags=MOVE_NONBLOCK)
         self.held += taken
         return taken
 
@@ -73,5 +91,5 @@ class KernelPipe:
             if fd != -1:
                 os.close(fd)
         self._out = self._into = -1
-        with self._lock:
+        with _lock:
             KernelPipe.live -= 1

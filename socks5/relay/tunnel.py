@@ -30,7 +30,6 @@ class Tunnel:
     moved_at        when a byte was last moved, by time.monotonic()
     watched         the events for which the loop has registered each side; UNREGISTERED for none
     hung_up         the sides that are closed both ways, as bits 1 (client) and 2 (remote)
-    adopted         both sides are registered: before, the loop may move bytes, but not change or close anything
     lent            a thread of its own has it: the loop must not touch it
     aborted         set by another thread: the tunnel is to end, for this reason
     ended           it is over, and `close` may be called
@@ -39,7 +38,7 @@ class Tunnel:
     """
 
     __slots__ = ("session", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched",
-                 "hung_up", "adopted", "lent", "aborted", "ended", "ended_by", "why")
+                 "hung_up", "lent", "aborted", "ended", "ended_by", "why")
 
     def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", idle_s: float = 0,
                  half_closed_s: float = 0, session: Any = None) -> None:
@@ -54,7 +53,6 @@ class Tunnel:
         self.moved_at = 0.0
         self.watched = (UNREGISTERED, UNREGISTERED)
         self.hung_up = 0
-        self.adopted = False
         self.lent = False
         self.aborted = ""
         self.ended = False
@@ -76,7 +74,7 @@ class Tunnel:
         """Move bytes after an event on one side. True when the owner has to look: at `ended`, `busy`, `interest`."""
         mine, other = (self.up, self.down) if side == CLIENT else (self.down, self.up)
         try:
-            if events == READ and not mine.held:        # nearly always
+            if events == READ and not mine.held and not mine.done:      # nearly always
                 filled = mine.fill()
                 if filled is not None:
                     self.moved_at = now
@@ -85,7 +83,8 @@ class Tunnel:
                 return bool(filled)
             acted = look = False
             if events & ~WRITE and not mine.held and not mine.done:
-                filled = mine.fill_urgent() if events & URGENT else mine.fill()
+                # A bare hang-up says nothing about urgent data: it was not asked for when this batch was made.
+                filled = mine.fill() if events & (READ | URGENT) == READ else mine.fill_urgent()
                 if filled is not None:
                     acted = True
                     self.moved_at = now
@@ -109,6 +108,10 @@ class Tunnel:
     def busy(self) -> bool:
         """Whether a direction has so much to move that a thread of its own is worth its price."""
         return self.up.full >= BUSY_READS or self.down.full >= BUSY_READS
+
+    def moved(self) -> int:
+        """Bytes that were delivered, both ways."""
+        return self.up.total + self.down.total
 
     def limit(self) -> Tuple[float, str]:
         """The time limit in force, in seconds (0: none), and its name."""
@@ -140,6 +143,9 @@ class Tunnel:
 
     def _pass_eof_on(self, pipe: Pipe, other: Pipe) -> None:
         """EOF on one side becomes FIN on the other; nothing is in hand, or there would have been no read."""
+        if self.aborted:                    # the owner has shut this socket down to wake us up: no EOF of the peer
+            self.end(self.aborted)
+            return
         self.ended_by = self.ended_by or pipe.origin
         if other.done:                      # both are: close() says the rest
             self.ended = True
