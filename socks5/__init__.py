@@ -7,6 +7,7 @@
         errors        exceptions that carry the REP
         fields        what a message is made of
         messages      every message of SOCKS5
+        facts         typed values of a line in the log, and how text shows them
         trace         a message explained, field by field
     access/           who may do what
         passwords     hashes of passwords: slow to compute, on purpose
@@ -19,6 +20,7 @@
         resolver      names to addresses
         listeners     the sockets that the server listens on
         poller        wait for many descriptors: epoll, kqueue, poll or select
+        writer        the thread that writes lines to a descriptor
     relay/            bytes between two sockets
         splice        a kernel pipe, through which bytes go without a copy
         pipe          one direction
@@ -37,11 +39,18 @@
         handler       one client, like RFC 1928 sections 3 to 6
         acceptors     threads that wait in accept()
         table         the live sessions as lines of the log
+        tracing       where the trace is written to
         server        the ThreadingTCPServer: accept, limit, drain
     process/          several processes
+        orders        what a server process is told to do, and the way to a worker
+        signals       signals become orders
+        files         read users and rules again, with descriptors kept in reserve
+        control       the main loop: stop, reload, log sessions
+        worker        a worker process
+        alone         one server in this process
         supervisor    start, restart and stop worker processes
     client            the other side of the protocol
-    log               formats of the log, and the thread that writes it
+    log               formats of the log, and its handler
     selftest          the server, tried by its own client
     cli               the command line
 

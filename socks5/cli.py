@@ -6,20 +6,18 @@ import configparser
 import getpass
 import logging
 import os
-import signal
 import sys
-import threading
-from typing import Any, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Dict, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
-from .net import listeners as listening
-from .process import supervisor as workers
-from .protocol import trace
-from .access.users import Users, line_for
 from .access.check import report, warnings
+from .access.users import line_for
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+from .net import listeners as listening
 from .net.addresses import endpoint_of
-from .access.rules import Rules
+from .process import files, signals, supervisor as workers
+from .process.alone import Alone
+from .server import tracing
 from .server.server import Server
 
 EXIT_USAGE = 2
@@ -115,31 +113,11 @@ def read_file(path: str) -> Dict[str, Any]:
     return values
 
 
-def configure_logging(level: int, form: str) -> None:
-    """Ours alone: the root logger belongs to whoever embeds the package."""
-    handler = logs.Writer()
-    handler.setFormatter(logs.formatter(form, descriptor_of(sys.stderr), os.environ.get("JOURNAL_STREAM", "")))
-    # What no format of ours shows need not be found out for every line: see "Optimization" in the logging HOWTO.
-    logging._srcfile = None
-    logging.setLogRecordFactory(logs.Record)
-    log = logging.getLogger("socks5")
-    log.handlers[:] = [handler]
-    log.propagate = False
-    log.setLevel(level)
-
-
-def descriptor_of(stream: Any) -> Optional[int]:
-    try:
-        return int(stream.fileno())
-    except (AttributeError, OSError, ValueError):           # closed from the start, or not a file
-        return None
-
-
 def serve(config: Config) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
     try:
-        access = Users(config), Rules(config)               # a bad file ends it here, before anything listens
-        trace.check(config.trace)
+        access = files.read_access(config)                  # a bad file ends it here, before anything listens
+        tracing.check(config.trace)
         listeners = listening.open_all(config.listen, config.port)
     except ConfigError as exc:
         return fail(str(exc))
@@ -154,40 +132,19 @@ def serve(config: Config) -> int:
 
     count = workers.number(config.workers)
     if count > 1:
-        workers.Supervisor(config, listeners, count, access).run(ready)
-    else:
-        with Server(config, listeners=listeners, access=access) as server:
-            hurry = obey_signals(server)
-            ready()
-            workers.run(server, hurry)
-    return 0
-
-
-def obey_signals(server: Server) -> threading.Event:
-    """Of a server that is alone. The event that is set when a stop is asked for twice."""
-    hurry = threading.Event()
-    stopping: List[bool] = []
-
-    def stop(_number: int, _frame: Any) -> None:
-        if stopping:
-            hurry.set()
-        stopping.append(True)
-        server.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda _number, _frame: server.reload_soon())
-        signal.signal(signal.SIGUSR1, lambda _number, _frame: server.log_sessions_soon())
-    return hurry
+        return workers.Supervisor(config, listeners, count, access).run(ready)
+    return Alone(Server(config, listeners=listeners, access=access), access).run(ready)
 
 
 def self_test(config: Config) -> int:
     """The exit status."""
     good = True
-    for line in selftest.run(config):
-        say(line.text)
-        good = good and line.good
+    try:
+        for line in selftest.run(config):
+            say(line.text)
+            good = good and line.good
+    except (ConfigError, OSError) as exc:
+        return fail(str(exc))
     return 0 if good else 1
 
 
@@ -222,7 +179,11 @@ def fail(message: str) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command. Leaves the signals that a server obeys blocked: see Signals."""
+    signals.hold()                                          # a SIGHUP that comes too early waits
     args = vars(build_parser().parse_args(argv))
+    if not {"hash_password", "check", "self_test"}.isdisjoint(args):
+        signals.release()                                   # these serve nobody: Ctrl-C ends them as usual
     if "hash_password" in args:
         return hash_password(args["hash_password"])
     try:
@@ -230,11 +191,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if "check" in args:
             say("\n".join(report(config)))
             return 0
-        if "self_test" in args:
-            configure_logging(logging.DEBUG if "verbose" in args else logging.CRITICAL, config.log_format)
-            return self_test(config)
     except (ConfigError, OSError) as exc:
         return fail(str(exc))
-    configure_logging(logging.WARNING if "quiet" in args else logging.DEBUG if "verbose" in args else logging.INFO,
-                      config.log_format)
-    return serve(config)
+    testing = "self_test" in args
+    level = (logging.DEBUG if "verbose" in args else logging.CRITICAL if testing else
+             logging.WARNING if "quiet" in args else logging.INFO)
+    handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
+    try:
+        return self_test(config) if testing else serve(config)
+    finally:
+        handler.close()                                     # writes what is queued

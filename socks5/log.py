@@ -1,84 +1,110 @@
-"""How lines of the log look: text, one JSON object a line, and with priorities where the systemd journal reads along.
+"""The log of the command line: text or JSON, priorities where the systemd journal reads it, and a thread that writes.
 
-A line that states facts is logged as "word key=%(key)s ..." with one dict, so both forms show the same facts. The
-command line chooses; whoever embeds the package has formatters of his own.
+A thread that logs only puts its record into a queue (net/writer.py); formatting and writing are the writer thread's, so
+nothing waits for who reads the log. A program that embeds the package has handlers and formatters of its own.
 """
 from __future__ import annotations
 
-import ast
+import copy
 import json
 import logging
 import os
 import re
-import threading
 import time
-from collections import deque
-from typing import Any, Deque, Dict, Optional, Tuple
+from enum import Enum
+from functools import lru_cache
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from .net.writer import CLOSE_S, PIPE_BUF, Writer, writing_to
+from .protocol.facts import Facts, FactsRecord
+from .protocol.messages import Address
 
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 BARE = "%(levelname)s %(message)s"                              # the journal notes the time by itself
 PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))     # sd-daemon(3)
 DEBUG = 7
-QUOTED = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(:\d+)?""")     # as fields.text() quotes; and :PORT
-MOST_LEFT = 1000
-NOTHING = "-"                                                   # stands in the text for a fact that there is not
+MOST_BYTES = PIPE_BUF - len("<6>\n")                            # of a line that is to stay whole
+MORE = "..."                                                    # at the end of what was cut
+LOST = "lost lines=%(lines)d"
+TRACEBACKS = logging.Formatter()
+MARK = "| "                                                    # before its lines, or its text could begin a line
 
 
-class Writer(logging.StreamHandler):      # type: ignore[type-arg]     # generic for mypy, not for Python 3.8
-    """Writes to stderr like its base, but no thread waits while another one writes: it leaves its line to that one.
+class Handler(logging.Handler):
+    """Puts records into a Writer's queue.
 
-    Every session ends with a line, and threads that all wait for each other's write() are slow. Where nobody reads what
-    is written, MOST_LEFT lines are kept, and then everybody waits.
+    write   as net.writer.Writer takes it: os.write with a descriptor, say
     """
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[bytes], Optional[int]], form: logging.Formatter) -> None:
         super().__init__()
-        self._lines: Deque[str] = deque()
-        self._writing = threading.Lock()
+        self.setFormatter(form)
+        self.writer = Writer(write, self.format, lost_line(form))
+        self.put = self.writer.put
+
+    def createLock(self) -> None:
+        """None is needed: what is shared is the queue."""
+        self.lock = None
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Without the lock that the base takes."""
-        self.emit(record)
+        """emit(), without the lock of the base; the command line's handler has no filters."""
+        if record.exc_info:
+            self.emit(record)
+        else:
+            self.put(record)
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._lines.append(self.format(record) + self.terminator)
-            while self._lines and self._writing.acquire(blocking=len(self._lines) > MOST_LEFT):
-                try:
-                    self.stream.write("".join([self._lines.popleft() for _ in range(len(self._lines))]))
-                    self.stream.flush()
-                finally:
-                    self._writing.release()         # and look again: somebody may have left a line just now
-        except Exception:                           # as the base does: say it on stderr, and go on
-            self.handleError(record)
+        trouble = record.exc_info
+        if trouble:                                 # it holds every variable of its frames, sockets too
+            record = copy.copy(record)              # other handlers may want it
+            record.exc_text, record.exc_info = TRACEBACKS.formatException(trouble), None
+        self.put(record)
+
+    def close(self) -> None:
+        """Write what is queued, for CLOSE_S at the most. logging.shutdown() calls this, too."""
+        self.writer.close(CLOSE_S)
+        super().close()
 
 
-class Record(logging.LogRecord):
-    """What our formats show of a record. Its base also asks where and in which thread it was made, and takes it apart,
-    for every line."""
+def install(level: int, kind: str, stream: Any, journal: str) -> logging.Handler:
+    """Have the package's logger write to `stream` (None or closed: to nothing). Gives the handler, to be closed at the
+    end. The root logger is left alone: it belongs to a program that embeds the package.
 
-    pathname = filename = module = ""           # what else a record may be asked for
-    lineno = 0
-    funcName = threadName = processName = ""
-    thread = process = None
+    kind      "text" or "json"
+    journal   $JOURNAL_STREAM
+    """
+    handler: logging.Handler = logging.NullHandler()
+    if not getattr(stream, "closed", stream is None):
+        handler = Handler(writing_to(stream), formatter(kind, descriptor_of(stream), journal))
+    log = logging.getLogger("socks5")
+    for before in log.handlers[:]:
+        log.removeHandler(before)
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(level)
+    return handler
 
-    def __init__(self, name: str, level: int, pathname: str, lineno: int, msg: object, args: Any, exc_info: Any,
-                 func: Optional[str] = None, sinfo: Optional[str] = None, **_: object) -> None:
-        self.created = time.time()
-        self.msecs = int(self.created % 1 * 1000) + 0.0
-        self.name = name
-        self.levelno = level
-        self.levelname = logging.getLevelName(level)
-        self.msg = msg
-        self.args = args[0] if len(args) == 1 and isinstance(args[0], dict) and args[0] else args
-        self.exc_info = exc_info
-        self.exc_text = None
-        self.stack_info = sinfo
 
+def descriptor_of(stream: Any) -> Optional[int]:
+    try:
+        return int(stream.fileno())
+    except (AttributeError, OSError, ValueError):           # not a file
+        return None
+
+
+def lost_line(form: logging.Formatter) -> Callable[[int], str]:
+    """The line that says how many lines were lost."""
+    return lambda lines: form.format(FactsRecord("socks5.log", logging.WARNING, LOST, Facts(lines=lines)))
+
+
+# ---- text --------------------------------------------------------------------------------------------------------
 
 class TextFormatter(logging.Formatter):
-    """Like its base; what the clock says is worked out once a second."""
+    """TEXT or BARE as the base shows it, the time once a second, in local time, which fail2ban expects.
+
+    One record is one line of printable text, whatever its arguments are; a traceback follows, each line marked.
+    """
 
     _last: Tuple[int, str] = (0, "")
 
@@ -87,10 +113,13 @@ class TextFormatter(logging.Formatter):
         self.timed = timed
 
     def format(self, record: logging.LogRecord) -> str:
-        if record.exc_info or record.stack_info:
-            return super().format(record)
-        line = "%s %s" % (record.levelname, record.getMessage())
-        return "%s %s" % (self.formatTime(record), line) if self.timed else line
+        text = "%s %s" % (record.levelname, printable(words_of(record)))
+        if self.timed:
+            text = "%s %s" % (self.formatTime(record), text)
+        trouble = record.exc_text or record.exc_info and self.formatException(record.exc_info)
+        for more in filter(None, (trouble, record.stack_info)):
+            text += "".join("\n" + MARK + printable(line) for line in more.split("\n"))
+        return text
 
     def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
         second, words = self._last
@@ -101,25 +130,52 @@ class TextFormatter(logging.Formatter):
         return "%s,%03d" % (words, record.msecs)
 
 
-class JsonFormatter(logging.Formatter):
-    """One object a line: time, level, event, then the event's facts in the order of the text.
+def words_of(record: logging.LogRecord) -> str:
+    """The message. A plain dict of arguments is read like Facts."""
+    args = record.args
+    if isinstance(args, dict) and args:
+        return str(record.msg) % (args if isinstance(args, Facts) else Facts(args))
+    return record.getMessage()
 
-    A fact that there is not is null; what the text puts in quotes is there without them, because JSON has its own.
+
+def printable(text: str) -> str:
+    """With escapes in the place of newlines, terminal codes and the like."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------------
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: time (UTC), level, event, then the event's facts in the order of the text, typed.
+
+    A line that would be longer than most_bytes has its longest texts cut, so that it is valid JSON all the same.
     """
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        super().__init__()
+        self.most_bytes = most_bytes
 
     def format(self, record: logging.LogRecord) -> str:
         said: Dict[str, Any] = {"time": utc(record.created), "level": record.levelname.lower()}
+        message = str(record.msg)
         if isinstance(record.args, dict):
-            said["event"] = str(record.msg).partition(" ")[0]
-            keys = re.findall(r"%\((\w+)\)", str(record.msg))
-            said.update((key, plain(record.args[key])) for key in keys)
-            if not keys or "=" not in str(record.msg):
-                said["message"] = record.getMessage()
+            said["event"] = message.partition(" ")[0]
+            keys = keys_of(message)
+            for key in keys:
+                said[key] = plain(record.args.get(key))
+            if not keys or "=" not in message:
+                said["message"] = words_of(record)
         else:
             said.update(event="message", message=record.getMessage())
-        if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said, default=str)
+        if record.exc_text or record.exc_info:
+            said["traceback"] = record.exc_text or (record.exc_info and self.formatException(record.exc_info))
+        line = json.dumps(said)
+        return line if len(line) <= self.most_bytes else shortened(said, self.most_bytes)
+
+
+@lru_cache(maxsize=256)
+def keys_of(message: str) -> List[str]:
+    return re.findall(r"%\((\w+)\)", message)
 
 
 def utc(seconds: float) -> str:
@@ -129,15 +185,49 @@ def utc(seconds: float) -> str:
 
 def plain(value: Any) -> Any:
     """A fact as JSON has it. A float to the microsecond: more digits say nothing."""
+    if isinstance(value, bytes):
+        return name_of(value)
+    if value is None or value == "":
+        return None
+    if isinstance(value, Enum):
+        return value.name
     if isinstance(value, float):
         return round(value, 6)
-    if not isinstance(value, str):
-        return value
-    if value == NOTHING:
-        return None
-    found = QUOTED.fullmatch(value)
-    return ast.literal_eval(found.group(1)) + (found.group(2) or "") if found else value
+    if isinstance(value, Address) and isinstance(value.host, bytes):
+        return "%s:%d" % (name_of(value.host), value.port)
+    return value if isinstance(value, (int, str)) else str(value)
 
+
+def name_of(name: bytes) -> str:
+    """A peer's name as text; bytes that are not UTF-8 as escapes."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def shortened(said: Dict[str, Any], most_bytes: int) -> str:
+    """`said` as JSON of at most most_bytes: its longest texts are cut, and end in MORE."""
+    said = dict(said)
+    lengths = {key: len(json.dumps(value)) for key, value in said.items() if isinstance(value, str)}
+    over = len(json.dumps(said)) - most_bytes
+    while over > 0 and lengths:
+        key = max(lengths, key=lambda name: lengths[name])
+        room = lengths.pop(key) - over - len('""' + MORE)
+        kept = said[key]
+        said[key] = kept[:fitting(kept, room)] + MORE
+        over = len(json.dumps(said)) - most_bytes
+    return json.dumps(said) if over <= 0 else json.dumps({"time": said.get("time"), "event": MORE})
+
+
+def fitting(text: str, most_bytes: int) -> int:
+    """How many characters of `text` take at most most_bytes as JSON."""
+    size = 0
+    for count, char in enumerate(text):
+        size += len(json.dumps(char)) - len('""')
+        if size > most_bytes:
+            return count
+    return len(text)
+
+
+# ---- the journal -------------------------------------------------------------------------------------------------
 
 class Prioritized(logging.Formatter):
     """Puts <N> in front of every line of what `inner` makes, several where there is a traceback.      sd-daemon(3)"""

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import socks5
 from socks5 import client
-from socks5.commands.bind import EARLY_BYTES, Rendezvous, expected
+from socks5.commands.bind import EARLY_BYTES, Rendezvous, any_peer, expected
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError, RequestRefused
 from socks5.net.poller import SelectPoll
@@ -54,30 +54,32 @@ def both_ways(test, one, other):
 
 class ExpectedPeers(unittest.TestCase):
     def test_whom_a_request_expects(self):
-        cases = [("IPv4", Address(ip_address("192.0.2.1"), 21), ["192.0.2.1"]),
-                 ("IPv4-mapped", Address(ip_address("::ffff:192.0.2.1"), 21), ["192.0.2.1"]),
-                 ("IPv6", Address(ip_address("2001:db8::1"), 0), ["2001:db8::1"]),
-                 ("literal as a name", Address(b"192.0.2.1", 21), ["192.0.2.1"]),
-                 ("any peer", Address(ip_address("0.0.0.0"), 21), ["0.0.0.0"]),
-                 ("any peer on IPv6", Address(ip_address("::"), 0), ["::"]),
-                 ("any peer, as a name", Address(b"0.0.0.0", 0), ["0.0.0.0"]),
-                 ("neither address nor port", Address(b"", 0), ["0.0.0.0"])]
-        for name, dst, peers in cases:
-            with self.subTest(name):
-                self.assertEqual(expected(dst), [ip_address(peer) for peer in peers])
-        for name, dst in [("no address but a port", Address(b"", 21)), ("no name", Address(b"a b", 21)),
-                          ("a name that does not exist", Address(b"nobody.invalid", 21))]:
-            with self.subTest(name), self.assertRaises(RequestRefused) as caught:
-                expected(dst)
-            self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+        ips = [ip_address(text) for text in ("192.0.2.1", "2001:db8::1", "0.0.0.0")]
 
-    def test_a_name_for_0_0_0_0_does_not_mean_any_peer(self):
-        """Name servers that block a name answer so; this must not permit any peer."""
-        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("0.0.0.0", 0))]
-        with patch("socket.getaddrinfo", return_value=found):
+        def no_lookup(host):
+            self.fail(host)
+
+        for ip in ips + [ip_address("::")]:
+            with self.subTest(ip=ip):
+                self.assertEqual(expected(ip, no_lookup), [ip])
+        with self.subTest("a name; what resolves to 0.0.0.0 is blocked, and does not mean any peer"):
+            self.assertEqual(expected(b"name.test", lambda host: ips), ips[:2])
             with self.assertRaises(RequestRefused) as caught:
-                expected(Address(b"ads.example", 21))
-        self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+                expected(b"ads.test", lambda host: ips[2:])
+            self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+        cases = [(Address(b"", 0), True), (Address(b"", 21), False), (Address(b"a", 0), False)]
+        self.assertEqual([any_peer(dst) for dst, _ in cases], [any_host for _, any_host in cases])
+
+    def test_requests_that_name_no_host(self):
+        with running() as server:
+            for name, host, port, rep in (("neither address nor port: any peer", b"", 0, Rep.SUCCEEDED),
+                                          ("a port without an address", b"", 21, Rep.HOST_UNREACHABLE),
+                                          ("no name", b"a b", 21, Rep.HOST_UNREACHABLE),
+                                          ("it does not exist", b"name.invalid", 21, Rep.HOST_UNREACHABLE)):
+                with self.subTest(name), dial(server.server_address) as sock:
+                    negotiate(sock)
+                    sock.sendall(b"\5\2\0\3" + bytes([len(host)]) + host + port.to_bytes(2, "big"))
+                    self.assertEqual(Reply.parse(reader_of(sock)).rep, rep)
 
     def test_the_expected_peer(self):
         cases = [("IPv4", "127.0.0.2"), ("IPv4-mapped", "::ffff:127.0.0.2"), ("any peer", "0.0.0.0"),
@@ -183,7 +185,7 @@ class Waiting(unittest.TestCase):
                         self.assertRegex(logs.output[-1], r"a peer connected; \d+ unexpected peers? turned away'$")
 
     def let_it_read(self, bnd):
-        """Wait until what the client has sent is read: at the latest together with an unexpected peer that connects now."""
+        """Wait until all that the client sent is read: at the latest when the proxy closes an unexpected peer."""
         with call(bnd) as unexpected:
             self.assertEqual(read_to_end(unexpected), b"")
 
@@ -310,12 +312,13 @@ class Where(unittest.TestCase):
     def test_ports_from_the_range_and_no_others(self):
         first = two_free_ports()
         with running(bind_ports=(first, first + 1)) as server, self.assertLogs("socks5", "INFO") as logs:
-            with client.bind(server.server_address, LOCAL) as one, client.bind(server.server_address, LOCAL) as two:
+            with client.bind(server.server_address, LOCAL) as one, bind_from("127.0.0.2", server) as two:
                 self.assertEqual({one.bnd[1], two.bnd[1]}, {first, first + 1})
                 with self.assertRaises(ProxyError) as caught:
                     client.bind(server.server_address, LOCAL)
                 self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
-                wait_until(lambda: any("ports %d-%d: EADDRINUSE" % (first, first + 1) in line for line in logs.output))
+                wait_until(lambda: any("no port left for 127.0.0.1: ports %d-%d" % (first, first + 1) in line
+                                       for line in logs.output))
                 for waiting in (one, two):
                     with call(waiting.bnd) as peer:             # and we close first: TIME_WAIT is ours
                         sock, _ = waiting.accept(PATIENCE_S)
@@ -325,9 +328,45 @@ class Where(unittest.TestCase):
                 wait_until(lambda: not len(server.sessions))
                 with client.bind(server.server_address, LOCAL) as one:
                     for _ in range(8):                          # each starts at a random port
-                        with client.bind(server.server_address, LOCAL) as two:
+                        with bind_from("127.0.0.2", server) as two:
                             self.assertEqual({one.bnd[1], two.bnd[1]}, {first, first + 1})
                         wait_until(lambda: len(server.sessions) == 1)
+
+    def test_ports_that_others_have_are_none_of_ours(self):
+        first = two_free_ports()
+        with socket.socket() as one, socket.socket() as two:
+            for port, sock in enumerate((one, two), first):
+                sock.bind(("127.0.0.1", port))
+                sock.listen()
+            with running(bind_ports=(first, first + 1)) as server, self.assertLogs("socks5", "INFO") as logs:
+                for _ in range(3):                              # and what cannot be had is not counted as taken
+                    with self.assertRaises(ProxyError) as caught:
+                        client.bind(server.server_address, LOCAL)
+                    self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
+                wait_until(lambda: sum("ports %d-%d: EADDRINUSE" % (first, first + 1) in line
+                                       for line in logs.output) == 3)
+
+    def test_one_address_cannot_take_all_ports(self):
+        first = two_free_ports()
+        with running(bind_ports=(first, first + 1)) as server:
+            with client.bind(server.server_address, LOCAL):
+                for _ in range(5):
+                    with self.assertRaises(ProxyError):
+                        client.bind(server.server_address, LOCAL)
+                bind_from("127.0.0.2", server).close()
+
+
+def bind_from(source, server):
+    """A BIND by a client at this address."""
+    real_connect = socket.socket.connect
+
+    def connect(sock, where):
+        if where[1] == server.server_address[1]:
+            sock.bind((source, 0))
+        real_connect(sock, where)
+
+    with patch.object(socket.socket, "connect", connect):
+        return client.bind(server.server_address, LOCAL)
 
 
 def two_free_ports():

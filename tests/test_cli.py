@@ -43,6 +43,7 @@ def as_it_was():
     before = log.handlers[:], log.propagate, log.level
     names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGCHLD") if hasattr(signal, name)]
     signals = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if hasattr(signal, "pthread_sigmask") else ()
     turns = auth.Turns()
     try:
         with mock.patch.object(auth, "TURNS", turns):       # a supervisor gives it a file, for its workers
@@ -52,6 +53,8 @@ def as_it_was():
             turns._file.close()
         for name, action in signals.items():
             signal.signal(getattr(signal, name), action)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         log.handlers[:], log.propagate = before[:2]
         log.setLevel(before[2])
 

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from unittest import mock
 
 from socks5.commands import connect as module
+from socks5.net import resolver
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.commands.connect import connect, interleave
 from socks5.protocol.errors import RequestRefused
@@ -62,13 +63,14 @@ def silent(host, port):
 
 @contextlib.contextmanager
 def resolving(*addresses, name=NAME):
-    """While it lasts, `name` has these addresses, in this order; every other one is resolved as ever."""
+    """While it lasts, `name` has these addresses, in this order, and no answer is remembered; every other name is
+    looked up as ever."""
     def getaddrinfo(host, port, *args, **kwargs):
         if host != name.encode():
             return real_getaddrinfo(host, port, *args, **kwargs)
         return [(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))
                 for address in addresses]
-    with mock.patch.object(socket, "getaddrinfo", getaddrinfo):
+    with mock.patch.object(socket, "getaddrinfo", getaddrinfo), mock.patch.object(resolver, "ANSWER_S", 0):
         yield
 
 

@@ -2,35 +2,67 @@
 import errno
 import os
 import socket
+import threading
 import unittest
 from collections import Counter
 from unittest.mock import patch
 
 from socks5.commands import datagrams
-from socks5.commands.datagrams import BURST, SEGMENT_BYTES, bound, segments, send
+from socks5.commands.datagrams import BURST, SEGMENT_BYTES, Buffers, bound, segments, send
+from socks5.net.shares import ANY_PORT, Ports
 
 from .support import HAS_IPV6, PATIENCE_S, descriptors
 
 FAMILIES = [("IPv4", socket.AF_INET, "127.0.0.1")] + [("IPv6", socket.AF_INET6, "::1")] * HAS_IPV6
 
 
+class SharedBuffers(unittest.TestCase):
+    def test_one_that_is_given_back_is_taken_again(self):
+        buffers = Buffers(1000, most=1)
+        for _ in range(3):
+            buffer, view = buffers.take()
+            self.assertEqual((len(buffer), view.obj), (1000, buffer))
+            buffers.give_back((buffer, view))
+            self.assertIs(buffers.take()[0], buffer)
+            buffers.give_back((buffer, view))
+
+    def test_a_thread_waits_until_one_is_given_back(self):
+        buffers, found = Buffers(1000, most=1), []
+        taken = buffers.take()
+        with patch.object(datagrams, "BUFFER_WAIT_S", PATIENCE_S):
+            thread = threading.Thread(target=lambda: found.append(buffers.take()))
+            thread.start()
+            buffers.give_back(taken)
+            thread.join()
+        self.assertIs(found[0][0], taken[0])
+
+    def test_stuck_threads_stop_nobody_and_what_was_allocated_meanwhile_is_not_kept(self):
+        buffers = Buffers(1000, most=2)
+        with patch.object(datagrams, "BUFFER_WAIT_S", 0.001):
+            taken = [buffers.take() for _ in range(5)]
+            for buffer in taken:
+                buffers.give_back(buffer)
+            again = [buffers.take()[0] for _ in range(3)]
+        self.assertEqual(sum(any(one is other for other, _ in taken) for one in again), 2)
+
+
 class Bound(unittest.TestCase):
     def test_families(self):
         for name, family, host in FAMILIES:
-            with self.subTest(name), bound(family, host, ()) as sock:
+            with self.subTest(name), bound(family, host, ANY_PORT) as sock:
                 self.assertEqual((sock.family, sock.getsockname()[0], sock.gettimeout()), (family, host, 0))
                 self.assertRaises(BlockingIOError, sock.recv, 1)
 
     def test_anywhere_is_one_family_only(self):
-        with bound(socket.AF_INET, "", ()) as sock:
+        with bound(socket.AF_INET, "", ANY_PORT) as sock:
             self.assertEqual(sock.getsockname()[0], "0.0.0.0")
             if HAS_IPV6:
                 port = sock.getsockname()[1]
-                with bound(socket.AF_INET6, "", (port, port)) as six:       # would be taken if it were dual-stack
+                with bound(socket.AF_INET6, "", [port]) as six:       # would be taken if it were dual-stack
                     self.assertEqual(six.getsockname()[:2], ("::", port))
 
     def test_much_may_wait(self):
-        with bound(socket.AF_INET, "127.0.0.1", ()) as sock, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain:
+        with bound(socket.AF_INET, "127.0.0.1", ANY_PORT) as sock, bound(socket.AF_INET, "", ANY_PORT) as plain:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, datagrams.SOCKET_BYTES)
             self.assertEqual(*(s.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) for s in (sock, plain)))
 
@@ -41,7 +73,7 @@ class Bound(unittest.TestCase):
                     raise OSError(errno.ENOBUFS, "No buffer space available")
                 super().setsockopt(level, option, value)
 
-        with patch("socket.socket", Small), bound(socket.AF_INET, "127.0.0.1", ()) as sock:
+        with patch("socket.socket", Small), bound(socket.AF_INET, "127.0.0.1", ANY_PORT) as sock:
             self.assertTrue(sock.getsockname()[1])
 
     def test_ports_of_a_range_until_there_is_none(self):
@@ -51,7 +83,7 @@ class Bound(unittest.TestCase):
         try:
             with self.assertRaises(OSError) as caught:
                 for _ in range(5):
-                    socks.append(bound(socket.AF_INET, "127.0.0.1", ports))
+                    socks.append(bound(socket.AF_INET, "127.0.0.1", Ports(ports)))
             self.assertEqual(caught.exception.errno, errno.EADDRINUSE)
             numbers = [sock.getsockname()[1] for sock in socks]
             self.assertTrue(numbers and set(numbers) <= set(range(low, low + 4)), numbers)
@@ -72,7 +104,7 @@ class Bound(unittest.TestCase):
 class Sent(unittest.TestCase):
     def setUp(self):
         self.dropped = Counter()
-        self.here, self.there = (self.kept(bound(socket.AF_INET, "127.0.0.1", ())) for _ in range(2))
+        self.here, self.there = (self.kept(bound(socket.AF_INET, "127.0.0.1", ANY_PORT)) for _ in range(2))
         self.there.settimeout(PATIENCE_S)
 
     def kept(self, sock):

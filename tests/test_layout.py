@@ -122,7 +122,7 @@ class Imports(unittest.TestCase):
             with self.subTest(name):
                 self.assertLessEqual(imports(tree_of(name), types_too=True, name=name)[1], STDLIB)
         script = ast.parse(support.SCRIPT.read_text(encoding="utf-8"))
-        self.assertEqual(imports(script), ({"cli"}, {"sys"}))
+        self.assertEqual(imports(script), ({"cli"}, {"signal", "sys"}))
 
     def test_annotations_are_not_evaluated(self):
         for name in set(modules()) - DOORS:
@@ -205,8 +205,8 @@ def speaks(tree):
 class Voices(unittest.TestCase):
     # A forked worker must never return into the code of its parent, so it ends in os._exit. The trace goes to standard
     # error or a file: whichever it is, each worker opens it for itself.
-    ALLOWED = {"cli": None, "__main__": {"sys.exit"}, "process.supervisor": {"os._exit"},
-               "log": {"sys.stderr"}}
+    ALLOWED = {"cli": None, "__main__": {"sys.exit"}, "process.worker": {"os._exit"},
+               "server.tracing": {"sys.stderr"}}
 
     def test_only_the_command_line_prints_or_exits(self):
         for name in modules():

@@ -1,24 +1,47 @@
-"""logs.py: the same facts in text and JSON, one line each, and the priorities that the systemd journal reads."""
+"""log.py, protocol/facts.py, net/writer.py: what a line shows, that it reaches the kernel whole, and that only the
+writer thread waits for who reads it."""
+import contextlib
+import copy
+import errno
 import io
 import json
 import logging
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import unittest
+from ipaddress import ip_address
 from unittest import mock
 
-from socks5 import client, log as logs
-from socks5.protocol.fields import text
+from socks5 import cli, client, log as logs
+from socks5.net import writer as writers
+from socks5.net.addresses import Endpoint
+from socks5.net.writer import PIPE_BUF, Writer, chunks, encoded
+from socks5.protocol.codes import Cmd, Rep
+from socks5.protocol.facts import Facts, FactsRecord, tell
 from socks5.server.sessions import Session
-from tests.support import PATIENCE_S, ROOT, connect_through, dial, need, running, spawned, target, wait_until
+from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, need, running, spawned, target,
+                           wait_until)
+
+EVIL = b"\n2026-11-22 17:21:31,010 WARNING auth_failed client=192.0.2.1 user='x'\r\n\x1b[2J\xff'\"\\"
+CLIENT = Endpoint(ip_address("127.0.0.1"), 5)
 
 
 def record(message, *args, level=logging.INFO, exc_info=None):
     return logging.LogRecord("socks5.x", level, "x.py", 1, message, args, exc_info)
+
+
+def trouble(text="a\nb"):
+    try:
+        raise RuntimeError(text)
+    except RuntimeError:
+        return sys.exc_info()
 
 
 def as_json(*args, **kwargs):
@@ -27,136 +50,125 @@ def as_json(*args, **kwargs):
     return json.loads(line)
 
 
-class Stream:
-    """Where the log goes; its write() waits until it may."""
-
-    def __init__(self):
-        self.text, self.calls, self.entered, self.may = "", 0, threading.Semaphore(0), threading.Event()
-
-    def write(self, text):
-        self.entered.release()
-        if not self.may.wait(PATIENCE_S):
-            raise TimeoutError
-        self.text, self.calls = self.text + text, self.calls + 1
-
-    def flush(self):
-        pass
+def as_text(*args, **kwargs):
+    return logs.TextFormatter(False).format(record(*args, **kwargs))
 
 
-class Writer(unittest.TestCase):
-    def setUp(self):
-        self.writer, self.stream = logs.Writer(), Stream()
-        self.writer.stream = self.stream
-
-    def say(self, *lines):
-        for line in lines:
-            self.writer.handle(record(line))
-
-    def aside(self, *lines):
-        thread = threading.Thread(target=self.say, args=lines, daemon=True)
-        thread.start()
-        self.addCleanup(thread.join, PATIENCE_S)
-        self.addCleanup(self.stream.may.set)
-        return thread
-
-    def test_nobody_waits_for_another_ones_write_and_no_line_is_lost(self):
-        first = self.aside("first")
-        self.assertTrue(self.stream.entered.acquire(timeout=PATIENCE_S))
-        self.say("second", "third")                         # comes back, though the first has not
-        self.assertTrue(first.is_alive())
-        self.stream.may.set()
-        first.join(PATIENCE_S)
-        self.assertEqual((self.stream.text, self.stream.calls), ("first\nsecond\nthird\n", 2))
-
-    def test_where_nobody_reads_all_wait_in_the_end(self):
-        self.aside("first")
-        self.assertTrue(self.stream.entered.acquire(timeout=PATIENCE_S))
-        with mock.patch.object(logs, "MOST_LEFT", 2):
-            self.say("second", "third")
-            last = self.aside("last")
-            wait_until(lambda: len(self.writer._lines) == 3)
-            last.join(0.05)
-            self.assertTrue(last.is_alive())
-            self.stream.may.set()
-            last.join(PATIENCE_S)
-        wait_until(lambda: self.stream.text == "first\nsecond\nthird\nlast\n")
-
-    def test_many_threads(self):
-        self.stream.may.set()
-        threads = [self.aside(*("%d %d" % (number, line) for line in range(200))) for number in range(8)]
-        for thread in threads:
-            thread.join(PATIENCE_S)
-        lines = self.stream.text.split()
-        for number in range(8):
-            mine = [int(line) for who, line in zip(lines[::2], lines[1::2]) if who == str(number)]
-            self.assertEqual(mine, list(range(200)))
-
-    def test_a_stream_that_fails_ends_nothing(self):
-        self.stream.write = mock.Mock(side_effect=OSError(28, "No space left on device"))
-        with mock.patch("sys.stderr", io.StringIO()) as said:
-            self.say("lost")
-        self.assertIn("No space left", said.getvalue())
-        del self.stream.write
-        self.stream.may.set()
-        self.say("there")
-        self.assertEqual(self.stream.text, "there\n")
-
-    def test_a_record_shows_what_its_base_shows(self):
-        try:
-            raise ValueError("no\nwonder")
-        except ValueError:
-            trouble = sys.exc_info()
-        for args in (("plain",), ("%s and %d", "this", 2), ("word key=%(key)s", {"key": "value"}), ("100 %",),
-                     ("%s", {}), ("it failed", trouble)):
-            *message, exc_info = args if args[-1] is trouble else (*args, None)
-            told = "socks5.x", logging.WARNING, "x.py", 1, message[0], tuple(message[1:]), exc_info
-            base, ours = logging.LogRecord(*told), logs.Record(*told)
-            ours.created, ours.msecs = base.created, base.msecs
-            for form in (logging.Formatter(logs.TEXT), logging.Formatter(logs.BARE), logs.TextFormatter(True),
-                         logs.TextFormatter(False), logs.JsonFormatter()):
-                with self.subTest(args[0], form=form):
-                    self.assertEqual(form.format(ours), form.format(base))
-            for timed, text_form in ((True, logs.TEXT), (False, logs.BARE)):
-                self.assertEqual(logs.TextFormatter(timed).format(ours), logging.Formatter(text_form).format(base))
-        for name in vars(base):                             # whoever asks for more gets something
-            self.assertTrue(hasattr(ours, name) or name in ("relativeCreated", "taskName"), name)
-
-    def test_the_time_is_that_of_the_base(self):
-        for created in (1700000000.0, 1700000000.999, 1700000001.5, 1699999999.25):
-            line = record("x")
-            line.created, line.msecs = created, int(created % 1 * 1000)
-            self.assertEqual(TEXT_FORMATTER.format(line), logging.Formatter(logs.TEXT).format(line))
+def evil_session(**facts):
+    """The facts of a session whose client chose the worst of names."""
+    return Facts(dict(client=CLIENT, user=EVIL, cmd="CONNECT", dst=address(EVIL, 443), reached=None, rep="", up=1,
+                      down=2, seconds=0.5, ended="client", why="no host: %s" % ascii(EVIL), **facts))
 
 
-TEXT_FORMATTER = logs.TextFormatter(True)                   # one for all of these lines
+# ---- what a line shows -------------------------------------------------------------------------------------------
 
+class TypedFacts(unittest.TestCase):
+    """The same value in text and in JSON."""
 
-class Facts(unittest.TestCase):
-    def test_facts_become_fields_in_the_same_order(self):
-        said = as_json("session client=%(client)s up=%(up)d seconds=%(seconds).3f", {
-            "up": 5, "client": "127.0.0.1:5", "seconds": 1.25, "other": "not said"})
-        self.assertEqual(list(said), ["time", "level", "event", "client", "up", "seconds"])
-        self.assertEqual(list(said.values())[1:], ["info", "session", "127.0.0.1:5", 5, 1.25])
+    CASES = [
+        ("None", None, "-", None), ("an empty word", "", "-", None), ("a word", "CONNECT", "CONNECT", "CONNECT"),
+        ("an int", 7, 7, 7), ("zero", 0, 0, 0), ("a float", 1.23456789, 1.23456789, 1.234568),
+        ("a user", b"alice", "'alice'", "alice"), ("no name", b"", "''", ""), ("a dash", b"-", "'-'", "-"),
+        ("a newline", b"a\nb", "'a\\nb'", "a\nb"), ("quotes", b"it's \"so\"", "'it\\'s \"so\"'", "it's \"so\""),
+        ("a backslash", b"a\\b", r"'a\\b'", "a\\b"), ("no UTF-8", b"\xff", r"'\\xff'", r"\xff"),
+        ("an endpoint", CLIENT, "127.0.0.1:5", "127.0.0.1:5"),
+        ("an IPv6 endpoint", Endpoint(ip_address("2001:db8::1"), 443), "[2001:db8::1]:443", "[2001:db8::1]:443"),
+        ("an IP address", CLIENT.ip, "127.0.0.1", "127.0.0.1"),
+        ("an address", address("192.0.2.1", 80), "192.0.2.1:80", "192.0.2.1:80"),
+        ("a name and port", address("example.com", 443), "'example.com':443", "example.com:443"),
+        ("a name with a blank", address("a b", 443), "'a b':443", "a b:443"),
+        ("an enum member", Cmd.UDP_ASSOCIATE, "UDP_ASSOCIATE", "UDP_ASSOCIATE"),
+        ("one that is 0", Rep.SUCCEEDED, "SUCCEEDED", "SUCCEEDED"),
+        ("no word", "two words", "'two words'", "two words"), ("no line", "a\nb", "'a\\nb'", "a\nb"),
+    ]
 
-    def test_what_is_not_there_is_null_and_a_dash_of_a_client_is_not(self):
-        said = as_json("session user=%(user)s dst=%(dst)s why=%(why)s", {"user": text(b"-"), "dst": "-", "why": "-"})
-        self.assertEqual((said["user"], said["dst"], said["why"]), ("-", None, None))
-
-    def test_quotes_are_those_of_json(self):
-        for name, value, wanted in (
-                ("plain", text(b"alice"), "alice"), ("a newline", text(b"a\nb"), "a\nb"),
-                ("quotes", text(b"it's \"so\""), "it's \"so\""), ("a backslash", text(b"a\\b"), "a\\b"),
-                ("no UTF-8", text(b"\xff"), "\\xff"),
-                ("a name and port", text(b"example.com") + ":443", "example.com:443"),
-                ("an address", "[2001:db8::1]:443", "[2001:db8::1]:443"), ("two quoted", "'a' 'b'", "'a' 'b'"),
-                ("a number", 7, 7), ("a long number", 1.23456789, 1.234568), ("nothing", "-", None)):
+    def test_text_and_json(self):
+        for name, value, text, plain in self.CASES:
             with self.subTest(name):
-                self.assertEqual(logs.plain(value), wanted)
+                self.assertEqual(Facts(key=value)["key"], text)
+                self.assertEqual(as_text("word key=%(key)s", Facts(key=value)), "INFO word key=%s" % text)
+                self.assertEqual(as_text("word key=%(key)s", {"key": value}), "INFO word key=%s" % text)
+                self.assertEqual(as_json("word key=%(key)s", Facts(key=value))["key"], plain)
 
-    def test_every_name_comes_back(self):
+    def test_why_is_always_quoted_unless_there_is_none(self):
+        for why, text in (("", "-"), (None, "-"), ("idle", "'idle'"), ("it's over", "\"it's over\""), ("-", "'-'")):
+            self.assertEqual(as_text("word why=%(why)s", Facts(why=why)), "INFO word why=" + text)
+            self.assertEqual(as_json("word why=%(why)s", Facts(why=why))["why"], why or None)
+
+    def test_every_byte_in_a_name_is_one_line_and_comes_back(self):
         for number in range(256):
             name = b"a" + bytes([number]) + b"'\"\\"
-            self.assertEqual(logs.plain(text(name)), name.decode("utf-8", "backslashreplace"))
+            line = as_text("word user=%(user)s", Facts(user=name))
+            self.assertTrue(line.isprintable() and line.isascii(), line)
+            self.assertEqual(as_json("word user=%(user)s", Facts(user=name))["user"],
+                             name.decode("utf-8", "backslashreplace"))
+
+    def test_a_handler_of_another_program_shows_the_same_line(self):
+        line = FactsRecord("socks5.x", logging.INFO, Session.LINE, evil_session())
+        shown = logging.Formatter("%(name)s %(threadName)s %(process)d %(lineno)d %(message)s").format(line)
+        self.assertTrue(shown.isprintable(), shown)
+        self.assertEqual(shown.partition("session ")[2], as_text(Session.LINE, evil_session()).partition("session ")[2])
+        self.assertEqual(copy.copy(line).getMessage(), line.getMessage())
+        known = set(record("x").__dict__)
+        self.assertEqual({name for name in known if not hasattr(line, name)}, set())
+
+    def test_tell_is_log(self):
+        log = logging.getLogger("socks5.test_log")
+        with self.assertLogs(log, "INFO") as caught:
+            log.info(Session.LINE, evil_session())
+            tell(log, logging.INFO, Session.LINE, evil_session())
+            tell(log, logging.DEBUG, Session.LINE, evil_session())
+        self.assertEqual(len(set(caught.output)), 1)
+        self.assertEqual(len(caught.output), 2)
+        one, other = caught.records
+        for name in ("name", "levelno", "levelname", "msg"):
+            self.assertEqual(getattr(one, name), getattr(other, name))
+        self.assertLess(abs(one.created - other.created), PATIENCE_S)
+
+
+class Text(unittest.TestCase):
+    def test_a_time_as_logging_shows_it(self):
+        form = logs.TextFormatter(True)
+        for created in (1700000000.0, 1700000000.999, 1700000001.5, 1699999999.25):
+            line = record("x %d", 1)
+            line.created, line.msecs = created, int(created % 1 * 1000)
+            self.assertEqual(form.format(line), logging.Formatter(logs.TEXT).format(line))
+
+    def test_words_are_one_line(self):
+        self.assertEqual(as_text("bad file: %s", "a\nWARNING auth_failed\x1b[2J"),
+                         r"INFO bad file: a\nWARNING auth_failed\x1b[2J")
+        self.assertEqual(as_text("100 %"), "INFO 100 %")
+
+    def test_no_line_of_a_traceback_looks_like_another_line(self):
+        bug = trouble("x\nWARNING auth_failed client=192.0.2.1\n\x1b[2J")
+        shown = as_text("bug", level=logging.ERROR, exc_info=bug).split("\n")
+        self.assertEqual(shown[0], "ERROR bug")
+        self.assertTrue(all(line.startswith("| ") for line in shown[1:]), shown)
+        self.assertIn("| WARNING auth_failed client=192.0.2.1", shown)
+        self.assertEqual(shown[-1], r"| \x1b[2J")
+
+    @unittest.skipUnless(hasattr(time, "tzset"), "no tzset")
+    def test_local_time_in_text_and_utc_in_json(self):
+        def again():
+            time.tzset()
+
+        before = os.environ.get("TZ")
+        self.addCleanup(again)
+        self.addCleanup(lambda: os.environ.pop("TZ") if before is None else os.environ.update(TZ=before))
+        os.environ["TZ"] = "XXX-5:30"
+        time.tzset()
+        line = record("x")
+        line.created, line.msecs = 1700000000.25, 250
+        self.assertEqual(logs.TextFormatter(True).format(line), "2023-11-15 03:43:20,250 INFO x")
+        self.assertEqual(json.loads(logs.JsonFormatter().format(line))["time"], "2023-11-14T22:13:20.250Z")
+
+
+class Json(unittest.TestCase):
+    def test_facts_in_the_order_of_the_text(self):
+        said = as_json("session client=%(client)s up=%(up)d seconds=%(seconds).3f", Facts(
+            up=5, client=CLIENT, seconds=1.25, other="not said"))
+        self.assertEqual(list(said), ["time", "level", "event", "client", "up", "seconds"])
+        self.assertEqual(list(said.values())[1:], ["info", "session", "127.0.0.1:5", 5, 1.25])
 
     def test_other_lines(self):
         self.assertEqual(as_json("cannot accept: %s; %d live", "x", 3, level=logging.WARNING)["message"],
@@ -164,27 +176,462 @@ class Facts(unittest.TestCase):
         self.assertEqual(as_json("100% sure")["message"], "100% sure")
 
     def test_a_traceback_stays_on_its_line(self):
-        try:
-            raise RuntimeError("a\nb")
-        except RuntimeError:
-            said = as_json("bug while serving %s", "x", level=logging.ERROR, exc_info=sys.exc_info())
+        said = as_json("bug while serving %s", "x", level=logging.ERROR, exc_info=trouble())
         self.assertEqual((said["level"], said["message"]), ("error", "bug while serving x"))
         self.assertIn("RuntimeError: a\nb", said["traceback"])
 
-    def test_time_is_utc(self):
+    def test_time(self):
         self.assertEqual(logs.utc(0.0625), "1970-01-01T00:00:00.062Z")
         self.assertRegex(as_json("x")["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+
+    def test_a_long_line_is_cut_and_valid(self):
+        for name, user, why in (("one", "x" * 5000, ""), ("both", "\n" * 4000, "\xff" * 3000),
+                                ("the rest", "x", "y" * 4100),
+                                ("surrogates", "\U0001f600" * 900, "x" * 300)):
+            for most in (PIPE_BUF - 4, 300):
+                with self.subTest(name, most=most):
+                    line = logs.JsonFormatter(most).format(record("word user=%(user)s why=%(why)s up=%(up)d", Facts(
+                        user=user, why=why, up=7)))
+                    self.assertLessEqual(len(line), most)
+                    said = json.loads(line)
+                    self.assertEqual((said["event"], said["up"]), ("word", 7))
+                    cut = max(("user", "why"), key=lambda key: len(json.dumps({"user": user, "why": why}[key])))
+                    self.assertTrue(said[cut].endswith("..."))
+                    self.assertTrue({"user": user, "why": why}[cut].startswith(said[cut][:-3]))
+                    if name == "one":
+                        self.assertEqual(len(line), most)
+        self.assertLessEqual(len(logs.JsonFormatter(100).format(record("x" * 200))), 100)
 
     def test_a_session_has_all_its_facts(self):
         keys = re.findall(r"%\((\w+)\)", Session.LINE)
         with self.assertLogs("socks5.server.handler", "INFO") as caught, running() as server, target() as destination:
             connect_through(server.server_address, *destination).close()
             wait_until(lambda: caught.records)
-        line = caught.records[0]
-        said = json.loads(logs.JsonFormatter().format(line))
+        said = json.loads(logs.JsonFormatter().format(caught.records[0]))
         self.assertEqual(list(said), ["time", "level", "event", *keys])
         self.assertEqual((said["event"], said["cmd"], said["dst"], said["rep"]),
                          ("session", "CONNECT", "%s:%d" % destination, "SUCCEEDED"))
+
+
+# ---- how it is written -------------------------------------------------------------------------------------------
+
+class Chunks(unittest.TestCase):
+    def test_at_line_ends_and_never_too_long(self):
+        for name, blocks, joined in (
+                ("small", [b"a\n", b"b\n"], [(b"a\nb\n", 2)]),
+                ("exact", [b"1234567\n", b"89\n"], [(b"1234567\n", 1), (b"89\n", 1)]),
+                ("a block stays together", [b"a\n", b"123\n456\n"], [(b"a\n", 1), (b"123\n456\n", 1)]),
+                ("or is split at line ends", [b"a\n", b"123\n45\n67\n", b"b\n"],
+                 [(b"a\n", 1), (b"123\n45\n", 1), (b"67\nb\n", 2)]),
+                ("nothing", [], [])):
+            with self.subTest(name):
+                self.assertEqual(list(chunks(blocks, 8)), joined)
+
+    def test_long_lines_are_cut(self):
+        self.assertEqual(encoded("1234567", 8), b"1234567\n")
+        self.assertEqual(encoded("12345678", 8), b"1234...\n")
+        self.assertEqual(encoded("a\n12345678\nb", 8), b"a\n1234...\nb\n")
+        self.assertEqual(encoded("\xe4", 8), b"\\xe4\n")
+
+
+class Sink:
+    """A write() for a Writer. It can be made to hang, to fail, and to take less than it is given."""
+
+    def __init__(self):
+        self.data, self.calls, self.entered, self.may = b"", 0, threading.Semaphore(0), threading.Event()
+        self.failures, self.most = [], None
+        self.may.set()
+
+    def __call__(self, data):
+        self.calls += 1
+        self.entered.release()
+        if not self.may.wait(PATIENCE_S):
+            raise OSError(errno.ETIMEDOUT, "")
+        if self.failures:
+            raise self.failures.pop(0)
+        self.data += data[:self.most]
+        return len(data[:self.most])
+
+    @property
+    def lines(self):
+        return self.data.decode("ascii").splitlines()
+
+
+class WriterThread(unittest.TestCase):
+    def setUp(self):
+        self.sink = Sink()
+        self.released = []
+        self.writer = Writer(self.sink, str, "lost=%d".__mod__, 64, lambda: self.released.append(1))
+        self.addCleanup(self.writer.close)
+        self.addCleanup(self.sink.may.set)
+
+    def put(self, *items):
+        for item in items:
+            self.writer.put(item)
+
+    def hang(self):
+        """The thread hangs in a write of "first"."""
+        self.sink.may.clear()
+        self.put("first")
+        self.assertTrue(self.sink.entered.acquire(timeout=PATIENCE_S))
+
+    def test_a_write_that_hangs_keeps_no_other_thread_waiting_and_loses_nothing(self):
+        self.hang()
+        self.put("second", "third")                         # would never come back
+        self.sink.may.set()
+        self.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines, ["first", "second", "third"])
+        self.assertEqual(self.sink.calls, 2)                # what came meanwhile is written at once
+        self.assertEqual(self.released, [1])
+
+    def test_beyond_the_bound_items_are_dropped_and_counted(self):
+        self.hang()
+        self.writer._most = 3
+        self.put(*"abcdefgh")
+        self.sink.may.set()
+        wait_until(lambda: "c" in self.sink.lines)
+        self.put("more")
+        self.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines, ["first", "lost=5", "a", "b", "c", "more"])
+
+    def test_the_bound_is_that_of_the_issue(self):
+        self.assertEqual(self.writer._most, 10000)
+
+    def test_many_threads_lose_nothing(self):
+        def say(number):
+            self.put(*("%d %d" % (number, line) for line in range(200)))
+
+        crowd = [threading.Thread(target=say, args=(number,)) for number in range(8)]
+        for thread in crowd:
+            thread.start()
+        for thread in crowd:
+            thread.join(PATIENCE_S)
+        self.writer.close(PATIENCE_S)
+        for number in range(8):
+            mine = [int(line.split()[1]) for line in self.sink.lines if line.split()[0] == str(number)]
+            self.assertEqual(mine, list(range(200)))
+
+    def test_it_is_woken_for_each_line_when_it_waits(self):
+        for number in range(50):
+            self.put(number)
+            self.assertTrue(self.sink.entered.acquire(timeout=PATIENCE_S), number)
+
+    def test_it_rests_between_batches(self):
+        rests = []
+
+        def rest(seconds):
+            rests.append(seconds)
+            self.put(*range(10)) if len(rests) == 1 else None
+
+        with mock.patch.object(writers, "sleep", rest):
+            self.put("first")
+            wait_until(lambda: len(rests) == 2)
+        self.assertEqual(rests, [0.001, 0.001])
+        self.assertEqual(self.sink.calls, 2)
+
+    def test_failing_writes_are_counted_and_end_nothing(self):
+        self.hang()
+        self.sink.failures += [OSError(errno.ENOSPC, ""), OSError(errno.EPIPE, ""), ValueError("closed")]
+        self.put("second", "third")
+        self.sink.may.set()                                 # fails: first; its "lost=1"; second and third
+        wait_until(lambda: self.sink.lines == ["lost=3"])
+        self.put("more")
+        self.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines, ["lost=3", "more"])
+
+    def test_what_takes_only_a_part_is_given_the_rest(self):
+        self.sink.most = 3
+        self.put("abcdefgh")
+        self.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.data, b"abcdefgh\n")
+
+    def test_a_line_that_was_written_in_part_is_ended_before_the_next(self):
+        class Disk:
+            left = 5
+
+            def __call__(disk, data):
+                if not disk.left:
+                    disk.left = 100
+                    raise OSError(errno.ENOSPC, "")
+                size = min(len(data), disk.left)
+                disk.left -= size
+                self.sink.data += data[:size]
+                return size
+
+        writer = Writer(Disk(), str, "lost=%d".__mod__, 64)
+        writer.put("abcdefgh")
+        writer.put("more")
+        writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines[0], "abcde")
+        self.assertIn(self.sink.lines[1:], (["lost=1", "more"], ["lost=2"]))
+
+    def test_a_full_descriptor_that_does_not_block_is_tried_again(self):
+        self.sink.failures += [BlockingIOError(errno.EAGAIN, "")] * 3
+        self.put("abc")
+        self.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines, ["abc"])
+
+    def test_an_item_that_cannot_be_rendered_costs_itself(self):
+        class Bad:
+            def __str__(self):
+                raise KeyError("no\nkey")
+
+        self.put("a", Bad(), "b")
+        self.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines, ["a", "ERROR cannot be written: KeyError('no\\nkey')", "b"])
+
+    def test_close_waits_no_longer_than_told(self):
+        self.hang()
+        begun = time.monotonic()
+        self.writer.close(0.05)
+        self.assertLess(time.monotonic() - begun, PATIENCE_S / 2)
+        self.put("too late")
+        self.sink.may.set()
+        wait_until(lambda: self.released)
+        self.assertEqual(self.sink.lines, ["first", "lost=1"])
+        self.writer.close()                                 # once more does nothing
+        self.assertEqual(self.released, [1])
+
+    def test_close_of_one_that_had_nothing(self):
+        self.writer.close()
+        self.assertEqual((self.sink.calls, self.released), (0, [1]))
+
+    def test_pause_and_resume(self):
+        self.put("a")
+        self.writer.pause(PATIENCE_S)
+        self.assertEqual(self.sink.lines, ["a"])
+        self.assertFalse([thread for thread in threading.enumerate() if thread.name == "writer" and thread.is_alive()])
+        self.put("b")
+        self.assertEqual(self.sink.lines, ["a"])
+        self.writer.resume()
+        wait_until(lambda: self.sink.lines == ["a", "b"])
+
+    def test_a_pause_that_a_write_outlasts(self):
+        self.hang()
+        self.writer.pause(0.01)
+        self.put("second")
+        self.writer.resume()
+        self.sink.may.set()
+        wait_until(lambda: self.sink.lines == ["first", "second"])
+        self.put("third")
+        wait_until(lambda: self.sink.lines == ["first", "second", "third"])
+
+    def test_what_comes_while_it_goes_on_after_such_a_pause(self):
+        def render(item):
+            if item == "second":
+                writer.put("third")
+            return item
+
+        writer = Writer(self.sink, render, "lost=%d".__mod__)
+        self.addCleanup(writer.close)
+        self.addCleanup(self.sink.may.set)
+        self.sink.may.clear()
+        writer.put("first")
+        self.assertTrue(self.sink.entered.acquire(timeout=PATIENCE_S))
+        writer.pause(0.01)
+        writer.put("second")
+        writer.resume()
+        self.sink.may.set()
+        wait_until(lambda: self.sink.lines == ["first", "second", "third"])
+
+    def test_no_thread_can_be_started(self):
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            self.put("a")
+        self.put("b")
+        self.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines, ["a", "b"])
+
+
+class Forks(unittest.TestCase):
+    """Of processes that have a Writer, in interpreters of their own: a fork of this one has too many threads."""
+
+    def run_program(self, program, *options):
+        need(self, hasattr(os, "fork"), "fork")
+        done = subprocess.run([sys.executable, *options, "-c", "import os, threading\nfrom functools import partial\n"
+                               "def look():\n"
+                               "    look.threads = threading.active_count()\n"
+                               "os.register_at_fork(before=look)\n"        # runs after those registered later
+                               "from socks5.net.writer import Writer\n" + program], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, cwd=str(ROOT), timeout=PATIENCE_S)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        return done.stdout.decode().splitlines()
+
+    def test_the_child_has_an_empty_queue_and_a_thread_of_its_own(self):
+        lines = self.run_program(
+            "w = Writer(partial(os.write, 1), str, 'lost=%d'.__mod__)\n"
+            "w.put('parent 1')\n"
+            "for number in range(5):\n"
+            "    w.put('before %d' % number)\n"
+            "    pid = os.fork()\n"
+            "    if not pid:\n"
+            "        w.put('child %d %d' % (number, look.threads))\n"
+            "        w.close(20)\n"
+            "        os._exit(0)\n"
+            "    w.put('after %d' % number)\n"
+            "    os.waitpid(pid, 0)\n"
+            "w.close(20)\n")
+        self.assertEqual(sorted(lines), sorted(["parent 1"] + [
+            line % number for number in range(5) for line in ("before %d", "child %d 1", "after %d")]))
+
+    def test_a_fork_while_a_write_hangs(self):
+        lines = self.run_program(
+            "may, entered = threading.Event(), threading.Event()\n"
+            "def write(data):\n"
+            "    entered.set()\n"
+            "    may.wait()\n"
+            "    return os.write(1, data)\n"
+            "w = Writer(write, str, 'lost=%d'.__mod__)\n"
+            "w.put('parent')\n"
+            "entered.wait()\n"
+            "pid = os.fork()\n"
+            "may.set()\n"
+            "if not pid:\n"
+            "    w.put('child')\n"
+            "    w.close(20)\n"
+            "    os._exit(0)\n"
+            "w.put('parent again')\n"
+            "os.waitpid(pid, 0)\n"
+            "w.close(20)\n", "-W", "ignore::DeprecationWarning")     # Python 3.12 warns of a fork beside threads
+        self.assertEqual(sorted(lines), ["child", "parent", "parent again"])
+
+
+class Handler(unittest.TestCase):
+    def setUp(self):
+        self.sink = Sink()
+
+    def handler(self, form=None):
+        made = logs.Handler(self.sink, form or logs.TextFormatter(False))
+        self.addCleanup(made.close)
+        return made
+
+    def test_nothing_is_formatted_in_the_thread_that_logs(self):
+        seen = []
+
+        class Form(logging.Formatter):
+            def format(self, record):
+                seen.append(threading.current_thread().name)
+                return "x"
+
+        handler = self.handler(Form())
+        handler.handle(record("x"))
+        handler.writer.close(PATIENCE_S)
+        self.assertEqual(seen, ["writer"])
+
+    def test_a_traceback_keeps_no_frame_alive_and_other_handlers_see_it(self):
+        handler, seen = self.handler(), []
+        with mock.patch.object(handler, "put", seen.append):
+            bug = record("bug", level=logging.ERROR, exc_info=trouble())
+            handler.handle(bug)
+        self.assertIsNone(seen[0].exc_info)
+        self.assertIsNotNone(bug.exc_info)
+        handler.handle(bug)
+        handler.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines[0], "ERROR bug")
+        self.assertIn("| RuntimeError: a", self.sink.lines)
+
+    def test_lost_lines_are_told_in_the_format_of_the_others(self):
+        for form in (logs.TextFormatter(True), logs.JsonFormatter(), logs.Prioritized(logs.TextFormatter(False))):
+            line = logs.lost_line(form)(7)
+            self.assertRegex(line, r"(^[-0-9]+ [:,0-9]+ |^<4>)WARNING lost lines=7$|^{.*\"event\": \"lost\", "
+                                   r"\"lines\": 7}$")
+
+    def test_shutdown_of_logging_writes_what_is_queued(self):
+        done = subprocess.run([sys.executable, "-c", "import logging, os\nfrom functools import partial\n"
+                               "from socks5 import log\n"
+                               "log.CLOSE_S = 20\n"
+                               "handler = log.Handler(partial(os.write, 1), log.TextFormatter(False))\n"
+                               "logging.getLogger('x').addHandler(handler)\n"
+                               "for number in range(3000):\n"
+                               "    logging.getLogger('x').warning('line %d', number)\n"],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=str(ROOT), timeout=PATIENCE_S)
+        self.assertEqual(done.stderr, b"")
+        self.assertEqual(done.stdout.decode().splitlines(), ["WARNING line %d" % number for number in range(3000)])
+
+
+# ---- the program -------------------------------------------------------------------------------------------------
+
+TALKER = """
+import logging, random, sys
+from socks5 import log
+from socks5.protocol.facts import Facts, tell
+form, number, evil = sys.argv[1], int(sys.argv[2]), bytes.fromhex(sys.argv[3])
+handler = log.install(logging.INFO, form, sys.stderr, "")
+talker = logging.getLogger("socks5.talker")
+random.seed(number)
+sys.stdin.readline()
+for turn in range(400):
+    name = (evil * 20)[:random.randrange(10, 1500)] * random.choice((1, 1, 1, 3))
+    tell(talker, logging.INFO, "session who=%(who)d turn=%(turn)d user=%(user)s end=%(who)d", Facts(
+        who=number, turn=turn, user=name))
+handler.writer.close(60)
+"""
+
+
+class OnePipe(unittest.TestCase):
+    """Several processes that write to one pipe at once."""
+
+    def lines_of(self, form, processes=3):
+        reading, writing = os.pipe()
+        talkers = [subprocess.Popen([sys.executable, "-c", TALKER, form, str(number), EVIL.hex()], cwd=str(ROOT),
+                                    stdin=subprocess.PIPE, stderr=writing) for number in range(processes)]
+        os.close(writing)
+        for talker in talkers:
+            talker.stdin.write(b"\n")
+            talker.stdin.close()
+        with open(reading, "rb") as pipe:
+            data = pipe.read()
+        for talker in talkers:
+            self.assertEqual(talker.wait(PATIENCE_S), 0)
+        self.assertEqual(data[-1:], b"\n")
+        return data.decode("ascii").splitlines(), {(who, turn) for who in range(processes) for turn in range(400)}
+
+    def test_text(self):
+        lines, wanted = self.lines_of("text")
+        whole = re.compile(r"[-0-9]{10} [:,0-9]{12} INFO session "
+                           r"who=(\d) turn=(\d+) user=['\"].*(?:['\"] end=\1|\.\.\.)")
+        found = [whole.fullmatch(line) for line in lines]
+        self.assertEqual([line for line, match in zip(lines, found) if not match], [])
+        self.assertEqual({tuple(map(int, match.groups())) for match in found}, wanted)
+        self.assertEqual(len(lines), len(wanted))
+        self.assertTrue(any(line.endswith("...") for line in lines))
+        self.assertGreater(max(map(len, lines)), 3000)
+        self.assertLess(max(map(len, lines)), PIPE_BUF)
+
+    def test_json(self):
+        lines, wanted = self.lines_of("json")
+        found = [json.loads(line) for line in lines]
+        self.assertEqual(sorted((said["who"], said["turn"]) for said in found), sorted(wanted))
+        self.assertTrue(all(said["end"] == said["who"] for said in found if "end" in said))
+
+
+class Unread(unittest.TestCase):
+    """A standard error that is a pipe which has nobody at its other end, or one who does not read."""
+
+    def serve(self, *args):
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        while select.select([], [writing], [], 0)[1]:
+            os.write(writing, bytes(PIPE_BUF))              # full from the start
+        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", *args], stderr=writing,
+                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        os.close(writing)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process, int(process.stdout.readline().rpartition(b":")[2])
+
+    def test_it_serves_and_ends(self):
+        need(self, os.name == "posix", "SIGTERM")
+        servers = [self.serve("-v", *args) for args in (("-w", "2"), ("-w", "1", "--trace"))]
+        with target() as destination:
+            for _, port in servers:
+                for _ in range(60):
+                    with client.connect(("127.0.0.1", port), destination) as sock:
+                        sock.sendall(b"x")
+                        self.assertEqual(sock.recv(1), b"x")
+        for process, _ in servers:
+            process.send_signal(signal.SIGTERM)
+        self.assertEqual([process.wait(PATIENCE_S) for process, _ in servers], [0, 0])
 
 
 class Journal(unittest.TestCase):
@@ -215,6 +662,52 @@ class Journal(unittest.TestCase):
 
 
 class Program(unittest.TestCase):
+    def test_a_failed_login_forges_no_line(self):
+        user = "a\nWARNING auth_failed client=192.0.2.1 user='x'"
+        with spawned("-u", "alice:x") as server:
+            with self.assertRaises(client.ProxyError):
+                client.connect(("127.0.0.1", server.port), ("127.0.0.1", 1), (user, "y")).close()
+            server.wait_line("WARNING auth_failed ")
+            server.wait_line(" session ")
+            server.end()
+        found = [re.match(r"[-0-9]{10} [:,0-9]{12} \w+ (\w+) client=([0-9.]+)", line) for line in server.log]
+        self.assertEqual([match and match.groups() for match in found],
+                         [("auth_failed", "127.0.0.1"), ("session", "127.0.0.1")], server.log)
+
+    def test_nothing_of_logging_is_changed_for_the_process(self):
+        done = subprocess.run([sys.executable, "-c", "import logging, sys\nbefore = dict(vars(logging))\n"
+                               "from socks5 import log\n"
+                               "log.install(logging.INFO, 'text', sys.stderr, '')\n"
+                               "assert {key: value for key, value in vars(logging).items() if key[:2] != '__'} == "
+                               "{key: value for key, value in before.items() if key[:2] != '__'}\n"
+                               "assert not logging.getLogger().handlers\n"], cwd=str(ROOT), stderr=subprocess.PIPE,
+                              timeout=PATIENCE_S)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    def test_the_log_is_written_when_main_returns(self):
+        log = logging.getLogger("socks5")
+        before = log.handlers[:], log.propagate, log.level
+
+        def serve(_config):
+            for number in range(2000):
+                log.warning("line %d", number)
+            return 0
+
+        try:
+            with mock.patch.object(cli, "serve", serve), mock.patch.object(logs, "CLOSE_S", PATIENCE_S), \
+                    contextlib.redirect_stderr(io.StringIO()) as said:
+                self.assertEqual(cli.main([]), 0)
+        finally:
+            log.handlers[:], log.propagate = before[:2]
+            log.setLevel(before[2])
+        self.assertEqual(len(said.getvalue().splitlines()), 2000)
+
+    def test_no_standard_error(self):
+        need(self, os.path.exists("/bin/sh"), "/bin/sh")
+        with spawned("-v", prefix=("/bin/sh", "-c", 'exec "$0" "$@" 2>&-')) as server, target() as destination:
+            client.connect(("127.0.0.1", server.port), destination).close()
+            self.assertEqual(server.end(), 0)
+
     def test_json_lines_only(self):
         user = ("alice\nsession client=forged", "x")
         with spawned("--log-format", "json", "-v", "-u", "%s:%s" % user) as server, target() as destination:

@@ -1,18 +1,14 @@
-"""resolve: what never reaches the resolver, what comes out of it, and lookups beside a loop that must not block."""
+"""normalise and look_up: what never reaches the resolver, and what its answers become. Addresses and sockaddrs."""
 import random
-import select
 import socket
-import threading
 import unittest
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from unittest import mock
 
-from socks5.net import resolver as module
 from socks5.protocol.codes import Rep
 from socks5.protocol.errors import RequestRefused
-from socks5.net.addresses import advertised, endpoint_of, family_of, ip_of, is_here, subscriber, unmapped
-from socks5.net.resolver import MOST_ADDRESSES, Busy, Names, Waiting, clean, name_in, resolve
-from tests import support
+from socks5.net.addresses import advertised, endpoint_of, family_of, ip_of, is_here, subscriber
+from socks5.net.resolver import ANSWER_S, FAILURE_S, MOST_ADDRESSES, look_up, normalise
 
 LABEL = b"a" * 63
 LONGEST = b".".join([LABEL] * 3 + [b"a" * 61])          # 253 bytes
@@ -39,13 +35,13 @@ def no_resolver(*args, **kwargs):
     raise AssertionError("the resolver was asked: %r" % (args,))
 
 
-class CleanTest(unittest.TestCase):
+class NormaliseTest(unittest.TestCase):
     def test_traps_never_reach_the_resolver(self):
         for name, raw in TRAPS:
             with self.subTest(name), mock.patch.object(socket, "getaddrinfo", no_resolver):
-                for function in (clean, resolve):
+                for _ in range(2):                          # nor when it comes again
                     with self.assertRaises(RequestRefused) as caught:
-                        function(raw)
+                        normalise(raw)
                     self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
                     self.assertTrue(caught.exception.why.isprintable() and caught.exception.why.isascii())
 
@@ -62,18 +58,17 @@ class CleanTest(unittest.TestCase):
                  ("IDNA already", b"xn--bcher-kva.example", b"xn--bcher-kva.example")]
         for name, raw, expected in cases:
             with self.subTest(name):
-                self.assertEqual(clean(raw), expected)
-                self.assertEqual(name_in(raw), expected)
+                self.assertEqual(normalise(raw), expected)
+                self.assertEqual(normalise(expected), expected)
 
     def test_literals_are_addresses(self):
         cases = [("IPv4", b"192.0.2.1", IPv4Address("192.0.2.1")), ("IPv6", b"2001:DB8::1", IPv6Address("2001:db8::1")),
-                 ("IPv4 in IPv6", b"::ffff:192.0.2.1", IPv6Address("::ffff:192.0.2.1")),
+                 ("IPv4 in IPv6", b"::ffff:192.0.2.1", IPv4Address("192.0.2.1")),
                  ("unspecified", b"0.0.0.0", IPv4Address(0)), ("IPv6 unspecified", b"::", IPv6Address(0))]
         for name, raw, expected in cases:
             with self.subTest(name), mock.patch.object(socket, "getaddrinfo", no_resolver):
-                self.assertEqual(clean(raw), expected)
-                self.assertIsNone(name_in(raw))
-                self.assertEqual(resolve(raw), [unmapped(expected)])
+                self.assertEqual(normalise(raw), expected)
+                self.assertEqual(normalise(ip_address(raw.decode())), expected)
 
     def test_5000_random_names_raise_nothing_else(self):
         rng = random.Random(5000)
@@ -91,7 +86,7 @@ class CleanTest(unittest.TestCase):
                 raw = "".join(chr(rng.choice(rng.choice(points))) for _ in range(size)).encode()[:255]
             with self.subTest(number=number, raw=raw):
                 try:
-                    host = clean(raw)
+                    host = normalise(raw)
                 except RequestRefused as exc:
                     self.assertEqual(exc.rep, Rep.HOST_UNREACHABLE)
                     continue
@@ -103,7 +98,7 @@ class CleanTest(unittest.TestCase):
         self.assertLess(passed, 4000, "some do not")
 
 
-class ResolveTest(unittest.TestCase):
+class LookUpTest(unittest.TestCase):
     def found(self, *addresses):
         """getaddrinfo, which is the system's and not under test, answers with these."""
         answer = [(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "",
@@ -111,23 +106,18 @@ class ResolveTest(unittest.TestCase):
         return mock.patch.object(socket, "getaddrinfo", lambda *_args, **_kwargs: answer)
 
     def test_a_name_of_this_machine(self):
-        self.assertIn(IPv4Address("127.0.0.1"), resolve(b"localhost"))
-
-    def test_addresses_pass_through(self):
-        cases = [("IPv4", "192.0.2.1", "192.0.2.1"), ("IPv6", "2001:db8::1", "2001:db8::1"),
-                 ("IPv4 in IPv6", "::ffff:127.0.0.1", "127.0.0.1")]
-        for name, given, expected in cases:
-            with self.subTest(name):
-                self.assertEqual(resolve(ip_address(given)), [ip_address(expected)])
+        self.assertIn(IPv4Address("127.0.0.1"), look_up(b"localhost").addresses)
 
     def test_order_is_kept_and_repetition_is_not(self):
         with self.found("2001:db8::1", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "192.0.2.2"):
-            self.assertEqual(resolve(b"name.test"),
-                             [ip_address(text) for text in ("2001:db8::1", "192.0.2.1", "192.0.2.2")])
+            answer = look_up(b"name.test")
+        self.assertEqual(answer.addresses, tuple(map(ip_address, ("2001:db8::1", "192.0.2.1", "192.0.2.2"))))
+        self.assertEqual(answer.lasting_s, ANSWER_S)
 
     def test_a_name_with_thousands_of_addresses_is_cut_short(self):
         with self.found(*("10.0.%d.%d" % (n // 200, n % 200) for n in range(4000))):
-            self.assertEqual(resolve(b"name.test"), [IPv4Address("10.0.0.%d" % n) for n in range(MOST_ADDRESSES)])
+            found = look_up(b"name.test").addresses
+        self.assertEqual(found, tuple(IPv4Address("10.0.0.%d" % n) for n in range(MOST_ADDRESSES)))
 
     def test_which_addresses_are_of_this_machine(self):
         for given, expected in (("127.0.0.1", True), ("192.0.2.1", False), ("2001:db8::1", False)):
@@ -136,21 +126,17 @@ class ResolveTest(unittest.TestCase):
 
     def test_a_scope_in_the_answer_is_cut_off(self):
         with self.found("fe80::1%eth0"):
-            self.assertEqual(resolve(b"name.test"), [IPv6Address("fe80::1")])
+            self.assertEqual(look_up(b"name.test").addresses, (IPv6Address("fe80::1"),))
 
-    def test_whatever_the_resolver_raises_is_a_refusal(self):
-        for error in (socket.gaierror(socket.EAI_NONAME, "no"), socket.gaierror(socket.EAI_AGAIN, "later"),
-                      UnicodeError("label empty or too long"), OSError(24, "Too many open files")):
-            with self.subTest(repr(error)), self.assertRaises(RequestRefused) as caught:
-                with mock.patch.object(socket, "getaddrinfo", side_effect=error):
-                    resolve(b"name.test")
-            self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
-            self.assertIn("name.test", caught.exception.why)
-
-    def test_a_name_that_does_not_exist(self):
-        with self.assertRaises(RequestRefused) as caught:
-            resolve(b"name.invalid")
-        self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+    def test_failures_say_why_and_only_what_is_known_not_to_exist_is_remembered(self):
+        for error, lasting_s in ((socket.gaierror(socket.EAI_NONAME, "no"), FAILURE_S),
+                                 (socket.gaierror(socket.EAI_AGAIN, "later"), 0),
+                                 (UnicodeError("label empty or too long"), 0), (MemoryError(), 0),
+                                 (OSError(24, "Too many open files"), 0)):
+            with self.subTest(repr(error)), mock.patch.object(socket, "getaddrinfo", side_effect=error):
+                answer = look_up(b"name.test")
+                self.assertEqual((answer.addresses, answer.lasting_s), ((), lasting_s))
+                self.assertEqual(answer.why, "'name.test' does not resolve: %s" % error)
 
 
 class AddressTest(unittest.TestCase):
@@ -179,129 +165,6 @@ class AddressTest(unittest.TestCase):
         for name, configured, version, expected in cases:
             with self.subTest(name):
                 self.assertEqual(advertised(configured, here[version]), ip_address(expected))
-
-
-class LookupTest(unittest.TestCase):
-    """Names and Waiting. The system's resolver is replaced by one that answers when it is told to."""
-
-    def setUp(self):
-        self.asked = []
-        self.answer = threading.Event()
-        self.addCleanup(self.answer.set)
-
-        def getaddrinfo(name, *_args, **_kwargs):
-            self.asked.append(name)
-            self.answer.wait(support.PATIENCE_S)
-            if name.startswith(b"bad"):
-                raise socket.gaierror(socket.EAI_NONAME, "no")
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))]
-        patch = mock.patch.object(socket, "getaddrinfo", getaddrinfo)
-        patch.start()
-        self.addCleanup(patch.stop)
-        self.told = []
-        self.names = Names()
-
-    def tell(self, name, addresses):
-        self.told.append((name, list(addresses)))
-
-    def test_every_asker_is_told_and_the_resolver_asked_once(self):
-        for _ in range(3):
-            self.assertIsNone(self.names.ask(b"name.test", self.tell))
-        self.answer.set()
-        support.wait_until(lambda: len(self.told) == 3)
-        self.assertEqual((self.told, self.asked),
-                         ([(b"name.test", [IPv4Address("192.0.2.1")])] * 3, [b"name.test"]))
-        self.assertEqual(list(self.names.ask(b"name.test", self.tell)), [IPv4Address("192.0.2.1")])
-        self.assertEqual(len(self.told), 3)
-
-    def test_failures_are_answers_and_forgotten_sooner(self):
-        self.answer.set()
-        self.assertIsNone(self.names.ask(b"bad.test", self.tell))
-        support.wait_until(lambda: self.told)
-        self.assertEqual(self.told, [(b"bad.test", [])])
-        self.assertEqual(list(self.names.ask(b"bad.test", self.tell)), [])
-        later = module.monotonic() + module.FAILURE_S + 1
-        with mock.patch.object(module, "monotonic", lambda: later):
-            self.assertIsNone(self.names.ask(b"bad.test", self.tell))
-        support.wait_until(lambda: len(self.told) == 2)
-
-    def test_a_name_that_hangs_holds_up_no_other(self):
-        hang = threading.Event()
-        self.addCleanup(hang.set)
-        inner = socket.getaddrinfo
-        self.answer.set()
-
-        def getaddrinfo(name, *args, **kwargs):
-            if name.startswith(b"hang"):
-                hang.wait(support.PATIENCE_S)
-            return inner(name, *args, **kwargs)
-        with mock.patch.object(socket, "getaddrinfo", getaddrinfo):
-            for number in range(module.LOOKUP_THREADS - 1):
-                self.names.ask(b"hang%d.test" % number, self.tell)
-            self.names.ask(b"name.test", self.tell)
-            support.wait_until(lambda: self.told)
-            self.assertEqual(self.told[0][0], b"name.test")
-            hang.set()
-            support.wait_until(lambda: len(self.told) == module.LOOKUP_THREADS)
-
-    def test_names_are_bounded(self):
-        for number in range(module.LOOKUP_NAMES):
-            self.assertIsNone(self.names.ask(b"name%d.test" % number, self.tell))
-        self.assertLessEqual(self.names._threads, module.LOOKUP_THREADS)
-        with self.assertRaises(Busy):
-            self.names.ask(b"one.more.test", self.tell)
-        self.answer.set()
-        support.wait_until(lambda: len(self.told) == module.LOOKUP_NAMES)
-        self.assertIsNone(self.names.ask(b"one.more.test", self.tell))
-
-    def test_answers_are_bounded(self):
-        self.answer.set()
-        with mock.patch.object(module, "ANSWERS", 10):
-            for number in range(30):
-                self.names.ask(b"name%d.test" % number, self.tell)
-            support.wait_until(lambda: len(self.told) == 30)
-        self.assertLessEqual(len(self.names._known), 10)
-
-    def test_without_a_thread_it_says_so(self):
-        with mock.patch.object(module, "Thread", side_effect=RuntimeError("can't start new thread")):
-            with self.assertRaises(Busy):
-                self.names.ask(b"name.test", self.tell)
-        self.answer.set()
-        self.assertIsNone(self.names.ask(b"name.test", self.tell), "and tries again the next time")
-        support.wait_until(lambda: self.told)
-
-    def test_waiting_items_come_back_with_their_addresses_in_order(self):
-        waiting = Waiting(self.names)
-        self.addCleanup(waiting.close)
-        for item in ("one", "two"):
-            self.assertIsNone(waiting.ask(b"name.test", item, 10))
-        self.answer.set()
-        self.assertTrue(select.select([waiting.readable], [], [], support.PATIENCE_S)[0])
-        self.assertEqual([(item, list(found)) for item, found in waiting.take()],
-                         [("one", [IPv4Address("192.0.2.1")]), ("two", [IPv4Address("192.0.2.1")])])
-        self.assertEqual(list(waiting.ask(b"name.test", "three", 10)), [IPv4Address("192.0.2.1")], "known by now")
-
-    def test_what_waits_is_bounded(self):
-        cases = [("names", [b"name%d.test" % number for number in range(module.WAITING_NAMES)], 1, b"other.test", 1),
-                 ("items", [b"name.test"] * module.WAITING_ITEMS, 1, b"name.test", 1),
-                 ("bytes", [b"name.test"] * 4, module.WAITING_BYTES // 4, b"name.test", 1)]
-        for what, names, size, one_more, its_size in cases:
-            waiting = Waiting(self.names)
-            self.addCleanup(waiting.close)
-            with self.subTest(what):
-                for name in names:
-                    self.assertIsNone(waiting.ask(name, "item", size))
-                with self.assertRaises(Busy):
-                    waiting.ask(one_more, "one more", its_size)
-
-    def test_an_answer_after_close_is_dropped(self):
-        waiting = Waiting(self.names)
-        waiting.ask(b"name.test", "item", 1)
-        self.names.ask(b"name.test", self.tell)
-        waiting.close()
-        self.answer.set()
-        support.wait_until(lambda: self.told)
-        self.assertEqual(waiting._answers, [])
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ class Serving(Case):
 
     def test_no_name_is_looked_up_for_who_may_not_reach_it(self):
         server = self.serve("deny to .invalid", "allow to any")
-        with mock.patch("socks5.server.handler.resolve", side_effect=AssertionError("was looked up")):
+        with mock.patch("socks5.net.lookups.Names.resolve", side_effect=AssertionError("was looked up")):
             self.assertEqual(self.refusal(server, Cmd.CONNECT, b"passwords.invalid", 80)[0], Rep.NOT_ALLOWED)
 
     def test_every_address_of_a_name_is_judged_and_only_what_is_allowed_is_dialled(self):
@@ -399,7 +399,7 @@ class Serving(Case):
         trap.bind(("127.0.0.2", destination[1]))
         trap.listen()
         trap.setblocking(False)
-        with mock.patch("socks5.server.handler.resolve", return_value=found):
+        with mock.patch("socks5.net.lookups.Names.resolve", return_value=found):
             with connect_through(server.server_address, b"rebinding.example", destination[1]) as client:
                 client.sendall(b"x")
                 self.assertEqual(reader_of(client)(1), b"x")

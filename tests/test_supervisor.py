@@ -1,21 +1,27 @@
-"""workers: several processes on the same listeners, one supervisor, real signals."""
+"""supervisor.py and alone.py: real processes, one or several on the same listeners, and real signals."""
 import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import unittest
+from unittest import mock
 
-from socks5.net import listeners as listening
+try:
+    import resource
+except ImportError:                     # Windows
+    resource = None
 
-from socks5.process import renewal, supervisor as workers
-from socks5.protocol.codes import Cmd, Rep
+from socks5.access import users as auth
 from socks5.config import Config
+from socks5.process import supervisor as workers
+from socks5.protocol.codes import Cmd, Rep
 from tests.support import (
-    PATIENCE_S, ask, connect_through, dial, need, negotiate, read_to_end, reader_of, spawned, target, threads,
-    wait_until)
+    PATIENCE_S, ROOT, SCRIPT, Spawned, ask, connect_through, dial, need, negotiate, read_to_end, reader_of, spawned,
+    target, threads, wait_until)
 
 ANYBODY = b"\x05\x01\x00"
 
@@ -28,42 +34,6 @@ def children(pid):
 def echoes(tunnel):
     tunnel.sendall(b"ping")
     return reader_of(tunnel)(4) == b"ping"
-
-
-@unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
-class Channel(unittest.TestCase):
-    """The socket between a worker and its supervisor, of which nobody reads the other end."""
-
-    def setUp(self):
-        self.ours, self.theirs = socket.socketpair()
-        self.addCleanup(self.ours.close)
-        self.addCleanup(self.theirs.close)
-        self.theirs.settimeout(0.2)
-
-    def full(self, say):
-        """Whether saying it 10,000 times comes to an end, and something of it arrived."""
-        talking = threading.Thread(target=lambda: [say() for _ in range(10000)], daemon=True)
-        talking.start()
-        talking.join(PATIENCE_S)
-        return not talking.is_alive() and len(self.theirs.recv(100)) == 100
-
-    def test_news_never_waits(self):
-        with self.subTest("of a worker"):
-            self.assertTrue(self.full(lambda: workers.report(self.ours, "192.0.2.1", 7, 1.5, 2.5)))
-        with self.subTest("from the supervisor"):
-            self.assertTrue(self.full(lambda: workers.Worker(0, 0, self.ours).tell(b"[]\n")))
-
-    def test_a_line_that_was_cut_short_costs_that_line_only(self):
-        heard = threading.Event()
-
-        class Server:
-            reload_soon = staticmethod(heard.set)
-            stop = staticmethod(lambda: None)
-
-        self.theirs.sendall(b'["throt["stop"]\n["reload"]\n')
-        self.theirs.shutdown(socket.SHUT_WR)
-        workers.obey(Server(), self.ours, threading.Event())
-        self.assertTrue(heard.is_set())
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
@@ -117,37 +87,9 @@ class Processes(unittest.TestCase):
                 with contextlib.suppress(ConnectionResetError):
                     self.assertEqual(read_to_end(more), b"")
 
-    def test_a_worker_that_had_a_crowd_makes_way_for_a_fresh_one(self):
-        listening.raise_descriptor_limit()
-        with contextlib.ExitStack() as stack, self.crew(count=2) as (server, pids):
-            far = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            with contextlib.ExitStack() as crowd:
-                for _ in range(2 * renewal.CROWD):              # one of the two has half of them, or more
-                    crowd.enter_context(connect_through(server.port, *far.getsockname()))
-                    crowd.enter_context(far.accept()[0])
-            renewed = server.wait_line(r"worker_renewed pid=(\d+)")
-            self.assertIn(int(renewed.group(1)), pids)
-            wait_until(lambda: len(children(server.process.pid)) == 2, "two workers")
-            echo = stack.enter_context(target())
-            tunnels = [stack.enter_context(connect_through(server.port, *echo)) for _ in range(10)]
-            self.assertTrue(all(map(echoes, tunnels)))
-            self.assertFalse([line for line in server.log if "worker_died" in line])
-
-    def test_what_is_known_about_guessers_outlives_the_worker(self):
-        with self.crew("-u", "bob:right", count=2) as (server, _pids):
-            for guess in range(10):
-                with dial(server.port) as sock:
-                    sock.sendall(b"\x05\x01\x02\x01\x03bob\x01" + bytes([65 + guess]))
-                    with contextlib.suppress(OSError):
-                        read_to_end(sock)
-            self.replace_all(server)
-            with dial(server.port) as sock:
-                sock.sendall(b"\x05\x01\x02\x01\x03bob\x05right")
-                with contextlib.suppress(OSError):
-                    self.assertEqual(read_to_end(sock)[2:], b"\x01\x01")
-
     def test_a_fresh_worker_has_the_rules_in_force_whatever_is_in_the_file(self):
-        with tempfile.TemporaryDirectory() as folder, target() as echo:
+        quick = "from socks5.process import supervisor\nsupervisor.RESTART_MOST_S = 0.1"
+        with tempfile.TemporaryDirectory() as folder, target() as echo, script(quick) as command:
             path = os.path.join(folder, "rules")
 
             def write(text):
@@ -155,17 +97,18 @@ class Processes(unittest.TestCase):
                     file.write(text)
 
             write("allow to any")
-            with self.crew("--rules", path, count=2) as (server, _pids):
+            with self.crew("--rules", path, count=2, script=command) as (server, _pids):
                 write("no rule at all")
                 self.replace_all(server)
                 server.signal(signal.SIGHUP)
-                wait_until(lambda: sum("not reloaded" in line for line in server.log) == 2, "both say no")
+                server.wait_line("not reloaded, users and rules stay as they were: .*rules:1: ")
                 self.replace_all(server)
                 with connect_through(server.port, *echo) as tunnel:
                     self.assertTrue(echoes(tunnel))
+                self.assertEqual(sum("not reloaded" in line for line in server.log), 1)
                 write("deny to any")
                 server.signal(signal.SIGHUP)
-                wait_until(lambda: sum(" reloaded " in line for line in server.log) == 2, "both have read it")
+                wait_until(lambda: sum("INFO reloaded " in line for line in server.log) == 2, "both have them")
                 write("no rule at all")
                 self.replace_all(server)
                 with dial(server.port) as sock:
@@ -195,24 +138,6 @@ class Processes(unittest.TestCase):
                 other.sendall(ANYBODY)
                 self.assertEqual(reader_of(other)(2), b"\x05\x00")
 
-    def test_guessing_is_throttled_over_all(self):
-        with self.crew("-u", "bob:right") as (server, _pids):
-            refused_unseen = 0
-            for guess in range(60):
-                with dial(server.port) as sock:
-                    sock.sendall(b"\x05\x01\x02\x01\x03bob\x01" + bytes([65 + guess]))
-                    with contextlib.suppress(OSError):
-                        read_to_end(sock)
-                refused_unseen = len([line for line in server.log if "auth_failed" in line])
-                if guess >= 9:
-                    break
-            # Three processes that do not tell each other would look at three times as many before they refuse.
-            with dial(server.port) as sock:
-                sock.sendall(b"\x05\x01\x02\x01\x03bob\x05right")
-                with contextlib.suppress(OSError):
-                    self.assertEqual(read_to_end(sock)[2:], b"\x01\x01")
-            self.assertGreater(refused_unseen, 0)
-
     def test_sigterm_drains_and_a_tunnel_may_finish(self):
         with target() as echo, self.crew("--drain-timeout", "20") as (server, _pids):
             with connect_through(server.port, *echo) as tunnel:
@@ -235,6 +160,7 @@ class Processes(unittest.TestCase):
     def test_a_second_signal_ends_it_at_once(self):
         with target() as echo, self.crew("--drain-timeout", "600") as (server, _pids):
             with connect_through(server.port, *echo) as tunnel:
+                self.assertTrue(echoes(tunnel))         # it stands
                 port = server.port
                 server.signal(signal.SIGTERM)
                 wait_until(lambda: refuses(port), "nobody listens")
@@ -257,16 +183,7 @@ class Processes(unittest.TestCase):
     def test_reload_reaches_all(self):
         with self.crew() as (server, _pids):
             server.signal(signal.SIGHUP)
-            wait_until(lambda: sum(" reloaded " in line for line in server.log) == 3, "three lines")
-
-    def test_a_worker_that_keeps_dying_is_not_restarted_without_rest(self):
-        with self.crew(count=2) as (server, _pids):
-            for _ in range(3):
-                before = len([line for line in server.log if "worker_died" in line])
-                wait_until(lambda: len(children(server.process.pid)) == 2, "two workers")
-                os.kill(children(server.process.pid)[0], signal.SIGKILL)
-                wait_until(lambda: len([line for line in server.log if "worker_died" in line]) == before + 1, "line")
-            wait_until(lambda: len(children(server.process.pid)) == 2, "two workers")
+            wait_until(lambda: sum("INFO reloaded " in line for line in server.log) == 3, "three lines")
 
 
 def links(pid):
@@ -295,25 +212,288 @@ def refuses(port):
         return False
 
 
+@contextlib.contextmanager
+def script(text):
+    """The path of our command with other code in front: what it changes is changed before main() runs."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write("import os, signal, sys\nsys.path.insert(0, %r)\n%s\n"
+                   "from socks5 import cli\nsys.exit(cli.main())\n" % (str(ROOT), text))
+        file.flush()
+        yield file.name
+
+
+def count(server, words):
+    return sum(words in line for line in list(server.log))
+
+
+class Storm:
+    """Sends a signal over and over until the process ends, or the block does."""
+
+    def __init__(self, process, number):
+        self.sent = 0
+        self._process, self._number = process, number
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._send, daemon=True)
+
+    def _send(self):
+        while not self._over.wait(0.0005) and self._process.poll() is None:
+            self._process.send_signal(self._number)
+            self.sent += 1
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc):
+        self._over.set()
+        self._thread.join(PATIENCE_S)
+
+
+@unittest.skipUnless(hasattr(os, "fork"), "no fork here, so no signals like these")
+class Signals(unittest.TestCase):
+    """With one process and with several."""
+
+    def test_a_storm_of_sighup_is_a_handful_of_reloads_and_sigterm_goes_first(self):
+        with target() as echo:
+            for processes in (1, 2):
+                with self.subTest("-w %d" % processes), spawned("-w", processes, "--drain-timeout", "0") as server:
+                    with Storm(server.process, signal.SIGHUP) as storm:
+                        wait_until(lambda: storm.sent >= 1000, "a storm")
+                        with connect_through(server.port, *echo) as tunnel:
+                            self.assertTrue(echoes(tunnel))
+                        sent = storm.sent
+                        self.assertEqual(server.end(signal.SIGTERM), 0)
+                    self.assertLessEqual(count(server, "INFO reloaded "), max(5, sent // 100) * processes)
+                    self.assertEqual(count(server, "Error"), 0, server.log)
+
+    def early(self, path, *args):
+        """A server that got SIGHUP and SIGUSR1 before it could obey them does so later, and serves."""
+        server = Spawned("-p", "0", *args, script=path)
+        try:
+            server.wait_line("listening on", server.lines)
+            server.wait_line("INFO reloaded ")
+            server.wait_line(" live sessions=")
+            self.assertEqual(server.end(signal.SIGTERM), 0)
+        finally:
+            server.end(signal.SIGKILL)
+
+    def test_signals_that_come_too_early_are_obeyed_later(self):
+        send = "os.kill(os.getpid(), signal.SIGHUP), os.kill(os.getpid(), signal.SIGUSR1)"
+        for when in ("build_parser", "read_config", "configure_logging", "serve"):
+            text = "from socks5 import cli\nold = cli.%s\ncli.%s = lambda *args: (%s, old(*args))[-1]" % (
+                when, when, send)
+            with self.subTest(when), script(text) as path:
+                self.early(path, "-w", "1")
+                self.early(path, "-w", "2")
+
+    def test_signals_that_come_while_modules_are_imported(self):
+        text = """
+import runpy
+class Importing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "socks5.cli":
+            os.kill(os.getpid(), signal.SIGHUP), os.kill(os.getpid(), signal.SIGUSR1)
+sys.meta_path.insert(0, Importing())
+runpy.run_path(%r, run_name="__main__")
+""" % str(SCRIPT)
+        with script(text) as path:
+            self.early(path, "-w", "1")
+
+    def test_a_stop_that_comes_too_early(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            text = "from socks5 import cli\nold = cli.serve\ncli.serve = lambda *args: " \
+                   "(os.kill(os.getpid(), %d), old(*args))[-1]" % number
+            for processes in ("1", "2"):
+                with self.subTest("%s -w %s" % (number.name, processes)), script(text) as path:
+                    server = Spawned("-p", "0", "-w", processes, script=path)
+                    self.assertEqual((server.process.wait(PATIENCE_S), server.end()), (0, 0))
+
+    def test_a_reload_that_failed_for_want_of_descriptors_succeeds_later(self):
+        need(self, hasattr(resource, "prlimit"), "prlimit")
+        with tempfile.TemporaryDirectory() as folder, target() as echo:
+            path = os.path.join(folder, "rules")
+            for processes in (1, 2):
+                self.write(path, "allow to any")
+                with self.subTest("-w %d" % processes), spawned("-w", processes, "--rules", path) as server:
+                    if processes > 1:
+                        wait_until(lambda: len(children(server.process.pid)) == processes, "workers")
+                    self.write(path, "deny to any")
+                    soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+                    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (3, hard))
+                    server.signal(signal.SIGHUP)
+                    server.wait_line("not reloaded yet, tried again every second: .*Too many open files")
+                    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+                    wait_until(lambda: count(server, "INFO reloaded ") == processes, "reloaded without another signal")
+                    with dial(server.port) as sock:
+                        negotiate(sock)
+                        self.assertEqual(ask(sock, Cmd.CONNECT, *echo).rep, Rep.NOT_ALLOWED)
+
+    def write(self, path, text):
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
+        return path
+
+    def test_a_server_that_does_not_stop_does_not_keep_the_program(self):
+        text = """
+import threading
+from socks5 import Server
+Server.drain = lambda *args: (print("draining", flush=True), threading.Event().wait())
+"""
+        with script(text) as path, spawned("-w", "1", script=path) as server:
+            with dial(server.port) as client:
+                negotiate(client)                       # it serves
+            server.signal(signal.SIGTERM)
+            server.wait_line("draining", server.lines)
+            server.signal(signal.SIGINT)
+            self.assertEqual(server.process.wait(PATIENCE_S), 0)
+            server.wait_line("the server did not stop in time")
+
+    def test_a_server_that_breaks_ends_the_program_with_1(self):
+        text = "from socks5 import Server\nServer.serve_forever = lambda self: 1 // 0"
+        with script(text) as path, spawned("-w", "1", script=path) as server:
+            self.assertEqual(server.process.wait(PATIENCE_S), 1)
+            server.wait_line("ZeroDivisionError")
+
+
+class Slow(unittest.TestCase):
+    """Workers that do not do as they are told."""
+
+    crew, setUp = Processes.crew, lambda self: need(self, hasattr(os, "fork"), "fork")
+
+    def test_a_stopped_worker_keeps_no_other_from_orders_and_is_killed_when_overdue(self):
+        with tempfile.TemporaryDirectory() as folder, self.crew(
+                "--users", large_users(folder), count=3) as (server, pids):
+            os.kill(pids[0], signal.SIGSTOP)
+            try:
+                for number in (1, 2):
+                    server.signal(signal.SIGHUP)        # more than the stopped one's socket takes
+                    wait_until(lambda: count(server, "INFO reloaded ") == 2 * number, "the others have reloaded")
+                server.signal(signal.SIGUSR1)
+                wait_until(lambda: count(server, " live sessions=") == 2, "the others have logged")
+                server.signal(signal.SIGTERM)
+                wait_until(lambda: not any(map(alive, pids[1:])), "the others have stopped")
+                self.assertIsNone(server.process.poll())
+                server.signal(signal.SIGTERM)
+                self.assertEqual(server.process.wait(PATIENCE_S), 0)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.kill(pids[0], signal.SIGKILL)
+            server.wait_line("worker %d did not stop in time and was killed" % pids[0])
+            server.wait_line("worker_died pid=%d how=signal-9" % pids[0])
+
+    def test_a_stopped_worker_has_the_latest_rules_when_it_goes_on(self):
+        with tempfile.TemporaryDirectory() as folder, self.crew(
+                "--users", large_users(folder), count=2) as (server, pids):
+            os.kill(pids[0], signal.SIGSTOP)
+            try:
+                for number in (1, 2, 3):
+                    server.signal(signal.SIGHUP)
+                    wait_until(lambda: count(server, "INFO reloaded ") == number, "the other has reloaded")
+            finally:
+                os.kill(pids[0], signal.SIGCONT)
+            wait_until(lambda: count(server, "INFO reloaded ") == 5, "the one under way, and the latest")
+            self.assertEqual(set(children(server.process.pid)), set(pids))
+
+    def test_kill_9_under_load_disturbs_no_other(self):
+        with target() as echo, self.crew(count=2) as (server, pids), contextlib.ExitStack() as stack:
+            tunnels = [stack.enter_context(connect_through(server.port, *echo)) for _ in range(20)]
+            ends = []
+
+            def load(tunnel):
+                data = b"x" * 50000
+                with contextlib.suppress(OSError, EOFError):
+                    for _ in range(20):
+                        tunnel.sendall(data)
+                        if reader_of(tunnel)(len(data)) != data:
+                            return ends.append("wrong")
+                    return ends.append("whole")
+                ends.append("cut")
+
+            loads = [threading.Thread(target=load, args=(tunnel,), daemon=True) for tunnel in tunnels]
+            for thread in loads:
+                thread.start()
+            os.kill(pids[0], signal.SIGKILL)
+            lost = int(server.wait_line(r"worker_died pid=%d how=signal-9 sessions=(\d+)" % pids[0]).group(1))
+            for thread in loads:
+                thread.join(PATIENCE_S)
+            self.assertEqual(len(ends), 20)
+            self.assertLessEqual(ends.count("cut"), lost)
+            self.assertEqual(ends.count("wrong"), 0)
+            self.assertIn(pids[1], children(server.process.pid))
+
+    def test_a_fork_that_fails_is_tried_again(self):
+        text = """
+from socks5.process import supervisor
+supervisor.RESTART_MOST_S = 0.1
+fork, failures = os.fork, [1, 2, 3]
+def failing():
+    if failures:
+        failures.pop()
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+os.fork = failing
+"""
+        with script(text) as path, self.crew(script=path, count=2) as (server, _pids), target() as echo:
+            self.assertEqual(count(server, "no worker can be started, tried again in 0.1 s"), 3)
+            with connect_through(server.port, *echo) as tunnel:
+                self.assertTrue(echoes(tunnel))
+            self.assertEqual(server.end(signal.SIGTERM), 0)
+
+    def test_a_worker_that_cannot_start_is_logged_and_replaced_and_sigterm_ends_it(self):
+        text = """
+from socks5.process import supervisor
+supervisor.RESTART_S = supervisor.RESTART_MOST_S = 0.05
+from socks5 import Server
+Server.serve_forever = lambda self: 1 // 0
+"""
+        with script(text) as path, spawned("-w", "2", script=path) as server:
+            wait_until(lambda: count(server, "how=exit-1") >= 4, "each died twice")
+            server.wait_line("ZeroDivisionError")
+            self.assertEqual(server.end(signal.SIGTERM), 0)
+
+    def test_signal_masks_and_dispositions(self):
+        def mask(pid, name):
+            with open("/proc/%d/status" % pid) as file:
+                found = next(int(line.split()[1], 16) for line in file if line.startswith(name))
+            return {number for number in range(1, 65) if found >> number - 1 & 1}
+
+        orders = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+        with self.crew(count=2) as (server, pids):
+            for pid in pids:
+                wait_until(lambda: mask(pid, "SigIgn:") >= orders and not mask(pid, "SigBlk:"), "a worker ignores them")
+                self.assertEqual(mask(pid, "SigCgt:") & {*orders, signal.SIGCHLD}, set())
+            wait_until(lambda: not mask(server.process.pid, "SigBlk:"), "the supervisor waits for them")
+            self.assertGreaterEqual(mask(server.process.pid, "SigCgt:"), {*orders, signal.SIGCHLD})
+
+
+def large_users(folder):
+    """The path of a users file that is more than a socket takes."""
+    line = auth.line_for("x", b"x").partition(":")[2]
+    path = os.path.join(folder, "users")
+    with open(path, "w", encoding="ascii") as file:
+        file.writelines("user%d%s:%s\n" % (number, "x" * 200, line) for number in range(3000))
+    return path
+
+
 class Parts(unittest.TestCase):
-    def test_the_switch_interval_grows_with_a_crowd(self):
-        before = sys.getswitchinterval()
-        self.addCleanup(sys.setswitchinterval, before)
-        seen = []
-
-        class Server:
-            config, chores, sessions = Config(), [], []
-            drain = staticmethod(lambda _timeout_s, _hurry: 0)
-
-            def serve_forever(self):
-                for sessions in (100, 5000, 1):
-                    self.sessions = range(sessions)
-                    self.chores[0]()
-                    seen.append(sys.getswitchinterval())
-
-        workers.run(Server(), threading.Event())
-        for found, expected in zip(seen, (before, 0.1, before)):
-            self.assertAlmostEqual(found, expected, 4)
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_backoff(self):
+        """A worker that dies young is replaced later and later, one that was steady at once."""
+        now = [1000.0]
+        with mock.patch.object(workers, "monotonic", lambda: now[0]), \
+                mock.patch.object(auth, "TURNS", mock.Mock()), self.assertLogs("socks5", "ERROR"):
+            supervisor = workers.Supervisor(Config(), [], 1, ())
+            self.addCleanup(supervisor.close)
+            for lived, expected in ((0, 0.2), (1, 0.4), (1, 0.8), (1, 1.6), (1, 3.2), (1, 5.0), (1, 5.0), (11, 0.1)):
+                child = subprocess.Popen([sys.executable, "-c", "pass"])
+                supervisor.workers[child.pid] = workers.Worker(0, child.pid, mock.Mock())
+                supervisor.shared.row(0).add("192.0.2.1", 1)
+                now[0] += lived
+                os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+                supervisor.reap()
+                child.returncode = 0                    # reaped already
+                self.assertAlmostEqual(supervisor.start_at[0] - now[0], expected)
+                self.assertEqual(supervisor.shared.row(0).live(), 0)
 
     def test_how_it_died(self):
         self.assertEqual(workers.how_it_died(9), "signal-9")
@@ -322,19 +502,6 @@ class Parts(unittest.TestCase):
     def test_how_many(self):
         self.assertEqual(workers.number(7), 7)
         self.assertIn(workers.number(0), range(1, workers.MOST_BY_DEFAULT + 1))
-
-    def test_lines_come_whole(self):
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            worker = workers.Worker(0, 1, ours)
-            theirs.sendall(b'["a"]\n["b"')
-            self.assertEqual(worker.lines(), [b'["a"]\n'])
-            theirs.sendall(b"]\n")
-            self.assertEqual(worker.lines(), [b'["b"]\n'])
-            theirs.close()
-            self.assertEqual(worker.lines(), [])
-            worker.tell(b"nobody hears it")                     # must not raise
-        self.assertIsNotNone(threading.current_thread())
 
 
 if __name__ == "__main__":

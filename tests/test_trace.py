@@ -1,4 +1,4 @@
-"""trace.py: what is shown is what passed, whoever reads along learns no password, and nobody suffers from it."""
+"""protocol/trace.py and server/tracing.py: the trace shows what passed, no password, and costs no session anything."""
 import contextlib
 import io
 import logging
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from socks5 import client
 
-from socks5.protocol import trace
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.trace import DOWN, UP, Story, Trace
 from socks5.protocol.fields import BytesReader
+from socks5.server import tracing
+from socks5.protocol.facts import Facts
 from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, need, read_to_end, run_cli, running, spawned,
                            target, wait_until)
@@ -33,11 +34,19 @@ MESSAGES = [
 
 
 def story(colour=False, number=1):
-    """A Story, and the list in which its blocks arrive."""
+    """A Story, and the list in which its blocks arrive, each as the text that is written."""
     blocks = []
-    told = Story(Trace(lambda block: blocks.append(block.decode("ascii")), colour), number, address("192.0.2.9", 5))
+    told = Story(Trace(lambda lines: blocks.append(tracing.text_of(lines) + "\n"), colour), number,
+                 address("192.0.2.9", 5))
     blocks.clear()
     return told, blocks
+
+
+def is_open(fd):
+    try:
+        return bool(os.fstat(fd))
+    except OSError:
+        return False
 
 
 def rows(text):
@@ -104,6 +113,18 @@ class Shown(unittest.TestCase):
         self.assertNotIn("\x1b", text)
         self.assertNotIn("\n#1 the end", text)
 
+    def test_no_reason_of_a_refusal_begins_a_line(self):
+        told, blocks = story()
+        told.sent(Reply(Rep.GENERAL_FAILURE), "no\n#1 the end")
+        self.assertTrue(all(line.startswith("#1   ") for line in blocks[0].splitlines()[1:]), blocks)
+
+    def test_the_totals(self):
+        for why, shown in (("", "ended by: idle"), ("it's \n over", "ended by: idle, why: \"it's \\n over\"")):
+            told, blocks = story()
+            told.end(Facts(seconds=1.25, up=3, down=4, ended="idle", why=why))
+            self.assertEqual(blocks, ["#1 the end after 1.250 s: 3 bytes up (from the client), 4 bytes down (to it); "
+                                      "%s\n" % shown])
+
     def test_what_is_cut_or_wrong_is_shown_as_far_as_it_came(self):
         for name, kind, raw, fields, words in (
                 ("cut", Greeting, b"\5\3\0", ["VER", "NMETHODS"], "there it ends"),
@@ -150,7 +171,7 @@ class Colour(unittest.TestCase):
             with self.subTest(name), mock.patch.dict(os.environ, dict({"TERM": "xterm"}, **environment)):
                 if "NO_COLOR" not in environment:
                     os.environ.pop("NO_COLOR", None)
-                self.assertEqual(trace.colourful(stream), wanted)
+                self.assertEqual(tracing.colourful(stream), wanted)
 
     def test_the_same_words_with_and_without(self):
         (plain, black), (painted, coloured) = story(), story(True)
@@ -363,7 +384,7 @@ class Scenes(unittest.TestCase):
 
 
 class Places(unittest.TestCase):
-    """Where it goes, and that nobody suffers from what happens there."""
+    """Where it is written to, and that no session suffers from what happens there."""
 
     def session(self, port):
         with target() as destination, client.connect(("127.0.0.1", port), destination) as sock:
@@ -399,6 +420,40 @@ class Places(unittest.TestCase):
         status, out, err = run_cli("-p", "0", "--trace=/no/such/folder/trace")
         self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
         self.assertIn("--trace /no/such/folder/trace: ", err)
+
+    def test_the_file_is_closed_with_the_server_and_has_everything(self):
+        opened = []
+
+        def open_file(path, real=tracing.open_file):
+            opened.append(real(path))
+            return opened[0]
+
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(tracing, "open_file", open_file):
+            path = Path(folder, "trace")
+            with running(trace=str(path)) as server:
+                for number in range(500):
+                    server.trace.begin(number, "client %d" % number)
+            wait_until(lambda: not is_open(opened[0]))      # the server waits for it a second at the most
+            lines = path.read_text().splitlines()
+        self.assertEqual(lines, ["#%d client %d has connected" % (number, number) for number in range(500)])
+
+    def test_blocks_that_find_no_room_are_counted(self):
+        may, written = threading.Event(), []
+
+        def write(data):
+            may.wait(PATIENCE_S)
+            written.append(data.decode("ascii"))
+
+        told = tracing.trace_to(write, 4096)
+        with mock.patch.object(told.close.__self__, "_most", 5):
+            for number in range(100):
+                told.begin(number, "x")
+        may.set()
+        told.close(PATIENCE_S)
+        blocks = "".join(written).splitlines()
+        lost = int(re.match("# lost blocks=([0-9]+)$", next(line for line in blocks if "lost" in line)).group(1))
+        self.assertEqual(len(blocks) - 1 + lost, 100)
+        self.assertGreater(lost, 50)
 
     def test_a_full_disk(self):
         need(self, os.path.exists("/dev/full"), "/dev/full")

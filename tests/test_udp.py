@@ -1,7 +1,9 @@
 """UDP ASSOCIATE: what is carried, for whom, where to, and what is left when it is over."""
 import contextlib
+import gc
 import itertools
 import os
+import random
 import resource
 import socket
 import struct
@@ -16,11 +18,13 @@ from unittest.mock import patch
 import socks5
 from socks5 import client
 from socks5.commands import datagrams
+from socks5.protocol import trace
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError
 from socks5.server.acceptors import MOST as SPARES
-from socks5.net.resolver import LOOKUP_THREADS, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
-from socks5.commands.udp import Association
+from socks5.net.lookups import PER_CLIENT, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
+from socks5.net.shares import ANY_PORT
+from socks5.commands.udp import BUFFERS, Association
 from socks5.net.poller import SelectPoll
 from socks5.protocol.messages import Datagram
 
@@ -171,7 +175,7 @@ class Bursts(unittest.TestCase):
         """One that does not run before run() is called: (it, its client's socket, run)."""
         with socket.create_server(("127.0.0.1", 0)) as listener, dial(listener.getsockname()) as control:
             with listener.accept()[0] as ours, udp_socket() as sock:
-                with Association(ours, "127.0.0.1", (), (), Names(), lambda *_: True) as association:
+                with Association(ours, ip_address("127.0.0.1"), ANY_PORT, (), Names(), lambda *_: True) as association:
                     thread = threading.Thread(target=association.run, args=(idle_s,), daemon=True)
                     sock.connect((str(association.bnd.ip), association.bnd.port))
                     try:
@@ -239,7 +243,7 @@ class Bursts(unittest.TestCase):
         """As BSD and Windows do unasked: what was sent to a closed port makes the next recvfrom() fail."""
         with udp_socket() as there, self.association() as (association, sock, run):
             dst, nobody = address(*there.getsockname()), address("127.0.0.1", closed_port())
-            association._toward(socket.AF_INET).setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
+            association._open_toward(socket.AF_INET).setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
             sock.send(Datagram(nobody, b"anybody?").pack())
             run()
             wait_until(lambda: association.dropped)
@@ -251,7 +255,8 @@ class Bursts(unittest.TestCase):
     def test_idle_is_without_datagrams_either_way(self):
         for direction in ("up", "down"):
             clock = [1000.0]
-            with self.subTest(direction), patch("socks5.commands.udp.monotonic", lambda: clock[0]), udp_socket() as there:
+            with self.subTest(direction), patch("socks5.commands.udp.monotonic", lambda: clock[0]), \
+                    udp_socket() as there:
                 with self.association(idle_s=100) as (association, sock, run), udp_socket("127.0.0.2") as stranger:
                     run()
                     dst = address(*there.getsockname())
@@ -267,8 +272,12 @@ class Bursts(unittest.TestCase):
                             self.assertEqual(Datagram.parse(sock.recv(100)).data, b"still here")
                     self.assertEqual(association.ended_by, "")
                     clock[0] += 101
-                    stranger.sendto(b"wake up", sock.getpeername())         # which does not count
-                    wait_until(lambda: association.ended_by)
+
+                    def ended():
+                        stranger.sendto(b"wake up", sock.getpeername())     # which does not count
+                        return association.ended_by
+
+                    wait_until(ended)
                     self.assertEqual(association.ended_by, "idle")
 
     def test_what_is_remembered_is_bounded(self):
@@ -300,15 +309,34 @@ class Bursts(unittest.TestCase):
             run()
             self.assertEqual([there.recv(100) for _ in range(200)], [b"%04d" % number for number in range(200)])
 
+    def test_every_datagram_between_client_and_association_is_told(self):
+        told = []
+        with udp_socket() as there, udp_socket("127.0.0.2") as stranger, self.association() as (association, sock, run):
+            association.on_datagram = lambda *what: told.append(what)
+            dst, client = address(*there.getsockname()), sock.getsockname()
+            up = [Datagram(dst, b"datagram %d" % number).pack() for number in range(3)] + [b"garbage"]
+            for raw in up:
+                sock.send(raw)
+            stranger.sendto(up[0], sock.getpeername())
+            run()
+            mapped = [there.recvfrom(100) for _ in range(3)][0][1]
+            for number in range(3):
+                there.sendto(b"answer %d" % number, mapped)
+            down = [sock.recv(100) for _ in range(3)]
+            wait_until(lambda: len(told) == 7)
+            self.assertEqual([what for what in told if what[0] == trace.UP], [(trace.UP, raw, client) for raw in up])
+            self.assertEqual([what for what in told if what[0] == trace.DOWN],
+                             [(trace.DOWN, raw, client) for raw in down])
+
     def test_a_quiet_association_holds_nothing(self):
-        with patch("socks5.commands.fragments.REASSEMBLY_S", 0.05), patch("socks5.commands.udp.BUSY_S", 0.05):
+        with patch("socks5.commands.fragments.REASSEMBLY_S", 0.05):
             with udp_socket() as there, self.association() as (association, sock, run):
                 dst = address(*there.getsockname())
                 sock.send(Datagram(dst, b"whole").pack())
                 sock.send(Datagram(dst, b"a piece", 1).pack())
                 run()
                 self.assertEqual(there.recv(100), b"whole")
-                wait_until(lambda: not association._fragments.pieces and not association._buffer)
+                wait_until(lambda: association._fragments.dropped)
                 sock.send(Datagram(dst, b"too late", 2 | 0x80).pack())
                 sock.send(Datagram(dst, b"whole").pack())
                 self.assertEqual(there.recv(100), b"whole")
@@ -517,7 +545,8 @@ class NamesOfRemotes(unittest.TestCase):
                             udp.sendto(b"hello", ("good.test", where[1]))
                             self.assertEqual(udp.recvfrom(), (b"HELLO", where))
                             udp.sendto(b"hello", ("bad.test", where[1]))
-                        exchange(self, udp, where)
+                        wait_until(lambda: any(session.association and session.association.dropped["unresolved"] == 10
+                                               for session in server.sessions))
         self.assertEqual(sorted(self.asked), ["bad.test", "good.test"])
         self.assertIn("why='dropped: 10 unresolved'", line[0])
 
@@ -567,25 +596,80 @@ class NamesOfRemotes(unittest.TestCase):
                 for name in range(WAITING_NAMES):
                     udp.sendto(b"x", ("slow%d-%d.test" % (number, name), where[1]))
                 exchange(self, udp, where)
-            self.assertEqual(len(lookups()), LOOKUP_THREADS)
+            self.assertEqual(len(lookups()), PER_CLIENT)
             self.hang.set()
             wait_until(lambda: not lookups(), "they end")
 
 
+@contextlib.contextmanager
+def free_ports(number):
+    """The first of this many ports that are free, below those that the kernel gives to sockets without a port."""
+    while True:
+        low = random.randrange(20000, 30000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(low, low + number):
+                stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)).bind(("", port))
+            stack.close()
+            yield low
+            return
+
+
 class OurSide(unittest.TestCase):
+    def refused(self, server, source="127.0.0.1"):
+        """Why an association from this address is refused with X'01'."""
+        with self.assertLogs("socks5.server.handler", "INFO") as logs, socket.socket() as control:
+            control.settimeout(PATIENCE_S)
+            control.bind((source, 0))
+            control.connect(server.server_address)
+            negotiate(control)
+            self.assertEqual(ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).rep, Rep.GENERAL_FAILURE)
+            wait_until(lambda: any("cmd=UDP_ASSOCIATE" in line for line in logs.output))
+        return logs.output[-1].rpartition("why=")[2]
+
     def test_ports(self):
-        low = 20000 + os.getpid() % 20000
-        ports = (low, low + 5)
-        with running(udp_ports=ports) as server, udp_socket() as there, contextlib.ExitStack() as stack:
-            for _ in range(2):
-                udp = stack.enter_context(associated(server))
-                udp.sendto(b"from where?", there.getsockname())
-                for port in (udp.relay[1], there.recvfrom(100)[1][1]):
-                    self.assertTrue(low <= port <= low + 5, port)
-            with self.assertRaises(ProxyError) as caught:           # each has taken two or more of six
-                for _ in range(6):
-                    stack.enter_context(associated(server))
-            self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
+        with free_ports(6) as low, running(udp_ports=(low, low + 5)) as server, udp_socket() as there:
+            for turn in range(3):                                   # what has ended leaves its ports
+                with contextlib.ExitStack() as stack:
+                    seen = []
+                    for _ in range(2):
+                        udp = stack.enter_context(associated(server))
+                        udp.sendto(b"from where?", there.getsockname())
+                        seen += [udp.relay[1], there.recvfrom(100)[1][1]]
+                    self.assertEqual(len(set(seen) & set(range(low, low + 6))), 4, seen)
+                    why = "no UDP socket in ports %d-%d: EADDRINUSE" % (low, low + 5)
+                    self.assertIn(why, self.refused(server))        # the last tenth, here what one client needs,
+                    with socket.socket() as newcomer:               # is not for this one
+                        newcomer.bind(("127.0.0.2", 0))
+                        newcomer.connect(server.server_address)
+                        negotiate(newcomer)
+                        self.assertEqual(ask(newcomer, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).rep, Rep.SUCCEEDED)
+                        self.assertIn(why, self.refused(server, "127.0.0.3"))
+                wait_until(lambda: not len(server.sessions))
+
+    def test_no_association_without_a_port_towards_the_remotes(self):
+        with free_ports(1) as port, running(udp_ports=(port, port)) as server:
+            for _ in range(3):
+                self.assertIn("no UDP socket in ports %d-%d" % (port, port), self.refused(server))
+
+    def test_a_port_that_something_else_has(self):
+        with free_ports(2) as low, running(udp_ports=(low, low + 1)) as server, remote() as where:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                other.bind(("", low))
+                for _ in range(3):
+                    self.assertIn("no UDP socket in ports %d-%d" % (low, low + 1), self.refused(server))
+            with associated(server) as udp:
+                exchange(self, udp, where)
+
+    def test_what_comes_before_the_clients_first_datagram(self):
+        with free_ports(2) as low, running(udp_ports=(low, low + 1)) as server, remote() as where:
+            with session_line(self, server) as line:
+                with associated(server) as udp, udp_socket() as early:
+                    outside = low + 1 if udp.relay[1] == low else low
+                    early.sendto(b"too early", ("127.0.0.1", outside))
+                    wait_until(lambda: any(session.association and session.association.dropped
+                                           for session in server.sessions))
+                    exchange(self, udp, where)
+            self.assertIn("dropped: 1 client not known yet", line[0])
 
     def test_advertise(self):
         with running(advertise=("192.0.2.1",)) as server, dial(server.server_address) as control:
@@ -605,7 +689,52 @@ def is_free(relay):
         return True
 
 
+@contextlib.contextmanager
+def no_collector():
+    """What is garbage but in a cycle stays, meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class TheEnd(unittest.TestCase):
+    def test_closed_associations_leave_nothing_to_the_garbage_collector(self):
+        def associations():
+            return sum(isinstance(thing, Association) for thing in gc.get_objects())
+
+        with no_collector(), running() as server, remote() as where:
+            for host in ("127.0.0.1", "localhost"):
+                for end in (lambda udp: udp.close(), lambda udp: reset(udp.control)):
+                    with associated(server) as udp:
+                        udp.sendto(b"hello", (host, where[1]))
+                        self.assertEqual(udp.recvfrom(), (b"HELLO", where))
+                        self.assertEqual(associations(), 1)
+                        end(udp)
+                    wait_until(lambda: not associations(), "it is gone")
+
+    def test_one_that_was_refused_leaves_nothing_either(self):
+        with no_collector(), free_ports(1) as port, running(udp_ports=(port, port)) as server:
+            with self.assertRaises(ProxyError):
+                client.associate(server.server_address)
+            wait_until(lambda: not any(isinstance(thing, Association) for thing in gc.get_objects()))
+
+    def test_buffers_are_few_however_many_associations_are_busy(self):
+        def buffers():
+            views = [thing for thing in gc.get_objects() if isinstance(thing, memoryview)]
+            return len({id(view.obj) for view in views if view.nbytes == BUFFERS.size})
+
+        with running() as server, remote() as where, contextlib.ExitStack() as stack:
+            many = [stack.enter_context(associated(server)) for _ in range(40)]
+            for _ in range(3):
+                for udp in many:
+                    udp.sendto(b"some words", where)
+                for udp in many:
+                    self.assertEqual(udp.recvfrom(), (b"SOME WORDS", where))
+            self.assertIn(buffers(), range(1, BUFFERS.most + 1))
+
     def test_how_it_ends(self):
         def fin(udp, server):
             udp.control.close()

@@ -389,8 +389,7 @@ class Slowly(FileCase):
             supervisor = workers.Supervisor(Config(), [], 2, (Users(Config()), Rules(Config())))
             self.assertIsNotNone(turns._file)
             turns._file.close()
-            supervisor.wakeup.close()
-            supervisor.waker.close()
+            supervisor.close()
 
     def test_nobody_waits_for_ever(self):
         self.start(b"bob", b"1")

@@ -146,6 +146,13 @@ class Rules:
             raise ConfigError("%s: lets in everybody who reaches %s; add 'from CIDR' or 'user NAME' to this rule, or "
                               "say --open, if everybody may" % (opener.where, self.config.beyond()[0]))
 
+    def __getstate__(self) -> Dict[str, object]:
+        """For another process: without what is remembered."""
+        return {name: value for name, value in vars(self).items() if name != "judge"}
+
+    def __setstate__(self, state: Dict[str, object]) -> None:
+        vars(self).update(state, judge=lru_cache(VERDICTS)(self.judge))
+
     def __len__(self) -> int:
         return len(self.rules)
 

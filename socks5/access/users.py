@@ -188,6 +188,13 @@ class Users:
             self._known.add(self.attempt(encode(name), encode(password)))
         self.names = sorted([*(encode(name) for name, _ in config.user), *self._hashes])
 
+    def __getstate__(self) -> Dict[str, object]:
+        """For another process: without the checks that are under way."""
+        return {**vars(self), "_checks": {}, "_lock": None}
+
+    def __setstate__(self, state: Dict[str, object]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     def __bool__(self) -> bool:
         return self._needed
 

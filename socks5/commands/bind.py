@@ -15,13 +15,13 @@ from time import monotonic
 from typing import Callable, List, Optional, Sequence, Tuple
 
 from ..protocol.codes import Rep
-from ..config import each_port
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.addresses import advertised, endpoint_of, family_of, IP, ip_of, Sockaddr, Endpoint
 from ..net.listeners import tune
-from ..net.resolver import resolve
 from ..net.poller import READ, new_poll
+from ..net.shares import ANY_PORT, Ports
 from ..protocol.fields import Host, text
+from ..protocol.messages import Address
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +32,22 @@ TAKEN = {errno.EADDRINUSE, errno.EACCES}        # in use or privileged; the next
 LEFT = getattr(select, "POLLRDHUP", 0)          # Linux: reports a FIN without reading
 
 
-def expected(host: Host, port: int) -> List[IP]:
-    """The addresses of the peer that a normalised DST names; the unspecified address means any peer.
+def any_peer(dst: Address) -> bool:
+    """Whether a DST, not yet normalised, has neither address nor port. It means any peer, as 0.0.0.0 does."""
+    return dst == Address(b"", 0)
 
-    Raises RequestRefused X'04' for a name that does not resolve. Blocks during the lookup.
+
+def expected(host: Host, resolve: Callable[[Host], Sequence[IP]]) -> List[IP]:
+    """The addresses of the expected peer: those of the normalised `host`. The unspecified one means any peer.
+
+    `resolve` looks a name up, and may raise. Raises RequestRefused X'04' for a name without a usable address.
     """
-    if not host and not port:
-        return [IPv4Address(0)]
-    peers = resolve(host)
-    if isinstance(host, bytes):                 # a blocked name resolves to 0.0.0.0: not any peer
-        peers = [peer for peer in peers if not peer.is_unspecified]
-        if not peers:
-            raise RequestRefused(Rep.HOST_UNREACHABLE, "%s resolves to no host" % text(host))
+    if not isinstance(host, bytes):
+        return [host]
+    # Name servers that block a name answer 0.0.0.0: that must not mean any peer.
+    peers = [peer for peer in resolve(host) if not peer.is_unspecified]
+    if not peers:
+        raise RequestRefused(Rep.HOST_UNREACHABLE, "%s resolves to no host" % text(host))
     return peers
 
 
@@ -51,6 +55,7 @@ class Rendezvous:
     """A listener for one peer, between the two replies.
 
     peers       from `expected`
+    ports       to listen on; `owner`, an addresses.subscriber, has a share of them
     bnd         where the peer has to connect; never 0.0.0.0
     early       the bytes that the client sent meanwhile, for the peer
     permit      if any peer is expected: decides whether an address is allowed
@@ -59,8 +64,9 @@ class Rendezvous:
     Raises RequestRefused: X'01' if no port is free, X'03' or similar if there is no route to the peer.
     """
 
-    def __init__(self, client: socket.socket, peers: Sequence[IP], ports: Tuple[int, ...] = (),
-                 advertise: Sequence[str] = (), permit: Callable[[IP], bool] = lambda peer: True) -> None:
+    def __init__(self, client: socket.socket, peers: Sequence[IP], ports: Ports = ANY_PORT,
+                 advertise: Sequence[str] = (), permit: Callable[[IP], bool] = lambda peer: True,
+                 owner: str = "") -> None:
         self.client = client
         self.permit = permit
         self.peers = frozenset(peers)
@@ -70,7 +76,16 @@ class Rendezvous:
         here, scope = our_end(client if self.any_peer else None, peers)
         told = advertised(advertise, here)
         anywhere: IP = IPv4Address(0) if here.version == 4 else IPv6Address(0)
-        self.listener = listen(here if told == here else anywhere, scope, ports)
+        self.version = here.version
+        self.ports = ports
+        self.owner = owner
+        if not ports.take(owner, self.version):
+            raise RequestRefused(Rep.GENERAL_FAILURE, "no port left for %s: %s" % (owner, ports))
+        try:
+            self.listener = listen(here if told == here else anywhere, scope, ports)
+        except RequestRefused:
+            ports.give_back(owner, self.version)
+            raise
         self.bnd = Endpoint(told, self.listener.getsockname()[1])
 
     def __enter__(self) -> Rendezvous:
@@ -78,6 +93,7 @@ class Rendezvous:
 
     def __exit__(self, *_: object) -> None:
         self.listener.close()
+        self.ports.give_back(self.owner, self.version)
 
     def wait(self, timeout_s: float) -> Tuple[socket.socket, Endpoint]:
         """Wait for the expected peer. Returns its connection and address; leave the `with` then: one peer only.
@@ -163,17 +179,17 @@ def split(sockaddr: Sockaddr) -> Tuple[IP, int]:
     return ip_of(sockaddr), int(sockaddr[3]) if len(sockaddr) == 4 else 0
 
 
-def listen(host: IP, scope: int, ports: Tuple[int, ...]) -> socket.socket:
-    """Listen on one of `ports` (empty: any port). Raises RequestRefused X'01' if no port or descriptor is free."""
+def listen(host: IP, scope: int, ports: Ports) -> socket.socket:
+    """Listen on one of `ports`. Raises RequestRefused X'01' if no port or descriptor is free."""
     failure = OSError()
-    for port in each_port(ports):
+    for port in ports:
         try:
             listener = socket.socket(family_of(host), socket.SOCK_STREAM)
         except OSError as exc:
             failure = exc
             break
         try:
-            if ports and os.name == "posix":                # a port in TIME_WAIT can be used again
+            if ports.range and os.name == "posix":          # a port in TIME_WAIT can be used again
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if host.version == 6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -187,5 +203,4 @@ def listen(host: IP, scope: int, ports: Tuple[int, ...]) -> socket.socket:
             if exc.errno not in TAKEN:
                 break
     rep = Rep.GENERAL_FAILURE if failure.errno in TAKEN else rep_of(failure)
-    where = "%s ports %d-%d" % (host, *ports) if ports else str(host)
-    raise RequestRefused(rep, "cannot listen on %s: %s" % (where, name_of(failure)))
+    raise RequestRefused(rep, "cannot listen on %s, %s: %s" % (host, ports, name_of(failure)))

@@ -1,33 +1,65 @@
-"""UDP sockets that carry much with few system calls. Knows no SOCKS.
+"""UDP sockets, and sending many datagrams by few system calls. Knows no SOCKS. Any thread may call.
 
-A burst is received into one buffer, a datagram behind the other, and what goes to the same address in the same length
-leaves in one call: the Linux kernel cuts it up again (UDP generic segmentation offload, UDP_SEGMENT in udp(7), since
-4.18). On loopback that is a seventh of the time of a call for each.
+Datagrams of one length to one address are sent by one call, and the Linux kernel cuts them up again (UDP generic
+segmentation offload, UDP_SEGMENT in udp(7), since 4.18). On loopback that takes a seventh of the time of a call for
+each.
 """
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import sys
-from typing import Any, Counter, List, Optional, Sequence, Tuple
+from queue import Empty, SimpleQueue
+from typing import Any, Counter, Iterable, List, Optional, Sequence, Tuple
 
-from ..config import each_port
 from ..protocol.errors import name_of
 
-BURST = 64                      # datagrams from one socket before the others have their turn; one call cuts 64 at most
-DATAGRAM_BYTES = 1 << 16        # more than UDP can carry, so that nothing is ever cut short
+BURST = 64                      # datagrams from one socket before the next socket is served; one call cuts 64 at most
+DATAGRAM_BYTES = 1 << 16        # more than UDP can carry, so that no datagram is truncated
 BURST_BYTES = 60000             # what a burst may hold before its last datagram: one call sends 65,507 at most
-SEGMENT_BYTES = 1452            # what an Ethernet takes behind IPv6 and UDP headers; longer ones go one by one
-SOCKET_BYTES = 1 << 20          # may wait in the kernel; it takes as much of that as it allows (net.core.rmem_max)
+SEGMENT_BYTES = 1452            # of payload in an Ethernet frame with IPv6 and UDP headers; longer ones go one by one
+SOCKET_BYTES = 1 << 20          # of each kernel buffer, or what the kernel allows (net.core.rmem_max)
+BUFFER_WAIT_S = 1.0             # for a shared buffer, before one more is allocated
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # saves a system call where it exists
 LINUX = sys.platform.startswith("linux")
 SOL_UDP, UDP_SEGMENT = 17, 103                          # linux/udp.h; the socket module has no names for them
+Buffer = Tuple[bytearray, memoryview]                   # and a view of the whole of it
 
 
-def bound(family: int, host: str, ports: Tuple[int, ...], scope: Sequence[Any] = ()) -> socket.socket:
-    """A non-blocking UDP socket at `host` ("": any) and one of `ports`, as config.each_port takes them; of an IPv6
-    `host`, `scope` is the rest of its sockaddr. Raises OSError."""
+class Buffers:
+    """Receive buffers that the threads of the process share, so that none has to keep one while it waits for datagrams.
+
+    As many threads receive and send at the same time as there are buffers; the others wait for one, as they would for
+    the interpreter.
+    """
+
+    def __init__(self, size: int, most: int = max(4, min(os.cpu_count() or 1, 32))) -> None:
+        self.size = size
+        self.most = most
+        self._free: "SimpleQueue[Optional[Buffer]]" = SimpleQueue()
+        for _ in range(most):
+            self._free.put(None)                        # allocated when it is first needed
+
+    def take(self) -> Buffer:
+        try:
+            free = self._free.get(timeout=BUFFER_WAIT_S)
+        except Empty:                                   # others are stuck: a trace to a full pipe, a fork amid a burst
+            free = None
+        if free:
+            return free
+        buffer = bytearray(self.size)
+        return buffer, memoryview(buffer)
+
+    def give_back(self, buffer: Buffer) -> None:
+        if self._free.qsize() < self.most:
+            self._free.put(buffer)
+
+
+def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = ()) -> socket.socket:
+    """A non-blocking UDP socket at `host` ("": any) and the first of `ports` that is free; of an IPv6 `host`, `scope`
+    is the rest of its sockaddr. Raises OSError, EADDRINUSE when no port is free."""
     sock = socket.socket(family, socket.SOCK_DGRAM | NONBLOCK)
     try:
         if not NONBLOCK:
@@ -35,12 +67,12 @@ def bound(family: int, host: str, ports: Tuple[int, ...], scope: Sequence[Any] =
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             try:
                 sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BYTES)
-            except OSError:                             # BSD refuses what Linux cuts down
+            except OSError:                             # Linux takes less instead, BSD refuses
                 pass
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         taken: Optional[OSError] = None
-        for port in each_port(ports):
+        for port in ports:
             try:
                 sock.bind((host, port, *scope))
                 return sock
@@ -55,7 +87,7 @@ def bound(family: int, host: str, ports: Tuple[int, ...], scope: Sequence[Any] =
 
 
 def segments(sock: socket.socket) -> bool:
-    """Does the kernel cut up? One that does not know how would send all as one long datagram."""
+    """Does the kernel know UDP_SEGMENT? One that does not would send all as one long datagram."""
     try:
         return LINUX and sock.getsockopt(SOL_UDP, UDP_SEGMENT) == 0
     except OSError:
@@ -63,12 +95,12 @@ def segments(sock: socket.socket) -> bool:
 
 
 def send(sock: socket.socket, run: List[memoryview], address: Any, dropped: "Counter[str]") -> int:
-    """Send the datagrams of `run`, all of one length. How many went; the others are counted in `dropped`, by error."""
+    """Send the datagrams of `run`, all of one length, and return how many; the others are counted in `dropped`."""
     if len(run) > 1 and 0 < len(run[0]) <= SEGMENT_BYTES and segments(sock):
         try:
             sock.sendmsg(run, [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", len(run[0])))], 0, address)
             return len(run)
-        except OSError:                                 # a smaller MTU, or a card that leaves checksums to us
+        except OSError:                                 # a smaller MTU, or a network card without checksum offload
             pass
     sent = 0
     for datagram in run:

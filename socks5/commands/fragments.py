@@ -1,4 +1,4 @@
-"""A datagram that comes in pieces: FRAG, RFC 1928 section 7. Few clients do it, but none should be misunderstood."""
+"""Reassemble a datagram that a client sends in fragments (FRAG, RFC 1928 section 7). Few clients do."""
 from __future__ import annotations
 
 from time import monotonic
@@ -12,9 +12,12 @@ WHOLE_BYTES = 1 << 16           # more would not be one datagram
 
 
 class Fragments:
-    """The datagram that is on its way in pieces. A piece that does not continue it drops it.         RFC 1928 §7
+    """The fragments of one datagram, as far as they have come.                                      RFC 1928 §7
 
-    dropped     how many pieces were
+    A fragment that is not the next one drops those before it.
+
+    deadline    when what has come is to be dropped (monotonic); inf: nothing has come
+    dropped     how many fragments were dropped
     """
 
     def __init__(self) -> None:
@@ -28,11 +31,11 @@ class Fragments:
         self.pieces, self.dst, self.deadline = [], None, float("inf")
 
     def add(self, piece: Datagram) -> Optional[Datagram]:
-        """The whole datagram, if this was its last piece."""
+        """Take the next fragment; the whole datagram if this was its last one."""
         position, now = piece.frag & ~LAST, monotonic()
         if position != len(self.pieces) + 1 or piece.dst != self.dst or now >= self.deadline:
             self.drop()
-            if position != 1:                   # a piece is missing: nobody would know what the rest meant
+            if position != 1:                   # the first one is missing, so the rest is of no use
                 self.dropped += 1
                 return None
             self.dst, self.deadline = piece.dst, now + REASSEMBLY_S

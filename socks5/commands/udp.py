@@ -1,100 +1,146 @@
-"""UDP ASSOCIATE: one association, in the thread of the client whose TCP connection holds it open.
+"""UDP ASSOCIATE: relay the datagrams of one association, in the thread of the handler of its TCP connection.
 
-One socket faces the client; one per address family faces the world, opened when first needed, so whoever the client
-writes to sees the same port, and anybody may answer through it (endpoint-independent mapping, RFC 4787 section 4.1).
-One poll loop serves all of them: a datagram that cannot be carried is dropped, counted by reason, and that is all.
-The speed lies in what is remembered, the bytes of a header with the socket and address they stand for, and back; and in
-datagrams.py. A datagram is sent as a slice of the buffer that received it, less or plus a header. RFC 1928 section 7.
+One socket faces the client. One for each address family faces the remotes, so that all of them see the client at the
+same port, and any remote may answer (endpoint-independent mapping, RFC 4787 section 4.1). One poll loop serves all
+sockets. A datagram that cannot be relayed is dropped and counted by reason.
+
+Headers are remembered, each with the socket and address that it stands for, so that the next datagram to the same
+destination is neither parsed nor judged again; a change of the rules clears that. Datagrams are received into buffers
+that all associations of the process share, and are sent as slices of them: an association holds none between two turns
+of its loop. RFC 1928 section 7.
 """
 from __future__ import annotations
 
+import errno
 import socket
 from collections import Counter
-from functools import partial
 from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple, TypeVar
 
-from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, bound, send
+from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, subscriber, text_of
+from ..net.lookups import Busy, Names, Waiting
+from ..net.poller import READ, new_poll
+from ..net.resolver import normalise
+from ..net.shares import Ports
+from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused, name_of, rep_of
 from ..protocol.fields import Host
-from .fragments import Fragments
-from ..net.addresses import advertised, endpoint_of, family_of, IP, ip_of, Sockaddr, unmapped, Endpoint
-from ..net.resolver import Busy, Names, Waiting, clean
-from ..net.poller import READ, new_poll
 from ..protocol.messages import Address, Datagram
+from ..protocol.trace import DOWN, UP
+from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, send
+from .fragments import Fragments
 
 Route = Tuple[socket.socket, Sockaddr]
+OnDatagram = Callable[[str, bytes, Sockaddr], None]
 K = TypeVar("K")
 V = TypeVar("V")
 
 HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, ATYP, 16 of IPv6, port
-BUSY_S = 0.5                    # how long a quiet association keeps its buffer
 REMEMBERED = 512                # headers each way
 FORGET_S = 30.0                 # how long a name stands for the same address
 FOREVER = float("inf")
+BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
 
 
 class Association:
-    """The relay between one client and everybody that it writes to.
+    """The relay between one client and the remotes that it sends to.
 
-    control     the TCP connection, whose end is the association's; what arrives on it is read and ignored
-    client      datagrams are taken from this address only, and from the port of the first good one
-    ports       for all our sockets, as config.each_port takes them
-    permit      may a datagram go to this address and port, which its header called so? None: before it is looked up
-    rules       what this is judged by: when that is another thing than before, everything is judged again
-    bnd         where the client is to send its datagrams
-    up, down    payload bytes relayed
-    dropped     datagrams that were not, by reason
-    ended_by    "client" or "idle"; `why` is the error that ended it, or ""
+    control      the TCP connection, whose end is the association's; what arrives on it is read and ignored
+    client       the client's address: datagrams are taken from there only, and from the port of the first good one
+    ports        for all our sockets
+    permit       may a datagram go to this address and port, which its header called so? The host is normalised; no
+                 address: may the name be looked up?
+    rules        what `permit` judges by: when that is another object than before, everything is judged again
+    on_datagram  called with trace.UP or trace.DOWN, each datagram between client and association, and the client's
+                 socket address
+    bnd          where the client is to send its datagrams
+    up, down     payload bytes relayed
+    dropped      datagrams that were not, by reason
+    ended_by     "client" or "idle"; `why` is the error that ended it, or ""
 
-    Raises RequestRefused when there is no socket for it.
+    Raises RequestRefused when there is no socket or no port for it.
     """
 
-    def __init__(self, control: socket.socket, client: str, ports: Tuple[int, ...], advertise: Sequence[str],
+    def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
-                 rules: Callable[[], object] = lambda: None,
-                 overhear: Optional[Callable[[socket.socket], socket.socket]] = None) -> None:
+                 rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None) -> None:
         self.control = control
-        self.client = client
+        self.client = text_of(client)
+        self.owner = subscriber(client)
         self.ports = ports
         self.names = names
         self.permit = permit
         self.rules = rules
+        self.on_datagram = on_datagram
         self._judged_by = rules()
         self.up = self.down = 0
         self.dropped: Counts[str] = Counter()
         self.ended_by = self.why = ""
-        self._peer: Any = None                               # the client, once its port is known
+        self._peer: Any = None                              # the client's socket address, once its port is known
         self._routes: Dict[bytes, Route] = {}               # by the header that leads there
         self._headers: Dict[Sockaddr, bytes] = {}           # by the remote that they name
         self._forget_at = self.moved_at = 0.0
         self._fragments = Fragments()
-        self._waiting: Optional[Waiting[Datagram]] = None
-        self._outside: Dict[int, socket.socket] = {}        # by family
-        self._buffer = bytearray()
-        self._view = memoryview(b"")
+        self._waiting: Optional[Waiting[Tuple[Datagram, Host]]] = None
+        self._outside: Dict[int, socket.socket] = {}        # by descriptor
+        self._toward: Dict[int, socket.socket] = {}         # the same by family
+        self._taken: List[int] = []                         # of `ports`: IP versions
         self._moved = False
-        self._serve: Dict[int, Callable[[], None]] = {}
         self._poll = new_poll()
-        self._watch(control, self._from_control)
-        sockaddr = control.getsockname()
+        self._inside = self._open(control.getsockname())
+        self._watch(control)
+        self._watch(self._inside)
+        self.bnd = Endpoint(advertised(advertise, ip_of(control.getsockname())), self._inside.getsockname()[1])
+
+    def _open(self, sockaddr: Sockaddr) -> socket.socket:
+        """The socket that faces the client. Where ports are scarce those towards the remotes come with it."""
         here = ip_of(sockaddr)
+        families = sorted({socket.AF_INET, family_of(here)}) if self.ports.range else []
+        versions = [here.version] + [4 if family == socket.AF_INET else 6 for family in families]
+        inside = None
         try:
-            self._inside = bound(family_of(here), str(here), ports, sockaddr[2:] if here.version == 6 else ())
+            for version in set(versions):
+                self._take(version, versions.count(version))
+            inside = bound(family_of(here), text_of(here), self.ports, sockaddr[2:] if here.version == 6 else ())
+            for family in families:
+                self._open_toward(family)
+            return inside
         except OSError as exc:
-            raise RequestRefused(rep_of(exc), "no socket for the client's datagrams: %s" % exc) from None
-        if overhear:                                        # trace.py's
-            self._inside = overhear(self._inside)
-        self._watch(self._inside, self._from_client)
-        self.bnd = Endpoint(advertised(advertise, here), self._inside.getsockname()[1])
+            if inside:
+                inside.close()
+            self._close()
+            why = "no UDP socket in %s: %s" % (self.ports, name_of(exc))
+            raise RequestRefused(Rep.GENERAL_FAILURE if exc.errno == errno.EADDRINUSE else rep_of(exc), why) from None
+
+    def _take(self, version: int, number: int) -> None:
+        if not self.ports.take(self.owner, version, number):
+            raise OSError(errno.EADDRINUSE, "no port left for %s" % self.owner)
+        self._taken += [version] * number
+
+    def _open_toward(self, family: int) -> socket.socket:
+        sock = self._toward[family] = bound(family, "", self.ports)
+        self._outside[sock.fileno()] = sock
+        self._watch(sock)
+        return sock
+
+    def _watch(self, readable: Any) -> None:
+        self._poll.register(readable.fileno(), READ)
 
     def __enter__(self) -> Association:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for opened in (self._inside, *self._outside.values(), self._waiting):
-            if opened:
-                opened.close()
+        self._inside.close()
+        self._close()
+
+    def _close(self) -> None:
+        for sock in self._outside.values():
+            sock.close()
+        if self._waiting:
+            self._waiting.close()
+        for version in self._taken:
+            self.ports.give_back(self.owner, version)
+        self._taken = []
 
     def run(self, idle_s: float) -> None:
         """Relay until the client is gone, or nothing went through for idle_s (0: for ever)."""
@@ -102,32 +148,43 @@ class Association:
         now = monotonic()
         idle_at = now + (idle_s or FOREVER)
         while not self.ended_by:
-            until = min(idle_at, self._fragments.deadline, now + BUSY_S if self._buffer else FOREVER)
+            until = min(idle_at, self._fragments.deadline)
             ready = self._poll.poll(None if until == FOREVER else max(0.0, until - now) * 1000 + 1)
             now = monotonic()
-            if ready and not self._buffer:
-                self._buffer = bytearray(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
-                self._view = memoryview(self._buffer)
             if now >= self._forget_at or self.rules() is not self._judged_by:
                 self._routes.clear()
                 self._forget_at, self._judged_by = now + FORGET_S, self.rules()
-            for fd, _events in ready:
-                self._serve[fd]()
+            if ready:
+                self._turn(ready)
             if self._moved:
                 idle_at, self._moved, self.moved_at = now + (idle_s or FOREVER), False, now
             elif now >= idle_at:
                 self.ended_by = self.ended_by or "idle"
             if now >= self._fragments.deadline:
                 self._fragments.drop()
-            if not ready:
-                self._view, self._buffer = memoryview(b""), bytearray()
+
+    def _turn(self, ready: Sequence[Tuple[int, int]]) -> None:
+        """Serve each socket that is ready, with one of the shared buffers."""
+        buffer, view = BUFFERS.take()
+        try:
+            for fd, _events in ready:
+                if fd == self._inside.fileno():
+                    self._from_client(buffer, view)
+                elif fd in self._outside:
+                    self._from_remote(self._outside[fd], buffer, view)
+                elif fd == self.control.fileno():
+                    self._from_control()
+                else:
+                    self._from_names()
+        finally:
+            BUFFERS.give_back((buffer, view))
 
     def summary(self) -> str:
         """What was dropped, in words; "" if nothing was."""
         counts = self.dropped + Counter({"fragment": self._fragments.dropped})
         return "dropped: " + ", ".join("%d %s" % (n, reason) for reason, n in counts.most_common()) if counts else ""
 
-    # ---- the loop's turns: one for each kind of socket --------------------------------------------------------------
+    # ---- one turn of the loop, for each kind of socket --------------------------------------------------------------
 
     def _from_control(self) -> None:
         try:
@@ -138,9 +195,9 @@ class Association:
         except OSError as exc:
             self.ended_by, self.why = "client", exc.strerror or str(exc)
 
-    def _from_client(self) -> None:
-        """A burst of the client's. Whatever leads where the one before went is not looked at again."""
-        buffer, view, receive, routes = self._buffer, self._view, self._inside.recvfrom_into, self._routes
+    def _from_client(self, buffer: bytearray, view: memoryview) -> None:
+        """Receive a burst from the client and send it on. A header that is the same as before is not parsed again."""
+        receive, routes, on_datagram = self._inside.recvfrom_into, self._routes, self.on_datagram
         header, start, length, at = b"", DATAGRAM_BYTES, 0, 0
         run: List[memoryview] = []
         route = to = None
@@ -149,20 +206,22 @@ class Association:
                 size, sender = receive(view[at:])
             except (BlockingIOError, InterruptedError):
                 break
-            except OSError as exc:                          # an answer to what we sent: nobody listens there, say
+            except OSError as exc:                          # ICMP's answer to what we sent, on some systems
                 self.dropped[name_of(exc)] += 1
                 continue
             if sender != self._peer and (self._peer or sender[0] != self.client):
                 self.dropped["not the client"] += 1
                 continue
             self._moved = True
+            if on_datagram:
+                on_datagram(UP, bytes(view[at:at + size]), sender)
             if size < start or not buffer.startswith(header, at):
                 start = 10 if buffer[at + 3] == 0x01 else 22 if buffer[at + 3] == 0x04 else 7 + buffer[at + 4]
                 header = bytes(view[at:at + start])
                 route = routes.get(header) if size >= start else None
                 if not route:
                     start = DATAGRAM_BYTES
-                    self._up(run, to)                       # what came before leaves before
+                    self._up(run, to)                       # in the order in which they came
                     run = []
                     self._look_at(bytes(view[at:at + size]), sender)
                     continue
@@ -179,9 +238,9 @@ class Association:
         if run and to:
             self.up += send(to[0], run, to[1], self.dropped) * len(run[0])
 
-    def _from_remote(self, sock: socket.socket) -> None:
-        """A burst of what anybody sends to the client's port out there."""
-        buffer, view, receive, headers = self._buffer, self._view, sock.recvfrom_into, self._headers
+    def _from_remote(self, sock: socket.socket, buffer: bytearray, view: memoryview) -> None:
+        """Receive a burst from remotes and send it to the client, each datagram behind the header of its sender."""
+        receive, headers = sock.recvfrom_into, self._headers
         before, header, room, length, at = None, b"", 0, 0, 0
         run: List[memoryview] = []
         for _ in range(BURST):
@@ -207,19 +266,24 @@ class Association:
         self._down(run, length)
 
     def _down(self, run: List[memoryview], length: int) -> None:
-        if run:
+        if run and not self._peer:
+            self.dropped["client not known yet"] += len(run)
+        elif run:
             sent = send(self._inside, run, self._peer, self.dropped)
+            if self.on_datagram and sent == len(run):
+                for datagram in run:
+                    self.on_datagram(DOWN, bytes(datagram), self._peer)
             self.down += sent * length
             self._moved = self._moved or sent > 0
 
     def _from_names(self) -> None:
-        for datagram, addresses in self._waiting.take() if self._waiting else ():
-            self._send(datagram, addresses)
+        for (datagram, host), answer in self._waiting.take() if self._waiting else ():
+            self._send(datagram, host, answer.addresses)
 
-    # ---- what is not remembered -------------------------------------------------------------------------------------
+    # ---- datagrams with a new header --------------------------------------------------------------------------------
 
     def _look_at(self, raw: bytes, sender: Sockaddr) -> None:
-        """A datagram of the client's whose header is new, or none."""
+        """Parse a datagram of the client, and send it, or let it wait for its name or its other fragments."""
         try:
             datagram: Optional[Datagram] = Datagram.parse(raw)
         except (EOFError, RequestRefused):
@@ -231,42 +295,40 @@ class Association:
         if not datagram:
             return
         try:
-            addresses = self._addresses(datagram)
-        except RequestRefused:                              # not a name at all
-            addresses = ()
+            host = normalise(datagram.dst.host)
+            addresses = self._addresses(datagram, host)
+        except RequestRefused:                              # not a name
+            self.dropped["unresolved"] += 1
         except Busy:
             self.dropped["waiting for a name"] += 1
-            return
-        except OSError as exc:                              # no descriptors left for waiting
+        except OSError as exc:                              # no descriptor left for the Wakeup
             self.dropped[name_of(exc)] += 1
-            return
-        if addresses is not None:
-            self._send(datagram, addresses)
+        else:
+            if addresses is not None:
+                self._send(datagram, host, addresses)
 
-    def _addresses(self, datagram: Datagram) -> Optional[Sequence[IP]]:
-        """Where it may go; or None, and it waits for a name. Raises RequestRefused, Busy, OSError."""
-        host = datagram.dst.host
-        if isinstance(host, bytes):
-            host = clean(host)
+    def _addresses(self, datagram: Datagram, host: Host) -> Optional[Sequence[IP]]:
+        """Where it may go; None if it waits for its name, or was dropped. Raises Busy, OSError."""
         if not isinstance(host, bytes):
-            return [unmapped(host)]
+            return [host]
         if not self.permit(None, datagram.dst.port, host):
             self.dropped["not allowed"] += 1
             return None
         if not self._waiting:
-            self._waiting = Waiting(self.names)
-            self._watch(self._waiting.readable, self._from_names)
-        return self._waiting.ask(host, datagram, len(datagram.data))
+            self._waiting = Waiting(self.names, self.owner)
+            self._watch(self._waiting.wakeup)
+        answer = self._waiting.ask(host, (datagram, host), len(datagram.data))
+        return answer and answer.addresses
 
-    def _send(self, datagram: Datagram, addresses: Sequence[IP]) -> None:
-        """To the first address that takes it, which its header then stands for."""
+    def _send(self, datagram: Datagram, host: Host, addresses: Sequence[IP]) -> None:
+        """Send it to the first address that may be sent to, for which its header stands from now on."""
         reason, port = "unresolved", datagram.dst.port
         for address in addresses:
-            if not self.permit(address, port, datagram.dst.host):
+            if not self.permit(address, port, host):
                 reason = "not allowed"
                 continue
             try:
-                route = self._toward(family_of(address)), (str(address), port)
+                route = self._socket_toward(address), (text_of(address), port)
                 route[0].sendto(datagram.data, route[1])
             except OSError as exc:
                 reason = name_of(exc)
@@ -276,26 +338,27 @@ class Association:
             return
         self.dropped[reason] += 1
 
+    def _socket_toward(self, remote: IP) -> socket.socket:
+        """Our socket of the remote's family, opened when it is first needed. Raises OSError when there can be none."""
+        sock = self._toward.get(family_of(remote))
+        if not sock:
+            self._take(remote.version, 1)
+            try:
+                sock = self._open_toward(family_of(remote))
+            except OSError:
+                self._taken.pop()
+                self.ports.give_back(self.owner, remote.version)
+                raise
+        return sock
+
     def _header_of(self, sender: Sockaddr) -> bytes:
         header = Datagram(Address(*endpoint_of(sender)), b"").pack()
         remember(self._headers, sender, header)
         return header
 
-    def _toward(self, family: int) -> socket.socket:
-        """The socket for one family of remotes. Raises OSError when there can be none."""
-        sock = self._outside.get(family)
-        if not sock:
-            sock = self._outside[family] = bound(family, "", self.ports)
-            self._watch(sock, partial(self._from_remote, sock))
-        return sock
-
-    def _watch(self, sock: socket.socket, serve: Callable[[], None]) -> None:
-        self._serve[sock.fileno()] = serve
-        self._poll.register(sock.fileno(), READ)
-
 
 def remember(table: Dict[K, V], key: K, value: V) -> None:
-    """The oldest makes room."""
+    """Put it in; the oldest goes when the table is full."""
     while len(table) >= REMEMBERED:
         del table[next(iter(table))]
     table[key] = value

@@ -50,12 +50,20 @@ def advertised(addresses: Sequence[str], here: IP) -> IP:
     return next((address for address in map(ip_address, addresses) if address.version == here.version), here)
 
 
-@lru_cache(maxsize=4096)
 def subscriber(address: IP) -> str:
-    """What stands for whoever has this address in limits: of an IPv6 one its /64, all of which one host can use.
-
-    A str, because Python remembers its hash, and every session looks it up several times."""
+    """What shares one limit with this address: itself, or of an IPv6 address its /64, all of which one host can use."""
     return str(address if isinstance(address, IPv4Address) else IPv6Network((address, 64), strict=False))
+
+
+def origin_of(sockaddr: Sockaddr) -> str:
+    """The same of what accept() returns."""
+    return _origin_in(sockaddr[0])
+
+
+@lru_cache(maxsize=4096)
+def _origin_in(text: Union[str, int]) -> str:
+    """Remembered by the text, whose hash Python keeps; to hash an address takes longer than all the rest."""
+    return subscriber(ip_in(text))
 
 
 def family_of(address: IP) -> int:

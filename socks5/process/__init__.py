@@ -1,1 +1,1 @@
-"""Several server processes under one supervisor."""
+"""The processes of the program: signals, the main loop, one server in this process, or several in worker processes."""

@@ -1,30 +1,27 @@
-"""--trace: every message of every session as it passes, each field with its bytes, its name and what it says.
+"""Explain every message of a session as it passes, field by field: its bytes, its name and what it says.
 
-It walks over the same LAYOUT that wire.py parses with, so it cannot show another protocol than the one that is spoken.
-Passwords are masked, payload is counted and not shown. A message is written as one block, whose lines begin with the
-session's number, because sessions interleave. Whatever becomes of the place that it writes to, no session suffers.
+A Story turns the messages of one session into blocks of lines, each of which begins with the session's number, and
+hands each block to a callable. It walks over the same LAYOUT that the messages are parsed with, so it cannot show
+another protocol than the one that is spoken. Passwords are masked; payload is counted, not shown.
+
+Opens and writes nothing: server/tracing.py does. Runs in the thread that serves the session.
 """
 from __future__ import annotations
 
-import os
-import socket
-import sys
-import threading
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple, Type, TypeVar, Union
 
 from .codes import Atyp, Cmd, Rep
-from ..config import ConfigError
 from .errors import SocksError
+from .facts import NOTHING
 from .fields import ReadExactly, dissect
 from .messages import Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 M = TypeVar("M", Greeting, Login, Request)
 Sent = Union[Selection, LoginStatus, Reply, bytes]
 Message = Union[Greeting, Login, Request, Selection, LoginStatus, Reply, Datagram]
-Write = Callable[[bytes], object]
 Sockaddr = Tuple[Any, ...]
+Tell = Callable[[List[str]], object]
 
-STDERR = "-"                        # in the place of a file's name
 ROW_BYTES = 8                       # of hex in one line
 SHOWN_BYTES = 64                    # of one field
 UP, DOWN = "client -> proxy", "proxy -> client"
@@ -52,81 +49,45 @@ MEANING_OF_BND = {
     "UDP_ASSOCIATE": ["the proxy takes datagrams from the client at BND for as long as this connection is open"],
 }
 TUNNEL = "tunnel: from here on, what either side sends goes to the other as it is"
-# The RFC's phrases are short: what each of them means to whoever asked.
+# The RFC's phrases are short: what each of them means to the client.
 REASONS = {
     Rep.GENERAL_FAILURE: "the proxy could not do it, for a reason that has no number of its own",
     Rep.NOT_ALLOWED: "the proxy is there, but its rules do not let this client go there",
     Rep.NETWORK_UNREACHABLE: "the proxy has no way into the network of the destination",
-    Rep.HOST_UNREACHABLE: "there is a way, but nobody found the host; or its name means nothing",
+    Rep.HOST_UNREACHABLE: "there is a way, but the host was not found; or its name does not exist",
     Rep.CONNECTION_REFUSED: "the host is there, and nothing listens on that port",
-    Rep.TTL_EXPIRED: "nobody answered in time",
+    Rep.TTL_EXPIRED: "no answer came in time",
     Rep.COMMAND_NOT_SUPPORTED: "the proxy does not know this CMD",
     Rep.ADDRESS_TYPE_NOT_SUPPORTED: "the proxy cannot use this ATYP",
 }
 
 
-def opened(where: str) -> Optional[Trace]:
-    """The trace to a file, or to standard error for "-"; None for "". Raises ConfigError for a file that cannot be."""
-    if where not in ("", STDERR):
-        try:
-            file = open(where, "ab", buffering=0, opener=private)   # one write for each block
-        except OSError as exc:
-            raise ConfigError("--trace %s: %s" % (where, exc.strerror)) from None
-        return Trace(file.write, close=file.close)
-    stream = sys.stderr if where else None
-    if stream is None:                                  # closed by who started us: its number has a new owner
-        return None
-
-    def write(block: bytes) -> None:
-        stream.write(block.decode("ascii"))
-        stream.flush()
-
-    return Trace(write, colourful(stream))
-
-
-def check(where: str) -> None:
-    """Raises ConfigError where opened() would."""
-    trace = opened(where)
-    if trace:
-        trace.close()
-
-
-def private(path: str, flags: int) -> int:
-    """Who talks to whom is nobody else's business."""
-    return os.open(path, flags, 0o600)
-
-
-def colourful(stream: Any) -> bool:
-    """Only on a terminal that can, and when nobody minds.                              https://no-color.org"""
-    return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
-
-
 class Trace:
-    """Where the stories of all sessions are written, a block at a time."""
+    """What the stories of all sessions have in common.
 
-    def __init__(self, write: Write, colour: bool = False, close: Callable[[], object] = lambda: None) -> None:
-        self._write = write
+    tell     takes one block, a list of lines without newlines. Called by the threads of all sessions; must not wait
+    colour   paint it for a terminal
+    close    of the place that tell() writes to
+    """
+
+    def __init__(self, tell: Tell, colour: bool = False, close: Callable[[], object] = lambda: None) -> None:
         self.close = close
+        self._tell = tell
         self._colour = colour
-        self._lock = threading.Lock()
 
     def begin(self, number: int, client: object) -> Story:
+        """The story of session `number`, whose client has connected."""
         return Story(self, number, client)
 
     def paint(self, style: str, text: str) -> str:
         return "\033[%sm%s\033[0m" % (style, text) if self._colour and text.strip() else text
 
     def block(self, number: int, lines: List[str]) -> None:
-        text = "".join("#%d %s\n" % (number, line) for line in lines)
-        try:
-            with self._lock:
-                self._write(text.encode("ascii", "backslashreplace"))
-        except (OSError, ValueError):                   # a full disk, a reader who left, a stream that was closed
-            pass
+        self._tell(["#%d %s" % (number, line.replace("\n", "\\n")) for line in lines])
 
 
 class Story:
-    """One session, told as it happens."""
+    """The trace of one session, as it happens: take, sent and datagram for its messages, end for its totals."""
 
     def __init__(self, trace: Trace, number: int, client: object) -> None:
         self.trace = trace
@@ -141,7 +102,7 @@ class Story:
     # ---- messages -------------------------------------------------------------------------------------------------
 
     def take(self, kind: Type[M], read: ReadExactly) -> M:
-        """kind.parse(read), and tell what came; of a message that does not end, the fields that are whole."""
+        """kind.parse(read), and show what was read; of a message that is cut short, the fields that are whole."""
         came, end = bytearray(), []
 
         def listening(size: int) -> bytes:
@@ -164,7 +125,7 @@ class Story:
             self.show(UP, kind, bytes(came), end)
 
     def sent(self, message: Sent, why: str = "") -> None:
-        """What we are about to send; and, of a refusal, why, as the log will say it."""
+        """Show what the server is about to send; for a refusal `why`, the reason that the log gives."""
         if isinstance(message, bytes):
             self.tell(self.title(DOWN, "%d bytes that the client may understand, as this is not SOCKS5" % len(message)))
             return
@@ -178,7 +139,7 @@ class Story:
         self.show(DOWN, type(message), message.pack(), notes, title)
 
     def explain(self, reply: Reply, why: str) -> List[str]:
-        """What a reply means to whoever asked, in plain words."""
+        """What a reply means to the client, in plain words."""
         if reply.rep != Rep.SUCCEEDED:
             words = REASONS.get(Rep(reply.rep), "")
             return [self.trace.paint(BAD, "that is: " + words)] + (["why: " + why] if why else [])
@@ -189,15 +150,15 @@ class Story:
             notes.append(TUNNEL)
         return notes
 
-    def datagram(self, way: str, raw: bytes, other: Sockaddr) -> None:
-        """One between the client and its association, and where on the client's side it comes from or goes to."""
+    def datagram(self, way: str, raw: bytes, address: Sockaddr) -> None:
+        """Show one between the client, at `address`, and its UDP association; `way` is UP or DOWN."""
         shown = sum(len(piece) for _, piece, _ in dissect(Datagram.LAYOUT, raw))
         self.show(way, Datagram, raw, ["DATA: %d bytes, %s %s" % (
-            len(raw) - shown, "from" if way == UP else "to", "%s port %s" % other[:2])])
+            len(raw) - shown, "from" if way == UP else "to", "%s port %s" % address[:2])])
 
     def end(self, facts: Mapping[str, Any]) -> None:
-        """The totals."""
-        why = "" if facts["why"] == "-" else ", why: %s" % facts["why"]
+        """Show the totals: `facts` are those of the session's line in the log, a protocol.facts.Facts."""
+        why = "" if facts["why"] == NOTHING else ", why: %s" % facts["why"]
         words = "the end after %.3f s: %d bytes up (from the client), %d bytes down (to it); ended by: %s%s" % (
             facts["seconds"], facts["up"], facts["down"], facts["ended"], why)
         self.tell(self.trace.paint(TITLE, words))
@@ -229,33 +190,3 @@ class Story:
                                      "" if at else words)).rstrip()
         if size > SHOWN_BYTES:
             yield "  ... and %d bytes more" % (size - SHOWN_BYTES)
-
-    def overhear(self, sock: socket.socket) -> socket.socket:
-        """The socket of an association towards its client, in another skin that tells what passes through it."""
-        return Overheard(sock, self)
-
-
-class Overheard(socket.socket):
-    """Takes the place of a datagram socket that does not block."""
-
-    def __init__(self, sock: socket.socket, story: Story) -> None:
-        super().__init__(sock.family, sock.type, sock.proto, sock.detach())
-        self.setblocking(False)
-        self.story = story
-
-    def recvfrom_into(self, buffer: Any, *args: Any) -> Tuple[int, Sockaddr]:
-        size, sender = super().recvfrom_into(buffer, *args)
-        self.story.datagram(UP, bytes(buffer[:size]), sender)
-        return size, sender
-
-    def sendto(self, data: Any, address: Sockaddr) -> int:      # type: ignore[override]
-        size = super().sendto(data, address)
-        self.story.datagram(DOWN, bytes(data), address)
-        return size
-
-    def sendmsg(self, run: Any, ancillary: Any = (), flags: int = 0, address: Any = None) -> int:
-        """A run of datagrams, which the kernel cuts up."""
-        size = super().sendmsg(run, ancillary, flags, address)
-        for data in run:
-            self.story.datagram(DOWN, bytes(data), address)
-        return size

@@ -28,6 +28,7 @@ SWEEP_S = 1.0                       # how late a time limit may be noticed
 QUIET_S = 0.5                       # without a byte: a busy tunnel is quiet again, a kernel pipe is given back
 MAX_LENT = splice.MAX_PIPES         # threads of busy tunnels at a time; further ones stay in the loop
 FAR_S = 3600.0                      # no wait is longer
+SOON_S = 0.001                      # when another thread is about to finish something
 MANY = hasattr(select, "poll")      # whether one thread can wait for thousands of descriptors
 
 
@@ -43,6 +44,7 @@ class Loop:
         self._poller = new_poller()
         self._watched: Dict[int, Tuple[Any, int]] = {}          # by descriptor: Tunnel or Watch or Bell, and side
         self._tunnels: Set[Tunnel] = set()
+        self._early: List[Tunnel] = []                          # to be looked at when they are adopted
         self._over: List[Tunnel] = []                           # to be closed after this batch
         self._calls: Deque[Callable[[], object]] = deque()
         self._lent = 0
@@ -63,7 +65,7 @@ class Loop:
     # ---- for any thread -------------------------------------------------------------------------------------------
 
     def adopt(self, tunnel: Tunnel) -> None:
-        """Take over a tunnel and both of its sockets. Raises OSError, and has not taken them, when that cannot be."""
+        """Take over a tunnel and both of its sockets. Raises OSError, and has not, when the loop has stopped."""
         tunnel.moved_at = monotonic()
         self._tunnels.add(tunnel)
         if not MANY:
@@ -71,9 +73,10 @@ class Loop:
             return
         try:
             self._register(tunnel)
-        except (OSError, ValueError) as exc:        # ValueError: the loop has stopped, and its epoll is closed
+        except ValueError:                          # its epoll is closed
+            self._unregister(tunnel)
             self._tunnels.discard(tunnel)
-            raise OSError(getattr(exc, "errno", None) or errno.ECANCELED, str(exc)) from None
+            raise OSError(errno.ECANCELED, "the relay loop has stopped") from None
 
     def watch(self, sock: socket.socket, spoke: Callable[[bool], None]) -> None:
         """Call spoke(whether there is something to read) as soon as the client has said something or left.
@@ -110,7 +113,7 @@ class Loop:
     def _run(self) -> None:
         poll, watched = self._poller.poll, self._watched
         while not self._stopping or self._lent or self._calls:
-            ready = poll(SWEEP_S if self._tunnels else FAR_S, BATCH)
+            ready = poll(SOON_S if self._early else SWEEP_S if self._tunnels else FAR_S, BATCH)
             now = monotonic()
             for fd, events in ready:
                 try:
@@ -127,6 +130,10 @@ class Loop:
                     self._calls.popleft()()
                 except Exception:
                     self._failed()
+            if self._early:
+                early, self._early = self._early, []
+                for tunnel in early:
+                    self._look_at(tunnel)
             if now >= self._sweep_at:
                 self._sweep(now)
             if self._over:
@@ -135,6 +142,9 @@ class Loop:
     def _look_at(self, tunnel: Any) -> None:
         """After an event that changed more than bytes: has it ended, is it busy, what is to be waited for?"""
         if not isinstance(tunnel, Tunnel):
+            return
+        if not tunnel.adopted:
+            self._early.append(tunnel)
             return
         if tunnel.ended:
             self._over.append(tunnel)
@@ -154,8 +164,7 @@ class Loop:
         self._failed()
         if isinstance(subject, Tunnel) and not subject.ended:
             subject.end("server", "a bug of the server")
-            self._over.append(subject)
-            self._unregister(subject)
+            self._look_at(subject)
 
     def _sweep(self, now: float) -> None:
         """End the tunnels whose deadline has passed."""
@@ -195,21 +204,20 @@ class Loop:
     # ---- which descriptors are registered -------------------------------------------------------------------------
 
     def _register(self, tunnel: Tunnel) -> None:
-        """Register both sides, and only then publish them: an event that comes between is seen again at once."""
+        """Register both sides. They are published first, so that the loop can go to work at once, while this thread may
+        still wait for the GIL; until `adopted` says so, the loop changes no registration and closes nothing."""
         client, remote = tunnel.client.fileno(), tunnel.remote.fileno()
-        wanted = tunnel.interest()
-        done = []
+        wanted = tunnel.watched = tunnel.interest()
+        self._watched.update({client: (tunnel, CLIENT), remote: (tunnel, REMOTE)})
         try:
-            for fd, events in zip((client, remote), wanted):
+            for fd, events in ((remote, wanted[REMOTE]), (client, wanted[CLIENT])):     # the client speaks first
                 if events != UNREGISTERED:
                     self._poller.register(fd, events)
-                    done.append(fd)
-        except OSError:
-            for fd in done:
-                self._poller.unregister(fd)
-            raise
-        tunnel.watched = wanted
-        self._watched.update({client: (tunnel, CLIENT), remote: (tunnel, REMOTE)})
+        except OSError as exc:                              # the system has no more to give
+            tunnel.end("server", exc.strerror or str(exc))
+            self.call_soon(lambda: self._look_at(tunnel))
+        finally:
+            tunnel.adopted = True
 
     def _rewatch(self, sock: socket.socket, tunnel: Tunnel, side: int, before: int, wanted: int) -> None:
         if wanted == before:
@@ -226,7 +234,10 @@ class Loop:
         for sock, events in zip((tunnel.client, tunnel.remote), tunnel.watched):
             fd = sock.fileno()
             if self._watched.pop(fd, None) and events != UNREGISTERED:
-                self._poller.unregister(fd)
+                try:
+                    self._poller.unregister(fd)
+                except (OSError, ValueError, KeyError):     # it could not be registered; or the loop has stopped
+                    pass
         tunnel.watched = (UNREGISTERED, UNREGISTERED)
 
     # ---- busy tunnels ---------------------------------------------------------------------------------------------
@@ -260,11 +271,8 @@ class Loop:
             self._over.append(tunnel)
             return
         tunnel.up.full = tunnel.down.full = 0
-        try:
-            self._register(tunnel)
-        except OSError as exc:
-            tunnel.end("server", exc.strerror or str(exc))
-            self._over.append(tunnel)
+        tunnel.adopted = False
+        self._register(tunnel)
 
 
 def relay_alone(tunnel: Tunnel, until_quiet: bool) -> None:

@@ -30,6 +30,7 @@ class Tunnel:
     moved_at        when a byte was last moved, by time.monotonic()
     watched         the events for which the loop has registered each side; UNREGISTERED for none
     hung_up         the sides that are closed both ways, as bits 1 (client) and 2 (remote)
+    adopted         both sides are registered: before, the loop may move bytes, but not change or close anything
     lent            a thread of its own has it: the loop must not touch it
     aborted         set by another thread: the tunnel is to end, for this reason
     ended           it is over, and `close` may be called
@@ -37,8 +38,8 @@ class Tunnel:
     why             the error that ended it, or ""
     """
 
-    __slots__ = ("session", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched", "hung_up",
-                 "lent", "aborted", "ended", "ended_by", "why")
+    __slots__ = ("session", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched",
+                 "hung_up", "adopted", "lent", "aborted", "ended", "ended_by", "why")
 
     def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", idle_s: float = 0,
                  half_closed_s: float = 0, session: Any = None) -> None:
@@ -53,6 +54,7 @@ class Tunnel:
         self.moved_at = 0.0
         self.watched = (UNREGISTERED, UNREGISTERED)
         self.hung_up = 0
+        self.adopted = False
         self.lent = False
         self.aborted = ""
         self.ended = False

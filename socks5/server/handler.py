@@ -9,23 +9,28 @@ from __future__ import annotations
 import logging
 import socket
 from functools import cached_property, partial
+from ipaddress import IPv4Address
 from socketserver import StreamRequestHandler
-from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Type
+from time import monotonic
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Type
 
 from ..access import users
 from ..access.rules import Asker, Rules
 from ..access.throttle import Throttle
 from ..access.users import Users
-from ..commands.bind import Rendezvous, expected
+from ..commands.bind import Rendezvous, any_peer, expected
 from ..commands.connect import connect
 from ..commands.udp import Association
 from ..config import Config
 from ..net.addresses import IP, Endpoint, endpoint_of, is_here
 from ..net.listeners import tune
 from ..net.poller import new_poll
-from ..net.resolver import Names, normalise, resolve
+from ..net.lookups import Names
+from ..net.resolver import normalise
+from ..net.shares import Ports
 from ..protocol.codes import Cmd, Method, Rep
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
+from ..protocol.facts import Facts
 from ..protocol.fields import Host
 from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 from ..protocol.trace import M, Sent
@@ -35,6 +40,7 @@ from .sessions import Session, Sessions
 
 log = logging.getLogger(__name__)
 
+LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever
 TOLD = 10                   # rules that one association may name in the log
 
 SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
@@ -52,6 +58,8 @@ class Service:
     rules: Rules
     throttle: Throttle
     names: Names
+    bind_ports: Ports
+    udp_ports: Ports
     sessions: Sessions
     server_address: Any
     methods: Mapping[int, Callable[[Handler], Optional[bytes]]]     # see MethodTable
@@ -130,7 +138,7 @@ class Handler(StreamRequestHandler):
         self.session.greeted = True
         methods = self.server.methods
         method = users.choose(offered, methods)
-        self.session.step("method", offered=offered, chosen=bytes([method]))
+        self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
         self.send(Selection(method))
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
@@ -165,7 +173,7 @@ class Handler(StreamRequestHandler):
                                               partial(server.users.check, *who))
         if not right:
             log.warning("auth_failed client=%(client)s user=%(user)s",       # README.rst: fail2ban looks for it
-                        {"client": session.client.ip, "user": login.uname})
+                        Facts(client=session.client.ip, user=login.uname))
             session.user = login.uname
             self.pause(late_s)
             self.send(LoginStatus(0x01))
@@ -178,8 +186,10 @@ class Handler(StreamRequestHandler):
 
     def connect(self, dst: Address) -> None:
         host, session = self.authorized(Cmd.CONNECT, dst), self.session
-        addresses = self.not_ourselves(dst.port, self.permitted(Cmd.CONNECT, host, dst.port, resolve(host)))
-        remote, ip = connect(addresses, dst.port, self.server.config.connect_timeout, self.connection)
+        deadline = self.deadline()
+        found = self.lookup(deadline, host)
+        addresses = self.not_ourselves(dst.port, self.permitted(Cmd.CONNECT, host, dst.port, found))
+        remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection)
         with ClosedOnError(remote):
             session.reached = Endpoint(ip, dst.port)
             try:
@@ -193,9 +203,10 @@ class Handler(StreamRequestHandler):
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
         host = self.authorized(Cmd.BIND, dst)
-        peers = self.permitted(Cmd.BIND, host, dst.port, expected(host, dst.port))
+        peers = self.permitted(Cmd.BIND, host, dst.port, expected(host, partial(self.lookup, self.deadline())))
         permit = partial(self.permits_caller, dst.port)
-        with Rendezvous(self.connection, peers, config.bind_ports, config.advertise, permit) as rendezvous:
+        with Rendezvous(self.connection, peers, self.server.bind_ports, config.advertise, permit,
+                        session.origin) as rendezvous:
             self.reply(Rep.SUCCEEDED, rendezvous.bnd)           # the first: where we listen
             remote, peer = rendezvous.wait(config.bind_timeout)
         with ClosedOnError(remote):                             # the listener is closed: one peer only
@@ -211,16 +222,18 @@ class Handler(StreamRequestHandler):
         if not verdict.allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
         self.told: Set[str] = set()             # rules that a line in the log has named
-        with Association(self.connection, str(session.client.ip), config.udp_ports, config.advertise,
+        with Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
-                         self.story.overhear if self.story else None) as association:
+                         self.story.datagram if self.story else None) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
-            association.run(config.udp_idle_timeout)
-            session.up, session.down = association.up, association.down
+            try:
+                association.run(config.udp_idle_timeout)
+            finally:
+                session.up, session.down = association.up, association.down
+                session.association = None                      # which refers to us, and we to the session
             session.ended_by = session.ended_by or association.ended_by
             session.why, session.notes = session.why or association.why, association.summary()
-        session.association = None
 
     def relay(self, remote: socket.socket) -> None:
         """Hand the tunnel over to the relay loop, which owns both sockets from here on. What the client sent behind
@@ -231,24 +244,32 @@ class Handler(StreamRequestHandler):
         self.server.relay(Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout,
                                  config.half_closed_timeout, self.session))
 
+    def deadline(self) -> float:
+        """When --connect-timeout is over, which begins now: with the lookup."""
+        return monotonic() + (self.server.config.connect_timeout or float("inf"))
+
+    def lookup(self, deadline: float, host: Host) -> Sequence[IP]:
+        """The addresses of a normalised host. Raises RequestRefused; ConnectionResetError when the client has left."""
+        return self.server.names.resolve(host, deadline, self.connection, self.session.origin)
+
     # ---- may this client do that? ---------------------------------------------------------------------------------
 
     def asker(self, cmd: Cmd) -> Asker:
         return Asker(self.session.client.ip, self.session.user, cmd)
 
     def authorized(self, cmd: Cmd, dst: Address) -> Host:
-        """DST.ADDR in its normal form: an IP address, or a name in ASCII, b"" for none. Raises RequestRefused: X'04'
-        for what is not a name, X'02' for a name that no address could make right, before anything is looked up."""
-        host = normalise(dst.host) if dst.host or dst.port else b""
-        if isinstance(host, bytes) and host:                    # an address is judged as such
+        """DST.ADDR in its normal form: an IP address, or a name in ASCII. Raises RequestRefused: X'04' for what is not
+        a name, X'02' for a name that no address could make right, before anything is looked up."""
+        host = IPv4Address(0) if cmd == Cmd.BIND and any_peer(dst) else normalise(dst.host)
+        if isinstance(host, bytes):                             # an address is judged as such
             verdict = self.server.rules.foresee(self.asker(cmd), dst.port, host)
             if not verdict.allowed:
                 raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
         return host
 
-    def permitted(self, cmd: Cmd, host: Host, port: int, addresses: List[IP]) -> List[IP]:
+    def permitted(self, cmd: Cmd, host: Host, port: int, addresses: Sequence[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
-        asker, name, allowed, why = self.asker(cmd), host if isinstance(host, bytes) and host else None, [], ""
+        asker, name, allowed, why = self.asker(cmd), name_in(host), [], ""
         for address in addresses:
             verdict = self.server.rules.judge(asker, address, port, name)
             if verdict.allowed:
@@ -276,15 +297,13 @@ class Handler(StreamRequestHandler):
 
     def permits_datagram(self, address: Optional[IP], port: int, host: Host) -> bool:
         """May this client's datagrams go there? Without an address: is it worth looking up? Logs once for each rule."""
-        asker, rules = self.asker(Cmd.UDP_ASSOCIATE), self.server.rules
-        name = normalise(host) if isinstance(host, bytes) else None
-        name = name if isinstance(name, bytes) else None
+        asker, name, rules = self.asker(Cmd.UDP_ASSOCIATE), name_in(host), self.server.rules
         verdict = rules.judge(asker, address, port, name) if address else rules.foresee(asker, port, name)
         if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:
             self.told.add(verdict.where)
-            log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", {
-                "client": self.session.client, "user": self.session.user, "dst": Address(address or host, port),
-                "why": "denied by %s" % verdict.where})
+            log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", Facts(
+                client=self.session.client, user=self.session.user, dst=Address(address or host, port),
+                why="denied by %s" % verdict.where))
         return verdict.allowed
 
     # ---- §6: answers ----------------------------------------------------------------------------------------------
@@ -299,6 +318,11 @@ class Handler(StreamRequestHandler):
             poll = new_poll()
             poll.register(self.connection.fileno(), 0)          # what is told unasked: a hang-up, an error
             poll.poll(seconds * 1000)
+
+
+def name_in(host: Host) -> Optional[bytes]:
+    """The name in a normalised host; None for an address."""
+    return host if isinstance(host, bytes) else None
 
 
 class ClosedOnError:

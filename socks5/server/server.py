@@ -21,14 +21,15 @@ from ..access.throttle import Throttle
 from ..access.users import Users
 from ..config import Config, ConfigError
 from ..net import listeners as net_listeners
-from ..net.addresses import Endpoint, endpoint_of, subscriber
+from ..net.addresses import Endpoint, endpoint_of, origin_of
+from ..net.lookups import Names
 from ..net.poller import READ, new_poll
-from ..net.resolver import Names
-from ..protocol import trace
+from ..net.shares import Ports
 from ..protocol.errors import name_of
+from ..protocol.facts import Facts, tell
 from ..relay.loop import Loop, peek
 from ..relay.tunnel import Tunnel
-from . import acceptors
+from . import acceptors, tracing
 from .counters import Counts
 from .handler import ANONYMOUS, BY_PASSWORD, Handler, Service
 from .sessions import Full, Session, Sessions
@@ -54,7 +55,7 @@ class Server(ThreadingTCPServer, Service):
 
     Raises OSError (with the address in `filename`) when it cannot listen, ConfigError for a bad file.
 
-    To call: serve_forever, handle_request, shutdown, server_close, fileno as in socketserver; stop, soon, reload, drain.
+    To call: serve_forever, handle_request, shutdown, server_close, fileno as in socketserver; stop, reload, drain.
 
     To override, as in socketserver; the thread that calls it in brackets:
         server_bind, server_activate    the sockets of config.listen are bound, and listened on [that makes the Server]
@@ -89,9 +90,11 @@ class Server(ThreadingTCPServer, Service):
         another's sessions; `access` is read already."""
         self.config = config or Config()
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
-        self.trace = trace.opened(self.config.trace)
+        self.trace = tracing.opened(self.config.trace)
         self.throttle = Throttle()
         self.names = Names()
+        self.bind_ports = Ports(self.config.bind_ports)
+        self.udp_ports = Ports(self.config.udp_ports, need=2)       # one towards the client, one towards the remotes
         self.methods = dict(BY_PASSWORD if self.users else ANONYMOUS)
         net_listeners.raise_descriptor_limit()
         self.sessions = Sessions(self.config.max_sessions or float("inf"), self.config.handshake_timeout,
@@ -193,14 +196,15 @@ class Server(ThreadingTCPServer, Service):
     def log_sessions_soon(self) -> None:
         self.soon(partial(self.table.log, self.sessions))
 
-    def reload(self) -> bool:
-        """Read users and rules again, for what is asked from now on. Where one of the files is bad, both stay."""
+    def reload(self, access: Optional[Tuple[Users, Rules]] = None) -> bool:
+        """Put users and rules in force for what is asked from now on. Reads the files again unless `access` is given;
+        where one of them is bad, both stay as they were. Any thread may call this."""
         try:
-            self.users, self.rules = Users(self.config), Rules(self.config)
+            self.users, self.rules = access or (Users(self.config), Rules(self.config))
         except ConfigError as exc:
             log.error("not reloaded, users and rules stay as they were: %s", exc)
             return False
-        log.info("reloaded users=%(users)d rules=%(rules)d", {"users": len(self.users.names), "rules": len(self.rules)})
+        log.info("reloaded users=%(users)d rules=%(rules)d", Facts(users=len(self.users.names), rules=len(self.rules)))
         return True
 
     # ---- one connection, from accept to its handler -----------------------------------------------------------------
@@ -239,7 +243,7 @@ class Server(ThreadingTCPServer, Service):
         except OSError as exc:
             if exc.errno in EXHAUSTED:
                 self.complain("accept", "accept_failed errno=%(errno)s sessions=%(sessions)d",
-                              {"errno": name_of(exc), "sessions": len(self.sessions)})
+                              Facts(errno=name_of(exc), sessions=len(self.sessions)))
                 sleep(REST_S)
             raise
         if not listener:                                        # or it has inherited all this
@@ -248,10 +252,12 @@ class Server(ThreadingTCPServer, Service):
         return request, client_address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        if not self.config.allow_from:
+            return True
         client = endpoint_of(client_address)
         if self.rules.admits(client.ip):
             return True
-        log.info(REFUSED, {"client": client, "why": "not in --allow-from"})
+        log.info(REFUSED, Facts(client=client, why="not in --allow-from"))
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -292,7 +298,7 @@ class Server(ThreadingTCPServer, Service):
         session = self.sessions.get(request)
         if not session:
             client = endpoint_of(client_address)
-            session = self.sessions.admit(request, client, subscriber(client.ip))
+            session = self.sessions.admit(request, client, origin_of(client_address))
             if self.trace:
                 session.story = self.trace.begin(session.number, client)
         return session
@@ -305,9 +311,9 @@ class Server(ThreadingTCPServer, Service):
 
     def refuse(self, client_address: Any, about: str, why: str) -> None:
         """Say that this client is turned away before it is heard, for want of something of ours."""
-        self.complain(about, REFUSED, {"client": endpoint_of(client_address), "why": why})
+        self.complain(about, REFUSED, Facts(client=endpoint_of(client_address), why=why))
 
-    def complain(self, about: str, line: str, facts: Dict[str, Any]) -> None:
+    def complain(self, about: str, line: str, facts: Facts) -> None:
         """A warning that would come with every connection: once a minute is enough, for each thing it is about."""
         now = monotonic()
         with self._lock:
@@ -363,8 +369,9 @@ class Server(ThreadingTCPServer, Service):
         """The session is over: the line in the log, the registry, the socket, the hook."""
         if self.sessions.get(session.sock) is not session:
             return
+        session.ended_at = monotonic()
         facts = session.facts()
-        log.info(Session.LINE, facts)
+        tell(log, logging.INFO, Session.LINE, facts)
         if session.story:
             session.story.end(facts)
         self.sessions.remove(session)

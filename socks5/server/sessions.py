@@ -12,10 +12,11 @@ import socket
 import threading
 from collections import Counter
 from time import monotonic
-from typing import Any, Dict, Hashable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from ..commands.udp import Association
 from ..net.addresses import Endpoint
+from ..protocol.facts import Facts
 from ..protocol.messages import Address
 from ..relay.tunnel import Tunnel
 from .counters import Counts, Shared
@@ -39,15 +40,17 @@ class Session:
     notes       what is to be added to `why`
     """
 
-    __slots__ = ("number", "client", "origin", "sock", "started", "user", "cmd", "dst", "reached", "rep", "tunnel",
-                 "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight", "story")
+    __slots__ = ("number", "client", "origin", "sock", "started", "ended_at", "user", "cmd", "dst", "reached", "rep",
+                 "tunnel", "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
+                 "story")
 
-    def __init__(self, client: Endpoint, origin: Hashable, sock: socket.socket) -> None:
+    def __init__(self, client: Endpoint, origin: str, sock: socket.socket) -> None:
         self.number = 0                             # until it is admitted
         self.client = client
         self.origin = origin
         self.sock = sock
         self.started = monotonic()
+        self.ended_at = 0.0
         self.user: Optional[bytes] = None
         self.cmd = ""                               # until the request is there
         self.dst: Optional[Address] = None
@@ -69,13 +72,12 @@ class Session:
     LINE = ("session client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s reached=%(reached)s rep=%(rep)s "
             "up=%(up)d down=%(down)d seconds=%(seconds).3f ended=%(ended)s why=%(why)s")
 
-    def facts(self) -> Dict[str, Any]:
-        """Typed: the formatter of the log decides how they look. None is for a fact that there is not."""
+    def facts(self) -> Facts:
         up, down = self.moved()
-        return {"client": self.client, "user": self.user, "cmd": self.cmd or None, "dst": self.dst,
-                "reached": self.reached, "rep": self.rep or None, "up": up, "down": down,
-                "seconds": monotonic() - self.started, "ended": self.ended_by.replace(" ", "-") or None,
-                "why": "; ".join(filter(None, (self.why, self.notes))) or None}
+        return Facts(client=self.client, user=self.user, cmd=self.cmd, dst=self.dst, reached=self.reached, rep=self.rep,
+                     up=up, down=down, seconds=(self.ended_at or monotonic()) - self.started,
+                     ended=self.ended_by.replace(" ", "-"),
+                     why="; ".join(filter(None, (self.why, self.notes))) if self.notes else self.why)
 
     def moved(self) -> Tuple[int, int]:
         """Bytes up and down until now."""
@@ -103,7 +105,7 @@ class Session:
     def step(self, word: str, **facts: object) -> None:
         """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
         if log.isEnabledFor(logging.DEBUG):
-            said = dict(client=self.client, **facts)
+            said = Facts(client=self.client, **facts)
             log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
 
 
@@ -159,9 +161,9 @@ class Sessions:
 
     # ---- in and out -----------------------------------------------------------------------------------------------
 
-    def admit(self, sock: socket.socket, client: Endpoint, origin: Hashable = None) -> Session:
+    def admit(self, sock: socket.socket, client: Endpoint, origin: str = "") -> Session:
         """A new session. Raises Full when there is no room for it."""
-        session = Session(client, client.ip if origin is None else origin, sock)
+        session = Session(client, origin or str(client.ip), sock)
         with self._lock:
             if 0 < self.per_origin <= self._counts.of(session.origin):
                 raise Full("max-per-client", "%d reached by %s" % (self.per_origin, session.origin))
@@ -176,7 +178,7 @@ class Sessions:
             self._negotiating[session] = None
         return session
 
-    def _full(self, origin: Hashable, more: int) -> bool:
+    def _full(self, origin: str, more: int) -> bool:
         """Whether `more` would be too many, of all or of this origin's share."""
         leaving = min(self._leaving, MAX_LEAVING)
         here, shared = self._weight - leaving, self.maximum < NO_LIMIT

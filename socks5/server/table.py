@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from time import monotonic
-from typing import Any, Dict, Tuple
+from typing import Dict, Tuple
 
+from ..protocol.facts import Facts
 from .sessions import Session, Sessions, oldest_first
 
 log = logging.getLogger(__name__)
@@ -28,14 +29,15 @@ class Table:
             seen[session.number] = monotonic(), int(facts["up"]) + int(facts["down"])
             log.info(LINE, facts)
         self._before = seen
-        log.info("live sessions=%(sessions)d", {"sessions": len(seen)})
+        log.info("live sessions=%(sessions)d", Facts(sessions=len(seen)))
 
-    def facts(self, session: Session) -> Dict[str, Any]:
+    def facts(self, session: Session) -> Facts:
         """`rate` is bytes a second, both ways together, since the last table, or since the session began."""
         now = monotonic()
         facts = session.facts()
+        up, down = session.moved()
         when, before = self._before.get(session.number, (session.started, 0))
         idle_s = session.idle_s(now)
-        return dict(facts, id=session.number, state=session.state(), age=now - session.started,
-                    idle=None if idle_s is None else round(idle_s, 1),
-                    rate=round((facts["up"] + facts["down"] - before) / max(now - when, 0.001)))
+        return Facts(facts, id=session.number, state=session.state(), age=now - session.started,
+                     idle=None if idle_s is None else round(idle_s, 1), up=up, down=down,
+                     rate=round((up + down - before) / max(now - when, 0.001)))

@@ -1,0 +1,307 @@
+"""The lookup service: names of CONNECT, BIND and UDP are looked up here, in a bounded number of threads.
+
+A lookup that hangs in getaddrinfo cannot be interrupted: it holds its thread until the resolver gives up. That is why
+a handler does not call getaddrinfo itself: it could neither time out nor notice that its client has left. The
+hand-over to another thread and back costs 100 us more than the 30 us of a direct call for a name in /etc/hosts, once in
+30 seconds for a name; until then the remembered answer takes 1 us.
+
+The threads are shared fairly among clients, each known by what addresses.subscriber() gives:
+- The client with the fewest lookups under way is served next; among equals they take turns.
+- One client holds PER_CLIENT threads at the most, also after it has left: a lookup under way stays on its account.
+- The last RESERVE threads are for clients that hold none.
+- A name that nothing waits for any more is dropped from the queue.
+
+`Names` may be called from any thread; `Waiting` belongs to the thread of one association.
+"""
+from __future__ import annotations
+
+import errno
+import socket
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+from time import monotonic
+from typing import Callable, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar
+
+from ..protocol.codes import Rep
+from ..protocol.errors import RequestRefused, name_of, rep_of
+from ..protocol.fields import Host, text
+from .addresses import IP
+from .poller import READ, new_poll
+from .resolver import Answer, look_up
+from .wakeup import Wakeup
+
+Tell = Callable[[bytes, Answer], None]      # called once, in a lookup thread, with the name that was asked for
+T = TypeVar("T")
+
+THREADS = 64                    # at the most; there are as many as there are lookups under way
+PER_CLIENT = 16                 # of these; a browser looks up some ten names at once
+RESERVE = 8
+QUEUED_NAMES = 1024             # of one client
+REST_S = 1.0                    # a thread without work ends after that
+ANSWERS = 1024                  # that are remembered
+WAITING_NAMES = 8               # of one Waiting,
+WAITING_ITEMS = 64              # and what may wait for them
+WAITING_BYTES = 1 << 18
+
+
+class Busy(Exception):
+    """Too much is waiting for names already."""
+
+
+class Names:
+    """Looks names up, and remembers the answers for a short time. All that is kept is bounded."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._known: Dict[bytes, Tuple[float, Answer]] = {}             # and until when
+        self._askers: Dict[bytes, List[Tuple[str, Tell]]] = {}          # of each name in a queue or under way
+        self._running: Dict[bytes, str] = {}                            # names under way, on whose account
+        self._held: Dict[str, int] = {}                                 # how many each client has under way
+        self._queues: Dict[str, Dict[bytes, None]] = {}                 # by client, in order
+        self._turns: Tuple[Dict[str, None], ...] = tuple({} for _ in range(PER_CLIENT))     # by how many it holds
+        self._idle = 0                                                  # threads that nothing is meant for
+        self._work: "SimpleQueue[bytes]" = SimpleQueue()
+
+    # ---- for one request ------------------------------------------------------------------------------------------
+
+    def resolve(self, host: Host, deadline: float, connection: Optional[socket.socket], client: str) -> Sequence[IP]:
+        """The addresses of a normalised host. Waits until `deadline` (monotonic; inf: for ever), or until `connection`
+        is reset; a FIN may be a half-close, and ends nothing.
+
+        Raises RequestRefused: X'04' when it does not resolve, or not in time; X'01' when we have no thread or
+        descriptor for it. Raises ConnectionResetError when the client has left.
+        """
+        if not isinstance(host, bytes):
+            return [host]
+        answer = self._remembered(host) or self._wait(host, deadline, connection, client)
+        if not answer.addresses:
+            raise RequestRefused(Rep.HOST_UNREACHABLE, answer.why)
+        return answer.addresses
+
+    def _wait(self, name: bytes, deadline: float, connection: Optional[socket.socket], client: str) -> Answer:
+        began = monotonic()
+        answers: List[Answer] = []
+        try:
+            with Wakeup() as wakeup:
+                def tell(_name: bytes, answer: Answer) -> None:
+                    answers.append(answer)
+                    wakeup.set()
+
+                answer = self.ask(name, client, tell)
+                if answer:
+                    return answer
+                try:
+                    self._watch(wakeup, deadline, connection)
+                finally:
+                    self.drop(name, client, tell)
+        except Busy as exc:
+            raise RequestRefused(Rep.GENERAL_FAILURE, "%s is not looked up: %s" % (text(name), exc)) from None
+        except ConnectionResetError:
+            raise ConnectionResetError(errno.ECONNRESET, "client left before %s resolved" % text(name)) from None
+        except OSError as exc:
+            raise RequestRefused(rep_of(exc), "%s is not looked up: %s" % (text(name), name_of(exc))) from None
+        if not answers:
+            why = "%s did not resolve within %.3g s" % (text(name), deadline - began)
+            raise RequestRefused(Rep.HOST_UNREACHABLE, why)
+        return answers[0]
+
+    @staticmethod
+    def _watch(wakeup: Wakeup, deadline: float, connection: Optional[socket.socket]) -> None:
+        """Return when `wakeup` is set or the time is over. Raises ConnectionResetError when the client has left."""
+        poll = new_poll()
+        poll.register(wakeup.fileno(), READ)
+        if connection is not None:
+            poll.register(connection.fileno(), 0)       # no events: a reset is reported all the same, and a FIN is not
+        left_s = deadline - monotonic()
+        while left_s > 0:
+            ready = poll.poll(None if left_s == float("inf") else left_s * 1000 + 1)
+            if any(fd == wakeup.fileno() for fd, _events in ready):
+                return
+            if ready:
+                raise ConnectionResetError
+            left_s = deadline - monotonic()
+
+    # ---- for whatever must not wait -------------------------------------------------------------------------------
+
+    def ask(self, name: bytes, client: str, tell: Tell) -> Optional[Answer]:
+        """What is known of a normalised name; or None, and another thread calls tell(name, answer) unless drop() comes
+        first. Raises Busy when too many names of this client are waiting, or there is no thread."""
+        with self._lock:
+            answer = self._remembered(name)
+            if answer:
+                return answer
+            askers = self._askers.setdefault(name, [])
+            askers.append((client, tell))
+            if name in self._running:
+                return None
+            queue = self._queues.setdefault(client, {})
+            queue[name] = None
+            self._place(client)
+            try:
+                if len(queue) > QUEUED_NAMES:
+                    raise Busy("%d names are waiting" % QUEUED_NAMES)
+                self._hand_out()
+            except Busy:
+                self._forget(name, client, tell)
+                raise
+        return None
+
+    def drop(self, name: bytes, client: str, tell: Tell) -> None:
+        """Do not call tell(name, answer) any more; one call may be under way. Also after it was called."""
+        with self._lock:
+            self._forget(name, client, tell)
+
+    def _remembered(self, name: bytes) -> Optional[Answer]:
+        until, answer = self._known.get(name, (0.0, None))
+        return answer if until > monotonic() else None
+
+    # ---- turns, all of it under the lock --------------------------------------------------------------------------
+
+    def _forget(self, name: bytes, client: str, tell: Tell) -> None:
+        askers = self._askers.get(name, [])
+        if (client, tell) not in askers:
+            return
+        askers.remove((client, tell))
+        if name in self._running:
+            return
+        if all(other != client for other, _tell in askers):
+            self._unqueue(name, client)
+        if not askers:
+            del self._askers[name]
+
+    def _unqueue(self, name: bytes, client: str) -> None:
+        queue = self._queues.get(client, {})
+        queue.pop(name, None)
+        self._place(client)
+
+    def _place(self, client: str) -> None:
+        """Put a client into the turns where it belongs: by how many lookups it has under way, and last among equals."""
+        for turn in self._turns:
+            turn.pop(client, None)
+        held = self._held.get(client, 0)
+        if not self._queues.get(client):
+            self._queues.pop(client, None)
+        elif held < PER_CLIENT:
+            self._turns[held][client] = None
+
+    def _next(self) -> Optional[bytes]:
+        """The name to be looked up next, which is under way from now on; None if there is none that may."""
+        free = THREADS - len(self._running)
+        turns = self._turns if free > RESERVE else self._turns[:1] if free else ()
+        client = next((client for turn in turns for client in turn), None)
+        if client is None:
+            return None
+        name = next(iter(self._queues[client]))
+        self._running[name] = client
+        self._held[client] = self._held.get(client, 0) + 1
+        for other in {client, *(asker for asker, _tell in self._askers[name])}:
+            self._unqueue(name, other)
+        return name
+
+    def _hand_out(self) -> None:
+        """Give the names that may be looked up now to threads. Raises Busy when there is no thread at all."""
+        for name in iter(self._next, None):
+            if self._idle:
+                self._idle -= 1
+                self._work.put(name)
+                continue
+            try:
+                Thread(target=self._serve, args=(name,), name="names", daemon=True).start()
+            except (RuntimeError, MemoryError):         # the next thread that has done its work takes it
+                self._over(name)
+                for asker, _tell in self._askers[name]:
+                    self._queues.setdefault(asker, {})[name] = None
+                    self._place(asker)
+                if not self._running:
+                    raise Busy("no thread to look names up") from None
+                return
+
+    def _over(self, name: bytes) -> None:
+        """A lookup has come to its end."""
+        client = self._running.pop(name)
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
+        self._place(client)
+
+    # ---- the lookup threads ---------------------------------------------------------------------------------------
+
+    def _serve(self, name: Optional[bytes]) -> None:
+        while True:
+            while name:
+                name = self._look_up(name)
+            try:
+                name = self._work.get(timeout=REST_S)
+            except Empty:
+                with self._lock:
+                    if self._idle:                      # else a name for this thread is on its way
+                        self._idle -= 1
+                        return
+
+    def _look_up(self, name: bytes) -> Optional[bytes]:
+        """Look up, tell those that wait for it, and take the next."""
+        answer = look_up(name)
+        with self._lock:
+            if answer.lasting_s:
+                while len(self._known) >= ANSWERS:
+                    del self._known[next(iter(self._known))]
+                self._known.pop(name, None)             # or it would keep its old place
+                self._known[name] = monotonic() + answer.lasting_s, answer
+            askers = self._askers.pop(name)
+            self._over(name)
+            after = self._next()
+            if after is None:
+                self._idle += 1
+        for _client, tell in askers:
+            tell(name, answer)
+        return after
+
+
+class Waiting(Generic[T]):
+    """Items of one poll loop that wait for the addresses of names. When `wakeup` is readable: take().
+
+    The loop's thread creates and closes it; a lookup may outlive that.
+    """
+
+    def __init__(self, names: Names, client: str) -> None:
+        self.names = names
+        self.client = client
+        self.wakeup = Wakeup()
+        self._lock = Lock()
+        self._answers: List[Tuple[bytes, Answer]] = []
+        self._items: Dict[bytes, List[Tuple[T, int]]] = {}      # by name, with their sizes
+
+    def ask(self, name: bytes, item: T, size: int) -> Optional[Answer]:
+        """What is known of a normalised name; or None, and `item`, of `size` bytes, is kept for take(). Raises Busy."""
+        sizes = [size for items in self._items.values() for _item, size in items]
+        if name not in self._items:
+            if len(self._items) >= WAITING_NAMES:
+                raise Busy("%d names are waiting" % WAITING_NAMES)
+            answer = self.names.ask(name, self.client, self._tell)
+            if answer is not None:
+                return answer
+            self._items[name] = []
+        if len(sizes) >= WAITING_ITEMS or sum(sizes) + size > WAITING_BYTES:
+            raise Busy("%d bytes are waiting" % sum(sizes))
+        self._items[name].append((item, size))
+        return None
+
+    def take(self) -> Iterator[Tuple[T, Answer]]:
+        """Every item whose answer has come, in order."""
+        with self._lock:
+            self.wakeup.clear()
+            answers, self._answers = self._answers, []
+        for name, answer in answers:
+            for item, _size in self._items.pop(name):
+                yield item, answer
+
+    def _tell(self, name: bytes, answer: Answer) -> None:
+        with self._lock:
+            self._answers.append((name, answer))
+            self.wakeup.set()
+
+    def close(self) -> None:
+        """Drop what still waits."""
+        for name in self._items:
+            self.names.drop(name, self.client, self._tell)
+        self.wakeup.close()

@@ -1,0 +1,262 @@
+"""Write lines to a descriptor from a thread of its own, so that no other thread waits for who reads them.
+
+The log and the trace use it. put() runs in any thread and only appends to a bounded queue; the writer thread makes
+text of the items and writes it, in chunks that end at a line's end and are small enough that the kernel never mixes
+them with those of another process on the same pipe (PIPE_BUF, pipe(7)).
+
+Processes: the thread starts with the first item. os.fork() stops it before and starts it again afterwards, because a
+fork copies only the thread that calls it; the child begins with an empty queue and starts a thread of its own.
+"""
+from __future__ import annotations
+
+import os
+import select
+import threading
+import weakref
+from functools import partial
+from queue import SimpleQueue
+from time import monotonic, sleep
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
+
+PIPE_BUF = getattr(select, "PIPE_BUF", 512)     # POSIX promises 512 at the least
+MOST_QUEUED = 10000
+BATCH = 1000                    # items taken at once: bounds what is held beside the queue
+REST_S = 0.001                  # between batches: a busy process wakes the thread a thousand times a second, not more
+RETRY_S = 0.01                  # a descriptor that does not block, and is full
+PAUSE_S = 0.2                   # the longest that a fork waits for a write to end
+CLOSE_S = 1.0
+STOP = object()                 # in the queue: everything before it is written, then the thread ends
+CUT = b"...\n"
+
+Write = Callable[[bytes], Optional[int]]        # writes some of it, and says how many bytes; None: all of it
+
+
+class Writer:
+    """A bounded queue, and the thread that writes it.
+
+    write        as os.write with a descriptor: a short write is continued, an exception loses the chunk
+    render       an item's text in ASCII, one line or several, without the last newline. Runs in the writer thread
+    lost         the text of the line that says how many items were lost
+    chunk_bytes  the most that is given to write() at once; a longer line is cut, and ends in "..."
+    release      called once, when nothing will be written any more: closes what was opened for it
+
+    Methods that any thread may call: put, close. Those for a fork are called by it: pause, resume, after_fork.
+    """
+
+    def __init__(self, write: Write, render: Callable[[Any], str], lost: Callable[[int], str],
+                 chunk_bytes: int = PIPE_BUF, release: Callable[[], object] = lambda: None) -> None:
+        self._write = write
+        self._render = render
+        self._lost_text = lost
+        self._chunk_bytes = chunk_bytes
+        self._release = release
+        self._most = MOST_QUEUED
+        self._torn = False                  # a line was written in part: the next one must not continue it
+        self._closed = False
+        self._give_up_at = float("inf")
+        self.after_fork()
+        WRITERS.add(self)
+
+    def put(self, item: object) -> None:
+        """Have it written. Never waits: beyond the bound the item is dropped and counted.
+
+        SimpleQueue is safe with and without a GIL and in signal handlers; it wakes the thread only if that waits."""
+        if self._queue.qsize() >= self._most:
+            self._lose(1)
+            return
+        self._queue.put(item)
+        if self._thread is None:
+            self._start()
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Write what is queued, for timeout_s at the most; what comes later is dropped."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._queue.qsize():
+                self._start()
+            self._closed, self._most = True, 0
+            self._give_up_at = monotonic() + timeout_s
+            thread = self._thread
+        if thread is None:
+            self._release()
+        else:
+            self._queue.put(STOP)
+            thread.join(timeout_s)
+
+    # ---- a fork ---------------------------------------------------------------------------------------------------
+
+    def pause(self, timeout_s: float = PAUSE_S) -> None:
+        """End the thread before os.fork(); waits for timeout_s at the most where a write hangs."""
+        with self._lock:
+            self._paused = True
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            self._queue.put(STOP)
+            thread.join(timeout_s)
+
+    def resume(self) -> None:
+        """Go on, in the parent."""
+        with self._lock:
+            self._paused = False
+            if self._queue.qsize():
+                self._start()
+
+    def after_fork(self) -> None:
+        """Begin anew, in the child: what is queued is the parent's, and so is the thread."""
+        self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._lock = threading.RLock()      # a signal handler may log while its own thread holds it
+        self._thread: Optional[threading.Thread] = None
+        self._paused = False
+        self._lost = 0
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None and not self._paused and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError:        # no more threads, or the interpreter ends: the next item tries again
+                    self._thread = None
+
+    def _lose(self, count: int) -> None:
+        with self._lock:
+            self._lost += count
+
+    def _run(self) -> None:
+        """The thread."""
+        queue = self._queue
+        while True:
+            batch = [queue.get()]
+            batch += [queue.get() for _ in range(min(queue.qsize(), BATCH))]
+            items = [item for item in batch if item is not STOP]
+            self._write_all(self._blocks(items))
+            self._tell_lost()
+            if len(items) < len(batch) and self._ended():
+                return
+            del batch, items                # while it waits, nothing keeps a record alive
+            if not queue.qsize():
+                sleep(REST_S)
+
+    def _ended(self) -> bool:
+        """Whether the thread is to end: STOP may be of a fork that did not wait for it."""
+        with self._lock:
+            ending = self._paused or self._closed
+            if ending:
+                self._thread = None
+            closed = self._closed
+        if closed:
+            self._release()
+        return ending
+
+    def _blocks(self, items: Iterable[object]) -> Iterator[bytes]:
+        for item in items:
+            try:
+                text = self._render(item)
+            except Exception as exc:        # an argument that does not fit its format, say: one item, not the thread
+                text = "ERROR cannot be written: %s" % ascii(exc)
+            yield encoded(text, self._chunk_bytes)
+
+    def _write_all(self, blocks: Iterable[bytes]) -> int:
+        """How many items were lost, which are also counted."""
+        lost = 0
+        for chunk, count in chunks(blocks, self._chunk_bytes):
+            if not self._write_chunk(chunk):
+                lost += count
+        if lost:
+            self._lose(lost)
+        return lost
+
+    def _tell_lost(self) -> None:
+        with self._lock:
+            count, self._lost = self._lost, 0
+        if count and self._write_all([encoded(self._lost_text(count), self._chunk_bytes)]):
+            self._lose(count - 1)           # that line is not one of those which were to be written
+
+    def _write_chunk(self, data: bytes) -> bool:
+        """Whether the whole of it was written."""
+        if self._torn:
+            data = b"\n" + data
+        whole = len(data)
+        while data:
+            try:
+                done = self._write(data)
+            except BlockingIOError:
+                if monotonic() >= self._give_up_at:
+                    break
+                sleep(RETRY_S)
+                continue
+            except Exception:               # a full disk, a reader that left, a stream that was closed
+                break
+            data = data[len(data) if done is None else done:]
+        if len(data) < whole:
+            self._torn = bool(data)
+        return not data
+
+
+def encoded(text: str, most_bytes: int) -> bytes:
+    """Lines of ASCII, each ended by a newline and no longer than most_bytes."""
+    data = text.encode("ascii", "backslashreplace") + b"\n"
+    if len(data) > most_bytes:
+        data = b"".join(line if len(line) <= most_bytes else line[:most_bytes - len(CUT)] + CUT
+                        for line in data.splitlines(True))
+    return data
+
+
+def chunks(blocks: Iterable[bytes], most_bytes: int) -> Iterator[Tuple[bytes, int]]:
+    """Join blocks of lines to (chunk, number of blocks); a block that is too long for one chunk is split at line ends,
+    and each of its parts counts."""
+    parts: List[bytes] = []
+    size = 0
+    for block in blocks:
+        if size + len(block) > most_bytes:
+            if parts:
+                yield b"".join(parts), len(parts)
+            parts, size = [], 0
+            while len(block) > most_bytes:
+                end = block.rindex(b"\n", 0, most_bytes) + 1
+                yield block[:end], 1
+                block = block[end:]
+        parts.append(block)
+        size += len(block)
+    if parts:
+        yield b"".join(parts), len(parts)
+
+
+def writing_to(stream: Any) -> Write:
+    """A `write` for a text stream: to its descriptor where it has one, past its buffer and its lock."""
+    try:
+        return partial(os.write, stream.fileno())
+    except (OSError, ValueError, AttributeError):
+        return partial(write_text, stream)
+
+
+def write_text(stream: Any, data: bytes) -> None:
+    stream.write(data.decode("ascii"))
+    stream.flush()
+
+
+# ---- os.fork(), from wherever it is called -----------------------------------------------------------------------
+
+WRITERS: "weakref.WeakSet[Writer]" = weakref.WeakSet()
+
+
+def before_fork() -> None:
+    for writer in list(WRITERS):
+        writer.pause()
+
+
+def after_fork_in_parent() -> None:
+    for writer in list(WRITERS):
+        writer.resume()
+
+
+def after_fork_in_child() -> None:
+    for writer in list(WRITERS):
+        writer.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=before_fork, after_in_parent=after_fork_in_parent, after_in_child=after_fork_in_child)

@@ -1,0 +1,57 @@
+"""One server in this process: --workers 1, and where there is no fork.
+
+The main thread waits for signals, a thread of its own serves.
+"""
+from __future__ import annotations
+
+import logging
+import threading
+from typing import List
+
+from ..server.server import Server
+from .control import Control
+from .files import Access
+from .orders import Order
+from .worker import obey, serve
+
+log = logging.getLogger(__name__)
+
+
+class Alone(Control):
+    """Serves in a thread until SIGTERM or SIGINT has ended it."""
+
+    def __init__(self, server: Server, access: Access) -> None:
+        super().__init__(server.config, access)
+        self.server = server
+        self._hurry = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._started = self._ended = False
+
+    def running(self) -> bool:
+        return not self._ended if self._started else not self.stops
+
+    def due(self) -> List[float]:
+        return [] if self._started else [0.0]
+
+    def work(self) -> None:
+        if not self._started and not self.stops:
+            self._started = True
+            self._thread.start()                # blocks the same signals as this one
+
+    def tell(self, order: Order) -> None:
+        obey(self.server, self._hurry, order, self.access)
+
+    def kill(self) -> None:
+        """The thread cannot be killed; it ends with the program."""
+        self._ended = True
+        log.error("the server did not stop in time")
+
+    def _serve(self) -> None:
+        try:
+            serve(self.server, self._hurry)
+        except BaseException:
+            log.exception("the server cannot go on")
+            self.status = 1
+        finally:
+            self._ended = True
+            self.signals.wake()

@@ -1,0 +1,123 @@
+"""The main loop of the program: it does what signals ask for. The same for one server process and for several.
+
+Runs in the main thread, which does nothing else.
+"""
+from __future__ import annotations
+
+import logging
+from time import monotonic
+from typing import Callable, Iterable, List, Set
+
+from ..config import Config, ConfigError
+from .files import Access, Exhausted, Files
+from .orders import Order
+from .signals import Signals
+
+log = logging.getLogger(__name__)
+
+NEVER = float("inf")
+RELOAD_EVERY_S = 1.0            # at most so often; and a reload that failed for want of resources is tried again
+OVERDUE_S = 5.0                 # beyond the drain timeout: then what has not stopped is killed
+ABORT_S = 2.0                   # the same after a second signal
+
+
+class Control:
+    """Runs until a stop has been asked for and everything has ended.
+
+    To be overridden: running(), tell(), kill(), and where there is something to do: work(), due(), unsent().
+    """
+
+    def __init__(self, config: Config, access: Access) -> None:
+        self.config = config
+        self.access = access                    # in force, whatever is in the files by now
+        self.signals = Signals()
+        self.files = Files(config)
+        self.stops = 0                          # how often it was asked for
+        self.status = 0                         # the program's exit status
+        self._reload_at = NEVER
+        self._read_at = -NEVER                  # when the files were read last
+        self._kill_at = NEVER
+        self._delayed = False                   # a reload is tried again, which has been said
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> int:
+        """Calls ready() as soon as signals will be obeyed. Returns the exit status."""
+        with self.signals:
+            ready()
+            while self.running():
+                due = min([self._reload_at, self._kill_at, *self.due()])
+                orders = self.signals.wait(due - monotonic(), self.unsent())
+                self.end(orders)
+                self.work()
+                self.obey(orders)
+        self.close()
+        return self.status
+
+    def close(self) -> None:
+        self.signals.close()
+        self.files.close()
+
+    # ---- what subclasses say --------------------------------------------------------------------------------------
+
+    def running(self) -> bool:
+        """Whether to go on."""
+        raise NotImplementedError
+
+    def tell(self, order: Order) -> None:
+        """Have the servers do it. RELOAD puts self.access in force: everywhere, or, with a MemoryError, nowhere."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End what has not stopped in time."""
+        raise NotImplementedError
+
+    def work(self) -> None:
+        """Do what is due. Called after each wait."""
+
+    def due(self) -> List[float]:
+        """When, by time.monotonic(), work() is to be called at the latest."""
+        return []
+
+    def unsent(self) -> Iterable[int]:
+        """Descriptors to which work() wants to write."""
+        return ()
+
+    # ---- signals --------------------------------------------------------------------------------------------------
+
+    def end(self, orders: Set[Order]) -> None:
+        """Stop and drain when it is asked for, at once when it is asked for again. Goes before all else: it must not
+        wait for a reload."""
+        if Order.STOP in orders:
+            self.stops += 1
+            if self.stops == 1:
+                self._kill_at = monotonic() + self.config.drain_timeout + OVERDUE_S
+                self.tell(Order.STOP)
+            else:
+                self._kill_at = min(self._kill_at, monotonic() + ABORT_S)
+                self.tell(Order.ABORT)
+        if monotonic() >= self._kill_at:
+            self._kill_at = NEVER
+            self.kill()
+
+    def obey(self, orders: Set[Order]) -> None:
+        """Do what else is asked for."""
+        if Order.RELOAD in orders:
+            self._reload_at = min(self._reload_at, self._read_at + RELOAD_EVERY_S)
+        if monotonic() >= self._reload_at:
+            self.reload()
+        if Order.SESSIONS in orders:
+            self.tell(Order.SESSIONS)
+
+    def reload(self) -> None:
+        """Read the files and put them in force. A bad file changes nothing; want of resources only delays it."""
+        self._reload_at, self._read_at = NEVER, monotonic()
+        before, said, self._delayed = self.access, self._delayed, False
+        try:
+            self.access = self.files.read()
+            self.tell(Order.RELOAD)
+        except (Exhausted, MemoryError) as exc:
+            self.access, self._delayed = before, True
+            self._reload_at = monotonic() + RELOAD_EVERY_S
+            if not said:                        # once is enough
+                log.error("not reloaded yet, tried again every second: %s", exc)
+        except (ConfigError, OSError) as exc:
+            log.error("not reloaded, users and rules stay as they were: %s", exc)

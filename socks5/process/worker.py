@@ -1,0 +1,72 @@
+"""A worker: a process with one server, which does what its supervisor says.
+
+Its main thread serves; a thread of its own reads the supervisor's orders. A worker whose supervisor is gone reads EOF,
+and ends.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from typing import Callable, Iterable, NoReturn, Optional
+
+from ..server.server import Server
+from . import signals
+from .files import Access
+from .orders import Order, read
+
+log = logging.getLogger(__name__)
+
+
+def serve(server: Server, hurry: threading.Event) -> None:
+    """Serve until server.stop(), then drain and close; `hurry` ends the drain at once."""
+    with server:
+        server.serve_forever()
+        aborted = server.drain(server.config.drain_timeout, hurry)
+    if aborted:
+        log.warning("stopped with %d sessions cut off", aborted)
+
+
+def obey(server: Server, hurry: threading.Event, order: Order, access: Optional[Access] = None) -> None:
+    """Have the server do what was ordered. Does not wait for it."""
+    if order == Order.RELOAD:
+        server.reload(access)
+    elif order == Order.SESSIONS:
+        server.log_sessions_soon()
+    else:
+        if order == Order.ABORT:
+            hurry.set()
+        server.stop()
+
+
+def listen(server: Server, hurry: threading.Event, channel: socket.socket) -> None:
+    """Obey the orders that come over the channel; stop at once when the supervisor is gone."""
+    try:
+        with channel.makefile("rb") as stream:
+            for order, access in read(stream):
+                obey(server, hurry, order, access)
+    except Exception:                           # it may not have the rules that the others have: so it has to go
+        log.exception("worker %d cannot obey its supervisor", os.getpid())
+        server.stop()
+    else:
+        obey(server, hurry, Order.ABORT)
+
+
+def become(make: Callable[[], Server], channel: socket.socket, supervisors: Iterable[socket.socket]) -> NoReturn:
+    """In the child, after the fork: be a worker, and end the process. `supervisors` are the sockets to close."""
+    status = 1
+    try:
+        signals.ignore()
+        for sock in supervisors:
+            sock.close()
+        server = make()
+        hurry = threading.Event()
+        threading.Thread(target=listen, args=(server, hurry, channel), daemon=True).start()
+        serve(server, hurry)
+        status = 0
+    except BaseException:
+        log.exception("worker %d cannot go on", os.getpid())
+    finally:
+        logging.shutdown()
+        os._exit(status)                        # never return into the supervisor's code

@@ -1,0 +1,65 @@
+"""Where --trace writes to: a file or standard error, from a thread of its own.
+
+Trouble there (a full disk, a reader that left or does not read) costs blocks of the trace, never a session.
+"""
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from functools import partial
+from typing import Any, Callable, List, Optional
+
+from ..config import ConfigError
+from ..net.writer import PIPE_BUF, Write, Writer, writing_to
+from ..protocol.trace import Trace
+
+STDERR = "-"                        # in the place of a file's name
+BLOCK_BYTES = 1 << 16               # written at once to a file; the longest block has some 20 KiB
+
+
+def opened(where: str) -> Optional[Trace]:
+    """A trace to a file, or to standard error for "-"; None for "". Raises ConfigError when the file cannot be opened.
+
+    The Server that it is given to closes it."""
+    if where not in ("", STDERR):
+        fd = open_file(where)
+        return trace_to(partial(os.write, fd), chunk_of(fd), release=partial(os.close, fd))
+    stream = sys.stderr if where else None
+    if stream is None:              # closed at the start: its descriptor may be a socket by now
+        return None
+    return trace_to(writing_to(stream), PIPE_BUF, colourful(stream))
+
+
+def check(where: str) -> None:
+    """Raises ConfigError where opened() would."""
+    if where not in ("", STDERR):
+        os.close(open_file(where))
+
+
+def open_file(path: str) -> int:
+    """For appending, and private: who talks to whom is secret."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
+    except OSError as exc:
+        raise ConfigError("--trace %s: %s" % (path, exc.strerror)) from None
+
+
+def chunk_of(fd: int) -> int:
+    """How much one write() appends whole when several processes have the file open."""
+    return BLOCK_BYTES if stat.S_ISREG(os.fstat(fd).st_mode) else PIPE_BUF
+
+
+def trace_to(write: Write, chunk_bytes: int, colour: bool = False,
+             release: Callable[[], object] = lambda: None) -> Trace:
+    writer = Writer(write, text_of, "# lost blocks=%d".__mod__, chunk_bytes, release)
+    return Trace(writer.put, colour, writer.close)
+
+
+def text_of(block: List[str]) -> str:
+    return "\n".join(block)
+
+
+def colourful(stream: Any) -> bool:
+    """Whether it is a terminal that can show colours, and the user wants them.              https://no-color.org"""
+    return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
