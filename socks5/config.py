@@ -190,7 +190,7 @@ class Config:
         why="RFC 1928 §6 gives 10 s to close after a failure; a negotiation over a modem takes 1 s")
     connect_timeout: float = option(
         10.0, "--connect-timeout", seconds, "limits", metavar="S",
-        help="time to connect, all addresses together",
+        help="time to resolve the name and connect",
         why="shorter than the time-outs of clients, so that they receive the REP")
     bind_timeout: float = option(
         120.0, "--bind-timeout", seconds, "limits", metavar="S", help="time until a peer connects; 0: no limit",
