@@ -10,16 +10,22 @@
         facts         typed values of a line in the log, and how text shows them
         trace         a message explained, field by field
     access/           who may do what
-        passwords     hashes of passwords: slow to compute, on purpose
-        users         the users file, the METHOD choice, is this password right?
+        shared        memory that the server processes share
+        passwords     hashes of passwords: slow to compute, on purpose; turns at computing them
         throttle      the rate limit for wrong passwords
+        logins        a login from the attempt to the verdict
+        users         the users file, the METHOD choice, is this password right?
         rules         may this client reach that destination?
         check         what a configuration would serve to whom, in words
     net/              sockets without SOCKS
         addresses     IP addresses and endpoints
         resolver      names to addresses
         listeners     the sockets that the server listens on
-        poller        wait for many descriptors: epoll, kqueue, poll or select
+        poller        wait for many descriptors: epoll, poll or select
+        lookups       names looked up in threads: fair turns, a time limit
+        wakeup        a descriptor by which one thread wakes another
+        shares        a limited number of things, of which no address takes all
+        writer        a thread that writes a queue of lines or blocks
         writer        the thread that writes lines to a descriptor
     relay/            bytes between two sockets
         splice        a kernel pipe, through which bytes go without a copy

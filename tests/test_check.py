@@ -11,8 +11,8 @@ from ipaddress import ip_network
 from pathlib import Path
 from unittest import mock
 
-from socks5.access import users as auth
-from socks5.access.users import Hash
+from socks5.access import passwords
+from socks5.access.passwords import Hash
 from socks5.access.check import report
 from socks5.cli import main
 from socks5.config import Config
@@ -119,7 +119,7 @@ class HashPassword(Case):
     def hash_password(self, *args, typed):
         """Exit status, stdout and stderr; in this process, and cheap."""
         pipe = io.TextIOWrapper(io.BytesIO(typed))
-        with mock.patch.object(auth, "SCRYPT_N", 2), mock.patch.object(sys, "stdin", pipe), \
+        with mock.patch.object(passwords, "SCRYPT_N", 2), mock.patch.object(sys, "stdin", pipe), \
                 contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
             return main(["--hash-password", *args]), out.getvalue(), err.getvalue()
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from unittest import mock
 
 import socks5
-from socks5.access import users as auth
 from socks5 import cli
 from socks5.config import Config, ConfigError, long_flag, options
 from tests import support
@@ -44,13 +43,9 @@ def as_it_was():
     names = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGCHLD") if hasattr(signal, name)]
     signals = {name: signal.getsignal(getattr(signal, name)) for name in names}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ()) if hasattr(signal, "pthread_sigmask") else ()
-    turns = auth.Turns()
     try:
-        with mock.patch.object(auth, "TURNS", turns):       # a supervisor gives it a file, for its workers
-            yield
+        yield
     finally:
-        if turns._file:
-            turns._file.close()
         for name, action in signals.items():
             signal.signal(getattr(signal, name), action)
         if hasattr(signal, "pthread_sigmask"):

@@ -19,7 +19,7 @@ from tests.support import (HAS_IPV6, PATIENCE_S, address, ask, closed_port, conn
                            negotiate, reader_of, run_cli, running, spawned, target, wait_until)
 
 ELSEWHERE = "192.0.2.7"
-DRESSED = {
+IPV4_EMBEDDED = {
     "IPv4-mapped": "::ffff:%02x%02x:%02x%02x",
     "6to4": "2002:%02x%02x:%02x%02x::9",
     "NAT64": "64:ff9b::%02x%02x:%02x%02x",
@@ -28,8 +28,8 @@ DRESSED = {
     "IPv4-compatible": "::%02x%02x:%02x%02x"}
 
 
-def dressed(form, host):
-    return DRESSED[form] % tuple(ip_address(host).packed)
+def embedded(form, host):
+    return IPV4_EMBEDDED[form] % tuple(ip_address(host).packed)
 
 
 def own_address():
@@ -206,25 +206,25 @@ class Judging(Case):
             with self.subTest(name):
                 self.assertEqual(self.judge(rules, "192.0.2.1", name=name)[0], allowed)
 
-    def test_ipv4_in_any_dress_is_judged_as_ipv4(self):
+    def test_an_ipv4_embedded_address_is_judged_as_ipv4(self):
         denying = self.rules("deny to 192.0.2.0/24", "allow to any")
         allowing = self.rules("allow to 192.0.2.0/24")
         six = self.rules("allow to ::/0")
-        for form in DRESSED:
+        for form in IPV4_EMBEDDED:
             with self.subTest(form):
-                worn = dressed(form, "192.0.2.1")
+                worn = embedded(form, "192.0.2.1")
                 self.assertEqual(inside(ip_address(worn)), ip_address("192.0.2.1"))
                 self.assertEqual(self.judge(denying, worn), (False, "F:1"))
                 self.assertEqual(self.judge(allowing, worn), (True, "F:1"))
                 self.assertFalse(self.judge(six, worn)[0], "to allow all of IPv6 allows no IPv4")
         self.assertTrue(self.judge(six, "2001:db8::1")[0])
 
-    def test_a_dress_itself_can_be_denied(self):
+    def test_the_ipv6_form_can_be_denied(self):
         rules = self.rules("deny to 2002::/16", "allow to any")
-        self.assertFalse(self.judge(rules, dressed("6to4", "192.0.2.1"))[0])
+        self.assertFalse(self.judge(rules, embedded("6to4", "192.0.2.1"))[0])
         self.assertTrue(self.judge(rules, "192.0.2.1")[0])
 
-    def test_what_is_no_dress(self):
+    def test_addresses_that_embed_no_ipv4_one(self):
         for host in ("2001:db8::c000:201", "::", "::1", "64:ff9b:2::c000:201", "::fffe:192.0.2.1", "fe80::c000:201"):
             with self.subTest(host):
                 self.assertEqual(inside(ip_address(host)), ip_address(host))
@@ -232,7 +232,7 @@ class Judging(Case):
     def test_from_looks_at_the_address_itself(self):
         """6to4 and the like are anybody's to make up: a client does not become IPv4 by them."""
         rules = self.rules("allow from 10.0.0.0/8")
-        self.assertFalse(self.judge(rules, "192.0.2.1", client=dressed("6to4", "10.0.0.1"))[0])
+        self.assertFalse(self.judge(rules, "192.0.2.1", client=embedded("6to4", "10.0.0.1"))[0])
 
 
 LOCAL = ("127.0.0.1", "127.255.255.254", "::1", "0.0.0.0", "0.1.2.3", "::", "169.254.169.254", "fe80::1", "224.0.0.251",
@@ -266,12 +266,12 @@ class Defaults(Case):
         denied = {rule.network for rule in Rules(Config()).rules if not rule.allow}
         self.assertEqual(denied, set(LOCAL_NETWORKS))
 
-    def test_nor_in_any_dress(self):
-        for form in DRESSED:
+    def test_nor_as_an_ipv4_embedded_address(self):
+        for form in IPV4_EMBEDDED:
             for host in ("127.0.0.1", "169.254.169.254", "0.0.0.0"):
                 if (form, host) != ("IPv4-compatible", "0.0.0.0"):      # is ::
                     with self.subTest((form, host)):
-                        self.assertFalse(self.judge(Rules(Config()), dressed(form, host), client=ELSEWHERE)[0])
+                        self.assertFalse(self.judge(Rules(Config()), embedded(form, host), client=ELSEWHERE)[0])
 
     def test_a_bind_for_anybody_reaches_nobody(self):
         for rules in (Rules(Config()), self.rules("allow")):
@@ -290,7 +290,7 @@ class Defaults(Case):
                 if "from" not in line:
                     self.assertTrue(self.judge(rules, "127.0.0.1", name=b"www.example.com")[0], "is there already")
             with self.subTest(line + ", NAT64"):
-                self.assertEqual(self.judge(rules, dressed("NAT64", "127.0.0.1"), name=b"www.example.com",
+                self.assertEqual(self.judge(rules, embedded("NAT64", "127.0.0.1"), name=b"www.example.com",
                                             client=ELSEWHERE)[0], opens)
 
 

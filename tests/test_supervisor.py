@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import unittest
 from unittest import mock
 
@@ -15,9 +16,11 @@ try:
 except ImportError:                     # Windows
     resource = None
 
-from socks5.access import users as auth
+from socks5.access import throttle, users
+from socks5.access.passwords import Hash
 from socks5.config import Config
 from socks5.process import supervisor as workers
+from socks5.process.files import read_access
 from socks5.protocol.codes import Cmd, Rep
 from tests.support import (
     PATIENCE_S, ROOT, SCRIPT, Spawned, ask, connect_through, dial, need, negotiate, read_to_end, reader_of, spawned,
@@ -34,6 +37,11 @@ def children(pid):
 def echoes(tunnel):
     tunnel.sendall(b"ping")
     return reader_of(tunnel)(4) == b"ping"
+
+
+def cpu_seconds(pid):
+    with open("/proc/%d/stat" % pid) as file:
+        return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
@@ -68,7 +76,7 @@ class Processes(unittest.TestCase):
             self.assertEqual(children(server.process.pid), [])
 
     def test_a_killed_worker_is_replaced_and_the_others_do_not_notice(self):
-        with target() as echo, self.crew("--max-sessions", "40") as (server, pids), contextlib.ExitStack() as stack:
+        with target() as echo, self.crew("--max-sessions", "44") as (server, pids), contextlib.ExitStack() as stack:
             tunnels = [stack.enter_context(connect_through(server.port, *echo)) for _ in range(40)]
             self.assertTrue(all(map(echoes, tunnels)))
             os.kill(pids[0], signal.SIGKILL)
@@ -86,6 +94,46 @@ class Processes(unittest.TestCase):
                 more.sendall(ANYBODY)
                 with contextlib.suppress(ConnectionResetError):
                     self.assertEqual(read_to_end(more), b"")
+
+    def test_guessing_is_throttled_over_all_workers_and_their_replacements(self):
+        with self.crew("-u", "bob:right", "--handshake-timeout", "1") as (server, _pids):
+            begun = time.monotonic()
+            for turn in range(2):
+                with contextlib.ExitStack() as stack:
+                    clients = [stack.enter_context(dial(server.port)) for _ in range(40)]
+                    for number, client in enumerate(clients):
+                        client.sendall(b"\x05\x01\x02\x01\x03bob\x02" + bytes([65 + turn, 65 + number]))
+                    for client in clients:
+                        with contextlib.suppress(OSError):
+                            read_to_end(client)
+                self.replace_all(server)
+            looked = sum("auth_failed" in line for line in server.log)
+            most = throttle.BURST + 1 + (time.monotonic() - begun) / throttle.INTERVAL_S
+            self.assertTrue(throttle.BURST <= looked <= most, (looked, most))
+
+    def test_a_password_is_known_to_all_workers_and_their_replacements(self):
+        """And after a reload: one slow check is enough, as the CPU time of the workers shows."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "users")
+            slow = Hash.of(b"right", "pbkdf2", (800000,))           # some tenths of a second
+            with open(path, "w", encoding="ascii") as file:
+                file.write("bob:%s\n" % slow)
+            with self.crew("--users", path, count=2) as (server, _pids):
+                begun = time.process_time()
+                slow.matches(b"right")
+                cost = time.process_time() - begun
+                for turn in range(3):
+                    for _ in range(10):
+                        with dial(server.port) as sock:
+                            negotiate(sock, (b"bob", b"right"))
+                    pids = children(server.process.pid)
+                    used = sum(map(cpu_seconds, pids))
+                    self.assertLess(used, 2 * cost if turn == 0 else cost, turn)
+                    if turn == 0:
+                        self.replace_all(server)
+                    elif turn == 1:
+                        server.signal(signal.SIGHUP)
+                        wait_until(lambda: sum(" reloaded " in line for line in server.log) == 2, "both have read it")
 
     def test_a_fresh_worker_has_the_rules_in_force_whatever_is_in_the_file(self):
         quick = "from socks5.process import supervisor\nsupervisor.RESTART_MOST_S = 0.1"
@@ -116,7 +164,7 @@ class Processes(unittest.TestCase):
                     self.assertEqual(ask(sock, Cmd.CONNECT, *echo).rep, Rep.NOT_ALLOWED)
 
     def test_max_sessions_holds_over_all(self):
-        with target() as echo, self.crew("--max-sessions", "10") as (server, _pids), contextlib.ExitStack() as stack:
+        with target() as echo, self.crew("--max-sessions", "11") as (server, _pids), contextlib.ExitStack() as stack:
             for _ in range(10):
                 stack.enter_context(connect_through(server.port, *echo))
             for _ in range(6):
@@ -279,7 +327,7 @@ class Signals(unittest.TestCase):
 
     def test_signals_that_come_too_early_are_obeyed_later(self):
         send = "os.kill(os.getpid(), signal.SIGHUP), os.kill(os.getpid(), signal.SIGUSR1)"
-        for when in ("build_parser", "read_config", "configure_logging", "serve"):
+        for when in ("build_parser", "read_config", "serve"):
             text = "from socks5 import cli\nold = cli.%s\ncli.%s = lambda *args: (%s, old(*args))[-1]" % (
                 when, when, send)
             with self.subTest(when), script(text) as path:
@@ -468,7 +516,7 @@ Server.serve_forever = lambda self: 1 // 0
 
 def large_users(folder):
     """The path of a users file that is more than a socket takes."""
-    line = auth.line_for("x", b"x").partition(":")[2]
+    line = users.line_for("x", b"x").partition(":")[2]
     path = os.path.join(folder, "users")
     with open(path, "w", encoding="ascii") as file:
         file.writelines("user%d%s:%s\n" % (number, "x" * 200, line) for number in range(3000))
@@ -480,9 +528,8 @@ class Parts(unittest.TestCase):
     def test_backoff(self):
         """A worker that dies young is replaced later and later, one that was steady at once."""
         now = [1000.0]
-        with mock.patch.object(workers, "monotonic", lambda: now[0]), \
-                mock.patch.object(auth, "TURNS", mock.Mock()), self.assertLogs("socks5", "ERROR"):
-            supervisor = workers.Supervisor(Config(), [], 1, ())
+        with mock.patch.object(workers, "monotonic", lambda: now[0]), self.assertLogs("socks5", "ERROR"):
+            supervisor = workers.Supervisor(Config(), [], 1, read_access(Config()))
             self.addCleanup(supervisor.close)
             for lived, expected in ((0, 0.2), (1, 0.4), (1, 0.8), (1, 1.6), (1, 3.2), (1, 5.0), (1, 5.0), (11, 0.1)):
                 child = subprocess.Popen([sys.executable, "-c", "pass"])

@@ -1,11 +1,9 @@
-"""auth.py: which METHOD is picked, and who is let in."""
+"""users.py and logins.py: which METHOD is chosen, and which logins are let in."""
 import contextlib
-import hashlib
 import itertools
 import logging
 import os
 import re
-import signal
 import socket
 import tempfile
 import textwrap
@@ -13,18 +11,16 @@ import threading
 import unittest
 from ipaddress import ip_address
 from pathlib import Path
+from time import monotonic
 from unittest import mock
 
-from socks5.access import users as auth, throttle
-
-from socks5.process import supervisor as workers
-from socks5.access.users import Hash, Users, choose
+from socks5.access import passwords, throttle
+from socks5.access.logins import Logins, origin_of
+from socks5.access.passwords import Hash, Wait
+from socks5.access.users import Users, choose
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.config import Config, ConfigError, credentials
-from socks5.protocol.errors import ProtocolError
-from socks5.server.handler import Handler
 from socks5.net.addresses import subscriber
-from socks5.access.rules import Rules
 from socks5.protocol.messages import Greeting, Login, LoginStatus, Reply, Request, Selection
 from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, read_to_end, reader_of, reset, run_cli,
                            running, spawned, target, wait_until)
@@ -115,65 +111,6 @@ class Check(unittest.TestCase):
         self.assertNotIn("s3cret", repr(users("alice:s3cret")))
 
 
-class Passwords(unittest.TestCase):
-    """One password, as the users file keeps it."""
-
-    CHEAP = (("scrypt", (2, 1, 1)), ("scrypt", (1024, 8, 2)), ("pbkdf2", (3,)))
-
-    def test_there_and_back(self):
-        for kind, cost in self.CHEAP:
-            with self.subTest(kind, cost=cost):
-                made = Hash.of(b"secret", kind, cost)
-                self.assertEqual(Hash.parse(str(made)), made)
-                self.assertRegex(str(made), r"^%s(\$\d+)+\$[A-Za-z0-9+/=]{24}\$[A-Za-z0-9+/=]{24}$" % kind)
-                self.assertTrue(made.matches(b"secret"))
-                for wrong in (b"", b"Secret", b"secre", b"secret\0", b"secretx"):
-                    self.assertFalse(made.matches(wrong))
-
-    def test_known_answers(self):
-        """scrypt: RFC 7914 section 12; PBKDF2-HMAC-SHA-256: the same, section 11."""
-        for kind, cost, password, salt, key in (
-                ("scrypt", (1024, 8, 16), b"password", b"NaCl",
-                 "fdbabe1c9d3472007856e7190d01e9fe7c6ad7cbc8237830e77376634b373162"),
-                ("pbkdf2", (1,), b"passwd", b"salt",
-                 "55ac046e56e3089fec1691c22544b605f94185216dde0465e68b9d57c20dacbc")):
-            with self.subTest(kind):
-                self.assertEqual(auth.derive(kind, cost, salt, password, 32).hex(), key)
-
-    def test_made_by_scrypt_where_there_is_one(self):
-        self.assertEqual(Hash.of(b"x").kind, "scrypt")
-        self.assertEqual(Hash.of(b"x").cost, (1 << 14, 8, 5))
-
-    def test_without_scrypt(self):
-        line = str(Hash.of(b"x", "scrypt", (2, 1, 1)))
-        with mock.patch.object(hashlib, "scrypt"), mock.patch.object(auth, "PBKDF2_ROUNDS", 7):
-            del hashlib.scrypt
-            made = Hash.of(b"x")
-            self.assertEqual((made.kind, made.cost), ("pbkdf2", (7,)))
-            self.assertTrue(Hash.parse(str(made)).matches(b"x"))
-            self.assertRaisesRegex(ValueError, "this Python has no scrypt", Hash.parse, line)
-
-    def test_mistakes(self):
-        good = "scrypt$16$8$1$c2FsdHNhbHRzYWx0$a2V5a2V5a2V5a2V5a2V5a2V5"
-        Hash.parse(good)
-        for text, why in (
-                ("", "not what --hash-password prints"), ("secret", "not what --hash-password prints"),
-                ("$$", "not what"), ("md5$1$a$b", "not what"), ("scrypt$16$8$c2Fs$a2V5", "not what"),
-                ("pbkdf2$1$1$c2Fs$a2V5", "not what"), (good.replace("16", "x"), "damaged"), (good + "!", "damaged"),
-                (good.replace("c2FsdHNhbHRzYWx0$", "c2Fs$"), "cut short"),
-                (good[:-4].replace("a2V5a2V5", ""), "cut short"),
-                (good.replace("16", "15"), "power of 2"), (good.replace("16", "0"), "power of 2"),
-                (good.replace("16", "-2"), "power of 2"), (good.replace("16", "1"), "power of 2"),
-                (good.replace("$8$", "$0$"), "power of 2"), (good.replace("$1$", "$65$"), "power of 2"),
-                (good.replace("$16$", "$%d$" % (1 << 30)), "up to %d" % (1 << 28)),
-                ("pbkdf2$0$c2FsdHNhbHRzYWx0$a2V5a2V5a2V5a2V5a2V5a2V5", "10000000 rounds"),
-                ("pbkdf2$10000001$c2FsdHNhbHRzYWx0$a2V5a2V5a2V5a2V5a2V5a2V5", "10000000 rounds")):
-            with self.subTest(text), self.assertRaisesRegex(ValueError, why) as caught:
-                Hash.parse(text)
-            with self.subTest(text + ", said"):
-                self.assertNotIn("secret", str(caught.exception))
-
-
 class FileCase(unittest.TestCase):
     """With a users file; the slow hash is made cheap, and counted."""
 
@@ -182,12 +119,12 @@ class FileCase(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.path = Path(folder.name) / "users"
         self.derived = []
-        derive = auth.derive
+        derive = passwords.derive
 
         def counted(*args):
             self.derived.append(args[:2])
             return derive(*args)
-        self.enter(mock.patch.object(auth, "derive", counted))
+        self.enter(mock.patch.object(passwords, "derive", counted))
 
     def enter(self, context):
         value = context.__enter__()
@@ -232,7 +169,7 @@ class Files(FileCase):
                 ("a password", ["# comment", "", "bob:hunter2"], r":3: the part after the colon is not what --hash-"),
                 ("a name twice", [good, "#", good], r":3: 'bob' is here for the second time"),
                 ("damaged", [good, "al" + good[3:] + "*"], r":2: the hash is damaged"),
-                ("nobody", ["# nobody"], r"nobody is in it")):
+                ("nobody", ["# nobody"], r"names no user")):
             with self.subTest(name), self.assertRaisesRegex(ConfigError, why) as caught:
                 self.users(*lines)
             with self.subTest(name + ", said"):
@@ -261,19 +198,51 @@ class Files(FileCase):
         self.assertFalse(users.check(b"bo", b"bx"), "name and password do not run together")
         self.assertEqual(len(self.derived), 3, "what is wrong is never remembered")
 
-    def test_forgotten_on_reload(self):
-        line = self.line("bob", b"x")
-        with running(users=self.write(line)) as server:
+    def test_a_reload_forgets_what_has_changed_only(self):
+        bob, al = self.line("bob", b"x"), self.line("al", b"y")
+        with running(users=self.write(bob, al)) as server:
             self.derived.clear()
             self.assertTrue(server.users.check(b"bob", b"x"))
-            attempt = server.users.attempt(b"bob", b"x")
-            self.write(self.line("bob", b"new"))
+            self.assertTrue(server.users.check(b"al", b"y"))
+            self.write("# a comment", self.line("bob", b"new"), al)
             self.derived.clear()
             self.assertTrue(server.reload())
-            self.assertNotEqual(server.users.attempt(b"bob", b"x"), attempt, "the key is new, too")
+            self.assertTrue(server.users.check(b"al", b"y"))
+            self.assertEqual(len(self.derived), 0)
             self.assertFalse(server.users.check(b"bob", b"x"))
             self.assertTrue(server.users.check(b"bob", b"new"))
             self.assertEqual(len(self.derived), 2)
+            self.write(bob)                                 # another user is gone, and the old line is back
+            self.assertTrue(server.reload())
+            self.assertFalse(server.users.check(b"al", b"y"))
+            self.assertTrue(server.users.check(b"bob", b"x"))
+
+    def test_the_same_password_with_a_new_salt_is_another_line(self):
+        users = self.users(self.line("bob", b"x"))
+        self.assertTrue(users.check(b"bob", b"x"))
+        again = Users(Config(users=self.write(self.line("bob", b"x"))), users)
+        self.derived.clear()
+        self.assertTrue(again.check(b"bob", b"x"))
+        self.assertEqual(len(self.derived), 1)
+
+    def test_lines_that_another_process_has_read(self):
+        users = self.users(self.line("bob", b"x"))
+        self.path.unlink()
+        again = Users(Config(users=str(self.path)), users, users.lines)
+        self.assertTrue(again.check(b"bob", b"x"))
+        self.assertRaises(ConfigError, Users, Config(users=str(self.path)), users, ["bob:x"])
+
+    @unittest.skipUnless(hasattr(os, "fork"), "several processes take fork")
+    def test_what_is_right_in_one_process_is_known_in_all(self):
+        users = self.users(self.line("bob", b"x"))
+        users.logins.share()
+        self.addCleanup(users.logins.lock.file.close)
+        pid = os.fork()
+        if not pid:
+            os._exit(0 if users.check(b"bob", b"x") else 1)
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        self.assertTrue(users.check(b"bob", b"x"))
+        self.assertEqual(self.derived, [], "in the other process")
 
     def test_a_bad_file_changes_nothing(self):
         with running(users=self.write(self.line("bob", b"x"))) as server:
@@ -311,7 +280,7 @@ class Slowly(FileCase):
         super().setUp()
         self.go, self.lock, self.now, self.most = threading.Event(), threading.Lock(), 0, 0
         self.addCleanup(self.go.set)
-        derive = auth.derive
+        derive = passwords.derive
 
         def slow(*args):
             with self.lock:
@@ -323,20 +292,16 @@ class Slowly(FileCase):
             finally:
                 with self.lock:
                     self.now -= 1
-        self.lines = [self.line("bob", b"x"), self.line("al", b"y")]
-        self.people = self.users(*self.lines, user=(("carol", "c"),))
+        self.people = self.users(self.line("bob", b"x"), self.line("al", b"y"), self.line("dan", b"z"),
+                                 user=(("carol", "c"),))
         self.assertTrue(self.people.check(b"al", b"y"))
         self.derived.clear()
-        self.enter(mock.patch.object(auth, "derive", slow))
+        self.enter(mock.patch.object(passwords, "derive", slow))
         self.answers, self.threads = [], []
 
-    def start(self, uname, passwd):
-        def check():
-            try:
-                self.answers.append(self.people.check(uname, passwd))
-            except ProtocolError as exc:
-                self.answers.append(str(exc))
-        self.threads.append(threading.Thread(target=check))
+    def start(self, uname, passwd, people=None):
+        people = people or self.people
+        self.threads.append(threading.Thread(target=lambda: self.answers.append(people.check(uname, passwd))))
         self.threads[-1].start()
 
     def finish(self):
@@ -344,72 +309,41 @@ class Slowly(FileCase):
         for thread in self.threads:
             thread.join(PATIENCE_S)
 
-    def test_two_at_a_time_and_who_is_known_does_not_wait(self):
-        for number in range(8):
+    def test_two_at_a_time_one_for_a_user_and_what_is_known_does_not_wait(self):
+        for number in range(4):
             self.start(b"bob", b"wrong%d" % number)
+        wait_until(lambda: self.now == 1)
+        for number in range(4):
+            self.start(b"dan", b"wrong%d" % number)
         wait_until(lambda: self.now == 2)
         self.assertTrue(self.people.check(b"al", b"y"))             # in this thread: would hang
         self.assertTrue(self.people.check(b"carol", b"c"))
-        other = Users(Config(users=str(self.path)))                 # as after a reload: it is still two
-        self.threads.append(threading.Thread(target=other.check, args=(b"bob", b"x")))
-        self.threads[-1].start()
+        self.start(b"bob", b"no", Users(Config(users=str(self.path)), self.people))     # as after a reload
         self.finish()
-        self.assertEqual((self.most, self.answers), (2, [False] * 8))
+        self.assertEqual((self.most, self.answers), (2, [False] * 9))
 
     def test_the_same_at_once_is_one_check(self):
         for _ in range(30):
             self.start(b"bob", b"x")
         wait_until(lambda: self.now == 1)
         self.finish()
-        self.assertEqual((self.most, self.answers), (1, [True] * 30))
-        self.assertLess(len(self.derived), 3)
+        self.assertEqual((self.most, self.answers, len(self.derived)), (1, [True] * 30, 1))
 
-    @unittest.skipUnless(hasattr(os, "fork"), "several processes take fork")
-    def test_two_at_a_time_in_all_processes(self):
-        turns = auth.Turns()
-        turns.share()
-        self.addCleanup(turns._file.close)
-        held, done = os.pipe()
-        child = subprocess_that(lambda: (turns.take(0), turns.take(0), os.write(done, b"x"), self.go.wait()))
-        self.addCleanup(os.close, held)
-        self.addCleanup(os.close, done)
-        self.assertEqual(os.read(held, 1), b"x")
-        self.assertIsNone(turns.take(0.05))
-        os.kill(child, signal.SIGKILL)                              # what it had is there again
-        os.waitpid(child, 0)
-        taken = {turns.take(PATIENCE_S), turns.take(PATIENCE_S)}
-        self.assertEqual(taken, {0, 1})
-        self.assertIsNone(turns.take(0.01))
-        turns.give_back(1)
-        self.assertEqual(turns.take(0), 1)
-
-    @unittest.skipUnless(hasattr(os, "fork"), "several processes take fork")
-    def test_the_supervisor_has_them_share(self):
-        with mock.patch.object(auth, "TURNS", auth.Turns()) as turns:
-            supervisor = workers.Supervisor(Config(), [], 2, (Users(Config()), Rules(Config())))
-            self.assertIsNotNone(turns._file)
-            turns._file.close()
-            supervisor.close()
-
-    def test_nobody_waits_for_ever(self):
+    def test_no_login_waits_longer_than_it_has_time(self):
         self.start(b"bob", b"1")
-        self.start(b"bob", b"2")
+        self.start(b"dan", b"2")
         wait_until(lambda: self.now == 2)
-        with mock.patch.object(auth, "SLOW_WAIT_S", 0.01):
-            self.assertRaisesRegex(ProtocolError, "too many passwords", self.people.check, b"bob", b"x")
+        with mock.patch.object(passwords, "EXTRA_S", 0.0):
+            self.assertIsNone(self.people.check(b"nobody", b"x", Wait(0.01)))
         self.finish()
-        self.assertTrue(self.people.check(b"bob", b"x"), "and it was not held against anybody")
+        self.assertTrue(self.people.check(b"dan", b"z"))
 
-
-def subprocess_that(does):
-    """Fork, have the child do it and end; its pid."""
-    pid = os.fork()
-    if not pid:
-        try:
-            does()
-        finally:
-            os._exit(0)
-    return pid
+    def test_a_check_that_fails_gives_its_turn_back(self):
+        with mock.patch.object(passwords, "derive", side_effect=MemoryError):
+            for _ in range(5):
+                self.assertRaises(MemoryError, self.people.check, b"bob", b"x")
+        self.go.set()
+        self.assertTrue(self.people.check(b"bob", b"x"))
 
 
 # README.rst shows it; <HOST> is fail2ban's.
@@ -426,54 +360,127 @@ def login(server_address, uname, passwd, source="127.0.0.1"):
         return LoginStatus.parse(read).status
 
 
-class Guessing(unittest.TestCase):
-    """The throttle, in force."""
-
+class Quiet(unittest.TestCase):
     def setUp(self):
-        quiet = logging.NullHandler()                       # these lines are not for whoever runs the tests
+        quiet = logging.NullHandler()                       # these lines are not for the one who runs the tests
         logging.getLogger("socks5").addHandler(quiet)
         self.addCleanup(logging.getLogger("socks5").removeHandler, quiet)
 
-    def test_late_then_refused_unseen_and_only_for_that_address(self):
-        pauses = []
-        with running(user=(("bob", "x"),)) as server, mock.patch.object(
-                Handler, "pause", lambda handler, seconds: pauses.append(seconds)):
-            for number in range(7):
-                self.assertEqual(login(server.server_address, b"bob", b"%d" % number, "127.0.0.66"), 1)
-            self.assertEqual(pauses, [0, 0, 0, 1, 2, 4, 4])
-            with mock.patch.object(server.users, "check", side_effect=AssertionError("looked at")), \
-                    self.assertLogs("socks5", "WARNING") as logs:
-                self.assertEqual(login(server.server_address, b"bob", b"x", "127.0.0.66"), 1)
-                self.assertEqual(logs.records[0].getMessage(), "auth_failed client=127.0.0.66 user='bob'")
-            self.assertEqual(login(server.server_address, b"bob", b"x", "127.0.0.67"), 0)
 
-    def test_success_clears(self):
-        pauses = []
-        with running(user=(("bob", "x"),)) as server, mock.patch.object(
-                Handler, "pause", lambda handler, seconds: pauses.append(seconds)):
-            for passwd, status in ((b"1", 1), (b"2", 1), (b"3", 1), (b"x", 0),
-                                   (b"4", 1), (b"5", 1), (b"6", 1), (b"7", 1)):
-                self.assertEqual(login(server.server_address, b"bob", passwd), status)
-        self.assertEqual(pauses, [0, 0, 0, 0, 0, 0, 1])
+def offered(server_address, uname, passwd, source="127.0.0.1"):
+    """A connection whose login is on its way."""
+    client = socket.create_connection(server_address[:2], PATIENCE_S, (source, 0))
+    client.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack() + Login(uname, passwd).pack())
+    return client
 
-    def test_who_leaves_is_not_waited_for(self):
+
+class Guessing(Quiet):
+    """The throttle, in force."""
+
+    def test_14_wrong_ones_in_10_ms_lock_nobody_out(self):
+        """Another user of the same address, and the same user, are let in within 5 s; afterwards at once."""
+        with running(user=(("bob", "x"), ("al", "y"))) as server, contextlib.ExitStack() as stack:
+            where = server.server_address
+            for number in range(14):
+                stack.enter_context(offered(where, b"bob", b"%d" % number, "127.0.0.%d" % (number + 1)))
+            wait_until(lambda: len(server.sessions) >= 4)
+            for name, uname, passwd, seconds in (("the same user", b"bob", b"x", 5), ("a known one", b"bob", b"x", 2),
+                                                 ("another", b"al", b"y", 5)):
+                with self.subTest(name):
+                    begun = monotonic()
+                    self.assertEqual(login(where, uname, passwd), 0)
+                    self.assertLess(monotonic() - begun, seconds)
+
+    def test_what_is_not_looked_at_is_deferred_and_has_a_word_of_its_own(self):
+        with mock.patch.multiple(throttle, BURST=1, INTERVAL_S=1000.0), running(
+                user=(("bob", "x"),), handshake_timeout=1) as server, self.assertLogs("socks5", "WARNING") as logs:
+            self.assertEqual(login(server.server_address, b"bob", b"1"), 1)
+            with mock.patch.object(server.users, "check", side_effect=AssertionError("looked at")):
+                self.assertEqual(login(server.server_address, b"bob", b"x", "127.9.9.9"), 1)
+        self.assertEqual([record.getMessage() for record in logs.records],
+                         ["auth_failed client=127.0.0.1 user='bob'",
+                          "auth_deferred client=127.9.9.9 user='bob' left_out=0"])
+
+    def test_deferred_ones_cannot_flood_the_log(self):
+        now = [0.0]
+        made = Logins(lambda: now[0])
+        said = [made.lines_left_out() for _ in range(1000)]
+        self.assertEqual(said, [0] * 20 + [None] * 980)
+        now[0] += 1
+        self.assertEqual([made.lines_left_out(), made.lines_left_out()], [980, None])
+
+    def test_a_client_that_leaves_is_not_waited_for(self):
         for name, options, leave in (("reset", {}, reset), ("deadline", {"handshake_timeout": 1}, read_to_end)):
-            with self.subTest(name), mock.patch.multiple(throttle, LATE_AFTER=0, LATE_S=3 * PATIENCE_S), \
-                    running(user=(("bob", "x"),), **options) as server, self.assertLogs("socks5", "WARNING") as logs:
-                client = dial(server.server_address)
-                client.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack() + Login(b"bob", b"y").pack())
-                wait_until(lambda: logs.records)
-                self.assertEqual(len(server.sessions), 1, "the answer is late")
+            with self.subTest(name), mock.patch.multiple(throttle, BURST=1, INTERVAL_S=1000.0), \
+                    running(user=(("bob", "x"),), **options) as server:
+                self.assertEqual(login(server.server_address, b"bob", b"1"), 1)
+                client = offered(server.server_address, b"bob", b"y")
+                wait_until(lambda: server.users.logins.throttle._pending)
                 leave(client)
                 wait_until(lambda: not len(server.sessions))
+                self.assertEqual(server.users.logins.throttle._pending, {})
                 client.close()
 
     def test_whose_failures_count_together(self):
         for one, other, together in (("192.0.2.1", "192.0.2.1", True), ("192.0.2.1", "192.0.2.2", False),
+                                     ("127.0.0.1", "127.255.0.9", True), ("127.0.0.1", "::1", True),
                                      ("2001:db8:0:1::1", "2001:db8:0:1:ffff::2", True),
-                                     ("2001:db8:0:1::1", "2001:db8:0:2::1", False), ("::1", "0.0.0.1", False)):
+                                     ("2001:db8:0:1::1", "2001:db8:0:2::1", False), ("::2", "0.0.0.2", False)):
             with self.subTest((one, other)):
-                self.assertEqual(subscriber(ip_address(one)) == subscriber(ip_address(other)), together)
+                origins = [origin_of(ip_address(text), subscriber(ip_address(text))) for text in (one, other)]
+                self.assertEqual(origins[0] == origins[1], together)
+
+
+class Many(Quiet):
+    """200 users, each at an address of its own, log in at once."""
+
+    USERS = 200
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name) / "users"
+        self.write(self.USERS)
+
+    def write(self, first_new):
+        """All users; from `first_new` on with lines that are new."""
+        lines = getattr(self, "lines", [])
+        self.lines = lines[:first_new] + ["u%d:%s" % (number, Hash.of(b"p%d" % number, "scrypt", (2, 1, 1)))
+                                          for number in range(min(first_new, len(lines)), self.USERS)]
+        self.path.write_text("\n".join(self.lines), encoding="ascii")
+
+    def log_in(self, server, statuses):
+        """The seconds until all have an answer."""
+        begun = monotonic()
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(offered(server.server_address, b"u%d" % number, b"p%d" % number,
+                                                   "127.1.%d.1" % number)) for number in range(self.USERS)]
+            for client in clients:
+                read = reader_of(client)
+                Selection.parse(read)
+                statuses.append(LoginStatus.parse(read).status)
+        return monotonic() - begun
+
+    def test_all_are_let_in_at_the_start_and_after_a_reload(self):
+        """The slow hash takes 20 ms here, and the handshake may take 1 s: half of what 200 hashes take."""
+        derived, derive = [], passwords.derive
+
+        def slow(*args):
+            derived.append(args)
+            threading.Event().wait(0.02)
+            return derive(*args)
+        with mock.patch.object(passwords, "derive", slow), \
+                running(users=str(self.path), handshake_timeout=1) as server:
+            statuses = []
+            self.log_in(server, statuses)
+            self.assertEqual((statuses, len(derived)), ([0] * self.USERS, self.USERS))
+            self.write(self.USERS - 1)
+            derived.clear()
+            self.assertTrue(server.reload())
+            statuses = []
+            self.log_in(server, statuses)
+            self.assertEqual((statuses, len(derived)), ([0] * self.USERS, 1))
 
 
 class TheLogLine(unittest.TestCase):

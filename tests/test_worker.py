@@ -39,6 +39,7 @@ class Framing(unittest.TestCase):
                 file.write("allow user bob to 192.0.2.0/24")
             access = files.read_access(Config(users=users, rules=rules, user=(("eve", "secret"),)))
         (_, (people, laws)), = orders.read(io.BytesIO(pack(Order.RELOAD, access)))
+        people.join(access[0])                      # of which a worker has a copy since it was forked
         self.assertTrue(people)
         self.assertEqual(people.names, [b"bob", b"eve"])
         self.assertTrue(people.check(b"eve", b"secret"))

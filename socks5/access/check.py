@@ -1,4 +1,4 @@
-"""What a configuration would serve, to whom, and what is open, in words. Reads its files; listens on nothing."""
+"""Describe what a configuration would serve, to which clients and users: --check. Reads its files; opens no socket."""
 from __future__ import annotations
 
 from ipaddress import ip_address
@@ -10,11 +10,11 @@ from .rules import Rules
 from ..protocol.fields import text
 from ..protocol.messages import Address
 
-NAMES = 10              # of users that are listed; the others are counted
+NAMES = 10              # user names that are listed; the others are counted
 
 
 def report(config: Config) -> List[str]:
-    """Raises ConfigError, with file:line for what is wrong in a file."""
+    """The lines of the description. Raises ConfigError, with file:line for an error in a file."""
     users, rules = Users(config), Rules(config)
     lines = ["would listen on %s" % listener(where, config.port) for where in config.listen]
     lines.append("clients: %s" % clients(config))
@@ -29,7 +29,7 @@ def report(config: Config) -> List[str]:
 
 
 def warnings(config: Config, rules: Rules) -> List[str]:
-    """What whoever starts the server should have been told."""
+    """What the administrator has to know before the server starts."""
     opener = rules.opener()
     if not opener:
         return []

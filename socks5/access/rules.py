@@ -1,8 +1,9 @@
-"""May this client, as this user, reach that address and port?
+"""Authorize: may this client, as this user, reach that address and port?
 
-Facts in, decisions out; opens no socket and looks nothing up. The first rule that matches decides, and what none
-matches is denied. A rule judges an address at the moment of use: every address of a name by itself, and IPv4 in IPv6
-dress as the IPv4 address inside. RFC 1928 section 6 (X'02', not allowed by ruleset).
+Facts in, decisions out; opens no socket and resolves no name. Any thread may call it. The first rule that matches
+decides; a destination that no rule matches is denied. Rules judge addresses when they are used: each address of a name
+by itself, and an IPv4-mapped or other IPv4-embedded IPv6 address as the IPv4 address in it. RFC 1928 section 6 (X'02',
+not allowed by ruleset).
 """
 from __future__ import annotations
 
@@ -21,13 +22,13 @@ IP = Union[IPv4Address, IPv6Address]
 
 COMMANDS = {"connect": Cmd.CONNECT, "bind": Cmd.BIND, "udp": Cmd.UDP_ASSOCIATE}
 ALL_PORTS = (0, 65535)
-VERDICTS = 4096             # remembered: 1 MB
+VERDICTS = 4096             # cached: 1 MB
 GRAMMAR = "allow|deny [user NAME] [from CIDR] [to CIDR|name|.suffix|any] [port N|N-M] [command connect|bind|udp]"
 WORD = re.compile(r'"([^"]*)"|(\S+)')
 PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 NAME = re.compile(rb"\.?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
-# What holds without a file. A BIND for 0.0.0.0 reaches nobody: it says that anybody may call.
+# The rules without a file. A BIND for 0.0.0.0 reaches no host: it says that any host may connect to us.
 DEFAULT = """
 allow from 127.0.0.0/8
 allow from ::1
@@ -44,16 +45,17 @@ deny to ff01::/16
 deny to ff02::/16
 allow to any
 """
-# This machine itself, and what only its own link may see (169.254.169.254 hands out a cloud machine's credentials; the
-# last of each family are the multicast addresses of the same reach: RFC 5771 §4, RFC 4291 §2.7).
+# Loopback, unspecified and link-local addresses (169.254.169.254 gives out a cloud machine's credentials), and at the
+# end of each family the multicast addresses of the same scope: RFC 5771 §4, RFC 4291 §2.7.
 LOCAL: Tuple[Network, ...] = tuple(map(ip_network, (
     "0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/24",
     "::/128", "::1/128", "fe80::/10", "ff01::/16", "ff02::/16")))
-# Who connects to 0.0.0.0 or :: reaches this machine's loopback: denied as either, allowed only as that.
+# A connection to 0.0.0.0 or :: reaches this machine's loopback: a rule for either address denies it, only a rule for
+# loopback allows it.
 LOOPBACK: Dict[int, IP] = {4: IPv4Address("127.0.0.1"), 6: IPv6Address("::1")}
 
-# IPv6 addresses that stand for an IPv4 one: their first bytes, and where the IPv4 address begins.
-DRESSES = (
+# IPv4-embedded IPv6 addresses: their prefix, and the offset of the IPv4 address in bytes.
+IPV4_EMBEDDED = (
     (bytes(10) + b"\xff\xff", 12),                      # IPv4-mapped, RFC 4291 §2.5.5.2
     (b"\x20\x02", 2),                                   # 6to4, RFC 3056 §2
     (b"\x00\x64\xff\x9b" + bytes(8), 12),               # NAT64, RFC 6052 §2.1
@@ -64,7 +66,7 @@ DRESSES = (
 
 
 class Asker(NamedTuple):
-    """Who wants something, and what kind of thing."""
+    """The client that asks, its user if it has logged in, and the command."""
 
     client: IP
     user: Optional[bytes]
@@ -78,7 +80,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """One line. What is None or left out matches everything."""
+    """One line. A part that is None or left out matches everything."""
 
     allow: bool
     where: str
@@ -86,8 +88,8 @@ class Rule:
     user: Optional[bytes] = None
     source: Optional[Network] = None
     network: Optional[Network] = None
-    name: Optional[bytes] = None            # in small letters; .suffix matches what ends so, and the suffix itself
-    anywhere: bool = False                  # "to any" was said
+    name: Optional[bytes] = None            # in lower case; .suffix matches the suffix and all names that end with it
+    anywhere: bool = False                  # the line has "to any"
     ports: Tuple[int, int] = ALL_PORTS
     cmd: Optional[Cmd] = None
 
@@ -96,24 +98,25 @@ class Rule:
                 and (self.source is None or asker.client in self.source))
 
     def covers(self, address: IP, port: int, name: Optional[bytes], exposed: bool) -> bool:
-        """Whether the destination is one that this rule speaks of.
+        """Whether the rule is about this destination.
 
-        `exposed`: it is this machine itself, asked for from elsewhere. To allow that takes words that mean it, an
-        address or "any": whoever owns a name can make it resolve to 127.0.0.1.
+        `exposed`: it is a local address, and the client is not on this machine. Only a rule with an address or "any"
+        allows that: the owner of a name can make it resolve to 127.0.0.1.
         """
         if not self.ports[0] <= port <= self.ports[1]:
             return False
         if self.name is not None:
             matches = name is not None and is_name(self.name, name)
         elif self.network is not None:
-            # What denies a dressed address may name either form; what allows it must name the one that counts.
+            # A deny matches an IPv4-embedded address in either form, an allow only the IPv4 address in it.
             matches = inside(address) in self.network or not self.allow and address in self.network
         else:
             matches = True
         return matches and not (exposed and self.allow and self.network is None and not self.anywhere)
 
     def may_cover(self, port: Optional[int], name: Optional[bytes]) -> bool:
-        """The same before address, port or name (None) are known: an "allow" that might, a "deny" that surely does."""
+        """The same while address, port or name are unknown (None): true for an allow that may match, and for a deny
+        that matches in any case."""
         if self.ports != ALL_PORTS and (port is None or not self.ports[0] <= port <= self.ports[1]):
             return port is None and self.allow
         if self.name is not None:
@@ -129,7 +132,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules in force, read once: a reload makes new ones. Raises ConfigError with file:line."""
+    """The rules in force. Never changes: a reload makes new Rules. Raises ConfigError with file:line."""
 
     config: Config
     path: str = field(init=False)
@@ -160,7 +163,7 @@ class Rules:
         return True
 
     def opener(self) -> Optional[Rule]:
-        """The rule that makes this an open proxy: it lets in strangers without a password. None where none does."""
+        """The rule that makes this an open proxy: it allows any client without a password. None where there is none."""
         config = self.config
         if not config.beyond() or config.needs_password() or config.clients_limited():
             return None
@@ -172,25 +175,25 @@ class Rules:
         return None
 
     def admits(self, client: IP) -> bool:
-        """Whether a client at this address may talk to us at all: --allow-from."""
+        """Whether --allow-from lets a client at this address connect."""
         allowed = self.config.allow_from
         return not allowed or any(client in network for network in allowed)
 
     def judge(self, asker: Asker, address: IP, port: int, name: Optional[bytes] = None) -> Verdict:
-        """May `asker` reach this? `name` is what the request called it, in ASCII, if it did not say an address.
-        Remembered, for as long as these rules are in force."""
-        callers = asker.cmd == Cmd.BIND and int(address) == 0       # 0.0.0.0: whoever calls
-        exposed = not callers and not asker.client.is_loopback and is_local(address)
-        faces = [address] if int(address) or callers else [address, LOOPBACK[address.version]]
+        """Whether `asker` may reach this address. `name` is the request's name in ASCII, None where it had an address.
+        Verdicts are cached."""
+        any_peer = asker.cmd == Cmd.BIND and int(address) == 0      # BIND for 0.0.0.0: any host may connect
+        exposed = not any_peer and not asker.client.is_loopback and is_local(address)
+        addresses = [address] if int(address) or any_peer else [address, LOOPBACK[address.version]]
         for rule in self.rules:
             if rule.concerns(asker):
-                for face in faces[-1:] if rule.allow else faces:
-                    if rule.covers(face, port, name, exposed):
+                for one in addresses[-1:] if rule.allow else addresses:
+                    if rule.covers(one, port, name, exposed):
                         return Verdict(rule.allow, rule.where)
         return Verdict(False, "%s: no rule allows it" % self.path)
 
     def foresee(self, asker: Asker, port: Optional[int] = None, name: Optional[bytes] = None) -> Verdict:
-        """Judge before anything is looked up: denied is final, allowed means that there is something to judge."""
+        """Judge before a name is resolved: denied is final, allowed means that judge() has to decide."""
         for rule in self.rules:
             if rule.concerns(asker) and rule.may_cover(port, name):
                 return Verdict(rule.allow, rule.where)
@@ -198,11 +201,11 @@ class Rules:
 
 
 def inside(address: IP) -> IP:
-    """The IPv4 address that an IPv6 one stands for, else the address itself."""
+    """The IPv4 address in an IPv4-embedded IPv6 address, else the address itself."""
     if isinstance(address, IPv4Address) or int(address) <= 1:
         return address
     raw = address.packed
-    return next((IPv4Address(raw[at:at + 4]) for prefix, at in DRESSES if raw.startswith(prefix)), address)
+    return next((IPv4Address(raw[at:at + 4]) for prefix, at in IPV4_EMBEDDED if raw.startswith(prefix)), address)
 
 
 def is_local(address: IP) -> bool:
@@ -211,7 +214,7 @@ def is_local(address: IP) -> bool:
 
 
 def is_name(pattern: bytes, name: bytes) -> bool:
-    """Whether a rule's name, or .suffix, is this name. Names know no difference of case: RFC 4343."""
+    """Whether a rule's name or .suffix matches this name. Upper and lower case are the same: RFC 4343."""
     name = name.lower().rstrip(b".")
     return name == pattern.lstrip(b".") or pattern.startswith(b".") and name.endswith(pattern)
 
@@ -219,7 +222,7 @@ def is_name(pattern: bytes, name: bytes) -> bool:
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 def read_lines(path: str) -> List[str]:
-    """The lines of the file. Raises ConfigError, also when everybody may write it: then everybody makes our rules."""
+    """The lines of the file. Raises ConfigError, also when all users of this machine may write it."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
@@ -241,7 +244,7 @@ def parse_lines(lines: Iterable[str], path: str) -> Iterator[Rule]:
 
 
 def split_words(line: str) -> List[str]:
-    """What stands between spaces, or in "quotes"; from a # on it is a comment."""
+    """The words of a line, separated by spaces or in "quotes"; from a # on it is a comment."""
     words = []
     for found in WORD.finditer(line):
         if found.group().startswith("#"):
@@ -275,7 +278,7 @@ def part_to(text: str) -> Dict[str, object]:
     if text == "any":
         return {"anywhere": True}
     last = text.rstrip(".").rpartition(".")[2]
-    if "/" in text or ":" in text or last.isdigit():                # no name ends in digits: RFC 1123 §2.1
+    if "/" in text or ":" in text or last.isdigit():                # no name's last label is a number: RFC 1123 §2.1
         return {"network": network(text)}
     try:
         name = text.lower().rstrip(".").encode("ascii" if text.isascii() else "idna")

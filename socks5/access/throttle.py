@@ -1,113 +1,216 @@
-"""Make guessing passwords slow, without making it expensive for us.
+"""Make guessing passwords slow, and lock nobody out.                                               RFC 1929
 
-Counts, and says how late an answer is to be; sleeps for nobody. Memory is bounded. RFC 1929.
+An origin is an IPv4 address or an IPv6 /64; all of 127.0.0.0/8 and ::1 are one. The rule:
+
+1. An origin has BURST looks at once and one more every INTERVAL_S, which makes fewer than 1,000 in any hour.
+2. A user name has NAME_BURST looks and one more every NAME_INTERVAL_S from all origins together, fewer than 10,000.
+3. A right password costs no look, and gives back what wrong ones for the same user from the same origin have cost.
+4. A password that was right from the same origin within a day needs no look: it is let in at once.
+5. Attempts without a look wait: the next look goes to the newest of them, after a user's third failure to other users
+   first; the end of the handshake's time, or PENDING others, defer an attempt, which then was never looked at.
+
+Newest first, because an attacker can leave any number of wrong attempts waiting, and a right one that comes after them
+must not wait for their turns: it waits INTERVAL_S at most. What is waiting and what a connection's thread does while it
+waits is logins.py; this module takes facts and a time, and returns decisions. Its records are in tables of a fixed size
+(shared.py), which all server processes share.
+
+Each limit is a GCRA (ITU-T I.371), which stores one number: the time at which all looks are there again, `full`.
 """
 from __future__ import annotations
 
-import threading
+import hmac
 from time import monotonic
-from typing import Callable, Dict, Hashable, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from ..protocol.errors import ProtocolError
+from .shared import Lock, Table, digest
 
-LATE_AFTER = 3                          # failures without consequence: people mistype
-REFUSE_AFTER = 6                        # failures, and then nothing is looked at for a time
-AT_ONCE = 64                            # passwords being checked for an origin that has not failed yet
-LATE_S = 1.0                            # doubles with every failure between the two
-REFUSE_S = 30.0                         # doubles with every failure after
-REFUSE_MOST_S = 900.0
-ADDRESSES = 10000                       # remembered at most: 5 MB
+BURST, INTERVAL_S = 10, 3.65                # 10 + 3600 / 3.65 = 996 an hour; a right password is looked at within 5 s
+NAME_BURST, NAME_INTERVAL_S = 900, 0.4      # 900 + 3600 / 0.4 = 9,900 an hour
+KNOWN_S = 86400.0                           # how long a success lets the same password in at once
+FRESH_S = 60.0                              # a success this young is not written again
+# Rule 4 would let an attacker at the user's own address try passwords as fast as it can connect: so wrong ones are
+# compared with the one that is known only so often; beyond that all attempts for this user from there take rule 5.
+MISS_BURST, MISS_INTERVAL_S = 100, 1.0
+REPEATED = 3                                # failures of a user from an origin: people mistype
+QUIET_S = 60.0                              # an origin without a failure for so long is not guessing
+
+PENDING = 256                               # attempts that wait for a look, for an origin in a process
+POLL_S = 0.1                                # how often one that waits asks again
+SHORTEST_S = 0.001                          # a wait that rounding cannot make nothing
+STALE_S = 0.5                               # one that has not asked for so long does not wait any more
+
+ORIGINS = PAIRS = GOOD = 16384              # records, 60 bytes or less each
+NAMES = 16384
 
 
-class Record:
-    """What is held against one origin."""
+class Attempt:
+    """One password tried for one user from one origin. `arrived` also tells it from all others."""
 
-    __slots__ = ("failures", "last", "until", "pending")
+    __slots__ = ("origin", "name", "pair", "proof", "arrived", "rank", "known", "compared", "dropped", "waits", "facts")
 
-    def __init__(self) -> None:
-        self.failures = 0
-        self.last = 0.0                             # when the last one failed
-        self.until = 0.0                            # nothing is looked at before
-        self.pending: Dict[bytes, int] = {}         # attempts being checked, and how many of each
+    def __init__(self, secret: bytes, origin: str, uname: bytes, passwd: bytes, arrived: float) -> None:
+        self.facts = secret, origin.encode(), uname
+        self.origin = self.name = b""       # their digests, when they are needed: a known password does not need them
+        self.pair = digest(secret, b"pair", self.facts[1], uname)
+        self.proof = digest(secret, b"attempt", self.facts[1], uname, passwd)
+        self.arrived = arrived
+        self.rank = 0                       # 1 for a user that has failed REPEATED times: others go first
+        self.known = False                  # it was right from here within a day: it took no look
+        self.compared = False               # with the password that was
+        self.dropped = False                # deferred: too many others wait
+        self.waits = False                  # it is among the pending
+
+    def find_limits(self) -> None:
+        secret, origin, uname = self.facts
+        self.origin, self.name = digest(secret, b"origin", origin), digest(secret, b"name", uname)
 
 
 class Throttle:
-    """Makes guessing slow. An origin is an IPv4 address or an IPv6 /64; the caller says which.
+    """Decides when a password is looked at. Call `ask` until it says 0, check the password, and call `settle`."""
 
-    Failures are answered late, then refused unseen for a time that doubles. One password tried on many connections at
-    once is one attempt. A success clears the record, and so does as long a silence as the longest refusal.
-    """
-
-    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, lock: Lock, clock: Callable[[], float] = monotonic) -> None:
+        self._lock = lock
         self._clock = clock
-        self._lock = threading.Lock()
-        self._records: Dict[Hashable, Record] = {}  # the one that failed longest ago first
-        self.tell: Optional[Callable[..., None]] = None     # other processes: origin, failures, last, until
+        # full, when the last wrong one was, and the first of those that wait: rank, arrival, when it asked last
+        self._origins = Table(ORIGINS, "ddddd")
+        self._names = Table(NAMES, "ddddd")
+        self._pairs = Table(PAIRS, "d")             # full, as if the origin's looks were this user's alone
+        self._good = Table(GOOD, "d16sd")           # when it was right, the proof, full for wrong ones
+        self._pending: Dict[bytes, List[Attempt]] = {}      # in this process, by origin
 
-    def judge(self, origin: Hashable, attempt: bytes, check: Callable[[], bool]) -> Tuple[bool, float]:
-        """Whether check() lets it in, and how many seconds the answer is to be held back.
+    def is_known(self, attempt: Attempt) -> bool:
+        """Whether this password was right from this origin within a day: then it takes no look. Takes no lock."""
+        good, now = self._good.get(attempt.pair), self._clock()
+        attempt.known = (good is not None and not attempt.compared and now - good[0] <= KNOWN_S
+                         and missing(good[2], MISS_BURST, MISS_INTERVAL_S, now) <= 0
+                         and hmac.compare_digest(good[1], attempt.proof))
+        return attempt.known
 
-        `attempt` tells apart what is tried. Raises ProtocolError when too much is tried at once.
-        """
-        if not self.enter(origin, attempt):
-            return False, 0.0
-        right = None
-        try:
-            right = check()
-        finally:
-            delay = self.leave(origin, attempt, right)
-        return right, delay
-
-    def enter(self, origin: Hashable, attempt: bytes) -> bool:
-        """Whether this attempt is looked at; leave() must follow if so. Raises ProtocolError."""
+    def ask(self, attempt: Attempt) -> Optional[float]:
+        """0 when the password is to be looked at now, else in how many seconds to ask again; None: not at all."""
+        if not attempt.origin:
+            attempt.find_limits()
         with self._lock:
-            record = self._records.get(origin) or Record()
             now = self._clock()
-            if record.failures and now > max(record.until, record.last) + REFUSE_MOST_S:
-                record.failures = 0
-            if now < record.until:
-                return False
-            # A thousand at a time are no way round the limit; nor is it for an office that comes back all at once.
-            most = max(1, REFUSE_AFTER - record.failures) if record.failures else AT_ONCE
-            if len(record.pending) >= most and attempt not in record.pending:
-                raise ProtocolError("too many passwords are tried at once")
-            record.pending[attempt] = record.pending.get(attempt, 0) + 1
-            self._records[origin] = record
-            return True
+            if self.is_known(attempt):
+                self._forget(attempt)
+                return 0.0
+            self._count_miss(attempt, now)
+            full, = self._pairs.get(attempt.pair) or (0.0,)
+            attempt.rank = int(full - now > (REPEATED - 1) * INTERVAL_S)
+            wait_s = self._look(attempt, now)
+            if not wait_s:
+                self._forget(attempt)
+                self._pairs.put(attempt.pair, max(now, full) + INTERVAL_S)
+                return 0.0
+            if not attempt.waits:
+                self._wait(attempt)
+            return None if attempt.dropped else wait_s
 
-    def leave(self, origin: Hashable, attempt: bytes, right: Optional[bool]) -> float:
-        """The attempt's end; right is None when it was not decided. The seconds by which the answer is late."""
+    def settle(self, attempt: Attempt, right: Optional[bool]) -> None:
+        """What came of the look; None when the password was not checked after all."""
+        if not attempt.origin:
+            attempt.find_limits()
         with self._lock:
-            record = self._records.pop(origin, None) or Record()
-            others = record.pending.pop(attempt, 1) - 1
-            if others:
-                record.pending[attempt] = others
-            known = record.failures
+            now = self._clock()
             if right:
-                record.failures, record.until = 0, 0.0
-            elif right is not None and not others:
-                record.failures += 1
-                record.last = self._clock()
-            if record.failures > REFUSE_AFTER:
-                over = min(record.failures - REFUSE_AFTER - 1, 16)
-                record.until = record.last + min(REFUSE_S * 2 ** over, REFUSE_MOST_S)
-            if record.failures or record.pending:
-                self._records[origin] = record
-                if len(self._records) > ADDRESSES:
-                    del self._records[next(iter(self._records))]
-            if self.tell and record.failures != known:
-                self.tell(origin, record.failures, record.last, record.until)
-            late = 0 if right is not False else record.failures - LATE_AFTER
-            return LATE_S * 2 ** (min(late, REFUSE_AFTER - LATE_AFTER) - 1) if late > 0 else 0.0
+                good = self._good.get(attempt.pair)
+                self._good.put(attempt.pair, now, attempt.proof, good[2] if good else 0.0)
+            elif right is False and attempt.known:              # it was changed: what was known is no longer right
+                self._good.drop(attempt.pair)
+            if right or not attempt.known:
+                self._settle_look(attempt, right, now)
 
-    def learn(self, origin: Hashable, failures: int, last: float, until: float) -> None:
-        """What another process, whose clock is the same, holds against an origin; no failures clear it."""
+    def _settle_look(self, attempt: Attempt, right: Optional[bool], now: float) -> None:
+        full, failed, *first = self._origins.get(attempt.origin) or NOTHING
+        if right is False:
+            self._origins.put(attempt.origin, full, now, *first)
+            return
+        # A pair's looks come back as fast as its origin's, so what it has cost is at most what the origin lacks, and
+        # giving it back leaves the origin's other users where they would be without this one.
+        owed = max((self._pairs.get(attempt.pair) or (0.0,))[0] - now, 0.0)
+        returned = owed if right else min(owed, INTERVAL_S)
+        self._pairs.put(attempt.pair, now + owed - returned)
+        self._origins.put(attempt.origin, full - returned, failed, *first)
+        if attempt.known:                                   # it took no look of the name
+            return
+        full, *rest = self._names.get(attempt.name) or NOTHING
+        self._names.put(attempt.name, full - min(max(full - now, 0.0), NAME_INTERVAL_S), *rest)
+
+    def is_news(self, attempt: Attempt) -> bool:
+        """Whether a success is worth a settle(): not when it was so within a minute, and no failure is to be cleared.
+        Takes no lock."""
+        good, now = self._good.get(attempt.pair) if attempt.known else None, self._clock()
+        return good is None or now - good[0] > FRESH_S or (self._pairs.get(attempt.pair) or (0.0,))[0] > now
+
+    def withdraw(self, attempt: Attempt) -> None:
+        """This attempt no longer waits."""
         with self._lock:
-            record = self._records.pop(origin, None) or Record()
-            if failures:
-                failures, last, until = max(failures, record.failures), max(last, record.last), max(until, record.until)
-            record.failures, record.last, record.until = failures, last, until
-            if record.failures or record.pending:
-                self._records[origin] = record
-                if len(self._records) > ADDRESSES:
-                    del self._records[next(iter(self._records))]
+            self._forget(attempt)
+
+    def is_quiet(self, attempt: Attempt) -> bool:
+        """Whether no password from this origin was wrong lately: then attempts wait for slow hashes only."""
+        found = self._origins.get(attempt.origin)
+        return not found or self._clock() - found[1] > QUIET_S
+
+    # ---- looks; under the lock ------------------------------------------------------------------------------------
+
+    def _count_miss(self, attempt: Attempt, now: float) -> None:
+        """The attempt was compared with the password that was right from there, and is not that."""
+        good = None if attempt.compared else self._good.get(attempt.pair)
+        if good and now - good[0] <= KNOWN_S and missing(good[2], MISS_BURST, MISS_INTERVAL_S, now) <= 0:
+            attempt.compared = True
+            self._good.put(attempt.pair, *good[:2], max(good[2], now) + MISS_INTERVAL_S)
+
+    def _look(self, attempt: Attempt, now: float) -> float:
+        """Take a look of the origin and one of the name: 0, or in how many seconds to ask again. An attempt takes its
+        place among those that wait only for what it lacks: it must not keep a user's looks from other origins while it
+        waits for its own origin, nor the other way round."""
+        origin = self._origins.get(attempt.origin) or NOTHING
+        name = self._names.get(attempt.name) or NOTHING
+        lacks = missing(origin[0], BURST, INTERVAL_S, now), missing(name[0], NAME_BURST, NAME_INTERVAL_S, now)
+        if max(lacks) > 0:
+            table, key, record = ((self._origins, attempt.origin, origin) if lacks[0] >= lacks[1]
+                                  else (self._names, attempt.name, name))
+            if not other_first(record, attempt, now):
+                table.put(key, *record[:2], attempt.rank, attempt.arrived, now)
+            return min(max(*lacks, SHORTEST_S), POLL_S)
+        if other_first(origin, attempt, now) or other_first(name, attempt, now):
+            return POLL_S
+        self._origins.put(attempt.origin, max(origin[0], now) + INTERVAL_S, origin[1], 0.0, 0.0, 0.0)
+        self._names.put(attempt.name, max(name[0], now) + NAME_INTERVAL_S, name[1], 0.0, 0.0, 0.0)
+        return 0.0
+
+    # ---- those that wait; under the lock --------------------------------------------------------------------------
+
+    def _wait(self, attempt: Attempt) -> None:
+        waiting = self._pending.setdefault(attempt.origin, [])
+        waiting.append(attempt)
+        attempt.waits = True
+        if len(waiting) > PENDING:
+            last = max(waiting, key=lambda one: (one.rank, -one.arrived))
+            self._forget(last)
+            last.dropped = last.waits = True            # it finds out when it asks again, and is not taken in anew
+
+    def _forget(self, attempt: Attempt) -> None:
+        waiting = self._pending.get(attempt.origin, [])
+        if attempt in waiting:
+            waiting.remove(attempt)
+            if not waiting:
+                del self._pending[attempt.origin]
+        attempt.waits = False
+
+
+NOTHING = (0.0, float("-inf"), 0.0, 0.0, 0.0)
+
+
+def missing(full: float, burst: int, interval_s: float, now: float) -> float:
+    """In how many seconds there is a look, 0 or less when there is one."""
+    return max(full, now) - now - (burst - 1) * interval_s - 1e-6      # which rounding may cost
+
+
+def other_first(record: Tuple[Any, ...], attempt: Attempt, now: float) -> bool:
+    """Whether another attempt that still waits for this record's looks goes first."""
+    rank, arrived, asked = record[2:]
+    return (now - asked < STALE_S and arrived != attempt.arrived
+            and (rank, -arrived) < (attempt.rank, -attempt.arrived))

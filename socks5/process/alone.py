@@ -23,6 +23,7 @@ class Alone(Control):
     def __init__(self, server: Server, access: Access) -> None:
         super().__init__(server.config, access)
         self.server = server
+        server.relay_loop()                     # what serving takes is there before it is said to listen
         self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._started = self._ended = False

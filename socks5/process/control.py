@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Callable, Iterable, List, Set
 
 from ..config import Config, ConfigError
-from .files import Access, Exhausted, Files
+from .files import Access, Exhausted, Files, read_access
 from .orders import Order
 from .signals import Signals
 
@@ -31,7 +31,7 @@ class Control:
         self.config = config
         self.access = access                    # in force, whatever is in the files by now
         self.signals = Signals()
-        self.files = Files(config)
+        self.files = Files(config, lambda config: read_access(config, self.access))
         self.stops = 0                          # how often it was asked for
         self.status = 0                         # the program's exit status
         self._reload_at = NEVER

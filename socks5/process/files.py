@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from typing import Callable, List, Tuple
+from typing import Callable, List, Optional, Tuple
 
 from ..access.rules import Rules
 from ..access.users import Users
@@ -16,9 +16,10 @@ RESERVE = 2                 # descriptors: the files are open one at a time, but
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
 
-def read_access(config: Config) -> Access:
-    """Users and rules as the files have them now. Raises ConfigError with file:line."""
-    return Users(config), Rules(config)
+def read_access(config: Config, before: Optional[Access] = None) -> Access:
+    """Users and rules as the files have them now, and what is known of logins `before`. Raises ConfigError with
+    file:line."""
+    return Users(config, before and before[0]), Rules(config)
 
 
 class Exhausted(Exception):

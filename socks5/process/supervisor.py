@@ -12,7 +12,6 @@ import socket
 from time import monotonic
 from typing import Callable, Dict, Iterable, List, Sequence
 
-from ..access import users as auth
 from ..config import Config
 from ..net import listeners as listening
 from ..server.counters import Shared
@@ -59,7 +58,7 @@ class Supervisor(Control):
         self.listeners = listeners
         self.make = make
         self.shared = Shared(count)
-        auth.TURNS.share()
+        access[0].logins.share()
         self.workers: Dict[int, Worker] = {}            # by pid
         self.start_at: Dict[int, float] = dict.fromkeys(range(count), 0.0)     # by row, of those that do not run
         self.backoff_s = RESTART_S

@@ -177,6 +177,8 @@ class Loop:
     def _close_ended(self) -> None:
         over, self._over = self._over, []
         for tunnel in over:
+            if tunnel not in self._tunnels:     # it was looked at twice
+                continue
             self._tunnels.discard(tunnel)
             try:
                 self._ended(tunnel)

@@ -15,8 +15,9 @@ from time import monotonic
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Type
 
 from ..access import users
+from ..access.logins import Verdict, origin_of as login_origin
+from ..access.passwords import Wait
 from ..access.rules import Asker, Rules
-from ..access.throttle import Throttle
 from ..access.users import Users
 from ..commands.bind import Rendezvous, any_peer, expected
 from ..commands.connect import connect
@@ -41,6 +42,8 @@ from .sessions import Session, Sessions
 log = logging.getLogger(__name__)
 
 LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever
+ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
+NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 TOLD = 10                   # rules that one association may name in the log
 
 SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
@@ -56,7 +59,6 @@ class Service:
     config: Config
     users: Users
     rules: Rules
-    throttle: Throttle
     names: Names
     bind_ports: Ports
     udp_ports: Ports
@@ -167,20 +169,29 @@ class Handler(StreamRequestHandler):
 
     def username_password(self) -> Optional[bytes]:
         """RFC 1929: one try. The name that was let in."""
-        login, session, server = self.take(Login), self.session, self.server
-        who = login.uname, login.passwd
-        right, late_s = server.throttle.judge(session.origin, server.users.attempt(*who),
-                                              partial(server.users.check, *who))
-        if not right:
-            log.warning("auth_failed client=%(client)s user=%(user)s",       # README.rst: fail2ban looks for it
-                        Facts(client=session.client.ip, user=login.uname))
+        login, session, known = self.take(Login), self.session, self.server.users     # a reload makes others
+        verdict = known.logins.judge(login_origin(session.client.ip, session.origin), login.uname, login.passwd,
+                                     known.check, LoginWait(self))
+        if verdict is not Verdict.RIGHT:
             session.user = login.uname
-            self.pause(late_s)
+            self.log_failure(verdict, login.uname)
             self.send(LoginStatus(0x01))
-            raise ProtocolError("wrong user name or password")
+            raise ProtocolError("wrong user name or password" if verdict is Verdict.WRONG else
+                                "too many logins are tried: the password was not looked at")
         session.step("login", user=login.uname)
         self.send(LoginStatus(0x00))
         return login.uname
+
+    def log_failure(self, verdict: Verdict, uname: bytes) -> None:
+        """README.rst: fail2ban looks for auth_failed. What was not looked at is logged now and then only."""
+        facts = Facts(client=self.session.client.ip, user=uname)
+        if verdict is Verdict.WRONG:
+            log.warning("auth_failed client=%(client)s user=%(user)s", facts)
+            return
+        left_out = self.server.users.logins.lines_left_out()
+        if left_out is not None:
+            log.warning("auth_deferred client=%(client)s user=%(user)s left_out=%(left_out)d",
+                        Facts(facts, left_out=left_out))
 
     # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
 
@@ -312,12 +323,25 @@ class Handler(StreamRequestHandler):
         self.session.rep = rep.name
         self.send(Reply(rep, Address(*bnd) if bnd else UNSPECIFIED))
 
+
+class LoginWait(Wait):
+    """The wait of a login: as long as the handshake has left, and watching for the client to leave."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        session, handshake_s = handler.session, handler.server.config.handshake_timeout or NO_TIMEOUT_S
+        left_s = session.started + session.extended_s + handshake_s - monotonic()
+        super().__init__(left_s - min(ANSWER_S, handshake_s / 10))
+
     def pause(self, seconds: float) -> None:
-        """Wait, unless the client has left or was shut down."""
-        if seconds:
-            poll = new_poll()
-            poll.register(self.connection.fileno(), 0)          # what is told unasked: a hang-up, an error
-            poll.poll(seconds * 1000)
+        """Raises EOFError when the connection is reset or shut down. A FIN may be a half-close, and is waited for."""
+        poll = new_poll()
+        poll.register(self.handler.connection.fileno(), 0)      # a hang-up and an error are reported unasked
+        if poll.poll(max(seconds, 0.0) * 1000):
+            raise EOFError("client left while its login waited")
+
+    def extend(self, seconds: float) -> None:
+        self.handler.server.sessions.extend(self.handler.session, seconds)
 
 
 def name_in(host: Host) -> Optional[bytes]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import queue
 import socket
 import threading
 from collections import deque
@@ -17,7 +16,6 @@ from time import monotonic, sleep
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 from ..access.rules import Rules
-from ..access.throttle import Throttle
 from ..access.users import Users
 from ..config import Config, ConfigError
 from ..net import listeners as net_listeners
@@ -32,7 +30,7 @@ from ..relay.tunnel import Tunnel
 from . import acceptors, tracing
 from .counters import Counts
 from .handler import ANONYMOUS, BY_PASSWORD, Handler, Service
-from .sessions import Full, Session, Sessions
+from .sessions import Full, Session, Sessions, Teller
 from .table import Table
 
 log = logging.getLogger(__name__)
@@ -91,7 +89,6 @@ class Server(ThreadingTCPServer, Service):
         self.config = config or Config()
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = tracing.opened(self.config.trace)
-        self.throttle = Throttle()
         self.names = Names()
         self.bind_ports = Ports(self.config.bind_ports)
         self.udp_ports = Ports(self.config.udp_ports, need=2)       # one towards the client, one towards the remotes
@@ -109,8 +106,7 @@ class Server(ThreadingTCPServer, Service):
         self._complained: Dict[str, float] = {}
         self._lock = threading.Lock()
         self._loop: Optional[Loop] = None                       # made when first needed: not before a fork
-        self._untold: "queue.Queue[Optional[Session]]" = queue.Queue()
-        self._teller: Optional[threading.Thread] = None
+        self._teller = Teller(self.session_ended)
         self._accepting: Optional[socket.socket] = None         # where there are no acceptors: what is ready
         self.listeners: List[socket.socket] = list(listeners)
         BaseServer.__init__(self, (self.config.listen[0], self.config.port), RequestHandlerClass)
@@ -200,10 +196,12 @@ class Server(ThreadingTCPServer, Service):
         """Put users and rules in force for what is asked from now on. Reads the files again unless `access` is given;
         where one of them is bad, both stay as they were. Any thread may call this."""
         try:
-            self.users, self.rules = access or (Users(self.config), Rules(self.config))
+            users, rules = access or (Users(self.config, self.users), Rules(self.config))
         except ConfigError as exc:
             log.error("not reloaded, users and rules stay as they were: %s", exc)
             return False
+        users.join(self.users)
+        self.users, self.rules = users, rules
         log.info("reloaded users=%(users)d rules=%(rules)d", Facts(users=len(self.users.names), rules=len(self.rules)))
         return True
 
@@ -211,7 +209,7 @@ class Server(ThreadingTCPServer, Service):
 
     def _accept_one(self) -> None:
         """Accept one connection and serve it, or have it served. Raises nothing."""
-        while self._untold.qsize() > MAX_UNTOLD:                # an overridden session_ended is slow
+        while len(self._teller) > MAX_UNTOLD:                   # an overridden session_ended is slow
             sleep(REST_S)
         covered = True
         try:
@@ -377,25 +375,10 @@ class Server(ThreadingTCPServer, Service):
         self.sessions.remove(session)
         self.close_request(session.sock)
         if type(self).session_ended is not Server.session_ended:
-            self._tell(session)
+            self._teller.tell(session)
 
     def session_ended(self, session: Session) -> None:
         """To override: what is to be done with a session that is over. No traffic waits for it."""
-
-    def _tell(self, session: Session) -> None:
-        """Have session_ended called by a thread that does nothing else."""
-        with self._lock:
-            self._untold.put(session)
-            if self._teller is None:
-                self._teller = threading.Thread(target=self._tell_all, name="session_ended", daemon=True)
-                self._teller.start()
-
-    def _tell_all(self) -> None:
-        for session in iter(self._untold.get, None):
-            try:
-                self.session_ended(session)
-            except Exception:
-                log.exception("bug in session_ended")
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -404,9 +387,7 @@ class Server(ThreadingTCPServer, Service):
         self.drain(0)
         if self._loop:
             self._loop.stop("server stopped")
-        if self._teller:
-            self._untold.put(None)
-            self._teller.join(COMPLAIN_EVERY_S)
+        self._teller.close(COMPLAIN_EVERY_S)
         if self.trace:
             self.trace.close()
         self._wakeup.close()

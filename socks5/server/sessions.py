@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import queue
 import socket
 import threading
 from collections import Counter
 from time import monotonic
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..commands.udp import Association
 from ..net.addresses import Endpoint
@@ -42,7 +43,7 @@ class Session:
 
     __slots__ = ("number", "client", "origin", "sock", "started", "ended_at", "user", "cmd", "dst", "reached", "rep",
                  "tunnel", "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
-                 "story")
+                 "story", "extended_s")
 
     def __init__(self, client: Endpoint, origin: str, sock: socket.socket) -> None:
         self.number = 0                             # until it is admitted
@@ -63,6 +64,7 @@ class Session:
         self.ended_by = ""
         self.why = ""
         self.notes = ""
+        self.extended_s = 0.0                       # so much longer than others may its handshake take
         self.greeted = False                        # its greeting is here: it speaks SOCKS5
         self.leaving = False                        # evicted, and its thread has not noticed yet
         self.weight = 1                             # how many sessions it counts as
@@ -240,8 +242,13 @@ class Sessions:
         since = monotonic() - self.handshake_s
         with self._lock:
             for session in list(itertools.takewhile(lambda session: session.started <= since, self._negotiating)):
-                del self._negotiating[session]
-                self._shut(session, "handshake timeout")
+                if session.started + session.extended_s <= since:
+                    del self._negotiating[session]
+                    self._shut(session, "handshake timeout")
+
+    def extend(self, session: Session, seconds: float) -> None:
+        """Let this handshake take so much longer: it waits for something of ours."""
+        session.extended_s += seconds
 
     def abort(self, why: str) -> None:
         """End every session that has no tunnel; the relay loop ends the others."""
@@ -264,6 +271,39 @@ class Sessions:
             session.sock.shutdown(socket.SHUT_RDWR)
         except OSError:                                 # the client was faster
             pass
+
+
+class Teller:
+    """Calls hook(session) for every session that is over, one after the other, in a thread that does nothing else."""
+
+    def __init__(self, hook: Callable[[Session], None]) -> None:
+        self._hook = hook
+        self._lock = threading.Lock()
+        self._queue: "queue.Queue[Optional[Session]]" = queue.Queue()
+        self._thread: Optional[threading.Thread] = None
+
+    def __len__(self) -> int:
+        return self._queue.qsize()
+
+    def tell(self, session: Session) -> None:
+        with self._lock:
+            self._queue.put(session)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="session_ended", daemon=True)
+                self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Wait until the hook has been called for all."""
+        if self._thread:
+            self._queue.put(None)
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        for session in iter(self._queue.get, None):
+            try:
+                self._hook(session)
+            except Exception:
+                log.exception("bug in session_ended")
 
 
 def oldest_first(sessions: Sessions) -> List[Session]:
