@@ -126,7 +126,7 @@ def serve(config: Config) -> int:
     for warning in warnings(config, access[1]):
         logging.getLogger(__name__).warning(warning)
 
-    def ready() -> None:                                    # whoever reads this may send a signal at once
+    def ready() -> None:                                    # a reader of this line may send a signal at once
         for listener in listeners:
             say("listening on %s" % str(endpoint_of(listener.getsockname())))
 
@@ -183,7 +183,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     signals.hold()                                          # a SIGHUP that comes too early waits
     args = vars(build_parser().parse_args(argv))
     if not {"hash_password", "check", "self_test"}.isdisjoint(args):
-        signals.release()                                   # these serve nobody: Ctrl-C ends them as usual
+        signals.release()                                   # no server runs: Ctrl-C ends the process as usual
     if "hash_password" in args:
         return hash_password(args["hash_password"])
     try:
