@@ -1,4 +1,4 @@
-# Needs GNU make. Nothing here runs while this file is parsed.
+# For GNU make. Parsing this file runs no command.
 PYTHON ?= python3
 ARGS ?=
 
@@ -11,7 +11,7 @@ help: ## list these targets
 run: ## start the server: make run ARGS="-p 1080"
 	$(PYTHON) socks5_server.py $(ARGS)
 
-test: ## run the tests: make test ARGS="-v -p test_wire.py"
+test: ## run the tests: make test ARGS="-v -p test_messages.py"
 	$(PYTHON) -m unittest discover -s tests -t . $(ARGS)
 
 lint: need-flake8 ## check the style with flake8
@@ -20,13 +20,13 @@ lint: need-flake8 ## check the style with flake8
 types: need-mypy ## check the types with mypy
 	$(PYTHON) -m mypy
 
-coverage: need-coverage ## run the tests and list the lines of socks5/ that none of them reaches
+coverage: need-coverage ## run the tests and list the lines of socks5/ that no test reaches
 	$(PYTHON) -m coverage erase
 	$(PYTHON) -m coverage run -m unittest discover -s tests -t . $(ARGS)
 	$(PYTHON) -m coverage combine --quiet
 	$(PYTHON) -m coverage report
 
-check: lint types coverage ## all of these before a commit (coverage runs the tests)
+check: lint types coverage ## run lint, types and coverage (which runs the tests) before a commit
 
 bench: ## measure speed and memory
 	$(PYTHON) tests/bench.py $(ARGS)
@@ -44,7 +44,7 @@ clean: ## remove what the other targets made
 	rm -rf build dist htmlcov .mypy_cache *.egg-info .coverage .coverage.*
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# Development tools come from outside: say which one is missing, and how to get them.
+# The development tools are not part of the project: name a missing one, and the command that installs them.
 need-%:
 	@$(PYTHON) -c 'import $*' 2>/dev/null || { \
 	  echo '$* is missing for PYTHON=$(PYTHON): python3 -m venv DIR && DIR/bin/pip install flake8 mypy coverage' \

@@ -1,10 +1,10 @@
-"""A SOCKS5 proxy server, to run and to read. In reading order, and in the order in which folders may import:
+"""A SOCKS5 proxy server. Its modules in reading order; a folder imports only from those above it:
 
     config            every option once: name, unit, default, help text
 
     protocol/         bytes to messages and back: no socket, no thread, no decision
         codes         the numbers of RFC 1928 as names
-        errors        what can go wrong, as exceptions that carry the REP
+        errors        exceptions that carry the REP
         fields        what a message is made of
         messages      every message of SOCKS5
         facts         typed values of a line in the log, and how text shows them
@@ -32,11 +32,11 @@
         tunnel        both directions: a state machine that never waits
         loop          the thread that relays every quiet tunnel of the process
     commands/         what a client can ask for
-        connect       CONNECT: the destination's addresses in a race (RFC 8305)
+        connect       CONNECT: Happy Eyeballs over the destination's addresses (RFC 8305)
         bind          BIND: listen for the one peer that the client expects
         udp           UDP ASSOCIATE: relay datagrams
         datagrams     many datagrams in few system calls
-        fragments     a datagram that comes in pieces
+        fragments     reassemble fragmented datagrams
     server/           one process
         counters      how many sessions there are, in all processes
         sessions      the registry of live sessions: limits, deadlines, eviction
@@ -58,6 +58,20 @@
     log               formats of the log, and its handler
     selftest          the server, tried by its own client
     cli               the command line
+
+The words of this package:
+
+    client            the program that connects to the proxy and sends a request
+    destination       the host and port that a CONNECT or a datagram names
+    peer              the host that connects to the listener of a BIND
+    remote            the other end of a tunnel: the destination or the peer
+    acceptor          a thread that waits in accept() and runs the handler
+    handler           the code for one client up to its tunnel: a StreamRequestHandler
+    tunnel            two connected sockets, and the bytes between them in both directions
+    relay loop        the thread with an event loop that relays all quiet tunnels of a process
+    session           one connection of a client, from accept to close
+    evict             close one session, so that another can be served
+    drain             stop accepting, and let sessions end within --drain-timeout
 """
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""argv, environment and INI file to a Config, to logging, to a running server. The only module that prints or exits."""
+"""The command line: options to a Config, logging, and a running server. The only module that prints or exits."""
 from __future__ import annotations
 
 import argparse
@@ -29,20 +29,19 @@ INI_ERRORS = {
 }
 
 DESCRIPTION = "A SOCKS5 proxy server (RFC 1928, RFC 1929). Times are in seconds."
-EPILOG = ("An option FILE has one section, [%s], and the long names: 'port = 1080'; repeatable ones take a line each."
-          % SECTION)
+EPILOG = "Example: python socks5_server.py -l 0.0.0.0 -u NAME:PASSWORD"
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, no usage text: whoever wants that asks for --help."""
+        """Print one line, without the usage text."""
         self.exit(EXIT_USAGE, "%s: %s\n" % (self.prog, " ".join(message.split())))
 
 
 def build_parser() -> Parser:
-    """Every option of config.py, and those that are not tunables of a server."""
-    parser = Parser(prog="socks5-server", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    """Make the parser for all options of config.py and the actions, such as --check."""
+    parser = Parser(prog="socks5-server", usage="%(prog)s [options]", description=DESCRIPTION, epilog=EPILOG,
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for item in options():
         meta = item.metadata
@@ -54,16 +53,17 @@ def build_parser() -> Parser:
             groups[meta["group"]].add_argument(*meta["flags"], dest=item.name, action="append", metavar=meta["metavar"],
                                                nargs="?" if meta["bare"] else None, const=meta["bare"] or None,
                                                help=text)
-    groups["access"].add_argument("--hash-password", metavar="NAME", nargs="?", const="", help="ask for a password, or "
-                                  "read a line from a pipe, print the line for the users FILE, and end")
+    groups["access"].add_argument("--hash-password", metavar="NAME", nargs="?", const="",
+                                  help="read a password, print its line for --users, and exit")
     running, watching = groups["running"], groups["watching"]
-    running.add_argument("--check", action="store_true", help="read everything, say what would be served to whom, and "
-                         "end: with 0, or 2 and the error")
-    running.add_argument("--config", metavar="FILE", help="read options from an INI file; the command line goes first")
-    watching.add_argument("-v", "--verbose", action="store_true", help="log the steps of every negotiation, too")
+    running.add_argument("--check", action="store_true", help="check options and files, print who is served what, and "
+                         "exit with 0, or 2 after an error")
+    running.add_argument("--config", metavar="FILE", help="read options from an INI file, section [%s]; the command "
+                         "line takes precedence" % SECTION)
+    watching.add_argument("-v", "--verbose", action="store_true", help="log every step of a negotiation, too")
     watching.add_argument("-q", "--quiet", action="store_true", help="log only warnings and errors")
-    watching.add_argument("--self-test", action="store_true", help="try every part of it with these options, say what "
-                          "was seen and what this machine lacks, and end: with 0, or 1 when something failed")
+    watching.add_argument("--self-test", action="store_true", help="test every command with these options, print the "
+                          "results, and exit with 0, or 1 after a failure")
     watching.add_argument("--version", action="version", version="%(prog)s " + __version__)
     return parser
 
@@ -126,7 +126,7 @@ def serve(config: Config) -> int:
     for warning in warnings(config, access[1]):
         logging.getLogger(__name__).warning(warning)
 
-    def ready() -> None:                                    # whoever reads this may send a signal at once
+    def ready() -> None:                                    # a reader of this line may send a signal at once
         for listener in listeners:
             say("listening on %s" % str(endpoint_of(listener.getsockname())))
 
@@ -183,7 +183,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     signals.hold()                                          # a SIGHUP that comes too early waits
     args = vars(build_parser().parse_args(argv))
     if not {"hash_password", "check", "self_test"}.isdisjoint(args):
-        signals.release()                                   # these serve nobody: Ctrl-C ends them as usual
+        signals.release()                                   # no server runs: Ctrl-C ends the process as usual
     if "hash_password" in args:
         return hash_password(args["hash_password"])
     try:

@@ -1,20 +1,20 @@
-"""The other side of the protocol: CONNECT, BIND and UDP ASSOCIATE through a SOCKS5 proxy, ours or anybody's.
+"""The client side of SOCKS5: CONNECT, BIND and UDP ASSOCIATE through any SOCKS5 proxy.
 
     with connect(("127.0.0.1", 1080), ("example.com", 80)) as sock:     # a plain connected socket
         sock.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
 
-    with bind(proxy, ("192.0.2.7", 21)) as waiting:                     # tell the peer waiting.bnd, then
+    with bind(proxy, ("192.0.2.7", 21)) as waiting:                     # first tell the peer waiting.bnd
         sock, peer = waiting.accept()
 
     with associate(proxy) as udp:
         udp.sendto(b"question", ("192.0.2.53", 53))
         data, peer = udp.recvfrom()
 
-Blocking, in the calling thread. Names go to the proxy unresolved. `timeout` is one deadline in seconds, from dialling
-to the reply; None waits for ever. Whatever is raised is an OSError: ProxyError with the REP where the proxy refused,
-socket.timeout, or what kept us from the proxy. Only what fits into no message (a name of 256 bytes) is a ValueError.
+All calls block the calling thread. The proxy resolves names. `timeout` is one deadline in seconds, from connecting to
+the proxy to its reply; None: no limit. Every failure is an OSError: ProxyError with the REP if the proxy refused,
+socket.timeout, or an error of the connection to the proxy. A name that fits into no message is a ValueError.
 
-Reads never ask for more than a reply has: what stands behind it is the tunnel's. RFC 1928, RFC 1929.
+No read goes beyond a reply: the bytes after it belong to the tunnel. RFC 1928, RFC 1929.
 """
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from .protocol.fields import ReadExactly
 from .protocol.messages import UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 HostPort = Tuple[str, int]
-User = Tuple[Union[str, bytes], Union[str, bytes]]      # name and password; text goes out as UTF-8
+User = Tuple[Union[str, bytes], Union[str, bytes]]      # name and password; str is sent as UTF-8
 M = TypeVar("M")
 
-TIMEOUT_S = 30.0                    # a proxy may spend 10 s on the destination's addresses, and as much on its name
-DATAGRAM_BYTES = 1 << 16            # more than any datagram has
-MOST_FRAGMENTS = 0x7F               # the high bit of FRAG says "last": RFC 1928 §7
-Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)     # needs no descriptor of its own
+TIMEOUT_S = 30.0                    # a proxy may take 10 s to resolve a name, and 10 s to connect
+DATAGRAM_BYTES = 1 << 16            # larger than any datagram
+MAX_FRAGMENTS = 0x7F                # the high bit of FRAG says "last": RFC 1928 §7
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)     # opens no descriptor
 
 
 def connect(proxy: HostPort, destination: HostPort, user: Optional[User] = None,
             timeout: Optional[float] = TIMEOUT_S) -> socket.socket:
-    """A socket connected to `destination` through `proxy`, blocking and without a time-out from here on."""
+    """Connect to `destination` through `proxy`. Returns a blocking socket without a time-out."""
     session = _Session(proxy, user, timeout)
     try:
         session.ask(Cmd.CONNECT, address(*destination))
@@ -53,7 +53,7 @@ def connect(proxy: HostPort, destination: HostPort, user: Optional[User] = None,
 
 def bind(proxy: HostPort, expected_peer: HostPort = ("0.0.0.0", 0), user: Optional[User] = None,
          timeout: Optional[float] = TIMEOUT_S) -> Waiting:
-    """Have `proxy` listen for a connection from expected_peer: 0.0.0.0 for anybody; few proxies look at its port."""
+    """Ask `proxy` to listen for expected_peer. 0.0.0.0 means any peer; most proxies ignore the port."""
     session = _Session(proxy, user, timeout)
     try:
         return Waiting(session, session.ask(Cmd.BIND, address(*expected_peer)))
@@ -63,10 +63,10 @@ def bind(proxy: HostPort, expected_peer: HostPort = ("0.0.0.0", 0), user: Option
 
 
 def associate(proxy: HostPort, user: Optional[User] = None, timeout: Optional[float] = TIMEOUT_S) -> Association:
-    """Have `proxy` pass datagrams on for as long as the Association is open."""
+    """Ask `proxy` to relay datagrams for as long as the Association is open."""
     session = _Session(proxy, user, timeout)
     try:
-        # All zeros: where our datagrams come from is for the proxy to see, there may be a NAT between. RFC 1928 §4
+        # All zeros: behind NAT we do not know the address from which our datagrams arrive. RFC 1928 §4
         relay = session.ask(Cmd.UDP_ASSOCIATE, UNSPECIFIED)
         return Association(session.hand_over(), relay)
     except BaseException:
@@ -77,8 +77,8 @@ def associate(proxy: HostPort, user: Optional[User] = None, timeout: Optional[fl
 class Waiting:
     """A BIND between its two replies.
 
-    bnd     (host, port) where the proxy listens: tell it to the peer
-    sock    the connection to the proxy; what is sent on it early reaches the peer
+    bnd     (host, port) where the proxy listens, for the peer to connect to
+    sock    the connection to the proxy; bytes sent on it now reach the peer later
     """
 
     def __init__(self, session: _Session, bnd: HostPort) -> None:
@@ -88,9 +88,9 @@ class Waiting:
         self.bnd = bnd
 
     def accept(self, timeout: Optional[float] = None) -> Tuple[socket.socket, HostPort]:
-        """Wait for the peer: the socket connected to it, which is now the caller's, and its (host, port).
+        """Wait for the peer. Returns the socket connected to it, which the caller now owns, and its (host, port).
 
-        Raises ProxyError when the proxy gave up, socket.timeout after `timeout` seconds; either way, close then.
+        Raises ProxyError if the proxy refuses, socket.timeout after `timeout` seconds; call close() after either.
         """
         self._session.restart(timeout)
         peer = self._session.reply()
@@ -98,7 +98,7 @@ class Waiting:
         return self._session.hand_over(), peer
 
     def close(self) -> None:
-        """End the wait. The socket that accept() gave stays open."""
+        """Stop waiting. A socket that accept() returned stays open."""
         if not self._accepted:
             self.sock.close()
 
@@ -110,11 +110,11 @@ class Waiting:
 
 
 class Association:
-    """An endpoint for datagrams that go through the proxy.
+    """A UDP association: send and receive datagrams through the proxy.
 
-    relay   (host, port) to which the proxy wants them sent
+    relay   (host, port) of the proxy for datagrams
     sock    the datagram socket, connected to the relay
-    control the TCP connection, on which the association hangs
+    control the TCP connection to the proxy; closing it ends the association
     """
 
     def __init__(self, control: socket.socket, relay: HostPort) -> None:
@@ -125,7 +125,7 @@ class Association:
         self.sock = socket.socket(family, socket.SOCK_DGRAM)
         self._selector = Selector()
         try:
-            self.sock.connect(sockaddr)             # the kernel then drops what comes from anybody else
+            self.sock.connect(sockaddr)             # the kernel then drops datagrams from other senders
         except OSError:
             self.close()
             raise
@@ -133,13 +133,13 @@ class Association:
         self._selector.register(control, selectors.EVENT_READ)
 
     def settimeout(self, timeout: Optional[float]) -> None:
-        """For each recvfrom() from here on, in seconds; None, as at the start, is for ever."""
+        """Set the time-out of recvfrom() in seconds; None, the default: no limit."""
         self.timeout = timeout
 
     def sendto(self, data: bytes, destination: HostPort, fragments: int = 1) -> None:
-        """Send one datagram, cut into `fragments` if more than 1 (at most 127; few proxies put them together again)."""
-        if not 1 <= fragments <= MOST_FRAGMENTS:
-            raise ValueError("1 to %d fragments, not %d" % (MOST_FRAGMENTS, fragments))
+        """Send one datagram in 1 to 127 fragments. Few proxies reassemble fragments."""
+        if not 1 <= fragments <= MAX_FRAGMENTS:
+            raise ValueError("1 to %d fragments, not %d" % (MAX_FRAGMENTS, fragments))
         dst = address(*destination)
         if fragments == 1:
             self.sock.send(Datagram(dst, data).pack())
@@ -150,9 +150,9 @@ class Association:
             self.sock.send(Datagram(dst, data[(number - 1) * size:number * size], frag).pack())
 
     def recvfrom(self) -> Tuple[bytes, HostPort]:
-        """The next datagram and the (host, port) that it is from. Fragments and malformed datagrams are passed over.
+        """Receive the next datagram and the (host, port) of its sender. Skips fragments and malformed datagrams.
 
-        Raises ProxyError when the proxy has ended the association, socket.timeout when settimeout()'s time is over.
+        Raises ProxyError when the proxy has ended the association, socket.timeout after the time of settimeout().
         """
         deadline = _Deadline(self.timeout)
         while True:
@@ -168,7 +168,7 @@ class Association:
                 raise ProxyError("the proxy ended the association")
 
     def close(self) -> None:
-        """End the association, at the proxy too."""
+        """End the association, also on the proxy."""
         self._selector.close()
         self.sock.close()
         self.control.close()
@@ -183,7 +183,7 @@ class Association:
 # ---- the parts ---------------------------------------------------------------------------------------------------
 
 def address(host: Union[str, bytes], port: int) -> Address:
-    """From the text of an IP address or from a name. Raises ValueError for a name that IDNA cannot put into ASCII."""
+    """Make an Address from an IP address or a name. Raises ValueError for a name that IDNA cannot encode."""
     if isinstance(host, bytes):
         return Address(host, port)
     try:
@@ -201,7 +201,7 @@ class _Deadline:
         self.at = None if timeout is None else monotonic() + timeout
 
     def left(self) -> Optional[float]:
-        """Seconds, for settimeout(). Raises socket.timeout when there are none."""
+        """The seconds left, for settimeout(). Raises socket.timeout if none are left."""
         if self.at is None:
             return None
         left = self.at - monotonic()
@@ -211,7 +211,7 @@ class _Deadline:
 
 
 class _Session:
-    """A connection to the proxy on which we are let in; each step of it under the same deadline."""
+    """An authenticated connection to the proxy. All its steps share one deadline."""
 
     def __init__(self, proxy: HostPort, user: Optional[User], timeout: Optional[float]) -> None:
         self.deadline = _Deadline(timeout)
@@ -230,12 +230,12 @@ class _Session:
         return self.sock
 
     def ask(self, cmd: Cmd, dst: Address) -> HostPort:
-        """Send a request and take its first reply: BND."""
+        """Send a request. Returns BND of its first reply."""
         self._send(Request(cmd, dst).pack())
         return self.reply()
 
     def reply(self) -> HostPort:
-        """BND of a reply; where the proxy wrote 0.0.0.0 or ::, the host at which we reached it."""
+        """Read a reply. Returns BND; instead of 0.0.0.0 or :: it has the address of the proxy."""
         reply = self._take(Reply.parse)
         if reply.rep != Rep.SUCCEEDED:
             raise ProxyError("the proxy answered X'%02X', %s" % (reply.rep, phrase(Rep, reply.rep)), int(reply.rep))
@@ -265,7 +265,7 @@ class _Session:
         self._send(Greeting(bytes(offered)).pack())
         method = self._take(Selection.parse).method
         if method not in offered:
-            raise ProxyError("the proxy accepts no method of ours" + ("" if user else "; it may want user, password"))
+            raise ProxyError("the proxy accepts no offered method" + ("" if user else "; it may require a password"))
         if method == Method.USERNAME_PASSWORD:
             self._send(login)
             if self._take(LoginStatus.parse).status:
@@ -276,13 +276,13 @@ class _Session:
         self.sock.sendall(message)
 
     def _take(self, parse: Callable[[ReadExactly], M]) -> M:
-        """One message of the proxy's. Raises ProxyError when it closes before, or speaks something else."""
+        """Read one message. Raises ProxyError if the proxy closes first, or sends no SOCKS5."""
         try:
             return parse(self._read)
         except EOFError:
             raise ProxyError("the proxy closed the connection") from None
-        except (ProtocolError, RequestRefused) as exc:      # RequestRefused: an ATYP that nobody knows
-            raise ProxyError("not an answer of a SOCKS5 proxy: %s" % exc) from None
+        except (ProtocolError, RequestRefused) as exc:      # RequestRefused: an unknown ATYP
+            raise ProxyError("not a SOCKS5 proxy: %s" % exc) from None
 
     def _read(self, size: int) -> bytes:
         data = b""

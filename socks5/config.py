@@ -1,7 +1,7 @@
-"""Every tunable once: its name, unit, default, why that default, and help text.
+"""Every option of the server: name, unit, default, the reason for the default, help text.
 
-The fields of Config are the command line (cli.py), the INI file and the table in README.rst; a test holds the three
-together. A value comes in as text and is judged here, before anything listens. Times are in seconds, sizes in bytes.
+The fields of Config define the command line (cli.py), the INI file and the option table of README.rst; a test compares
+the three. Values are parsed from text and checked before anything listens. Times are in seconds, sizes in bytes.
 """
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 N = TypeVar("N", int, float)
 Network = Union[IPv4Network, IPv6Network]
-MOST_S = 2000000            # 23 days: poll() counts milliseconds in 31 bits
-GROUPS = ("listening", "access", "leaving", "limits", "running", "watching")
+MAX_S = 2000000             # 23 days: poll() counts milliseconds in 31 bits
+GROUPS = ("listening", "access", "outgoing", "limits", "running", "watching")
 
 
 class ConfigError(ValueError):
-    """One line that names the option (or file:line) and what is wrong with it."""
+    """An invalid option or file. The message is one line: the option or file:line, and the reason."""
 
 
-# ---- what text may stand for, each raising ValueError with the reason --------------------------------------------
+# ---- parsers of option values: each raises ValueError with the reason --------------------------------------------
 
 def seconds(text: str) -> float:
-    return _number(float, text, MOST_S, "a number of seconds from 0 to %d" % MOST_S)
+    return _number(float, text, MAX_S, "a number of seconds from 0 to %d" % MAX_S)
 
 
 def count(text: str) -> int:
-    return _number(int, text, 1 << 31, "a whole number from 0")
+    return _number(int, text, 1 << 31, "a whole number from 0 to %d" % (1 << 31))
 
 
 def workers(text: str) -> int:
@@ -38,18 +38,18 @@ def port(text: str) -> int:
     return _number(int, text, 65535, "a port from 0 to 65535")
 
 
-def _number(kind: Callable[[str], N], text: str, most: float, what: str) -> N:
+def _number(kind: Callable[[str], N], text: str, maximum: float, expected: str) -> N:
     try:
         value = kind(text)
-        if 0 <= value <= most:                  # false for a NaN, too
+        if 0 <= value <= maximum:               # false for NaN
             return value
     except ValueError:
         pass
-    raise ValueError("%r is not %s" % (text, what))
+    raise ValueError("%r is not %s" % (text, expected))
 
 
 def port_range(text: str) -> Tuple[int, ...]:
-    """A-B, both included, as (A, B); a single A is (A, A)."""
+    """Parse a range of ports A-B, both included, as (A, B). A single port A gives (A, A)."""
     low, _, high = text.partition("-")
     try:
         ports = int(low), int(high or low)
@@ -61,8 +61,8 @@ def port_range(text: str) -> Tuple[int, ...]:
 
 
 def each_port(ports: Tuple[int, ...]) -> Iterator[int]:
-    """Every port of a port_range once, from a random one on, so that clients do not all start at the same; for an
-    option that was not given only 0, any free port."""
+    """Yield every port of a port_range once. The first one is random, so that clients seldom try the same port at once.
+    Without a range, yield 0: the system then chooses a free port."""
     if not ports:
         yield 0
         return
@@ -73,10 +73,10 @@ def each_port(ports: Tuple[int, ...]) -> Iterator[int]:
 
 
 def address(text: str) -> str:
-    """An IP address to listen on; a scope (fe80::1%eth0) may follow."""
+    """Parse an IP address to listen on. An IPv6 address may have a scope: fe80::1%eth0."""
     if text == "localhost":
         return "127.0.0.1"
-    host, percent, _scope = text.partition("%")         # 3.8 knows no scope
+    host, percent, _scope = text.partition("%")         # Python 3.8 parses no scope
     try:
         usable = ip_address(host).version == 6 or not percent
     except ValueError:
@@ -87,18 +87,18 @@ def address(text: str) -> str:
 
 
 def own_address(text: str) -> str:
-    """An IP address under which others reach us."""
+    """Parse an IP address to advertise in replies."""
     try:
         usable = not ip_address(text).is_unspecified and "%" not in text
     except ValueError:
         usable = False
     if not usable:
-        raise ValueError("%r is not an IP address that others could connect to" % text)
+        raise ValueError("%r is not an IP address to which a peer can connect" % text)
     return text
 
 
 def network(text: str) -> Network:
-    """An IP address or a network in CIDR form; one of IPv4-mapped addresses is the IPv4 network that it means."""
+    """Parse an IP address or a CIDR network. A network of IPv4-mapped addresses becomes the IPv4 network."""
     try:
         net = ip_network(text)
     except ValueError as exc:
@@ -109,7 +109,7 @@ def network(text: str) -> Network:
 
 def path(text: str) -> str:
     if not text or "\0" in text:
-        raise ValueError("not the name of a file")
+        raise ValueError("not a file name")
     return text
 
 
@@ -120,17 +120,17 @@ def log_format(text: str) -> str:
 
 
 def credentials(text: str) -> Tuple[str, str]:
-    """NAME:PASSWORD, each 1 to 255 bytes; the password may hold colons.                      RFC 1929 §2"""
+    """Parse NAME:PASSWORD, each 1 to 255 bytes. The password may contain colons.             RFC 1929 §2"""
     name, colon, password = text.partition(":")
     if not colon or not all(1 <= len(part.encode("utf-8", "surrogateescape")) <= 255 for part in (name, password)):
-        raise ValueError("not NAME:PASSWORD with 1 to 255 bytes each")      # never shows what was typed
+        raise ValueError("not NAME:PASSWORD with 1 to 255 bytes each")      # the text may hold a password
     return name, password
 
 
 def option(default: Any, flags: str, kind: Callable[[str], Any], group: str, help: str, *, metavar: str = "",
            why: str = "", many: bool = False, secret: bool = False, bare: str = "") -> Any:
-    """A Config field. `flags` as on the command line, the long one last; `why` is where the default comes from; a
-    `secret` is not in repr(config); `bare` is what the flag means without a value, "" where it needs one."""
+    """Make a field of Config. `flags` are those of the command line, the long one last. `why` is the reason for the
+    default. A `secret` is not in repr(config). `bare` is the value of a flag without one; "": a value is required."""
     return field(default=default, repr=not secret, metadata={
         "flags": tuple(flags.split()), "kind": kind, "group": group, "help": help, "metavar": metavar, "why": why,
         "many": many, "bare": bare})
@@ -138,112 +138,112 @@ def option(default: Any, flags: str, kind: Callable[[str], Any], group: str, hel
 
 @dataclass(frozen=True)
 class Config:
+    """The options of one server. Frozen, so threads can share it."""
+
     listen: Tuple[str, ...] = option(
         ("127.0.0.1",), "-l --listen", address, "listening", metavar="ADDRESS", many=True,
         help="address to listen on, repeatable; '::' serves IPv4 and IPv6",
-        why="nobody else can reach loopback, so the plain command is safe")
+        why="only this machine can reach loopback, so the server is safe without options")
     port: int = option(
         1080, "-p --port", port, "listening", metavar="PORT",
-        help="port to listen on; 0 takes any free one and prints it",
-        why="IANA's port for SOCKS, RFC 1928 §3")
+        help="port to listen on; 0: any free port",
+        why="the port that IANA assigned to SOCKS, RFC 1928 §3")
     user: Tuple[Tuple[str, str], ...] = option(
         (), "-u --user", credentials, "access", metavar="NAME:PASSWORD", many=True, secret=True,
-        help="let only this user in, repeatable; also from the environment as SOCKS5_USERS=NAME:PASSWORD,...")
+        help="require this user name and password, repeatable; or set SOCKS5_USERS=NAME:PASSWORD,...")
     users: str = option(
-        "", "--users", path, "access", metavar="FILE",
-        help="let in only the users of this file: lines NAME:HASH, made by --hash-password; SIGHUP reads it again")
+        "", "--users", path, "access", metavar="FILE", help="require a user listed in FILE; SIGHUP reads it again")
     allow_from: Tuple[Network, ...] = option(
         (), "--allow-from", network, "access", metavar="CIDR", many=True,
-        help="serve only clients at these addresses, repeatable; others are closed at once")
+        help="serve only clients of this network, repeatable")
     rules: str = option(
-        "", "--rules", path, "access", metavar="FILE",
-        help="who may reach what, the first rule that matches decides; SIGHUP reads it again")
+        "", "--rules", path, "access", metavar="FILE", help="authorize by the rules in FILE; SIGHUP reads it again")
     open: bool = option(
-        False, "--open", bool, "access", help="serve everybody who can reach this port, without a password")
+        False, "--open", bool, "access", help="permit an open proxy: any client, without a password")
     advertise: Tuple[str, ...] = option(
-        (), "--advertise", own_address, "leaving", metavar="ADDRESS", many=True,
-        help="our address in replies to BIND and UDP ASSOCIATE, for a server behind NAT; one each for IPv4 and IPv6")
+        (), "--advertise", own_address, "outgoing", metavar="ADDRESS", many=True,
+        help="address in replies to BIND and UDP ASSOCIATE, for a server behind NAT; one each for IPv4 and IPv6")
     bind_ports: Tuple[int, ...] = option(
-        (), "--bind-ports", port_range, "leaving", metavar="A-B", help="ports for BIND to listen on, instead of any")
+        (), "--bind-ports", port_range, "outgoing", metavar="A-B", help="ports for BIND to listen on, instead of any")
     udp_ports: Tuple[int, ...] = option(
-        (), "--udp-ports", port_range, "leaving", metavar="A-B",
-        help="ports for UDP ASSOCIATE, two or three for each client at a time, instead of any")
+        (), "--udp-ports", port_range, "outgoing", metavar="A-B",
+        help="ports for UDP ASSOCIATE, two or three per association")
     workers: int = option(
         0, "-w --workers", workers, "running", metavar="N|auto",
-        help="server processes; 0 or auto is one for each CPU, up to 4, and 1 where there is no fork",
-        why="threads of one process take turns at running Python; 64 busy tunnels on 2 CPUs want two")
+        help="server processes; 0 or auto: one for each CPU, at most 4; always 1 without fork()",
+        why="the GIL runs one thread of a process at a time; 64 busy tunnels on 2 CPUs need two processes")
     max_sessions: int = option(
         0, "--max-sessions", count, "limits", metavar="N",
-        help="most clients at once; 0 is what the descriptor limit carries",
+        help="session limit; 0: by the descriptor limit",
         why="a tunnel takes two descriptors")
     max_per_client: int = option(
         0, "--max-per-client", count, "limits", metavar="N",
-        help="most connections from one address (IPv6: from one /64); 0 is any number",
-        why="a browser opens a hundred, and an office may share one address")
+        help="session limit for each client address (IPv6: each /64); 0: no limit",
+        why="a browser opens a hundred connections, and an office may share one address")
     max_negotiating: int = option(
         1000, "--max-negotiating", count, "limits", metavar="N",
-        help="most clients still before their request; beyond it the busiest address loses its longest silent one",
-        why="one thread each for up to 10 s: a hundred newcomers a second")
+        help="negotiation limit; a further client evicts the longest silent one of the busiest address",
+        why="one thread each for up to 10 s: a hundred new clients a second")
     handshake_timeout: float = option(
         10.0, "--handshake-timeout", seconds, "limits", metavar="S",
-        help="for the whole negotiation, up to the request",
-        why="RFC 1928 §6 gives 10 s to close after a failure; a slow modem needs one")
+        help="time up to the request; 0: no limit",
+        why="RFC 1928 §6 gives 10 s to close after a failure; a negotiation over a modem takes 1 s")
     connect_timeout: float = option(
         10.0, "--connect-timeout", seconds, "limits", metavar="S",
-        help="for reaching the destination, all its addresses together",
-        why="shorter than what clients wait for us, so that they hear the reason")
+        help="time to resolve the name and connect",
+        why="shorter than the time-outs of clients, so that they receive the REP")
     bind_timeout: float = option(
-        120.0, "--bind-timeout", seconds, "limits", metavar="S", help="for the peer of a BIND to come; 0 is never",
-        why="an FTP server calls back at once, but a person may first have to accept a file")
+        120.0, "--bind-timeout", seconds, "limits", metavar="S", help="time until a peer connects; 0: no limit",
+        why="an FTP server connects at once, but a person may first have to accept a file")
     idle_timeout: float = option(
-        3600.0, "--idle-timeout", seconds, "limits", metavar="S", help="for a tunnel without traffic; 0 is never",
+        3600.0, "--idle-timeout", seconds, "limits", metavar="S", help="idle time of a tunnel; 0: no limit",
         why="longer than the pauses of ssh and IMAP clients")
     half_closed_timeout: float = option(
         300.0, "--half-closed-timeout", seconds, "limits", metavar="S",
-        help="for a tunnel of which one side is closed and the other silent; 0 is never",
-        why="a server may think that long about a request whose client has said all")
+        help="idle time of a half-closed tunnel; 0: no limit",
+        why="a server may take that long to answer a client that has sent everything and closed its direction")
     udp_idle_timeout: float = option(
         300.0, "--udp-idle-timeout", seconds, "limits", metavar="S",
-        help="for a UDP association without datagrams; 0 is never",
+        help="idle time of an association; 0: no limit",
         why="RFC 4787 §4.3 recommends 5 minutes for a mapping")
     drain_timeout: float = option(
-        5.0, "--drain-timeout", seconds, "limits", metavar="S", help="for sessions to finish after SIGTERM or SIGINT",
-        why="inside the 10 s that `docker stop` allows")
+        5.0, "--drain-timeout", seconds, "limits", metavar="S", help="time for sessions to end after SIGTERM",
+        why="less than the 10 s that `docker stop` allows")
     log_format: str = option(
         "text", "--log-format", log_format, "watching", metavar="text|json",
-        help="how lines of the log look: for people, or as one JSON object each")
+        help="text, or a JSON object for each line")
     trace: str = option(
         "", "--trace", path, "watching", metavar="FILE", bare="-",
-        help="show every message of every session, field by field, on standard error, or append it to FILE")
+        help="write each message, field by field, to stderr or FILE")
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for what cannot be served, or must not be without being asked for."""
+        """Raise ConfigError for a combination that is impossible, or an open proxy without --open."""
         if not self.listen:
             raise ConfigError("--listen: no address")
         names = [name for name, _ in self.user]
         if len(set(names)) < len(names):
-            raise ConfigError("--user: a name was given twice")
+            raise ConfigError("--user: a name is given twice")
         beyond = self.beyond()
         if beyond and not (self.needs_password() or self.clients_limited() or self.rules or self.open):
             raise ConfigError(
-                "--listen %s: everybody who reaches it could use this proxy; add --user NAME:PASSWORD to let in whom "
-                "you know, as in: python socks5_server.py -l %s -p %d -u NAME:PASSWORD (or --users FILE, or "
-                "--allow-from CIDR, or --rules FILE; or --open, if everybody may)" % (beyond[0], beyond[0], self.port))
+                "--listen %s: every client that reaches it could use this proxy; require a password, as in: python "
+                "socks5_server.py -l %s -p %d -u NAME:PASSWORD (or use --users FILE, --allow-from CIDR or --rules "
+                "FILE; --open permits an open proxy)" % (beyond[0], beyond[0], self.port))
 
     def beyond(self) -> List[str]:
-        """The listening addresses that others than this machine reach."""
+        """The listening addresses that are not loopback."""
         return [text for text in self.listen if not ip_address(text.partition("%")[0]).is_loopback]
 
     def needs_password(self) -> bool:
         return bool(self.user or self.users)
 
     def clients_limited(self) -> bool:
-        """Whether --allow-from leaves anybody out: a /0 does not."""
+        """Whether --allow-from excludes any client; a /0 does not."""
         return bool(self.allow_from) and all(net.prefixlen for net in self.allow_from)
 
 
 def options() -> List["Field[Any]"]:
-    """The fields of Config in the order in which people read them."""
+    """The fields of Config in the order of GROUPS."""
     return sorted(fields(Config), key=lambda item: GROUPS.index(item.metadata["group"]))
 
 
@@ -252,7 +252,7 @@ def long_flag(item: "Field[Any]") -> str:
 
 
 def parse(item: "Field[Any]", texts: Sequence[str], where: str) -> Any:
-    """The value of an option from its text, or from several for a repeatable one. ConfigError names `where`."""
+    """Parse the text of an option, or the texts of a repeatable one. ConfigError names `where`."""
     kind, many = item.metadata["kind"], item.metadata["many"]
     try:
         if kind is bool:
@@ -260,14 +260,14 @@ def parse(item: "Field[Any]", texts: Sequence[str], where: str) -> Any:
                     "no": False, "false": False, "off": False, "0": False}[texts[-1].lower()]
         values = tuple(kind(text) for text in texts)
     except KeyError:
-        raise ConfigError("%s: say yes or no, not %r" % (where, texts[-1])) from None
+        raise ConfigError("%s: %r is neither yes nor no" % (where, texts[-1])) from None
     except ValueError as exc:
         raise ConfigError("%s: %s" % (where, exc)) from None
     return values if many else values[-1]
 
 
 def from_environment(environ: Mapping[str, str]) -> Dict[str, Any]:
-    """SOCKS5_USERS=NAME:PASSWORD,NAME:PASSWORD, so that a password need not stand in the list of processes."""
+    """Parse SOCKS5_USERS=NAME:PASSWORD,...: unlike --user, `ps` does not show it to other users."""
     texts = [text for text in environ.get("SOCKS5_USERS", "").split(",") if text]
     users = next(item for item in fields(Config) if item.name == "user")
     return {"user": parse(users, texts, "SOCKS5_USERS")} if texts else {}

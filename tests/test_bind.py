@@ -1,4 +1,4 @@
-"""BIND: who may come, where, for how long, and what is left when it is over."""
+"""BIND: which peers may connect, where, for how long, and what is released afterwards."""
 import contextlib
 import ftplib
 import io
@@ -52,7 +52,7 @@ def both_ways(test, one, other):
         test.assertEqual(receiver.recv(100), b"some words")
 
 
-class WhoComes(unittest.TestCase):
+class ExpectedPeers(unittest.TestCase):
     def test_whom_a_request_expects(self):
         ips = [ip_address(text) for text in ("192.0.2.1", "2001:db8::1", "0.0.0.0")]
 
@@ -62,7 +62,7 @@ class WhoComes(unittest.TestCase):
         for ip in ips + [ip_address("::")]:
             with self.subTest(ip=ip):
                 self.assertEqual(expected(ip, no_lookup), [ip])
-        with self.subTest("a name; what resolves to 0.0.0.0 is blocked, and does not stand for any host"):
+        with self.subTest("a name; what resolves to 0.0.0.0 is blocked, and does not mean any peer"):
             self.assertEqual(expected(b"name.test", lambda host: ips), ips[:2])
             with self.assertRaises(RequestRefused) as caught:
                 expected(b"ads.test", lambda host: ips[2:])
@@ -72,7 +72,7 @@ class WhoComes(unittest.TestCase):
 
     def test_requests_that_name_no_host(self):
         with running() as server:
-            for name, host, port, rep in (("neither address nor port: any host", b"", 0, Rep.SUCCEEDED),
+            for name, host, port, rep in (("neither address nor port: any peer", b"", 0, Rep.SUCCEEDED),
                                           ("a port without an address", b"", 21, Rep.HOST_UNREACHABLE),
                                           ("no name", b"a b", 21, Rep.HOST_UNREACHABLE),
                                           ("it does not exist", b"name.invalid", 21, Rep.HOST_UNREACHABLE)):
@@ -82,8 +82,8 @@ class WhoComes(unittest.TestCase):
                     self.assertEqual(Reply.parse(reader_of(sock)).rep, rep)
 
     def test_the_expected_peer(self):
-        cases = [("IPv4", "127.0.0.2"), ("IPv4-mapped", "::ffff:127.0.0.2"), ("anybody", "0.0.0.0"),
-                 ("anybody on IPv6", "::"), ("anybody, as a name", b"0.0.0.0")]
+        cases = [("IPv4", "127.0.0.2"), ("IPv4-mapped", "::ffff:127.0.0.2"), ("any peer", "0.0.0.0"),
+                 ("any peer on IPv6", "::"), ("any peer, as a name", b"0.0.0.0")]
         with running() as server:
             for name, host in cases:
                 with self.subTest(name), client.bind(server.server_address, (host, 21)) as waiting:
@@ -114,21 +114,21 @@ class WhoComes(unittest.TestCase):
                 self.assertEqual(waiting.bnd[0], "127.0.0.1")
                 waiting.accept(PATIENCE_S)[0].close()
 
-    def test_strangers_are_turned_away_logged_and_counted(self):
+    def test_unexpected_peers_are_closed_logged_and_counted(self):
         with running() as server, self.assertLogs("socks5", "INFO") as logs:
             with client.bind(server.server_address, ("127.0.0.2", 21)) as waiting:
                 for _ in range(2):
-                    with call(waiting.bnd) as stranger:
-                        name = "%s:%d" % stranger.getsockname()
-                        self.assertEqual(read_to_end(stranger), b"")
-                        wait_until(lambda: any("stranger bnd=" in line and name in line for line in logs.output))
+                    with call(waiting.bnd) as unexpected:
+                        name = "%s:%d" % unexpected.getsockname()
+                        self.assertEqual(read_to_end(unexpected), b"")
+                        wait_until(lambda: any("unexpected_peer bnd=" in line and name in line for line in logs.output))
                 with call(waiting.bnd, "127.0.0.2") as peer:
                     sock, _ = waiting.accept(PATIENCE_S)
                     with sock:
                         both_ways(self, sock, peer)
             wait_until(lambda: "session client=" in "".join(logs.output[-1:]))
         self.assertRegex(logs.output[-1], r"dst=127.0.0.2:21 reached=127.0.0.2:\d+ rep=SUCCEEDED up=10 down=10 ")
-        self.assertIn("why='2 strangers turned away'", logs.output[-1])
+        self.assertIn("why='2 unexpected peers turned away'", logs.output[-1])
 
     def test_rules_are_asked_about_the_expected_peer(self):
         asked = []
@@ -152,7 +152,7 @@ class WhoComes(unittest.TestCase):
 class Waiting(unittest.TestCase):
     """Between the two replies."""
 
-    def test_nobody_comes(self):
+    def test_no_peer_connects(self):
         with running(bind_timeout=0.05) as server, self.assertLogs("socks5", "INFO") as logs:
             with client.bind(server.server_address, LOCAL) as waiting:
                 with self.assertRaises(ProxyError) as caught:
@@ -162,7 +162,7 @@ class Waiting(unittest.TestCase):
             wait_until(lambda: "session client=" in "".join(logs.output[-1:]))
         self.assertEqual(caught.exception.rep, Rep.TTL_EXPIRED)
         self.assertIn("rep=TTL_EXPIRED", logs.output[-1])
-        self.assertIn("ended=refused why='nobody came within 0.05 s'", logs.output[-1])
+        self.assertIn("ended=refused why='no peer connected within 0.05 s'", logs.output[-1])
 
     def test_the_client_leaves(self):
         ways = [("close", socket.socket.close), ("reset", reset),
@@ -173,8 +173,8 @@ class Waiting(unittest.TestCase):
                 with self.subTest(name):
                     waiting = client.bind(server.server_address, ("127.0.0.2", 21))
                     with waiting:
-                        with call(waiting.bnd) as stranger:
-                            self.assertEqual(read_to_end(stranger), b"")
+                        with call(waiting.bnd) as unexpected:
+                            self.assertEqual(read_to_end(unexpected), b"")
                         leave(waiting.sock)
                         wait_until(lambda: is_closed(waiting.bnd), "listener closed")
                         wait_until(lambda: not len(server.sessions), "session over")
@@ -182,12 +182,12 @@ class Waiting(unittest.TestCase):
                     self.assertIn("reached=- rep=SUCCEEDED", logs.output[-1])
                     self.assertIn("ended=client", logs.output[-1])
                     if name != "reset":
-                        self.assertRegex(logs.output[-1], r"anybody came; \d+ strangers? turned away'$")
+                        self.assertRegex(logs.output[-1], r"a peer connected; \d+ unexpected peers? turned away'$")
 
     def let_it_read(self, bnd):
-        """What the client has sent so far is read: no later than in the same turn as a stranger who came after it."""
-        with call(bnd) as stranger:
-            self.assertEqual(read_to_end(stranger), b"")
+        """Wait until all that the client sent is read: at the latest when the proxy closes an unexpected peer."""
+        with call(bnd) as unexpected:
+            self.assertEqual(read_to_end(unexpected), b"")
 
     def test_what_the_client_sends_early_reaches_the_peer_first(self):
         with running() as server:
@@ -289,7 +289,7 @@ class Where(unittest.TestCase):
     def test_advertise_is_told_and_every_address_of_ours_listened_on(self):
         with running(advertise=("2001:db8::5", "203.0.113.5")) as server:
             for name, expect, ours, told in [("IPv4", "127.0.0.1", "127.0.0.3", "203.0.113.5"),
-                                             ("anybody", "0.0.0.0", "127.0.0.3", "203.0.113.5"),
+                                             ("any peer", "0.0.0.0", "127.0.0.3", "203.0.113.5"),
                                              ("IPv6", "::1", "::1", "2001:db8::5")]:
                 if name == "IPv6" and not HAS_IPV6:
                     continue
@@ -402,12 +402,12 @@ class RunningOut(unittest.TestCase):
             with contextlib.suppress(ConnectionResetError):
                 read_to_end(waiting.sock)
 
-        def stranger_then_client_leaves(waiting):
-            with call(waiting.bnd) as stranger, contextlib.suppress(ConnectionResetError):
-                stranger.sendall(b"let me in")
-                read_to_end(stranger)
+        def unexpected_peer_then_client_leaves(waiting):
+            with call(waiting.bnd) as unexpected, contextlib.suppress(ConnectionResetError):
+                unexpected.sendall(b"let me in")
+                read_to_end(unexpected)
 
-        ways = [finished, reset_by_peer, peer_gone_at_once, stranger_then_client_leaves,
+        ways = [finished, reset_by_peer, peer_gone_at_once, unexpected_peer_then_client_leaves,
                 lambda waiting: reset(waiting.sock), lambda waiting: waiting.sock.sendall(b"x" * 70000),
                 lambda waiting: None]
         with spawned("-q") as server:
@@ -482,8 +482,8 @@ class Hosts(TwoHosts, unittest.TestCase):
                 with self.subTest("IPv%d" % version):
                     with self.near(client.bind, ("127.0.0.1", server.port), (FAR[version], 21)) as waiting:
                         self.assertEqual(waiting.bnd[0], NEAR[version])
-                        with self.near(call, waiting.bnd) as stranger:
-                            self.assertEqual(read_to_end(stranger), b"")
+                        with self.near(call, waiting.bnd) as unexpected:
+                            self.assertEqual(read_to_end(unexpected), b"")
                         with self.far(call, waiting.bnd) as peer:
                             sock, who = waiting.accept(PATIENCE_S)
                             with sock:
@@ -497,7 +497,7 @@ class Hosts(TwoHosts, unittest.TestCase):
                     self.near(client.bind, ("127.0.0.1", server.port), (host, 21))
                 self.assertEqual(caught.exception.rep, Rep.NETWORK_UNREACHABLE)
 
-    def test_for_anybody_it_is_where_the_client_reached_us(self):
+    def test_for_any_peer_BND_is_the_address_to_which_the_client_connected(self):
         for version in (4, 6):
             with self.subTest("IPv%d" % version), self.proxy("-l", NEAR[version], "--open") as server:
                 with self.far(client.bind, (NEAR[version], server.port)) as waiting:

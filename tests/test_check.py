@@ -103,7 +103,7 @@ class CommandLine(Case):
                 ("users", ["--users", bad_users], bad_users + ":1: the part after the colon"),
                 ("no file", ["--users", self.folder / "none"], "/none: No such file or directory"),
                 ("an option", ["-p", "x"], "-p/--port: 'x' is not a port"),
-                ("open, and not asked for", ["-l", "0.0.0.0"], "everybody who reaches it could use this proxy"),
+                ("open, and not asked for", ["-l", "0.0.0.0"], "every client that reaches it could use this proxy"),
                 ("open by a rule", ["-l", "0.0.0.0", "--rules", self.write("open", "allow")],
                  "/open:1: lets in everybody")):
             with self.subTest(name):

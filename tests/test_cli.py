@@ -1,6 +1,6 @@
-"""cli.py: argv, environment and INI file to a Config, and to one line on stderr for whatever is wrong with them.
+"""cli.py: the command line, environment and INI file become a Config, or one line on stderr for an error.
 
-Most of it runs main([...]) in this process; the rest are real processes, as people start them.
+Most tests run main([...]) in this process; the others start server processes.
 """
 import contextlib
 import io
@@ -182,7 +182,7 @@ class Precedence(Case):
                          Config(port=8, user=(("argv", "a"),), idle_timeout=7.0))
         self.assertEqual(config_of("-p", "8", "--config", path).port, 8, "wherever --config stands")
 
-    def test_an_empty_environment_takes_nobody_away(self):
+    def test_an_empty_environment_keeps_the_users_of_the_file(self):
         os.environ["SOCKS5_USERS"] = ""
         self.assertEqual(config_of("--config", self.ini("user = file:f")).user, (("file", "f"),))
 
@@ -436,7 +436,7 @@ class Processes(Case):
         self.assertNotIn("s3cret", log)
         self.assertNotIn("wr0ng", log)
 
-    def test_goes_on_when_nobody_reads_what_it_says(self):
+    def test_serves_when_standard_output_fails(self):
         support.need(self, os.path.exists("/dev/full"), "/dev/full")
         port = support.closed_port()
         server = support.Spawned("-p", str(port), prefix=("sh", "-c", 'exec "$@" >/dev/full', "sh"))

@@ -57,7 +57,7 @@ class ThroughOurServer(unittest.TestCase):
                 with self.assertLogs("socks5", "WARNING"):
                     client.connect(server.server_address, there, ("frédéric", "other"))
             self.assertIsNone(caught.exception.rep)
-            with self.subTest("none"), self.assertRaisesRegex(ProxyError, "no method of ours; it may want user"):
+            with self.subTest("none"), self.assertRaisesRegex(ProxyError, "no offered method; it may require"):
                 client.connect(server.server_address, there)
 
     def test_password_stays_here_when_the_proxy_asks_for_none(self):
@@ -120,9 +120,9 @@ class AgainstPreparedBytes(unittest.TestCase):
 
     def test_what_is_no_answer(self):
         cases = [("silence", (b"",), "closed the connection"), ("HTTP", (b"HTTP/1.0 400 Bad Request\r\n",), "VER 0x48"),
-                 ("no method", (b"\5\xff",), "no method of ours"), ("a method not offered", (b"\5\2",), "no method"),
+                 ("no method", (b"\5\xff",), "no offered method"), ("a method not offered", (b"\5\2",), "no offered"),
                  ("half a reply", (FREE, OK[:6]), "closed the connection"),
-                 ("ATYP of nobody", (FREE, b"\5\0\0\2\0\0\0\0\0\0"), "ATYP 0x02")]
+                 ("an unknown ATYP", (FREE, b"\5\0\0\2\0\0\0\0\0\0"), "ATYP 0x02")]
         for name, turns, words in cases:
             with self.subTest(name), script(*turns) as (proxy, _):
                 with self.assertRaisesRegex(ProxyError, words) as caught:
@@ -168,7 +168,7 @@ class AgainstPreparedBytes(unittest.TestCase):
                 with client.bind(proxy) as waiting:
                     self.assertEqual(waiting.bnd, ("127.0.0.1", 8080))
 
-    def test_nobody_listens(self):
+    def test_a_proxy_that_does_not_listen(self):
         with self.assertRaises(ConnectionRefusedError):
             client.connect(("127.0.0.1", closed_port()), ("192.0.2.1", 80))
 

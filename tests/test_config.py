@@ -1,4 +1,4 @@
-"""config.py: what text may stand for, what is refused and in which words, and that Config lists every tunable once."""
+"""config.py: the parsers of option values, their error messages, and the description of each option."""
 import dataclasses
 import random
 import unittest
@@ -45,13 +45,13 @@ def option_named(name):
 
 
 class Options(unittest.TestCase):
-    """One description, three faces: every field says all that the three need."""
+    """Each field of Config has all that the command line, the INI file and README.rst need."""
 
     def test_each_is_described(self):
         for item in options():
             meta = item.metadata
             with self.subTest(item.name):
-                self.assertEqual(long_flag(item), "--" + item.name.replace("_", "-"), "three faces, one name")
+                self.assertEqual(long_flag(item), "--" + item.name.replace("_", "-"))
                 self.assertTrue(all(flag.startswith("-") for flag in meta["flags"]))
                 self.assertIn(meta["group"], GROUPS)
                 self.assertTrue(meta["help"])
@@ -207,7 +207,7 @@ class Environment(unittest.TestCase):
 
 
 class WholeConfig(unittest.TestCase):
-    def test_nothing_listens_beyond_loopback_for_everybody_unless_told(self):
+    def test_an_open_proxy_beyond_loopback_needs_the_option_open(self):
         for listen in ("0.0.0.0", "::", "192.0.2.1", "2001:db8::1", "fe80::1%eth0", "::ffff:0.0.0.0"):
             for name, others in (("alone", ()), ("behind loopback", ("127.0.0.1", "::1"))):
                 with self.subTest(name, listen=listen):
@@ -218,16 +218,16 @@ class WholeConfig(unittest.TestCase):
                     self.assertTrue(words.isprintable(), "one line")
                     for command in ("python socks5_server.py -l %s -p 1234 -u NAME:PASSWORD" % listen, "--open"):
                         self.assertIn(command, words)
-        everybody = tuple(map(ip_network, ("0.0.0.0/0", "::/0")))
-        for name, networks in (("all of both", everybody), ("all of IPv4", everybody[:1]),
-                               ("all, and one", everybody + (ip_network("192.0.2.1"),))):
+        all_networks = tuple(map(ip_network, ("0.0.0.0/0", "::/0")))
+        for name, networks in (("all of both", all_networks), ("all of IPv4", all_networks[:1]),
+                               ("all, and one", all_networks + (ip_network("192.0.2.1"),))):
             with self.subTest(name):
                 self.assertRaises(ConfigError, Config, listen=("0.0.0.0",), allow_from=networks)
 
-    def test_what_makes_it_safe(self):
+    def test_what_makes_a_proxy_beyond_loopback_safe(self):
         for name, values in (("users", {"user": (("a", "b"),)}), ("a users file", {"users": "file"}),
                              ("rules", {"rules": "file"}),
-                             ("one network", {"allow_from": (ip_network("192.0.2.0/24"),)}), ("told", {"open": True})):
+                             ("one network", {"allow_from": (ip_network("192.0.2.0/24"),)}), ("open", {"open": True})):
             with self.subTest(name):
                 self.assertEqual(Config(listen=("::",), **values).listen, ("::",))
 

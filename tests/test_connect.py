@@ -1,4 +1,4 @@
-"""connect: every REP happens for real, and addresses are raced."""
+"""connect.py: each REP from a real failure, and parallel attempts to connect (RFC 8305)."""
 import contextlib
 import errno
 import logging
@@ -23,7 +23,7 @@ try:
 except ImportError:
     resource = None
 
-NAME = "name.test"          # of RFC 6761: nobody else resolves it
+NAME = "name.test"          # reserved by RFC 6761
 real_getaddrinfo = socket.getaddrinfo
 
 
@@ -32,7 +32,7 @@ def ips(*texts):
 
 
 def free_port(*hosts):
-    """A port on which nobody listens, on any of these addresses."""
+    """A port that is closed on all of these addresses."""
     while True:
         port = support.closed_port(hosts[0])
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
@@ -152,7 +152,7 @@ class ConnectTest(unittest.TestCase):
         return caught.exception
 
     def test_bnd_is_what_the_target_sees(self):
-        cases = [("IPv4", "127.0.0.1", "127.0.0.1"), ("IPv4 in an IPv6 coat", "::ffff:127.0.0.1", "127.0.0.1"),
+        cases = [("IPv4", "127.0.0.1", "127.0.0.1"), ("IPv4-mapped", "::ffff:127.0.0.1", "127.0.0.1"),
                  ("name", "localhost", "127.0.0.1")]
         if support.HAS_IPV6:
             cases.append(("IPv6", "::1", "::1"))
@@ -294,7 +294,7 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
     """On two hosts: what routers and neighbours say, or do not."""
 
     SILENT = {4: "203.0.113.1", 6: "2001:db8:dead::1"}          # routed to the far host, which throws it away
-    NOBODY = {4: "198.51.100.77", 6: "2001:db8:51::77"}         # on the cable, but nobody has it
+    ABSENT = {4: "198.51.100.77", 6: "2001:db8:51::77"}         # no host of this link has it
 
     @classmethod
     def setUpClass(cls):
@@ -328,8 +328,8 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
     def test_each_failure(self):
         cases = [("no route", "198.18.1.1", Rep.NETWORK_UNREACHABLE, "ENETUNREACH"),
                  ("no route, IPv6", "2001:db8:99::1", Rep.NETWORK_UNREACHABLE, "ENETUNREACH"),
-                 ("no neighbour", self.NOBODY[4], Rep.HOST_UNREACHABLE, "EHOSTUNREACH"),
-                 ("no neighbour, IPv6", self.NOBODY[6], Rep.HOST_UNREACHABLE, "EHOSTUNREACH"),
+                 ("no neighbour", self.ABSENT[4], Rep.HOST_UNREACHABLE, "EHOSTUNREACH"),
+                 ("no neighbour, IPv6", self.ABSENT[6], Rep.HOST_UNREACHABLE, "EHOSTUNREACH"),
                  ("a router says that there is no such host", "192.0.2.1", Rep.HOST_UNREACHABLE, "EHOSTUNREACH"),
                  ("refused by another host", support.FAR[4], Rep.CONNECTION_REFUSED, "ECONNREFUSED"),
                  ("refused by another host, IPv6", support.FAR[6], Rep.CONNECTION_REFUSED, "ECONNREFUSED"),
@@ -350,7 +350,7 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
     def test_the_most_telling_failure_wins(self):
         cases = [("unreachable before timed out", ["198.18.1.1", self.SILENT[4]], Rep.NETWORK_UNREACHABLE),
                  ("refused before unreachable", ["198.18.1.1", support.FAR[4]], Rep.CONNECTION_REFUSED),
-                 ("the host before its network", ["198.18.1.1", self.NOBODY[4]], Rep.HOST_UNREACHABLE),
+                 ("the host before its network", ["198.18.1.1", self.ABSENT[4]], Rep.HOST_UNREACHABLE),
                  ("in whatever order", [support.FAR[4], self.SILENT[4], "198.18.1.1"], Rep.CONNECTION_REFUSED)]
         for name, addresses, rep in cases:
             with self.subTest(name), resolving(*addresses):
@@ -373,8 +373,8 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
         with resolving(support.FAR[6], support.FAR[4]):
             self.assertEqual(self.near(outcome, NAME, 80)[0], Rep.CONNECTION_REFUSED)
 
-    def test_a_descriptor_is_left_by_nobody(self):
-        with resolving(self.SILENT[6], self.SILENT[4], self.NOBODY[4], support.FAR[4], "198.18.1.1"):
+    def test_no_descriptor_is_left(self):
+        with resolving(self.SILENT[6], self.SILENT[4], self.ABSENT[4], support.FAR[4], "198.18.1.1"):
             before = support.descriptors()
             self.near(outcome, NAME, 80, connect_timeout=1.2)
             support.wait_until(lambda: support.descriptors() <= before, "all are closed")

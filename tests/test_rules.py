@@ -341,7 +341,7 @@ class OpenProxy(Case):
 
     def test_allow_from_everywhere_limits_nobody(self):
         everywhere = (ip_network("0.0.0.0/0"),)
-        with self.assertRaisesRegex(ConfigError, "everybody who reaches it"):
+        with self.assertRaisesRegex(ConfigError, "every client that reaches it"):
             Config(listen=("0.0.0.0",), allow_from=everywhere)
         with self.assertRaisesRegex(ConfigError, "lets in everybody"):
             self.rules("allow", listen=("0.0.0.0",), allow_from=everywhere)

@@ -1,1 +1,1 @@
-"""CONNECT, BIND and UDP ASSOCIATE: each module tells the whole story of one command.  RFC 1928 section 4."""
+"""The commands CONNECT, BIND and UDP ASSOCIATE.  RFC 1928 section 4."""

@@ -1,7 +1,7 @@
-"""BIND: listen for the one peer that the client expects, and watch the client while it does.
+"""BIND: listen for the one peer that the client expects, and close any other.
 
-Says nothing to the client: handler.py sends the two replies, the first with `Rendezvous.bnd`, the second with the peer
-that `wait` gives. Whoever comes and is not expected is closed, and the wait goes on. RFC 1928 sections 4 and 6.
+handler.py sends the two replies: the first with `Rendezvous.bnd`, the second with the peer that `wait` returns. Runs in
+the handler's thread. RFC 1928 sections 4 and 6.
 """
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from ..protocol.messages import Address
 
 log = logging.getLogger(__name__)
 
-EARLY_BYTES = 1 << 16               # what we keep for the peer of what the client sends before it comes
-BACKLOG = 64                        # strangers must not crowd out the peer while we turn them away
-DISCARD = 9                         # a port to ask the routes with, never sent to: RFC 863
-TAKEN = {errno.EADDRINUSE, errno.EACCES}        # by somebody else, or below 1024: perhaps the next port is free
-LEFT = getattr(select, "POLLRDHUP", 0)          # Linux: a FIN is told even when we no longer read
+EARLY_BYTES = 1 << 16               # of data that the client sends before the peer connects
+BACKLOG = 64                        # so that unexpected peers do not fill the queue
+DISCARD = 9                         # any port, to look up the route; nothing is sent. RFC 863
+TAKEN = {errno.EADDRINUSE, errno.EACCES}        # in use or privileged; the next port may be free
+LEFT = getattr(select, "POLLRDHUP", 0)          # Linux: reports a FIN without reading
 
 
 def any_peer(dst: Address) -> bool:
-    """A DST with neither address nor port, before it is normalised: any host may connect, as for 0.0.0.0."""
+    """Whether a DST, not yet normalised, has neither address nor port. It means any peer, as 0.0.0.0 does."""
     return dst == Address(b"", 0)
 
 
 def expected(host: Host, resolve: Callable[[Host], Sequence[IP]]) -> List[IP]:
-    """The peers that may connect: every address of the normalised `host`, or the unspecified one for any host.
+    """The addresses of the expected peer: those of the normalised `host`. The unspecified one means any peer.
 
-    `resolve` looks a name up. Raises what it raises, and RequestRefused X'04' for a name that stands for no host.
+    `resolve` looks a name up, and may raise. Raises RequestRefused X'04' for a name without a usable address.
     """
     if not isinstance(host, bytes):
         return [host]
-    # Name servers that block a name answer 0.0.0.0: that must not stand for any host.
+    # Name servers that block a name answer 0.0.0.0: that must not mean any peer.
     peers = [peer for peer in resolve(host) if not peer.is_unspecified]
     if not peers:
         raise RequestRefused(Rep.HOST_UNREACHABLE, "%s resolves to no host" % text(host))
@@ -52,16 +52,16 @@ def expected(host: Host, resolve: Callable[[Host], Sequence[IP]]) -> List[IP]:
 
 
 class Rendezvous:
-    """A listener, from the first reply to the second.
+    """A listener for one peer, between the two replies.
 
-    peers      as `expected` gives them
-    ports      to listen on, of which `owner` (as addresses.subscriber gives it) takes its share
-    bnd        where the peer is to connect to, never 0.0.0.0
-    early      what the client has sent since, for the peer
-    permit     where any host may connect: may this one?
-    strangers  how many unexpected peers came
+    peers       from `expected`
+    ports       to listen on; `owner`, an addresses.subscriber, has a share of them
+    bnd         where the peer has to connect; never 0.0.0.0
+    early       the bytes that the client sent meanwhile, for the peer
+    permit      if any peer is expected: decides whether an address is allowed
+    unexpected  the number of unexpected peers
 
-    Raises RequestRefused: X'01' when no port is free, X'03' and the like when there is no way to the peer.
+    Raises RequestRefused: X'01' if no port is free, X'03' or similar if there is no route to the peer.
     """
 
     def __init__(self, client: socket.socket, peers: Sequence[IP], ports: Ports = ANY_PORT,
@@ -70,10 +70,10 @@ class Rendezvous:
         self.client = client
         self.permit = permit
         self.peers = frozenset(peers)
-        self.anybody = all(peer.is_unspecified for peer in peers)
+        self.any_peer = all(peer.is_unspecified for peer in peers)
         self.early = b""
-        self.strangers = 0
-        here, scope = our_end(client if self.anybody else None, peers)
+        self.unexpected = 0
+        here, scope = our_end(client if self.any_peer else None, peers)
         told = advertised(advertise, here)
         anywhere: IP = IPv4Address(0) if here.version == 4 else IPv6Address(0)
         self.version = here.version
@@ -96,10 +96,10 @@ class Rendezvous:
         self.ports.give_back(self.owner, self.version)
 
     def wait(self, timeout_s: float) -> Tuple[socket.socket, Endpoint]:
-        """The connection of the expected peer, and who that is. Leave the `with` then: one peer only.
+        """Wait for the expected peer. Returns its connection and address; leave the `with` then: one peer only.
 
-        Raises EOFError or OSError when the client leaves, RequestRefused X'06' after timeout_s (0: never), X'01' when
-        we have no descriptor for whoever comes.
+        Raises EOFError or OSError if the client leaves, RequestRefused X'06' after timeout_s (0: never), X'01' if no
+        descriptor is left for a peer.
         """
         deadline = monotonic() + timeout_s
         poll = new_poll()
@@ -108,56 +108,57 @@ class Rendezvous:
         while True:
             left_ms = (deadline - monotonic()) * 1000 if timeout_s else None
             if left_ms is not None and left_ms <= 0:
-                raise RequestRefused(Rep.TTL_EXPIRED, self.also("nobody came within %g s" % timeout_s))
+                raise RequestRefused(Rep.TTL_EXPIRED, self.also("no peer connected within %g s" % timeout_s))
             for fd, events in poll.poll(left_ms and left_ms + 1):
                 if fd == self.client.fileno():
-                    self.hear(events)
+                    self.read_client(events)
                     if len(self.early) >= EARLY_BYTES:
                         poll.modify(fd, LEFT)
                     continue
-                came = self.accept()
-                if came:
-                    return came
+                connected = self.accept()
+                if connected:
+                    return connected
 
-    def hear(self, events: int) -> None:
-        """The client sent something, or left. Raises EOFError or OSError when it left."""
+    def read_client(self, events: int) -> None:
+        """Read what the client sent, up to EARLY_BYTES. Raises EOFError or OSError if it left."""
         room = EARLY_BYTES - len(self.early)
         if events & READ and room:
             data = self.client.recv(room)
             self.early += data
             if data:
                 return
-        raise EOFError(self.also("client left before anybody came"))
+        raise EOFError(self.also("client left before a peer connected"))
 
     def accept(self) -> Optional[Tuple[socket.socket, Endpoint]]:
-        """Whoever came, if it is the expected peer."""
+        """Accept one connection. Returns it if it is from the expected peer, and closes it otherwise."""
         try:
             remote, sockaddr = self.listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):     # gone again
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):     # it was reset again
             return None
-        except OSError as exc:                  # would come back at once, for as long as it lasts
+        except OSError as exc:                  # retrying would fail immediately
             raise RequestRefused(rep_of(exc), self.also("cannot accept: %s" % name_of(exc))) from None
         peer = endpoint_of(sockaddr)
-        if self.permit(ip_of(sockaddr)) if self.anybody else peer.ip in self.peers:
+        if self.permit(ip_of(sockaddr)) if self.any_peer else peer.ip in self.peers:
             tune(remote)
             return remote, peer
         remote.close()
-        self.strangers += 1
-        log.info("stranger bnd=%(bnd)s peer=%(peer)s expected=%(expected)s", {
+        self.unexpected += 1
+        log.info("unexpected_peer bnd=%(bnd)s peer=%(peer)s expected=%(expected)s", {
             "bnd": str(self.bnd), "peer": str(peer), "expected": ",".join(map(str, self.peers))})
         return None
 
     def also(self, why: str) -> str:
-        """`why`, and how many strangers there were, for the log."""
-        if not self.strangers:
+        """Add the number of unexpected peers to `why`, for the log."""
+        if not self.unexpected:
             return why
-        return "%s%d stranger%s turned away" % (why and why + "; ", self.strangers, "s" * (self.strangers > 1))
+        note = "%d unexpected peer%s turned away" % (self.unexpected, "s" * (self.unexpected > 1))
+        return "%s; %s" % (why, note) if why else note
 
 
 def our_end(client: Optional[socket.socket], peers: Sequence[IP]) -> Tuple[IP, int]:
-    """Our address where `client` reached us, or else on the route to the first of `peers` that has one; and its scope.
+    """Our address to which `client` connected, or else on the route to the first reachable peer; and its IPv6 scope.
 
-    Raises RequestRefused X'03' and the like when there is no way to any of them.
+    Raises RequestRefused X'03' or similar if there is no route to any of `peers`.
     """
     if client:
         return split(client.getsockname())
@@ -165,21 +166,21 @@ def our_end(client: Optional[socket.socket], peers: Sequence[IP]) -> Tuple[IP, i
     for peer in peers:
         try:
             with socket.socket(family_of(peer), socket.SOCK_DGRAM) as probe:
-                probe.connect((str(peer), DISCARD))         # sends nothing: the kernel chooses the route, and our end
+                probe.connect((str(peer), DISCARD))         # sends nothing; the kernel chooses our address
                 return split(probe.getsockname())
         except OSError as exc:
             failures.append(exc)
     worst = min(failures, key=telling)
-    raise RequestRefused(rep_of(worst), "no way to %s: %s" % (", ".join(map(str, peers)), name_of(worst)))
+    raise RequestRefused(rep_of(worst), "no route to %s: %s" % (", ".join(map(str, peers)), name_of(worst)))
 
 
 def split(sockaddr: Sockaddr) -> Tuple[IP, int]:
-    """Host, and the scope without which a link-local one cannot be listened on: our own getsockname() has both."""
+    """The host and scope of a getsockname(). To listen on a link-local address needs its scope."""
     return ip_of(sockaddr), int(sockaddr[3]) if len(sockaddr) == 4 else 0
 
 
 def listen(host: IP, scope: int, ports: Ports) -> socket.socket:
-    """A listener at one of `ports`. Raises RequestRefused X'01' when no port or descriptor is free."""
+    """Listen on one of `ports`. Raises RequestRefused X'01' if no port or descriptor is free."""
     failure = OSError()
     for port in ports:
         try:
@@ -188,7 +189,7 @@ def listen(host: IP, scope: int, ports: Ports) -> socket.socket:
             failure = exc
             break
         try:
-            if ports.range and os.name == "posix":          # what an earlier tunnel left in TIME_WAIT is no obstacle
+            if ports.range and os.name == "posix":          # a port in TIME_WAIT can be used again
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if host.version == 6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -1,7 +1,7 @@
-"""CONNECT: reach the destination by whichever of its addresses answers first.
+"""CONNECT: try the addresses of the destination in parallel, and use the first connection that is established.
 
-Racing after RFC 8305 sections 4 and 5: both families in turn, the next attempt when one fails or after 250 ms, the
-first that connects wins. The client is watched meanwhile: if it resets, there is nobody left to connect for.
+Happy Eyeballs, RFC 8305 sections 4 and 5: IPv6 and IPv4 addresses alternate, and the next attempt starts after 250 ms
+or when one fails. A reset by the client ends all attempts. Runs in the handler's thread.
 """
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from ..net.poller import WRITE, SelectPoll, new_poll
 from ..net.addresses import family_of, IP, text_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
-NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: a call less
-IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}        # Windows says the last
+NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: saves a system call
+IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}        # the last one on Windows
 Connected = Tuple[socket.socket, IP]
 
 
 def connect(addresses: Sequence[IP], port: int, timeout_s: float,
             client: Optional[socket.socket] = None) -> Connected:
-    """A socket that does not block, connected to the first of `addresses` that answers, and this address; all within
-    timeout_s (0: for ever).
+    """Connect to the first of `addresses` that answers. Returns a non-blocking socket and the address.
 
-    Raises RequestRefused with the REP of the most telling failure, or ConnectionResetError when `client` has gone.
+    The time limit for all addresses together is timeout_s (0: none). Raises RequestRefused with the REP of the most
+    specific failure, or ConnectionResetError if `client` resets its connection.
     """
     with _Race(port, timeout_s, client) as race:
         return race.run(interleave(addresses))
 
 
 def interleave(addresses: Sequence[IP]) -> List[IP]:
-    """Families in turn, beginning with the resolver's first choice.                    RFC 8305 §4"""
+    """Alternate address families, the first one of `addresses` first.                  RFC 8305 §4"""
     if len(addresses) == 1:
         return list(addresses)
     first = [address for address in addresses if address.version == addresses[0].version]
@@ -45,7 +45,7 @@ def interleave(addresses: Sequence[IP]) -> List[IP]:
 
 
 class _Race:
-    """The attempts under way, and what became of the others."""
+    """The pending attempts to connect, and the failures of the others."""
 
     def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket]) -> None:
         self.port = port
@@ -54,7 +54,7 @@ class _Race:
         self.deadline = self.began + timeout_s if timeout_s else float("inf")
         self.pending: Dict[int, Tuple[socket.socket, IP]] = {}
         self.failures: List[Tuple[OSError, str]] = []
-        self.poll: Union[select.poll, SelectPoll, None] = None      # made when an attempt has to be waited for
+        self.poll: Union[select.poll, SelectPoll, None] = None      # made for the first pending attempt
 
     def __enter__(self) -> _Race:
         return self
@@ -71,7 +71,7 @@ class _Race:
                 winner = self.start(waiting.popleft())
                 if winner:
                     return winner
-            delay_s = ATTEMPT_DELAY_S if len(self.failures) == known else 0.0       # it failed on the spot
+            delay_s = ATTEMPT_DELAY_S if len(self.failures) == known else 0.0       # it failed immediately
             next_start = monotonic() + delay_s if waiting else float("inf")
             while self.pending:
                 winner, failed = self.wait(min(next_start, self.deadline))
@@ -85,18 +85,18 @@ class _Race:
         raise self.refusal()
 
     def start(self, address: IP) -> Optional[Connected]:
-        """Begin one attempt; the socket, if it connected on the spot as loopback does."""
+        """Start one attempt. Returns the socket if it is connected immediately, as on loopback."""
         try:
             sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
-        except OSError as exc:                          # no descriptors, or no such family
+        except OSError as exc:                          # out of descriptors, or unknown address family
             self.failed(address, exc)
             return None
         if not NONBLOCK:
             sock.setblocking(False)
         target = text_of(address), self.port
         error = sock.connect_ex(target)
-        if error == errno.EINPROGRESS and NONBLOCK:     # what is on this machine has answered meanwhile: Linux says so
-            error = sock.connect_ex(target)             # when asked again, which is cheaper than waiting for it
+        if error == errno.EINPROGRESS and NONBLOCK:     # loopback has answered by now: a second call on Linux tells,
+            error = sock.connect_ex(target)             # and costs less than poll()
         if not error:
             return sock, address
         if error not in IN_PROGRESS:
@@ -105,17 +105,17 @@ class _Race:
             return None
         if self.poll is None:
             self.poll = new_poll()
-            if self.client is not None:                 # no events: a reset is reported all the same, and a FIN,
-                self.poll.register(self.client.fileno(), 0)     # which may be a half-close, is not
+            if self.client is not None:                 # no events: poll() always reports a reset, but not a FIN,
+                self.poll.register(self.client.fileno(), 0)     # which may be a half-close
         self.pending[sock.fileno()] = sock, address
         self.poll.register(sock.fileno(), WRITE)
         return None
 
     def wait(self, until: float) -> Tuple[Optional[Connected], bool]:
-        """Look at the attempts until one connects (it is given back), one fails (True), or `until`."""
+        """Wait for an attempt to connect or fail, at most `until`. Returns the connection and whether one failed."""
         timeout_ms = None if until == float("inf") else max(0.0, until - monotonic()) * 1000 + 1
         failed = False
-        assert self.poll is not None                    # something is pending
+        assert self.poll is not None                    # because an attempt is pending
         for fd, _events in self.poll.poll(timeout_ms):
             if fd not in self.pending:
                 raise ConnectionResetError(errno.ECONNRESET, "client left before %s answered" % self.tried())

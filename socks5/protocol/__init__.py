@@ -1,1 +1,1 @@
-"""The messages of SOCKS5: bytes in, messages out, and back. No socket, no thread, no decision."""
+"""The messages of SOCKS5: parse, pack and explain them. No socket, no thread, no decision."""

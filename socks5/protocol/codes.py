@@ -1,7 +1,4 @@
-"""The numbers of RFC 1928 as names that carry the RFC's own wording.
-
-Read next to RFC 1928 sections 3, 4, 5 and 6. Imports nothing of ours; whoever needs a number takes it from here.
-"""
+"""The numbers of RFC 1928 as enums that carry the RFC's own wording. RFC 1928 sections 3 to 6."""
 from __future__ import annotations
 
 from enum import IntEnum
@@ -11,7 +8,7 @@ E = TypeVar("E", bound="Worded")
 
 
 class Worded(IntEnum):
-    """An IntEnum whose members also have `.phrase`, the RFC's words for the number."""
+    """An IntEnum whose members also have `.phrase`, the RFC's wording."""
 
     phrase: str
 
@@ -23,7 +20,7 @@ class Worded(IntEnum):
 
 
 class Method(Worded):
-    """How the client may authenticate.                                                  RFC 1928 §3"""
+    """METHOD: how a client authenticates.                                               RFC 1928 §3"""
 
     NO_AUTHENTICATION = 0x00, "NO AUTHENTICATION REQUIRED"
     GSSAPI = 0x01, "GSSAPI"
@@ -32,7 +29,7 @@ class Method(Worded):
 
 
 class Cmd(Worded):
-    """What the client asks for.                                                         RFC 1928 §4"""
+    """CMD: the command of a request.                                                    RFC 1928 §4"""
 
     CONNECT = 0x01, "CONNECT"
     BIND = 0x02, "BIND"
@@ -40,7 +37,7 @@ class Cmd(Worded):
 
 
 class Atyp(Worded):
-    """What kind of address follows.                                                     RFC 1928 §5"""
+    """ATYP: the type of the address that follows.                                       RFC 1928 §5"""
 
     IPV4 = 0x01, "IP V4 address"
     DOMAINNAME = 0x03, "fully-qualified domain name"
@@ -48,7 +45,7 @@ class Atyp(Worded):
 
 
 class Rep(Worded):
-    """How the request ended.                                                            RFC 1928 §6"""
+    """REP: the result in a reply.                                                       RFC 1928 §6"""
 
     SUCCEEDED = 0x00, "succeeded"
     GENERAL_FAILURE = 0x01, "general SOCKS server failure"
@@ -62,7 +59,7 @@ class Rep(Worded):
 
 
 def phrase(kind: Type[Worded], number: int, ranges: Tuple[Tuple[int, int, str], ...] = ()) -> str:
-    """The RFC's words for `number`, or of the range it lies in, or "unassigned"."""
+    """The RFC's wording for `number`, or for its range, or "unassigned"."""
     try:
         return kind(number).phrase
     except ValueError:

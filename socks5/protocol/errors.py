@@ -1,6 +1,6 @@
-"""What can go wrong, as exceptions that carry the answer.
+"""Exceptions that end a session and carry its REP, and the REP for each errno.
 
-Deep code raises, one place answers (handler.py). `why` is for the log of whoever runs the server, never for the peer.
+Deep code raises; one place sends the reply (server/handler.py). `why` goes to the log, never to the client.
 """
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .codes import Rep
 
 
 class SocksError(Exception):
-    """Anything that ends a SOCKS session before its tunnel stands."""
+    """Base class: ends a SOCKS session before its tunnel is established."""
 
 
 class ProtocolError(SocksError):
-    """What came is not the protocol: there is no answer that the peer would understand, so close."""
+    """The received bytes are not SOCKS5. The connection is closed without a reply."""
 
 
 class RequestRefused(SocksError):
-    """The request is answered with `rep` and the connection closed; `why` goes to the log.        RFC 1928 §6"""
+    """The reply is `rep`, and the connection is closed. `why` goes to the log.                     RFC 1928 §6"""
 
     def __init__(self, rep: Rep, why: str) -> None:
         super().__init__("%s: %s" % (rep.name, why))
@@ -27,12 +27,12 @@ class RequestRefused(SocksError):
         self.why = why
 
 
-# What an OSError means to the client; whatever is not here is X'01'. The most telling first: where several addresses
-# fail, the failure that stands highest is the answer.
+# The REP for each errno; any other errno is X'01'. The most specific errno stands first: where several addresses of a
+# destination fail, the first of their errnos in this table decides.
 REP_OF_ERRNO: Dict[int, Rep] = {
     errno.ECONNREFUSED: Rep.CONNECTION_REFUSED,
     errno.EACCES: Rep.NOT_ALLOWED,
-    errno.EPERM: Rep.NOT_ALLOWED,                   # a local firewall's
+    errno.EPERM: Rep.NOT_ALLOWED,                   # from a local firewall
     errno.EHOSTUNREACH: Rep.HOST_UNREACHABLE,
     errno.EHOSTDOWN: Rep.HOST_UNREACHABLE,
     errno.ENETUNREACH: Rep.NETWORK_UNREACHABLE,
@@ -40,29 +40,29 @@ REP_OF_ERRNO: Dict[int, Rep] = {
     errno.ETIMEDOUT: Rep.TTL_EXPIRED,
     errno.EAFNOSUPPORT: Rep.ADDRESS_TYPE_NOT_SUPPORTED,
 }
-_TELLING = list(REP_OF_ERRNO)
+_ORDER = list(REP_OF_ERRNO)
 
 
 def rep_of(error: OSError) -> Rep:
-    """The REP that tells the client what happened."""
+    """The REP for an OSError."""
     return REP_OF_ERRNO.get(error.errno or 0, Rep.GENERAL_FAILURE)
 
 
 def telling(error: OSError) -> int:
-    """Sorts errors, the most telling first."""
-    return _TELLING.index(error.errno) if error.errno in REP_OF_ERRNO else len(_TELLING)
+    """Sort key for OSErrors: the most specific first."""
+    return _ORDER.index(error.errno) if error.errno in REP_OF_ERRNO else len(_ORDER)
 
 
 class ProxyError(SocksError, OSError):
-    """The proxy that we are a client of (client.py) did not do what it was asked for.
+    """The proxy refused a request of client.py, or failed.
 
-    rep     its REP, from X'01' to X'FF'; None when there was no reply: it closed, let us not in, spoke something else
-    errno   what connect() would have said in the place of `rep`, for callers that know no SOCKS: ECONNREFUSED for X'05'
+    rep     the REP, X'01' to X'FF'; None without a reply: the proxy closed, refused the login or sent no SOCKS5
+    errno   the errno that connect() has for this REP, for callers that do not know SOCKS: ECONNREFUSED for X'05'
     """
 
-    def __init__(self, words: str, rep: Optional[int] = None) -> None:
+    def __init__(self, message: str, rep: Optional[int] = None) -> None:
         number = next((number for number, its_rep in REP_OF_ERRNO.items() if its_rep == rep), errno.ECONNABORTED)
-        super().__init__(number, words)
+        super().__init__(number, message)
         self.rep = rep
 
     def __str__(self) -> str:
@@ -70,5 +70,5 @@ class ProxyError(SocksError, OSError):
 
 
 def name_of(error: OSError) -> str:
-    """ECONNREFUSED and the like: what an administrator searches for."""
+    """The symbol of an errno, such as ECONNREFUSED."""
     return errno.errorcode.get(error.errno or 0, str(error))

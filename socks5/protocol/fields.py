@@ -1,7 +1,6 @@
-"""What a message's LAYOUT is made of: fields, taken in the RFC's order, and shown by the same description.
+"""The fields of a message. A LAYOUT lists them in the RFC's order, both for parsing and for the trace.
 
-`read(n)` gives exactly n bytes or raises EOFError; nobody here asks for a byte that is not part of the message.
-RFC 1928 section 5 for addresses.
+`read(n)` returns exactly n bytes or raises EOFError. No parser reads beyond its message. RFC 1928 section 5.
 """
 from __future__ import annotations
 
@@ -15,13 +14,13 @@ from .errors import ProtocolError, RequestRefused
 
 ReadExactly = Callable[[int], bytes]
 Raw = Dict[str, bytes]
-Host = Union[IPv4Address, IPv6Address, bytes]     # bytes: a domain name, just as it came
+Host = Union[IPv4Address, IPv6Address, bytes]     # bytes: a domain name as received
 ADDRESS_BYTES = {0x01: 4, 0x04: 16}               # by ATYP, RFC 1928 §5
 DOMAINNAME = int(Atyp.DOMAINNAME)
 
 
 class BytesReader:
-    """Gives a byte string piece by piece: the `read` for parsing what is already here, such as a datagram."""
+    """A `read` function for bytes that are already in memory, such as a datagram."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -44,9 +43,9 @@ class Field:
 
     name    the RFC's name, unique in its message
     size    in bytes; or the name of the earlier field that holds it; or None: ATYP decides, RFC 1928 §5
-    means   the bytes in words, for people; not asked for an address, which ATYP explains
-    must    the only value that may stand here (VER): anything else is not this protocol
-    secret  never to be shown
+    means   describes the bytes in words; not called for an address, which depends on ATYP
+    must    the only valid value (VER); any other raises ProtocolError
+    secret  never shown
     """
 
     name: str
@@ -65,7 +64,7 @@ class Field:
         return raw
 
     def words(self, raw: Raw) -> str:
-        """What this field of a message says, for people."""
+        """Describe the value of this field in words."""
         if self.size is None:
             host = host_of(raw["ATYP"][0], raw[self.name])
             return text(host) if isinstance(host, bytes) else str(host)
@@ -76,8 +75,8 @@ Layout = Tuple[Field, ...]
 
 
 def take_address(read: ReadExactly, atyp: int) -> bytes:
-    """The raw address for `atyp`; a name with its length byte. Raises RequestRefused X'08' before it reads anything
-    when the ATYP is unknown: nobody can say how many bytes would follow."""
+    """Read the raw address for `atyp`; a name includes its length byte. Raises RequestRefused X'08' for an unknown ATYP
+    before any read, because the size of the address is unknown, too."""
     if atyp == DOMAINNAME:
         length = read(1)
         return length + read(length[0])
@@ -88,14 +87,14 @@ def take_address(read: ReadExactly, atyp: int) -> bytes:
 
 @lru_cache(maxsize=4096)
 def host_of(atyp: int, packed: bytes) -> Host:
-    """The host in what take_address gave. Remembered: that is faster than making it."""
+    """The host in the bytes from take_address. Cached: a lookup is faster than a new object."""
     if atyp == DOMAINNAME:
         return packed[1:]
     return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
 
 
 def split(layout: Layout, read: ReadExactly) -> Raw:
-    """Read one message: the raw bytes of each field, in the RFC's order."""
+    """Read one message. Returns the raw bytes of each field by its name."""
     raw: Raw = {}
     for field in layout:
         raw[field.name] = field.take(read, raw)
@@ -103,7 +102,7 @@ def split(layout: Layout, read: ReadExactly) -> Raw:
 
 
 def dissect(layout: Layout, message: bytes) -> Iterator[Tuple[Field, bytes, str]]:
-    """Each field of a message that is here, its bytes and what they say; ends quietly where the message does."""
+    """Yield each field of a message, its bytes and their meaning. Stops where the message is cut short."""
     read = BytesReader(message)
     raw: Raw = {}
     for field in layout:
@@ -113,11 +112,11 @@ def dissect(layout: Layout, message: bytes) -> Iterator[Tuple[Field, bytes, str]
         except (EOFError, RequestRefused):
             return
         except ProtocolError:
-            pass                                # shown all the same: it is what came
+            pass                                # a wrong VER is shown, too
         raw[field.name] = message[start:read.at]
         yield field, raw[field.name], field.words(raw)
 
 
 def text(name: bytes) -> str:
-    """Peer-chosen bytes as one quoted line of ASCII, whatever is in them."""
+    """Quote bytes that a peer chose as one line of printable ASCII."""
     return ascii(name.decode("utf-8", "backslashreplace"))

@@ -1,10 +1,9 @@
-"""Every message of SOCKS5 as a frozen dataclass: bytes in, facts out, no sockets and no decisions.
+"""Every message of SOCKS5 as a frozen dataclass with parse() and pack(). No socket, no thread, no decision.
 
-Each message has one LAYOUT, the RFC's box as data (fields.py). `parse` takes the fields through it in the RFC's order,
-and whoever wants to show a message (trace.py) walks over the same LAYOUT, so the two cannot drift apart.
+Each message has one LAYOUT, the RFC's table of fields as data (fields.py). parse() reads the fields in the RFC's order,
+and the trace (trace.py) shows a message by the same LAYOUT, so the two always agree.
 
-A parser never asks for a byte that is not part of its message, so what a client sends behind its request stays where it
-is, for the tunnel.
+A parser never reads beyond its message: bytes that a client sends after its request stay unread, for the tunnel.
 
 RFC 1928 sections 3 to 7, RFC 1929. All integers are in network order (big-endian).
 """
@@ -37,11 +36,11 @@ AUTH_VERSION = Field("VER", 1, lambda raw: "version %d of the username/password 
 RESERVED = Field("RSV", 1, lambda raw: "reserved")
 ATYP = Field("ATYP", 1, lambda raw: phrase(Atyp, raw[0]))
 PORT_BYTES = 2
-BY_NUMBER = {int(cmd): cmd for cmd in Cmd}         # a good deal faster to ask than the enum
+BY_NUMBER = {int(cmd): cmd for cmd in Cmd}         # much faster than Cmd(number)
 
 
 def _address(prefix: str) -> Layout:
-    """ATYP, ADDR, PORT: the part that requests, replies and datagrams share.           RFC 1928 §5"""
+    """ATYP, ADDR and PORT, as in requests, replies and datagrams.                      RFC 1928 §5"""
     return (ATYP, Field(prefix + ".ADDR", None, text), Field(prefix + ".PORT", PORT_BYTES, _number))
 
 
@@ -49,11 +48,11 @@ def _address(prefix: str) -> Layout:
 
 @dataclass(frozen=True)
 class Address:
-    """A host and a port as they stand in requests, replies and datagrams.              RFC 1928 §5
+    """The host and port of a request, reply or datagram.                               RFC 1928 §5
 
         | ATYP | ADDR | PORT |     octets: 1 variable 2
 
-    ATYP is never stored: the host's type tells it.
+    ATYP is not stored: it follows from the type of `host`.
     """
 
     host: Host
@@ -61,7 +60,7 @@ class Address:
 
     @classmethod
     def of(cls, raw: Raw, addr: str, port: str) -> Address:
-        """From the raw bytes of a message's ATYP and of its fields named `addr` and `port`."""
+        """Make it from the raw fields of a message: ATYP, `addr` and `port`."""
         return cls(host_of(raw["ATYP"][0], raw[addr]), int.from_bytes(raw[port], "big"))
 
     def pack(self) -> bytes:
@@ -74,13 +73,13 @@ class Address:
         return bytes([Atyp.IPV4 if self.host.version == 4 else Atyp.IPV6]) + self.host.packed + port
 
     def __str__(self) -> str:
-        """192.0.2.1:80, [2001:db8::1]:80 or 'example.com':80, safe to log whatever a peer put into the name."""
+        """192.0.2.1:80, [2001:db8::1]:80 or 'example.com':80. Safe to log: a name is quoted."""
         return "%s:%d" % (host_text(self.host), self.port)
 
 
 @lru_cache(maxsize=4096)
 def host_text(host: Host) -> str:
-    """Remembered: a session's line alone has three."""
+    """The host as text. Cached: the log line of one session has three hosts."""
     if isinstance(host, bytes):
         return text(host)
     return str(host) if host.version == 4 else "[%s]" % host
@@ -93,7 +92,7 @@ UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply
 
 @dataclass(frozen=True)
 class Greeting:
-    """client: these are the methods I can do.                                           RFC 1928 §3
+    """Client: the authentication methods that it supports.                              RFC 1928 §3
 
         | VER | NMETHODS | METHODS |     octets: 1 1 0..255
     """
@@ -113,7 +112,7 @@ class Greeting:
 
 @dataclass(frozen=True)
 class Selection:
-    """server: this is the method that we use, or X'FF' for none of them.                RFC 1928 §3
+    """Server: the selected method, or X'FF' if none is acceptable.                      RFC 1928 §3
 
         | VER | METHOD |     octets: 1 1
     """
@@ -133,7 +132,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Login:
-    """client: this is who I am.                                                         RFC 1929 §2
+    """Client: user name and password.                                                   RFC 1929 §2
 
         | VER | ULEN | UNAME | PLEN | PASSWD |     octets: 1 1 1..255 1 1..255
     """
@@ -160,7 +159,7 @@ class Login:
 
 @dataclass(frozen=True)
 class LoginStatus:
-    """server: X'00' you may go on; anything else is failure, and the connection closes. RFC 1929 §2
+    """Server: X'00' is success; any other status is failure, and the server closes.     RFC 1929 §2
 
         | VER | STATUS |     octets: 1 1
     """
@@ -181,7 +180,7 @@ class LoginStatus:
 
 @dataclass(frozen=True)
 class Request:
-    """client: do this for me.                                                           RFC 1928 §4
+    """Client: a command and its destination.                                            RFC 1928 §4
 
         | VER | CMD | RSV | ATYP | DST.ADDR | DST.PORT |     octets: 1 1 1 1 variable 2
     """
@@ -193,7 +192,7 @@ class Request:
 
     @classmethod
     def parse(cls, read: ReadExactly) -> Request:
-        """Raises RequestRefused X'07' for an unknown CMD, once the whole message is read; X'08' for an unknown ATYP."""
+        """Raises RequestRefused: X'07' for an unknown CMD, after reading all of it; X'08' for an unknown ATYP."""
         raw = split(cls.LAYOUT, read)           # RSV other than X'00' is tolerated
         try:
             return cls(BY_NUMBER[raw["CMD"][0]], Address.of(raw, "DST.ADDR", "DST.PORT"))
@@ -206,7 +205,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """server: this is what came of it. BIND has two of them.                            RFC 1928 §6
+    """Server: the result of the request. BIND has two replies.                          RFC 1928 §6
 
         | VER | REP | RSV | ATYP | BND.ADDR | BND.PORT |     octets: 1 1 1 1 variable 2
     """
@@ -218,7 +217,7 @@ class Reply:
 
     @classmethod
     def parse(cls, read: ReadExactly) -> Reply:
-        """`rep` stays a plain number where the RFC has not assigned it."""
+        """`rep` is a plain int where the RFC assigns no meaning to it."""
         raw = split(cls.LAYOUT, read)
         rep = raw["REP"][0]
         return cls(Rep(rep) if rep <= Rep.ADDRESS_TYPE_NOT_SUPPORTED else rep, Address.of(raw, "BND.ADDR", "BND.PORT"))
@@ -247,7 +246,7 @@ class Datagram:
 
     @classmethod
     def parse(cls, datagram: bytes) -> Datagram:
-        """From a whole datagram: DATA is whatever follows the header. Raises EOFError when it ends inside the header,
+        """Parse a whole datagram; DATA is the rest after the header. Raises EOFError when it ends inside the header,
         RequestRefused X'08' for an unknown ATYP."""
         read = BytesReader(datagram)
         raw = split(cls.LAYOUT, read)           # RSV other than X'0000' is tolerated
