@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import socks5
+from socks5 import log
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.messages import Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 
@@ -126,6 +127,29 @@ def run_cli(*args, env=None, input=None, cwd=None, timeout=PATIENCE_S, python=sy
     done = subprocess.run([python, str(SCRIPT), *map(str, args)], capture_output=True, text=True, input=input, cwd=cwd,
                           timeout=timeout, env=dict(os.environ, **(env or {})))
     return done.returncode, done.stdout, done.stderr
+
+
+# ---- the log -----------------------------------------------------------------------------------------------------
+
+def text_of(record):
+    """A record as the text log shows it, without the time."""
+    return log.TextFormatter(False).format(record)
+
+
+@contextlib.contextmanager
+def logging_of(test, level="INFO"):
+    """As test.assertLogs("socks5", level), but `output` are lines as the text log shows them."""
+    with test.assertLogs("socks5", level) as logs:
+        yield Lines(logs.records)
+
+
+class Lines:
+    def __init__(self, records):
+        self.records = records
+
+    @property
+    def output(self):
+        return [text_of(record) for record in self.records]
 
 
 # ---- the client's side, byte by byte -----------------------------------------------------------------------------
