@@ -167,11 +167,12 @@ def reader_of(sock):
     return read
 
 
-def dial(server_address, timeout=PATIENCE_S):
-    """A TCP connection to our server; server_address as (host, port, ...) or a port on 127.0.0.1."""
+def dial(server_address, timeout=PATIENCE_S, source=None):
+    """A TCP connection to our server, from the address `source` if one is given; server_address as (host, port, ...) or
+    a port on 127.0.0.1."""
     if isinstance(server_address, int):
         server_address = ("127.0.0.1", server_address)
-    return socket.create_connection(server_address[:2], timeout)
+    return socket.create_connection(server_address[:2], timeout, source and (source, 0))
 
 
 def address(host, port):

@@ -167,8 +167,11 @@ class Sessions:
                 raise Full("max-per-client", "%d reached by %s" % (self.per_origin, session.origin))
             if 0 < self.negotiating_max <= len(self._negotiating):
                 self._evict()
-            if self._full(session.origin, 1) and not (self._leaving < MAX_LEAVING and self._evict()):
-                raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
+            if self._full(session.origin, 1):
+                # In the place of another origin's session it would still have more than its share: then one of its own.
+                own = session.origin if self._full(session.origin, 1, freed=1) else None
+                if self._leaving >= MAX_LEAVING or not self._evict(own):
+                    raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
             session.number = self._counts.number()
             self._live[sock] = session
             self._weight += 1
@@ -176,9 +179,9 @@ class Sessions:
             self._negotiating[session] = None
         return session
 
-    def _full(self, origin: Hashable, more: int) -> bool:
-        """Whether `more` would be too many, of all or of this origin's share."""
-        leaving = min(self._leaving, MAX_LEAVING)
+    def _full(self, origin: Hashable, more: int, freed: int = 0) -> bool:
+        """Whether `more` would be too many, of all or of this origin's share, when `freed` others have left."""
+        leaving = min(self._leaving, MAX_LEAVING) + freed
         here, shared = self._weight - leaving, self.maximum < NO_LIMIT
         everywhere = self._counts.live() - leaving if shared else 0
         if here + more > self.maximum_here or shared and everywhere + more > self.maximum:
@@ -198,9 +201,10 @@ class Sessions:
             self._weight += more
             self._counts.add(session.origin, more)
 
-    def _evict(self) -> bool:
-        """Shut down one session that is still negotiating, unless all of them are new as well."""
-        candidates = [session for session in self._negotiating if not session.greeted] or list(self._negotiating)
+    def _evict(self, origin: Hashable = None) -> bool:
+        """Shut down one session that is still negotiating (of this origin, if one is given), unless all are new."""
+        waiting = [session for session in self._negotiating if origin in (None, session.origin)]
+        candidates = [session for session in waiting if not session.greeted] or waiting
         if not candidates:
             return False
         busiest, _count = Counter(session.origin for session in candidates).most_common(1)[0]
