@@ -333,7 +333,7 @@ class Server(ThreadingTCPServer, Service):
         session: Session = tunnel.session
         session.tunnel = tunnel
         try:
-            (self._loop or self.relay_loop()).adopt(tunnel)
+            self.relay_loop().adopt(tunnel)
         except BaseException:
             session.tunnel = None
             raise
@@ -395,7 +395,7 @@ class Server(ThreadingTCPServer, Service):
     def server_close(self) -> None:
         """Stop listening, and end the sessions that are left."""
         self.drain(0)
-        if self._loop:
+        if self._loop is not None:                      # it is false while it has no tunnel
             self._loop.stop("server stopped")
         if self._teller:
             self._untold.put(None)
@@ -412,7 +412,7 @@ class Server(ThreadingTCPServer, Service):
             return 0
         aborted = len(self.sessions)
         self.sessions.abort("server stopped")
-        if self._loop:
+        if self._loop is not None:
             self._loop.abort_all("server stopped")
         self.sessions.wait_empty(1.0, threading.Event())
         return aborted
