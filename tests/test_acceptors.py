@@ -18,7 +18,7 @@ class Waiting(unittest.TestCase):
         self.listener.listen(64)
         self.go_on = threading.Event()
         self.served, self.uncovered = [], []
-        self.acceptors = acceptors.Acceptors([self.listener], self.accept_one)
+        self.acceptors = acceptors.Acceptors(self.accept_one)
         self.addCleanup(self.acceptors.release, 64)
         self.addCleanup(self.go_on.set)
 
@@ -47,7 +47,7 @@ class Waiting(unittest.TestCase):
         return client
 
     def test_each_client_has_a_thread_however_many_are_busy(self):
-        self.acceptors.serve()
+        self.acceptors.serve([self.listener])
         self.acceptors.refill()
         with contextlib.ExitStack() as stack:
             busy = [stack.enter_context(self.client(b"w")) for _ in range(30)]
@@ -61,7 +61,7 @@ class Waiting(unittest.TestCase):
         self.assertIsNone(self.acceptors.listener(), "this thread is none of them")
 
     def test_release_wakes_all_and_the_listener_still_listens(self):
-        self.acceptors.serve()
+        self.acceptors.serve([self.listener])
         for _ in range(4):
             self.assertTrue(self.acceptors.start(self.listener))
         address = self.listener.getsockname()
@@ -71,12 +71,12 @@ class Waiting(unittest.TestCase):
         self.assertEqual(self.waiting(), 0)
         with socket.create_connection(address, PATIENCE_S) as later:
             later.sendall(b"x")
-            self.acceptors.serve()
+            self.acceptors.serve([self.listener])
             self.acceptors.refill()
             self.assertEqual(read_to_end(later), b"done")
 
     def test_a_thread_that_cannot_be_started(self):
-        self.acceptors.serve()
+        self.acceptors.serve([self.listener])
         self.acceptors.refill()
         wait_until(self.waiting)
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):

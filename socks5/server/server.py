@@ -108,6 +108,7 @@ class Server(ThreadingTCPServer, Service):
         self._loop: Optional[Loop] = None                       # made when first needed: not before a fork
         self._untold: "queue.Queue[Optional[Session]]" = queue.Queue()
         self._teller: Optional[threading.Thread] = None
+        self._acceptors = acceptors.Acceptors(self._accept_one)
         self._accepting: Optional[socket.socket] = None         # where there are no acceptors: what is ready
         self.listeners: List[socket.socket] = list(listeners)
         BaseServer.__init__(self, (self.config.listen[0], self.config.port), RequestHandlerClass)
@@ -120,7 +121,6 @@ class Server(ThreadingTCPServer, Service):
         except BaseException:
             self.server_close()
             raise
-        self._acceptors = acceptors.Acceptors(self.listeners if acceptors.available else [], self._accept_one)
 
     def server_bind(self) -> None:
         self.listeners = net_listeners.bind_all(self.config.listen, self.config.port, self.allow_reuse_address)
@@ -138,8 +138,8 @@ class Server(ThreadingTCPServer, Service):
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
         """Serve until shutdown(). Calls service_actions() every poll_interval seconds at the least."""
-        self._stopped.clear()
         self.relay_loop()
+        self._stopped.clear()
         poll = new_poll()
         poll.register(self._wakeup.fileno(), READ)
         by_fd = {listener.fileno(): listener for listener in self.listeners}
@@ -147,7 +147,7 @@ class Server(ThreadingTCPServer, Service):
             listener.setblocking(acceptors.available)
             if not acceptors.available:
                 poll.register(fd, READ)
-        self._acceptors.serve()
+        self._acceptors.serve(self.listeners if acceptors.available else [])
         try:
             while not self._stopping.is_set():
                 self._acceptors.refill()
@@ -361,27 +361,33 @@ class Server(ThreadingTCPServer, Service):
 
     def end_session(self, session: Session) -> None:
         """The session is over: the line in the log, the registry, the socket, the hook."""
-        if self.sessions.get(session.sock) is not session:
+        if not self.sessions.end(session):                      # the relay loop and the handler's thread may both come
             return
         facts = session.facts()
         log.info(Session.LINE, facts)
         if session.story:
             session.story.end(facts)
         self.sessions.remove(session)
-        self.close_request(session.sock)
-        if type(self).session_ended is not Server.session_ended:
-            self._tell(session)
+        try:
+            self.close_request(session.sock)
+        finally:
+            if type(self).session_ended is not Server.session_ended:
+                self._tell(session)
 
     def session_ended(self, session: Session) -> None:
         """To override: what is to be done with a session that is over. No traffic waits for it."""
 
     def _tell(self, session: Session) -> None:
         """Have session_ended called by a thread that does nothing else."""
+        self._untold.put(session)
         with self._lock:
-            self._untold.put(session)
             if self._teller is None:
-                self._teller = threading.Thread(target=self._tell_all, name="session_ended", daemon=True)
-                self._teller.start()
+                teller = threading.Thread(target=self._tell_all, name="session_ended", daemon=True)
+                try:
+                    teller.start()
+                except (RuntimeError, MemoryError):             # the next session tries again
+                    return
+                self._teller = teller
 
     def _tell_all(self) -> None:
         for session in iter(self._untold.get, None):
@@ -397,9 +403,13 @@ class Server(ThreadingTCPServer, Service):
         self.drain(0)
         if self._loop is not None:                      # it is false while it has no tunnel
             self._loop.stop("server stopped")
-        if self._teller:
-            self._untold.put(None)
-            self._teller.join(COMPLAIN_EVERY_S)
+        self._untold.put(None)
+        with self._lock:
+            teller, self._teller = self._teller, None           # a session that ends later starts another one
+        if teller:
+            teller.join(COMPLAIN_EVERY_S)
+        else:
+            self._tell_all()
         if self.trace:
             self.trace.close()
         self._wakeup.close()

@@ -40,7 +40,8 @@ class Session:
     """
 
     __slots__ = ("number", "client", "origin", "sock", "started", "user", "cmd", "dst", "reached", "rep", "tunnel",
-                 "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight", "story")
+                 "association", "up", "down", "ended_by", "ended_at", "why", "notes", "greeted", "leaving", "weight",
+                 "story")
 
     def __init__(self, client: Endpoint, origin: Hashable, sock: socket.socket) -> None:
         self.number = 0                             # until it is admitted
@@ -58,6 +59,7 @@ class Session:
         self.up = 0
         self.down = 0
         self.ended_by = ""
+        self.ended_at = 0.0                         # by time.monotonic(), once it is over
         self.why = ""
         self.notes = ""
         self.greeted = False                        # its greeting is here: it speaks SOCKS5
@@ -74,7 +76,7 @@ class Session:
         up, down = self.moved()
         return {"client": self.client, "user": self.user, "cmd": self.cmd or None, "dst": self.dst,
                 "reached": self.reached, "rep": self.rep or None, "up": up, "down": down,
-                "seconds": monotonic() - self.started, "ended": self.ended_by.replace(" ", "-") or None,
+                "seconds": (self.ended_at or monotonic()) - self.started, "ended": self.ended_by.replace(" ", "-") or None,
                 "why": "; ".join(filter(None, (self.why, self.notes))) or None}
 
     def moved(self) -> Tuple[int, int]:
@@ -221,6 +223,14 @@ class Sessions:
         """The request is here: the handshake's deadline no longer holds."""
         with self._lock:
             self._negotiating.pop(session, None)
+
+    def end(self, session: Session) -> bool:
+        """Its facts are final. False if they were before: another thread ends it."""
+        with self._lock:
+            if session.ended_at or self._live.get(session.sock) is not session:
+                return False
+            session.ended_at = monotonic()
+        return True
 
     def remove(self, session: Session) -> bool:
         """To be called before its socket is closed. False if it was removed before."""
