@@ -203,9 +203,9 @@ def ask(sock, cmd, host, port):
     return Reply.parse(reader_of(sock))
 
 
-def connect_through(server_address, host, port, user=None):
+def connect_through(server_address, host, port, user=None, source=None):
     """A socket connected to host:port through our server, or AssertionError with the REP."""
-    sock = dial(server_address)
+    sock = dial(server_address, source=source)
     try:
         negotiate(sock, user)
         reply = ask(sock, Cmd.CONNECT, host, port)

@@ -16,8 +16,8 @@ import unittest
 
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.errors import SocksError
-from socks5.net.resolver import name_in
-from socks5.server.acceptors import MOST as SPARES
+from socks5.net.resolver import normalise
+from socks5.server.acceptors import MAX_WAITING
 from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Request, Selection
 from tests.support import (PATIENCE_S, address, ask, closed_port, connect_through, descriptors, dial, need, negotiate,
                            reader_of, read_to_end, reset, spawned, target, threads, wait_until)
@@ -78,10 +78,10 @@ def mutate(rng, data, others):
 def lookup(host):
     """Would the server ask a resolver for it? What stands in the file of hosts does not leave this machine."""
     try:
-        name = name_in(host)
+        name = normalise(host)
     except SocksError:
         return False
-    return name is not None and name.lower() != b"localhost"
+    return isinstance(name, bytes) and name.lower() != b"localhost"
 
 
 def harmless(stream, kinds):
@@ -184,8 +184,8 @@ class Fuzz(unittest.TestCase):
             self.assertEqual(reader_of(tunnel)(4), b"ping")
 
     def spare_threads_only(self):
-        """Those in accept(), and the one that serves."""
-        wait_until(lambda: threads(self.pid) <= max(SPARES, 1) + 1, "no threads but those that wait for clients")
+        """The acceptors that wait, the server's and the relay loop's."""
+        wait_until(lambda: threads(self.pid) <= MAX_WAITING + 2, "no threads but those that wait for clients")
 
     @contextlib.contextmanager
     def nothing_left(self, warm_up):

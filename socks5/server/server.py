@@ -360,19 +360,19 @@ class Server(ThreadingTCPServer, Service):
         request.close()
 
     def end_session(self, session: Session) -> None:
-        """The session is over: the line in the log, the registry, the socket, the hook."""
+        """The session is over: the line in the log, the socket, the hook, the registry."""
         if not self.sessions.end(session):                      # the relay loop and the handler's thread may both come
             return
         facts = session.facts()
         log.info(Session.LINE, facts)
         if session.story:
             session.story.end(facts)
-        self.sessions.remove(session)
         try:
             self.close_request(session.sock)
         finally:
             if type(self).session_ended is not Server.session_ended:
                 self._tell(session)
+            self.sessions.remove(session)                       # last: server_close() waits for it, then for the hook
 
     def session_ended(self, session: Session) -> None:
         """To override: what is to be done with a session that is over. No traffic waits for it."""

@@ -225,7 +225,7 @@ class Sessions:
             self._negotiating.pop(session, None)
 
     def end(self, session: Session) -> bool:
-        """Its facts are final. False if they were before: another thread ends it."""
+        """From now on its facts are final, and its socket is the caller's. False if another thread was faster."""
         with self._lock:
             if session.ended_at or self._live.get(session.sock) is not session:
                 return False
@@ -233,7 +233,7 @@ class Sessions:
         return True
 
     def remove(self, session: Session) -> bool:
-        """To be called before its socket is closed. False if it was removed before."""
+        """Its place is free. False if it was removed before."""
         with self._lock:
             if self._live.pop(session.sock, None) is None:
                 return False
@@ -271,7 +271,9 @@ class Sessions:
 
     @staticmethod
     def _shut(session: Session, why: str) -> None:
-        session.ended_by = why
+        if session.ended_at:                            # its socket may be closed, and the descriptor used again
+            return
+        session.ended_by = session.ended_by or why      # it may be lingering after a refusal
         try:
             session.sock.shutdown(socket.SHUT_RDWR)
         except OSError:                                 # the client was faster
