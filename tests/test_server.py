@@ -321,6 +321,7 @@ class RunningOut(unittest.TestCase):
             for tunnel in tunnels:
                 self.assertEqual(reader_of(tunnel)(12)[:4], b"\x05\x00\x05\x00")
             self.assertGreater(descriptors(server.process.pid), 2200)
+            wait_until(lambda: threads(server.process.pid) <= 2 + acceptors.MAX_WAITING, "no thread for each")
             for number, tunnel in enumerate(tunnels):
                 tunnel.sendall(b"%04d" % number)
             for number, tunnel in enumerate(tunnels):
@@ -459,7 +460,7 @@ class NothingLeaks(unittest.TestCase):
             fds = descriptors(pid)
             go_round(50)
             wait_until(lambda: descriptors(pid) <= fds, "descriptors back at %d" % fds)
-            idle = 2 + acceptors.MAX_WAITING if acceptors.available else 2      # of the server, the relay loop, acceptors
+            idle = 2 + acceptors.MAX_WAITING * acceptors.available      # of the server, the relay loop, acceptors
             wait_until(lambda: threads(pid) <= idle, "no thread left but acceptors")
             go_round(50)
             wait_until(lambda: descriptors(pid) <= fds, "descriptors back at %d" % fds)

@@ -54,7 +54,7 @@ class Server(ThreadingTCPServer, Service):
 
     Raises OSError (with the address in `filename`) when it cannot listen, ConfigError for a bad file.
 
-    To call: serve_forever, handle_request, shutdown, server_close, fileno as in socketserver; stop, soon, reload, drain.
+    To call: serve_forever, handle_request, shutdown, server_close, fileno as in socketserver; stop, soon, reload, drain
 
     To override, as in socketserver; the thread that calls it in brackets:
         server_bind, server_activate    the sockets of config.listen are bound, and listened on [that makes the Server]
