@@ -273,7 +273,7 @@ class SessionEnded(Case):
             with running(handler, Noting, **options) as server:
                 act(server)
         lines = [dict(record.args) for record in logs.records if record.msg.startswith("session ")]
-        self.assertEqual([facts for _session, facts, _fd in found], lines)
+        self.assertEqual(sorted([facts for _session, facts, _fd in found], key=repr), sorted(lines, key=repr))
         for session, facts, fd in found:
             self.assertEqual((dict(session.facts()), fd), (facts, -1))
         return [session for session, *_rest in found]
@@ -299,6 +299,8 @@ class SessionEnded(Case):
                 with connect_through(server.server_address, *destination) as tunnel:
                     tunnel.sendall(b"x")
                     self.assertEqual(tunnel.recv(1), b"")
+                    wait_until(lambda: any(session.state() == "half-closed" for session in server.sessions)
+                               or not len(server.sessions))
             self.check("remote", "remote", act)
 
         def stays(server):
@@ -361,14 +363,17 @@ class SessionEnded(Case):
                 sock, _peer = waiting.accept(PATIENCE_S)
                 sock.close()
                 self.assertEqual(peer.recv(1), b"")
+            wait_until(lambda: not len(server.sessions))
 
         def left(server):
             client.bind(server.server_address, ("127.0.0.1", 0)).close()
+            wait_until(lambda: not len(server.sessions))
 
         def udp(server):
             with dial(server.server_address) as control:
                 negotiate(control)
                 self.assertEqual(ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).rep, Rep.SUCCEEDED)
+            wait_until(lambda: not len(server.sessions))
         for act in (bind, left, udp):
             self.check(act.__name__, "client", act)
 

@@ -181,7 +181,7 @@ class Failure(ListenersTest):
         before = descriptors()
         with self.assertRaises(OSError) as caught:
             listening.open_all(["127.0.0.1", "127.0.0.2"], 0)
-        self.assertEqual(len(taken), listening.TRIES)
+        self.assertIn(len(taken), range(listening.TRIES - 3, listening.TRIES + 1))      # other programs take some, too
         self.assertEqual(caught.exception.filename, "127.0.0.2 port %d" % taken[-1])
         self.assertLessEqual(descriptors(), before + len(set(taken)))
 

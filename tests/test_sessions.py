@@ -387,10 +387,11 @@ class Serving(unittest.TestCase):
     def test_full_of_the_silent(self):
         with target() as destination, running(max_sessions=10, handshake_timeout=0) as server, \
                 mock.patch.object(sessions, "GRACE_S", 0.0), contextlib.ExitStack() as stack:
-            silent = [stack.enter_context(dial(server.server_address)) for _ in range(9)]
-            silent.append(stack.enter_context(dial(server.server_address, source="127.0.0.3")))
-            for client in silent:
-                client.sendall(b"\5")
+            silent = []
+            for number, source in enumerate(["127.0.0.1"] * 9 + ["127.0.0.3"]):
+                wait_until(lambda: len(server.sessions) == number)
+                silent.append(stack.enter_context(dial(server.server_address, source=source)))
+                silent[-1].sendall(b"\5")
             wait_until(lambda: len(server.sessions) == 10)
             with dial(server.server_address, source="127.0.0.2") as other:
                 negotiate(other)
