@@ -1,7 +1,6 @@
 """The server around the handler: listening, running out of everything, draining, leaking nothing, being a package."""
 import contextlib
 import errno
-import functools
 import os
 import re
 import selectors
@@ -500,11 +499,6 @@ class Package(unittest.TestCase):
         self.assertLessEqual(threading.active_count(), before)
         self.assertTrue(refuses(port))
 
-    def test_a_handler_may_be_anything_that_makes_one(self):
-        with target() as destination, running(functools.partial(socks5.Handler)) as server:
-            with connect_through(server.server_address, *destination) as tunnel:
-                self.assertTrue(echoes(tunnel))
-
     def test_serving_again_after_shutdown(self):
         loops = []
 
@@ -525,17 +519,6 @@ class Package(unittest.TestCase):
                 thread.join(PATIENCE_S)
             self.assertLess(len(loops), 100)                    # a loop that spins makes thousands
 
-    def test_service_actions_come_without_connections(self):
-        called = threading.Event()
-
-        class Server(socks5.Server):
-            def service_actions(self):
-                super().service_actions()
-                called.set()
-
-        with running(server_class=Server):
-            self.assertTrue(called.wait(PATIENCE_S))
-
     def test_verify_request(self):
         asked = []
 
@@ -551,44 +534,6 @@ class Package(unittest.TestCase):
             with connect_through(server.server_address, *destination) as tunnel:
                 self.assertTrue(echoes(tunnel))
         self.assertEqual(asked, ["127.0.0.1", "127.0.0.1"])
-
-    def test_each_request_is_processed_and_shut_down_once(self):
-        calls = []
-
-        class Counting(socks5.Server):
-            def process_request(self, request, client_address):
-                calls.append("process")
-                super().process_request(request, client_address)
-
-            def shutdown_request(self, request):
-                super().shutdown_request(request)
-                calls.append("shutdown")
-
-        with running(server_class=Counting) as server, target() as destination:
-            for _ in range(3):
-                connect_through(server.server_address, *destination).close()
-            wait_until(lambda: calls.count("shutdown") == 3)
-        self.assertEqual(sorted(calls), ["process"] * 3 + ["shutdown"] * 3)
-
-    def test_process_request_that_fails_costs_that_client_only(self):
-        errors = []
-
-        class Buggy(socks5.Server):
-            def process_request(self, request, client_address):
-                if not errors:
-                    raise ValueError("a bug")
-                super().process_request(request, client_address)
-
-            def handle_error(self, request, client_address):
-                errors.append(sys.exc_info()[0])
-
-        with running(server_class=Buggy) as server, target() as destination:
-            with dial(server.server_address) as client:
-                client.sendall(ANYBODY)
-                self.assertTrue(closed_unserved(client))
-            with connect_through(server.server_address, *destination) as tunnel:
-                self.assertTrue(echoes(tunnel))
-        self.assertEqual(errors, [ValueError])
 
     def test_handler_subclass_decides_what_may_be_reached(self):
         class Strict(socks5.Handler):

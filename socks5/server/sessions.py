@@ -77,7 +77,8 @@ class Session:
         return {"client": self.client, "user": self.user, "cmd": self.cmd or None, "dst": self.dst,
                 "reached": self.reached, "rep": self.rep or None, "up": up, "down": down,
                 "seconds": (self.ended_at or monotonic()) - self.started,
-                "ended": self.ended_by.replace(" ", "-") or None, "why": "; ".join(filter(None, (self.why, self.notes))) or None}
+                "ended": self.ended_by.replace(" ", "-") or None,
+                "why": "; ".join(filter(None, (self.why, self.notes))) or None}
 
     def moved(self) -> Tuple[int, int]:
         """Bytes up and down until now."""
