@@ -204,13 +204,14 @@ class Hooks(Case):
     def test_timeout_of_a_handler(self):
         """Of a single recv(), and not of the tunnel."""
         class Handler(socks5.Handler):
-            timeout = 0.1
+            timeout = 1
 
         with running(Handler, handshake_timeout=0) as server, logging_of(self) as logs:
             with connect_through(server.server_address, *self.echo) as tunnel, dial(server.server_address) as slow:
                 slow.sendall(ANYBODY[:1])
                 self.assertEqual(slow.recv(1), b"")
-                wait_until(lambda: "ended=client why='timed out'" in "".join(logs.output))
+                wait_until(lambda: len(server.sessions) == 1)
+                self.assertIn("ended=client why='timed out'", logs.output[-1])
                 session, = server.sessions
                 self.assertIn(session.sock.gettimeout(), (None, 0))
                 self.assertTrue(echoes(tunnel))
