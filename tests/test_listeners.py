@@ -161,7 +161,9 @@ class Failure(ListenersTest):
         def open_one(text, port, dual, reuse):
             listener = real(text, port, dual, reuse)
             if text == "127.0.0.1" and port and len(taken) < times:     # without one it calls itself with one
-                taken.append(port if port in taken else self.occupy("127.0.0.2", port))
+                taken.append(port)
+                with contextlib.suppress(OSError):      # it is in use there already
+                    self.occupy("127.0.0.2", port)
             return listener
 
         self.stack.enter_context(mock.patch.object(listening, "open_one", open_one))
@@ -181,7 +183,7 @@ class Failure(ListenersTest):
         before = descriptors()
         with self.assertRaises(OSError) as caught:
             listening.open_all(["127.0.0.1", "127.0.0.2"], 0)
-        self.assertIn(len(taken), range(listening.TRIES - 3, listening.TRIES + 1))      # other programs take some, too
+        self.assertEqual(len(taken), listening.TRIES)
         self.assertEqual(caught.exception.filename, "127.0.0.2 port %d" % taken[-1])
         self.assertLessEqual(descriptors(), before + len(set(taken)))
 
