@@ -231,6 +231,25 @@ class Hooks(Case):
         server.server_close()
         server.server_close()
 
+    def test_one_that_is_accepted_while_the_server_closes(self):
+        accepted, go_on = threading.Event(), threading.Event()
+
+        class Slow(socks5.Server):
+            def get_request(self):
+                request = super().get_request()
+                accepted.set()
+                go_on.wait(PATIENCE_S)
+                return request
+
+        with running(server_class=Slow) as server:
+            client = self.stack.enter_context(dial(server.server_address))
+            client.sendall(ANYBODY[:1])
+            self.assertTrue(accepted.wait(PATIENCE_S))
+        go_on.set()
+        with contextlib.suppress(ConnectionError):
+            self.assertEqual(client.recv(1), b"")
+        self.assertEqual(len(server.sessions), 0)
+
     def test_a_server_that_was_made_before_a_fork(self):
         support.need(self, sys.platform == "linux", "fork and /proc")
         script = """
@@ -339,9 +358,10 @@ class SessionEnded(Case):
 
     def test_evicted(self):
         def act(server):
-            for _ in range(3):
+            for count in range(1, 4):
                 self.stack.enter_context(dial(server.server_address)).sendall(b"\5")
-            wait_until(lambda: len(server.sessions) == 2 and server.sessions.negotiating == 2)
+                wait_until(lambda: max([session.number for session in server.sessions], default=0) == count)
+            wait_until(lambda: len(server.sessions) == 2)
         with mock.patch.object(sessions, "GRACE_S", 0.0):
             found = self.ended(act, max_negotiating=2, handshake_timeout=0)
         self.assertEqual(sorted(session.ended_by for session in found), ["evicted", "server stopped", "server stopped"])

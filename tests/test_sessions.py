@@ -96,13 +96,6 @@ class Limits(Case):
                 self.assertEqual(sum(map(len, newcomers)), left)
                 self.assertRaises(Full, self.admit, live, "203.0.113.1")
 
-    def test_a_newcomer_takes_a_tenth_of_the_last_tenth_only_while_it_lasts(self):
-        live = Sessions(100)
-        self.assertEqual([len(self.admitted(live, 95)), len(self.admitted(live, 20, "198.51.100.1"))], [90, 10])
-        for session in list(live)[:30]:
-            live.remove(session)
-        self.assertEqual(len(self.admitted(live, 50, "198.51.100.1")), 20, "beyond a tenth: of the nine tenths")
-
     def test_the_share_is_of_all_processes(self):
         shared = Shared(2)
         here, there = (Sessions(20, counts=shared.row(row)) for row in range(2))
@@ -367,20 +360,6 @@ class Serving(unittest.TestCase):
                     self.assertEqual(ask(other, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
             tunnel.sendall(b"x")
             self.assertEqual(reader_of(tunnel)(1), b"x")
-
-    def test_full_of_the_silent(self):
-        with target() as destination, running(max_sessions=10, handshake_timeout=0) as server, \
-                mock.patch.object(sessions, "GRACE_S", 0.0), contextlib.ExitStack() as stack:
-            silent = []
-            for number, source in enumerate(["127.0.0.1"] * 9 + ["127.0.0.3"]):
-                wait_until(lambda: len(server.sessions) == number)
-                silent.append(stack.enter_context(dial(server.server_address, source=source)))
-                silent[-1].sendall(b"\5")
-            wait_until(lambda: len(server.sessions) == 10)
-            with dial(server.server_address, source="127.0.0.2") as other:
-                negotiate(other)
-                self.assertEqual(ask(other, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
-            self.assertEqual(gone(silent), 1)
 
 
 if __name__ == "__main__":

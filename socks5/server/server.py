@@ -400,6 +400,7 @@ class Server(ThreadingTCPServer, Service):
 
     def server_close(self) -> None:
         """Stop listening, and end the sessions that are left."""
+        self.sessions.close()
         self.drain(0)
         if self._loop is not None:                      # it is false while it has no tunnel
             self._loop.stop("server stopped")

@@ -142,6 +142,7 @@ class Sessions:
         self._negotiating: Dict[Session, None] = {}         # in the order in which they came
         self._weight = 0                                    # of all live sessions
         self._leaving = 0
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._live)
@@ -166,6 +167,8 @@ class Sessions:
         """A new session. Raises Full when there is no room for it."""
         session = Session(client, client.ip if origin is None else origin, sock)
         with self._lock:
+            if self._closed:
+                raise Full("server", "stopped")
             if 0 < self.per_origin <= self._counts.of(session.origin):
                 raise Full("max-per-client", "%d reached by %s" % (self.per_origin, session.origin))
             if 0 < self.negotiating_max <= len(self._negotiating):
@@ -255,6 +258,11 @@ class Sessions:
             for session in list(itertools.takewhile(lambda session: session.started <= since, self._negotiating)):
                 del self._negotiating[session]
                 self._shut(session, "handshake timeout")
+
+    def close(self) -> None:
+        """Admit no more. Without this, a connection accepted while the server is closed would be served for ever."""
+        with self._lock:
+            self._closed = True
 
     def abort(self, why: str) -> None:
         """End every session that has no tunnel; the relay loop ends the others."""
