@@ -15,6 +15,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import socks5
+from socks5 import log
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.messages import Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 
@@ -128,6 +129,29 @@ def run_cli(*args, env=None, input=None, cwd=None, timeout=PATIENCE_S, python=sy
     return done.returncode, done.stdout, done.stderr
 
 
+# ---- the log -----------------------------------------------------------------------------------------------------
+
+def text_of(record):
+    """A record as the text log shows it, without the time."""
+    return log.TextFormatter(False).format(record)
+
+
+@contextlib.contextmanager
+def logging_of(test, level="INFO"):
+    """As test.assertLogs("socks5", level), but `output` are lines as the text log shows them."""
+    with test.assertLogs("socks5", level) as logs:
+        yield Lines(logs.records)
+
+
+class Lines:
+    def __init__(self, records):
+        self.records = records
+
+    @property
+    def output(self):
+        return [text_of(record) for record in self.records]
+
+
 # ---- the client's side, byte by byte -----------------------------------------------------------------------------
 
 def reader_of(sock):
@@ -143,11 +167,12 @@ def reader_of(sock):
     return read
 
 
-def dial(server_address, timeout=PATIENCE_S):
-    """A TCP connection to our server; server_address as (host, port, ...) or a port on 127.0.0.1."""
+def dial(server_address, timeout=PATIENCE_S, source=None):
+    """A TCP connection to our server, from the address `source` if one is given; server_address as (host, port, ...) or
+    a port on 127.0.0.1."""
     if isinstance(server_address, int):
         server_address = ("127.0.0.1", server_address)
-    return socket.create_connection(server_address[:2], timeout)
+    return socket.create_connection(server_address[:2], timeout, source and (source, 0))
 
 
 def address(host, port):
@@ -178,9 +203,9 @@ def ask(sock, cmd, host, port):
     return Reply.parse(reader_of(sock))
 
 
-def connect_through(server_address, host, port, user=None):
+def connect_through(server_address, host, port, user=None, source=None):
     """A socket connected to host:port through our server, or AssertionError with the REP."""
-    sock = dial(server_address)
+    sock = dial(server_address, source=source)
     try:
         negotiate(sock, user)
         reply = ask(sock, Cmd.CONNECT, host, port)

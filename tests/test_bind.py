@@ -22,8 +22,8 @@ from socks5.net.poller import SelectPoll
 from socks5.protocol.messages import Address, Reply, Request
 
 from .support import (
-    FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, ask, descriptors, dial, need, need_program, negotiate, read_to_end,
-    reader_of, reset, running, spawned, threads, wait_until)
+    FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, ask, descriptors, dial, logging_of, need, need_program, negotiate,
+    read_to_end, reader_of, reset, running, spawned, threads, wait_until)
 
 LOCAL = ("127.0.0.1", 0)
 
@@ -115,7 +115,7 @@ class ExpectedPeers(unittest.TestCase):
                 waiting.accept(PATIENCE_S)[0].close()
 
     def test_unexpected_peers_are_closed_logged_and_counted(self):
-        with running() as server, self.assertLogs("socks5", "INFO") as logs:
+        with running() as server, logging_of(self) as logs:
             with client.bind(server.server_address, ("127.0.0.2", 21)) as waiting:
                 for _ in range(2):
                     with call(waiting.bnd) as unexpected:
@@ -134,9 +134,9 @@ class ExpectedPeers(unittest.TestCase):
         asked = []
 
         class Ruled(socks5.Handler):
-            def permitted(self, request, addresses):
+            def permitted(self, cmd, host, port, addresses):
                 asked.append(list(map(str, addresses)))
-                if request.dst.port == 22:
+                if port == 22:
                     raise RequestRefused(Rep.NOT_ALLOWED, "by the test")
                 return addresses
 
@@ -153,7 +153,7 @@ class Waiting(unittest.TestCase):
     """Between the two replies."""
 
     def test_no_peer_connects(self):
-        with running(bind_timeout=0.05) as server, self.assertLogs("socks5", "INFO") as logs:
+        with running(bind_timeout=0.05) as server, logging_of(self) as logs:
             with client.bind(server.server_address, LOCAL) as waiting:
                 with self.assertRaises(ProxyError) as caught:
                     waiting.accept(PATIENCE_S)
@@ -168,7 +168,7 @@ class Waiting(unittest.TestCase):
         ways = [("close", socket.socket.close), ("reset", reset),
                 ("shutdown", lambda sock: sock.shutdown(socket.SHUT_WR)),
                 ("close after early data", lambda sock: (sock.sendall(b"x" * 5000), sock.close()))]
-        with running() as server, self.assertLogs("socks5", "INFO") as logs:
+        with running() as server, logging_of(self) as logs:
             for name, leave in ways:
                 with self.subTest(name):
                     waiting = client.bind(server.server_address, ("127.0.0.2", 21))
@@ -274,7 +274,7 @@ class Waiting(unittest.TestCase):
                 outcome[0][0].close()
 
     def test_draining_ends_it(self):
-        with running() as server, self.assertLogs("socks5", "INFO") as logs:
+        with running() as server, logging_of(self) as logs:
             with client.bind(server.server_address, LOCAL) as waiting:
                 self.assertEqual([session.cmd for session in server.sessions], ["BIND"])
                 server.shutdown()

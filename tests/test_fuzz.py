@@ -17,10 +17,10 @@ import unittest
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.errors import SocksError
 from socks5.net.resolver import normalise
-from socks5.server.acceptors import MOST as SPARES
+from socks5.server.acceptors import MAX_WAITING
 from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Request, Selection
-from tests.support import (PATIENCE_S, ROOT, address, ask, closed_port, connect_through, descriptors, dial, need, negotiate,
-                           reader_of, read_to_end, reset, spawned, target, threads, wait_until)
+from tests.support import (PATIENCE_S, ROOT, address, ask, closed_port, connect_through, descriptors, dial, need,
+                           negotiate, reader_of, read_to_end, reset, spawned, target, threads, wait_until)
 
 CASES = int(os.environ.get("SOCKS5_FUZZ") or 100000)
 SEED = 1928
@@ -188,8 +188,8 @@ class Fuzz(unittest.TestCase):
             self.assertEqual(reader_of(tunnel)(4), b"ping")
 
     def spare_threads_only(self):
-        """Those in accept(), and the one that serves."""
-        wait_until(lambda: threads(self.pid) <= max(SPARES, 1) + 1, "no threads but those that wait for clients")
+        """The acceptors that wait, the server's and the relay loop's."""
+        wait_until(lambda: threads(self.pid) <= MAX_WAITING + 2, "no threads but those that wait for clients")
 
     @contextlib.contextmanager
     def nothing_left(self, warm_up):

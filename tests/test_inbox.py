@@ -17,20 +17,43 @@ class Reading(unittest.TestCase):
 
     def test_exactly_what_is_asked_for(self):
         self.theirs.sendall(b"abcdef")
-        self.assertEqual([self.inbox.read(size) for size in (1, 0, 3)], [b"a", b"", b"bcd"])
+        self.assertEqual([self.inbox.read_exactly(size) for size in (1, 0, 3)], [b"a", b"", b"bcd"])
         self.assertEqual(self.inbox.rest(), b"ef")
         self.assertEqual(self.inbox.rest(), b"")
 
-    def test_the_first_byte_stays(self):
+    def test_peek_takes_nothing(self):
         self.theirs.sendall(b"abc")
-        self.assertEqual([self.inbox.first(), self.inbox.first(), self.inbox.read(3)], [0x61, 0x61, b"abc"])
+        self.assertEqual([self.inbox.peek(), self.inbox.peek(1), self.inbox.read(3)], [b"abc", b"abc", b"abc"])
 
     def test_the_end(self):
         self.theirs.sendall(b"ab")
         self.theirs.close()
-        self.assertRaises(EOFError, self.inbox.read, 3)
+        self.assertRaises(EOFError, self.inbox.read_exactly, 3)
         self.assertEqual(self.inbox.rest(), b"ab", "what came is not lost")
-        self.assertRaises(EOFError, self.inbox.first)
+        self.assertEqual([self.inbox.peek(), self.inbox.read(), self.inbox.readline()], [b""] * 3)
+        self.assertRaises(EOFError, self.inbox.read_exactly, 1)
+
+    def test_as_io_promises(self):
+        """What socketserver's rfile can do, and a TextIOWrapper relies on."""
+        lines = b"one\r\ntwo\nthree" + bytes(10000)
+        self.theirs.sendall(lines)
+        self.theirs.shutdown(socket.SHUT_WR)
+        buffer = bytearray(2)
+        self.assertEqual((self.inbox.readline(), self.inbox.readinto(buffer), bytes(buffer)), (b"one\r\n", 2, b"tw"))
+        self.assertEqual((self.inbox.readline(), self.inbox.read1(3), self.inbox.read(0)), (b"o\n", b"thr", b""))
+        self.assertEqual((self.inbox.readable(), self.inbox.writable(), self.inbox.seekable()), (True, False, False))
+        self.assertEqual(self.inbox.read(4), b"ee\0\0")
+        self.assertEqual(self.inbox.read(None), bytes(9998))
+
+
+class Writing(unittest.TestCase):
+    def test_all_of_it(self):
+        theirs, ours = socket.socketpair()
+        with theirs, ours:
+            wfile = inbox.Outbox(ours)
+            self.assertEqual((wfile.write(b"abc"), wfile.write(memoryview(b"defg")), wfile.writable()), (3, 4, True))
+            wfile.flush()
+            self.assertEqual(theirs.recv(100), b"abcdefg")
 
 
 class Parting(unittest.TestCase):

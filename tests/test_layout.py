@@ -134,7 +134,8 @@ class Imports(unittest.TestCase):
     def test_this_finder_of_imports_finds_them(self):
         messages = {"protocol.messages"}
         for text, found in (("import os.path", (set(), {"os"})), ("from os import path", (set(), {"os"})),
-                            ("from .messages import VER", (messages, set())), ("from .. import __version__", (set(), set())),
+                            ("from .messages import VER", (messages, set())),
+                            ("from .. import __version__", (set(), set())),
                             ("from . import messages", (messages, set())), ("import socks5.cli", ({"cli"}, set())),
                             ("from ..access.rules import Rules", ({"access.rules"}, set())),
                             ("from socks5.protocol.messages import VER", (messages, set())),
@@ -151,7 +152,7 @@ class Rooms(unittest.TestCase):
         on_the_map = ast.get_docstring(tree_of("__init__")).replace("/", " ").split()
         for name in set(modules()) - DOORS:
             with self.subTest(name):
-                self.assertTrue(name.rpartition(".")[2] in on_the_map, "not in the docstring of socks5/__init__.py, the map")
+                self.assertTrue(name.rpartition(".")[2] in on_the_map, "not on the map, the docstring of __init__.py")
 
     def test_every_module_opens_with_what_it_does(self):
         for name in modules():

@@ -7,7 +7,8 @@ from ipaddress import IPv4Address, IPv6Address
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProtocolError, RequestRefused, SocksError
 from socks5.protocol.fields import BytesReader, dissect, split, text
-from socks5.protocol.messages import UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
+from socks5.protocol.messages import (
+    UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection)
 
 V4 = Address(IPv4Address("127.0.0.1"), 443)
 V6 = Address(IPv6Address("2001:db8::1"), 65535)

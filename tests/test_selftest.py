@@ -106,7 +106,8 @@ class Lacking(unittest.TestCase):
         for words, ipv6, change in (
                 ("no IPv6", False, mock.patch.object(selftest.splice, "available", True)),
                 ("no os.splice", True, mock.patch.object(selftest.splice, "available", False)),
-                ("low descriptor limit: it permits 7", 1, mock.patch("socks5.net.listeners.session_limit", lambda: 7)),
+                ("low descriptor limit: it permits 7", True,
+                 mock.patch("socks5.net.listeners.session_limit", lambda: 7)),
                 ("one CPU", True, mock.patch.object(selftest.os, "sched_getaffinity", lambda _: {0}, create=True))):
             with self.subTest(words), change:
                 self.assertEqual(sum(line.startswith(words) for line in selftest.lacking(ipv6)), 1)

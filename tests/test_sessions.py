@@ -1,5 +1,6 @@
-"""sessions.py: caps, who goes when there is no room, deadlines; alone, and in the server."""
+"""sessions.py: limits, shares, eviction, deadlines; alone, and in the server."""
 import contextlib
+import logging
 import select
 import socket
 import threading
@@ -11,12 +12,11 @@ from unittest import mock
 from socks5.server import sessions
 from socks5.protocol.codes import Cmd, Rep
 from socks5.server.counters import Shared
-from socks5.relay.tunnel import Tunnel
 from socks5.server.sessions import Full, Session, Sessions
 from socks5.net.addresses import Endpoint
 from socks5.protocol.messages import Address
-from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, negotiate, reader_of, running,
-                           target, wait_until)
+from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, logging_of, negotiate, reader_of, running,
+                           target, text_of, wait_until)
 
 
 def closed(client):
@@ -62,35 +62,79 @@ class Case(unittest.TestCase):
             return False
 
 
-class Caps(Case):
-    def test_most(self):
+class Limits(Case):
+    def admitted(self, live, count, host="192.0.2.1"):
+        """Sessions with a request, as many as are let in of `count`."""
+        found = []
+        for _ in range(count):
+            with contextlib.suppress(Full):
+                found.append(self.admit(live, host))
+                live.negotiated(found[-1])
+        return found
+
+    def test_maximum(self):
         live = Sessions(2, 10)
-        first, _ = self.admit(live), self.admit(live)
+        first, = self.admitted(live, 1)
+        self.admitted(live, 1, "192.0.2.2")
         with self.assertRaisesRegex(Full, "^max-sessions 2 reached$"):
-            self.admit(live)
-        live.remove(first.sock)
-        self.admit(live)
+            self.admit(live, "192.0.2.3")
+        live.remove(first)
+        self.admit(live, "192.0.2.3")
         self.assertEqual(len(live), 2)
 
-    def test_most_per_origin(self):
-        live = Sessions(100, 10, most_per_origin=2)
+    def test_the_last_tenth_is_for_newcomers(self):
+        """One address holds all that it can get: nine tenths, and one session at the least is left to others."""
+        for name, limits, taken, left in [
+                ("100", dict(maximum=100), 90, 10), ("of this process", dict(maximum_here=100), 90, 10),
+                ("both", dict(maximum=100, maximum_here=50), 50, 0), ("40", dict(maximum=40), 36, 4),
+                ("10", dict(maximum=10), 9, 1), ("5", dict(maximum=5), 4, 1), ("2", dict(maximum=2), 1, 1),
+                ("1", dict(maximum=1), 1, 0)]:
+            with self.subTest(name):
+                live = Sessions(**limits)
+                self.assertEqual(len(self.admitted(live, 110)), taken)
+                newcomers = [self.admitted(live, 1, "198.51.100.%d" % number) for number in range(20)]
+                self.assertEqual(sum(map(len, newcomers)), left)
+                self.assertRaises(Full, self.admit, live, "203.0.113.1")
+
+    def test_the_share_is_of_all_processes(self):
+        shared = Shared(2)
+        here, there = (Sessions(20, counts=shared.row(row)) for row in range(2))
+        self.assertEqual([len(self.admitted(here, 10)), len(self.admitted(there, 10))], [10, 8])
+        self.assertEqual([len(self.admitted(live, 1, "198.51.100.1")) for live in (here, there, here)], [1, 1, 0])
+
+    def test_per_origin(self):
+        live = Sessions(100, 10, per_origin=2)
         first, _ = self.admit(live), self.admit(live)
         with self.assertRaisesRegex(Full, r"^max-per-client 2 reached by 192\.0\.2\.1$"):
             self.admit(live)
         self.admit(live, "192.0.2.2")
         live.negotiated(first)
         self.assertRaises(Full, self.admit, live)
-        live.remove(first.sock)
+        live.remove(first)
         self.admit(live)
 
     def test_an_origin_is_what_the_caller_says(self):
-        live = Sessions(100, 10, most_per_origin=1)
+        live = Sessions(100, 10, per_origin=1)
         net = ip_network("2001:db8::/64")
         self.admit(live, "2001:db8::1", net)
         self.assertRaisesRegex(Full, "reached by 2001:db8::/64", self.admit, live, "2001:db8::2", net)
 
-    def test_who_negotiates_longest_where_most_do_goes(self):
-        live = Sessions(100, 10, most_negotiating=4)
+    def test_a_session_that_grows(self):
+        live = Sessions(10)
+        session, = self.admitted(live, 1)
+        live.grow(session, 5)
+        self.assertEqual((live._counts.of(session.origin), live._counts.live(), len(live)), (5, 5, 1))
+        self.assertEqual(len(self.admitted(live, 9)), 4, "with it, nine tenths are taken")
+        self.assertRaisesRegex(Full, "^max-sessions 10 reached$", live.grow, session, 6)
+        live.grow(session, 2)
+        self.assertEqual(len(self.admitted(live, 9)), 3)
+        live.remove(session)
+        self.assertEqual((live._counts.of(session.origin), live._counts.live()), (7, 7))
+
+
+class Eviction(Case):
+    def test_the_oldest_of_the_origin_that_has_most(self):
+        live = Sessions(100, 10, negotiating_max=4)
         done = self.admit(live, "192.0.2.1")
         live.negotiated(done)
         other = self.admit(live, "192.0.2.2")
@@ -99,63 +143,82 @@ class Caps(Case):
         new = self.admit(live, "192.0.2.3")
         self.assertEqual([self.shut(session) for session in (done, other, *silent, new)],
                          [False, False, True, False, False, False])
-        self.assertEqual(silent[0].facts()["ended"], "crowded-out")
+        self.assertEqual(silent[0].facts().get("ended"), "evicted")
         self.admit(live, "192.0.2.1")
         self.assertEqual([self.shut(session) for session in (other, *silent[1:])], [False, True, False])
 
-    def test_nobody_goes_who_has_just_come(self):
-        live = Sessions(100, 10, most_negotiating=2)
-        crowd = [self.admit(live) for _ in range(50)]
+    def test_those_without_a_greeting_before_those_in_mid_login(self):
+        live = Sessions(100, 10, negotiating_max=4)
+        logins = [self.admit(live, "192.0.2.1") for _ in range(3)]
+        for session in logins:
+            session.greeted = True
+        silent = self.admit(live, "192.0.2.2")
+        self.now += 5
+        self.admit(live, "192.0.2.3").greeted = True
+        self.assertEqual([self.shut(session) for session in (*logins, silent)], [False, False, False, True])
+        self.admit(live, "192.0.2.3")
+        self.assertEqual([self.shut(session) for session in logins], [True, False, False], "where there is no other")
+
+    def test_none_that_has_just_come(self):
+        live = Sessions(100, 10, negotiating_max=2)
+        flood = [self.admit(live) for _ in range(50)]
         self.now += sessions.GRACE_S - 0.01
         self.admit(live)
-        self.assertFalse(any(map(self.shut, crowd)))
+        self.assertFalse(any(map(self.shut, flood)))
 
-    def test_no_cap_on_negotiating(self):
-        live = Sessions(100, 10)
-        crowd = [self.admit(live) for _ in range(50)]
-        self.now += 5
-        self.admit(live)
-        self.assertFalse(any(map(self.shut, crowd)))
-
-    def test_where_there_is_no_room_silence_makes_it(self):
+    def test_when_the_maximum_is_reached(self):
         live = Sessions(3, 10)
-        busy, silent, other = self.admit(live, "192.0.2.9"), self.admit(live), self.admit(live)
+        busy, silent, other = (self.admit(live, "192.0.2.%d" % number) for number in (9, 1, 2))
         live.negotiated(busy)
-        self.assertRaises(Full, self.admit, live, "192.0.2.2")
+        self.assertRaises(Full, self.admit, live, "192.0.2.3")
         self.now += 2
-        self.admit(live, "192.0.2.2")
+        self.admit(live, "192.0.2.3")
         self.assertEqual([self.shut(session) for session in (busy, silent, other)], [False, True, False])
         self.assertEqual(len(live), 4, "until its thread has noticed")
-        live.remove(silent.sock)
+        live.remove(silent)
         self.assertEqual(len(live), 3)
         live.negotiated(other)
         self.assertRaises(Full, self.admit, live, "192.0.2.2")
 
-    def test_not_more_room_than_there_are_spare_descriptors(self):
-        live = Sessions(100, 10)
-        for _ in range(100):
-            self.admit(live)
+    def test_an_address_that_has_its_share_takes_the_place_of_its_own_only(self):
+        live = Sessions(10)
+        for _ in range(8):
+            live.negotiated(self.admit(live))
+        own, other = self.admit(live), self.admit(live, "192.0.2.2")
         self.now += 2
-        for _ in range(sessions.LEAVING):
-            self.admit(live, "192.0.2.2")
-        self.assertRaises(Full, self.admit, live, "192.0.2.2")
+        self.admit(live)
+        self.assertEqual([self.shut(session) for session in (own, other)], [True, False])
+        self.assertRaises(Full, self.admit, live)
+        self.admit(live, "192.0.2.3")
+        self.assertTrue(self.shut(other), "for a newcomer")
+
+    def test_not_more_than_there_are_spare_descriptors(self):
+        live = Sessions(100, 10)
+        for number in range(100):
+            self.admit(live, "192.0.2.%d" % (number % 50))
+        self.now += 2
+        for number in range(sessions.MAX_LEAVING):
+            self.admit(live, "198.51.100.%d" % number)
+        self.assertRaises(Full, self.admit, live, "203.0.113.1")
 
     def test_nothing_is_left_behind(self):
         live = Sessions(10, 10, 5, 3)
-        for number in range(40):
+        for number in range(60):
             with contextlib.suppress(Full):
-                session = self.admit(live, "192.0.2.%d" % (number % 3))
+                session = self.admit(live, "192.0.2.%d" % (number % 5))
                 self.now += 0.7
                 if number % 2:
                     live.negotiated(session)
+                if number % 7 == 0:
+                    live.grow(session, 3)
                 if number % 3:
-                    live.remove(session.sock)
+                    self.assertTrue(live.remove(session))
+        self.assertTrue(len(live))
         for session in live:
-            live.remove(session.sock)
-            live.remove(session.sock)
+            self.assertEqual([live.remove(session), live.remove(session)], [True, False])
         table = live._counts._shared.table
-        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live._negotiating, live._negotiating_of,
-                          live._leaving), (0, 0, {}, {}, 0))
+        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving, live._weight),
+                         (0, 0, 0, 0, 0))
 
 
 class Deadline(Case):
@@ -168,7 +231,7 @@ class Deadline(Case):
         self.now += 4
         live.expire()
         self.assertEqual([self.shut(session) for session in (late, done, young)], [True, False, False])
-        self.assertEqual(late.facts()["ended"], "handshake-timeout")
+        self.assertEqual(late.facts().get("ended"), "handshake-timeout")
 
     def test_0_is_never(self):
         live = Sessions(10, 0)
@@ -179,9 +242,18 @@ class Deadline(Case):
 
 
 class Facts(Case):
+    KEYS = "client user cmd dst reached rep up down seconds ended why".split()
+
+    def line(self, session):
+        return text_of(logging.makeLogRecord({"levelname": "INFO", "msg": Session.LINE, "args": session.facts()}))
+
     def test_a_session_that_never_asked_for_anything(self):
         session = self.admit(Sessions(9, 0))
-        self.assertEqual(Session.LINE % session.facts(), "session client=192.0.2.1:1 user=- cmd=- dst=- reached=- "
+        facts = session.facts()
+        self.assertEqual({key: facts.get(key) for key in facts if facts.get(key) not in (None, "", 0)},
+                         {"client": Endpoint(ip_address("192.0.2.1"), 1)})
+        self.assertEqual((list(facts), [facts.get(key) for key in ("up", "down", "seconds")]), (self.KEYS, [0, 0, 0]))
+        self.assertEqual(self.line(session), "INFO session client=192.0.2.1:1 user=- cmd=- dst=- reached=- "
                          "rep=- up=0 down=0 seconds=0.000 ended=- why=-")
 
     def test_order_of_a_whole_line(self):
@@ -189,10 +261,11 @@ class Facts(Case):
         session.user, session.cmd, session.dst = b"alice", "CONNECT", Address(b"example.com", 443)
         session.reached, session.rep = Endpoint(ip_address("192.0.2.9"), 443), "SUCCEEDED"
         session.up, session.down, session.ended_by, session.why = 812, 40961, "remote", "remote: reset"
+        session.notes = "2 more"
         self.now += 1.25
-        self.assertEqual(Session.LINE % session.facts(), "session client=[2001:db8::1]:1 user='alice' cmd=CONNECT "
+        self.assertEqual(self.line(session), "INFO session client=[2001:db8::1]:1 user='alice' cmd=CONNECT "
                          "dst='example.com':443 reached=192.0.2.9:443 rep=SUCCEEDED up=812 down=40961 seconds=1.250 "
-                         "ended=remote why='remote: reset'")
+                         "ended=remote why='remote: reset; 2 more'")
 
     def test_what_a_peer_chose_forges_no_line(self):
         evil = [b"x\n2026 session client=1.2.3.4:5 user='root'", b"\r", b"\x1b[2J", b"\0", b"\xff\xfe", b"' up=1",
@@ -200,69 +273,25 @@ class Facts(Case):
         for raw in evil:
             with self.subTest(raw):
                 session = self.admit(Sessions(9, 0))
-                plain = Session.LINE % session.facts()
                 session.user, session.dst = raw, Address(raw, 1)
                 session.why = raw.decode("utf-8", "replace")
-                line = Session.LINE % session.facts()
+                line = self.line(session)
                 self.assertTrue(line.isascii() and line.isprintable(), line)
                 self.assertEqual(len(line.splitlines()), 1)
-                for word in ("client", "user", "cmd", "dst", "reached", "rep", "up", "down", "seconds", "ended", "why"):
-                    self.assertIn(" %s=" % word, plain)
-                self.assertTrue(line.startswith("session client=192.0.2.1:1 user="), line)
+                self.assertTrue(line.startswith("INFO session client=192.0.2.1:1 user="), line)
 
 
 class Ending(Case):
-    def tunnelled(self, live):
-        """A session with a tunnel that runs in a thread, which ends it as a server's does; and its far ends."""
-        (mine, client), (near, remote) = (map(self.stack.enter_context, socket.socketpair()) for _ in range(2))
-        session = live.admit(mine, Endpoint(ip_address("192.0.2.1"), 1))
-        tunnel = Tunnel(mine, near)
-        live.attach(session, tunnel)
-
-        def run():
-            tunnel.run()
-            live.detach(session)
-            near.close()
-            live.remove(mine)
-            mine.close()
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        for sock in (client, remote):
-            sock.settimeout(PATIENCE_S)
-        return session, client, remote, thread
-
-    def test_detach_keeps_what_the_tunnel_counted(self):
-        live = Sessions(9, 0)
-        session, client, remote, thread = self.tunnelled(live)
-        client.sendall(b"five!")
-        self.assertEqual(reader_of(remote)(5), b"five!")
-        remote.sendall(b"seven!!")
-        self.assertEqual(reader_of(client)(7), b"seven!!")
-        client.close()
-        remote.close()
-        thread.join(PATIENCE_S)
-        self.assertEqual((session.up, session.down, session.tunnel, len(live)), (5, 7, None, 0))
-        self.assertIn(session.ended_by, ("client", "remote"))
-
-    def test_detach_without_a_tunnel_keeps_the_reason(self):
-        live = Sessions(9, 0)
-        session = self.admit(live)
-        session.ended_by, session.why = "refused", "wrong user name or password"
-        live.detach(session)
-        self.assertEqual((session.ended_by, session.why), ("refused", "wrong user name or password"))
-
-    def test_abort_ends_every_session_in_whatever_state(self):
+    def test_abort_shuts_down_what_has_no_tunnel(self):
+        """The relay loop ends the others: it has their sockets."""
         live = Sessions(9, 60)
-        negotiating, connecting = self.admit(live), self.admit(live)
+        negotiating, connecting, relaying = (self.admit(live) for _ in range(3))
         live.negotiated(connecting)
-        session, client, remote, thread = self.tunnelled(live)
+        relaying.tunnel = mock.Mock()
         live.abort("server stopped")
-        self.assertTrue(self.shut(negotiating) and self.shut(connecting))
-        self.assertEqual((negotiating.ended_by, connecting.ended_by), ("server stopped",) * 2)
-        thread.join(PATIENCE_S)
-        self.assertFalse(thread.is_alive())
-        self.assertEqual((session.ended_by, list(live)), ("server stopped", [negotiating, connecting]))
-        self.assertEqual((client.recv(1), remote.recv(1)), (b"", b""))
+        self.assertEqual([self.shut(session) for session in (negotiating, connecting, relaying)], [True, True, False])
+        self.assertEqual([session.ended_by for session in (negotiating, connecting, relaying)],
+                         ["server stopped", "server stopped", ""])
 
     def test_abort_when_a_client_has_gone_already(self):
         live = Sessions(9, 60)
@@ -283,21 +312,22 @@ class Ending(Case):
             began = real()
             self.assertFalse(live.wait_empty(PATIENCE_S, now), "hurry")
             self.assertLess(real() - began, PATIENCE_S / 2)
-            gone = threading.Timer(0.05, live.remove, [session.sock])
+            gone = threading.Timer(0.05, live.remove, [session])
             gone.start()
             self.assertTrue(live.wait_empty(PATIENCE_S, never), "the last one has gone")
 
 
 class Serving(unittest.TestCase):
     def test_max_per_client(self):
-        with target() as destination, running(max_per_client=2) as server, self.assertLogs("socks5", "WARNING") as logs:
+        with target() as destination, running(max_per_client=2) as server, \
+                logging_of(self, "WARNING") as logs:
             with connect_through(server.server_address, *destination), \
                     connect_through(server.server_address, *destination):
                 for _ in range(3):
                     with dial(server.server_address) as third, contextlib.suppress(ConnectionError):
                         third.sendall(b"\5\1\0")
                         self.assertTrue(closed(third))
-                with socket.create_connection(server.server_address[:2], PATIENCE_S, ("127.0.0.2", 0)) as other:
+                with dial(server.server_address, source="127.0.0.2") as other:
                     negotiate(other)
                     self.assertEqual(ask(other, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
             wait_until(lambda: not len(server.sessions))
@@ -325,41 +355,11 @@ class Serving(unittest.TestCase):
             wait_until(lambda: len(server.sessions) == 11)
             wait_until(lambda: gone(silent) == 20)
             for _ in range(20):
-                with socket.create_connection(server.server_address[:2], PATIENCE_S, ("127.0.0.2", 0)) as other:
+                with dial(server.server_address, source="127.0.0.2") as other:
                     negotiate(other)
                     self.assertEqual(ask(other, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
             tunnel.sendall(b"x")
             self.assertEqual(reader_of(tunnel)(1), b"x")
-
-    def test_full_of_the_silent(self):
-        with target() as destination, running(max_sessions=10, handshake_timeout=0) as server, \
-                mock.patch.object(sessions, "GRACE_S", 0.0), contextlib.ExitStack() as stack:
-            silent = [stack.enter_context(dial(server.server_address)) for _ in range(10)]
-            for client in silent:
-                client.sendall(b"\5")
-            wait_until(lambda: len(server.sessions) == 10)
-            with socket.create_connection(server.server_address[:2], PATIENCE_S, ("127.0.0.2", 0)) as other:
-                negotiate(other)
-                self.assertEqual(ask(other, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
-            self.assertEqual(gone(silent), 1)
-
-    def test_slow_loris_is_cut_at_the_deadline(self):
-        """A byte now and then changes nothing about the one deadline of the negotiation."""
-        with running(handshake_timeout=0.5) as server, dial(server.server_address) as client:
-            client.settimeout(0.02)
-            for number in range(257):                       # a whole greeting would have so many
-                try:
-                    client.sendall(b"\xff" if number == 1 else b"\5")
-                    if client.recv(1) == b"":
-                        break
-                    self.fail("an answer to an unfinished greeting")
-                except socket.timeout:
-                    continue
-                except ConnectionError:
-                    break
-            else:
-                self.fail("never cut")
-            wait_until(lambda: not len(server.sessions))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
-"""table.py: SIGUSR1 and the table of live sessions; each state, what it counts, and that nobody has to wait for it."""
+"""table.py: SIGUSR1 and the table of live sessions; each state, and what it counts."""
 import re
 import signal
 import socket
 import unittest
-from unittest import mock
 
 from socks5 import client
-
-from socks5.server import table
 from socks5.protocol.codes import Cmd
 from socks5.protocol.messages import Greeting
-from tests.support import (PATIENCE_S, ask, connect_through, dial, need, negotiate, read_to_end, running, spawned,
-                           target, wait_until)
+from tests.support import (PATIENCE_S, ask, connect_through, dial, logging_of, need, negotiate, read_to_end, running,
+                           spawned, target, wait_until)
 
 ORDER = ["id", "client", "user", "cmd", "dst", "state", "age", "idle", "up", "down", "rate"]
-LINUX = bool(table.TCP_INFO)
 
 
 def facts(line):
@@ -24,10 +20,10 @@ def facts(line):
 class Lines(unittest.TestCase):
     def tables(self, server):
         """{state: facts} of the table as it is now, and its lines."""
-        with self.assertLogs("socks5.server.table", "INFO") as logs:
+        with logging_of(self) as logs:
             server.log_sessions_soon()
             wait_until(lambda: any("live sessions=" in line for line in logs.output), "the table")
-        lines = [line.partition("socks5.server.table:")[2] for line in logs.output]
+        lines = [line.partition("INFO ")[2] for line in logs.output if line.startswith("INFO live ")]
         return {facts(line)["state"]: facts(line) for line in lines if "state=" in line}, lines
 
     def test_every_state_in_one_order(self):
@@ -54,9 +50,11 @@ class Lines(unittest.TestCase):
         self.assertEqual((states["relaying"]["up"], states["relaying"]["down"]), ("5", "5"))
         self.assertEqual(states["relaying"]["dst"], "%s:%d" % echo)
         self.assertEqual((states["half-closed"]["down"], states["negotiating"]["cmd"]), ("3", "-"))
-        if LINUX:
-            for state in states.values():
+        for name, state in states.items():
+            if name in ("relaying", "half-closed"):
                 self.assertLessEqual(float(state["idle"]), float(state["age"]))
+            else:
+                self.assertEqual(state["idle"], "-")
 
     def test_datagrams(self):
         with running() as server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, \
@@ -87,43 +85,16 @@ class Lines(unittest.TestCase):
         self.assertEqual(len(lines), 2)
         self.assertNotIn("\n", lines[0])
 
-    def test_where_the_kernel_does_not_tell(self):
-        with mock.patch.object(table, "TCP_INFO", 0), running() as server, target() as echo:
-            with connect_through(server.server_address, *echo):
-                wait_until(lambda: [session.state() for session in server.sessions] == ["relaying"])
-                states, _ = self.tables(server)
-        self.assertEqual(states["relaying"]["idle"], "-")
-
-
-class Idle(unittest.TestCase):
-    def setUp(self):
-        need(self, LINUX, "TCP_INFO")
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.one = socket.create_connection(listener.getsockname())
-            self.other = listener.accept()[0]
-        self.addCleanup(self.one.close)
-        self.addCleanup(self.other.close)
-
-    def test_it_grows_and_starts_again_with_data(self):
-        wait_until(lambda: table.idle_seconds([self.one, self.other]) > 0.05)
-        self.one.sendall(b"x")
-        self.assertEqual(self.other.recv(1), b"x")
-        silent = table.idle_seconds([self.one, self.other])
-        wait_until(lambda: table.idle_seconds([self.one]) > 0.05)
-        self.other.sendall(b"y")
-        self.assertEqual(self.one.recv(1), b"y")
-        self.assertLess(silent, 10)
-        self.assertLess(table.idle_seconds([self.one]), 10)
-
-    def test_the_least_of_several_counts(self):
-        wait_until(lambda: table.idle_seconds([self.one]) > 0.05)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            with socket.create_connection(listener.getsockname()) as fresh:
-                self.assertLessEqual(table.idle_seconds([self.one, fresh]), table.idle_seconds([self.one]))
-
-    def test_a_dead_socket(self):
-        self.one.close()
-        self.assertIsNone(table.idle_seconds([self.one]))
+    def test_idle_is_since_the_last_byte(self):
+        with running() as server, target() as echo, connect_through(server.server_address, *echo) as sock:
+            session, = server.sessions
+            wait_until(lambda: session.tunnel)
+            now = session.tunnel.moved_at
+            self.assertEqual(session.idle_s(now + 5), 5)
+            sock.sendall(b"x")
+            self.assertEqual(sock.recv(1), b"x")
+            wait_until(lambda: session.tunnel.moved_at > now)
+            self.assertLess(session.idle_s(now + 5), 5)
 
 
 class Signal(unittest.TestCase):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 from time import monotonic, sleep
-from typing import Callable, Optional, Sequence
+from typing import Callable, Dict, Optional, Sequence
 
 available = hasattr(socket, "TCP_DEFER_ACCEPT")     # Linux has this option
 MAX_WAITING = 8             # for each listener; a thread that comes back when there are so many ends
@@ -19,20 +19,22 @@ RELEASE_S = 1.0
 class Acceptors:
     """`accept_one()` is what they call: it must call `accepted` as soon as accept() has returned."""
 
-    def __init__(self, listeners: Sequence[socket.socket], accept_one: Callable[[], None]) -> None:
+    def __init__(self, accept_one: Callable[[], None]) -> None:
         self._accept_one = accept_one
         self._here = threading.local()
         self._lock = threading.Lock()
         self._serving = False                               # may threads go on to accept()? changes under the lock
-        self._waiting = dict.fromkeys(listeners, 0)         # threads in accept()
+        self._waiting: Dict[socket.socket, int] = {}        # threads in accept()
 
     def listener(self) -> Optional[socket.socket]:
         """The socket from which the calling thread accepts; None if it is not an acceptor."""
         return getattr(self._here, "listener", None)
 
-    def serve(self) -> None:
+    def serve(self, listeners: Sequence[socket.socket]) -> None:
         with self._lock:
             self._serving = True
+            for listener in listeners:
+                self._waiting.setdefault(listener, 0)
 
     def refill(self) -> None:
         """None waits at first; and later, when none could be started."""

@@ -1,7 +1,7 @@
 """The ThreadingTCPServer: listen, accept, limit, hand over to the relay loop, drain.
 
-Every connection gets a Handler, in the acceptor's thread that accepted it or in one of its own. When its tunnel stands,
-the relay loop has it. The session ends in one place, `end_session`, whichever thread comes there.
+Every connection gets a Handler, in the acceptor's thread or in one of its own. When its tunnel stands, the relay loop
+has it. Every session ends in one place, `end_session`.
 """
 from __future__ import annotations
 
@@ -107,6 +107,7 @@ class Server(ThreadingTCPServer, Service):
         self._lock = threading.Lock()
         self._loop: Optional[Loop] = None                       # made when first needed: not before a fork
         self._teller = Teller(self.session_ended)
+        self._acceptors = acceptors.Acceptors(self._accept_one)
         self._accepting: Optional[socket.socket] = None         # where there are no acceptors: what is ready
         self.listeners: List[socket.socket] = list(listeners)
         BaseServer.__init__(self, (self.config.listen[0], self.config.port), RequestHandlerClass)
@@ -119,7 +120,6 @@ class Server(ThreadingTCPServer, Service):
         except BaseException:
             self.server_close()
             raise
-        self._acceptors = acceptors.Acceptors(self.listeners if acceptors.available else [], self._accept_one)
 
     def server_bind(self) -> None:
         self.listeners = net_listeners.bind_all(self.config.listen, self.config.port, self.allow_reuse_address)
@@ -131,14 +131,14 @@ class Server(ThreadingTCPServer, Service):
 
     @property
     def addresses(self) -> List[Endpoint]:
-        return [endpoint_of(listener.getsockname()) for listener in self.listeners]
+        return [endpoint_of(sock.getsockname()) for sock in self.listeners]
 
     # ---- the thread of serve_forever ------------------------------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
         """Serve until shutdown(). Calls service_actions() every poll_interval seconds at the least."""
-        self._stopped.clear()
         self.relay_loop()
+        self._stopped.clear()
         poll = new_poll()
         poll.register(self._wakeup.fileno(), READ)
         by_fd = {listener.fileno(): listener for listener in self.listeners}
@@ -146,7 +146,7 @@ class Server(ThreadingTCPServer, Service):
             listener.setblocking(acceptors.available)
             if not acceptors.available:
                 poll.register(fd, READ)
-        self._acceptors.serve()
+        self._acceptors.serve(self.listeners if acceptors.available else [])
         try:
             while not self._stopping.is_set():
                 self._acceptors.refill()
@@ -176,7 +176,7 @@ class Server(ThreadingTCPServer, Service):
         self._stopped.wait()
 
     def soon(self, action: Callable[[], object]) -> None:
-        """Have serve_forever do it. A signal handler may call this."""
+        """Have serve_forever do it."""
         self._due.append(action)
         try:
             self._waker.send(b"x")
@@ -184,7 +184,7 @@ class Server(ThreadingTCPServer, Service):
             pass
 
     def log_sessions_soon(self) -> None:
-        self.soon(partial(self.table.log, self.sessions))
+        self.soon(lambda: self.table.log(self.sessions))
 
     def reload(self, access: Optional[Tuple[Users, Rules]] = None) -> bool:
         """Put users and rules in force for what is asked from now on. Reads the files again unless `access` is given;
@@ -247,10 +247,10 @@ class Server(ThreadingTCPServer, Service):
         if not self.config.allow_from:
             return True
         client = endpoint_of(client_address)
-        if self.rules.admits(client.ip):
-            return True
-        log.info(REFUSED, Facts(client=client, why="not in --allow-from"))
-        return False
+        admitted = self.rules.admits(client.ip)
+        if not admitted:
+            log.info(REFUSED, Facts(client=client, why="not in --allow-from"))
+        return admitted
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve it in this thread if it is an acceptor, else in a new one; in neither while it says nothing and many
@@ -302,18 +302,17 @@ class Server(ThreadingTCPServer, Service):
         log.exception("bug while serving %s", str(endpoint_of(client_address)))
 
     def refuse(self, client_address: Any, about: str, why: str) -> None:
-        """Say that this client is turned away before it is heard, for want of something of ours."""
+        """Say that this client is closed unheard, for want of something of ours."""
         self.complain(about, REFUSED, Facts(client=endpoint_of(client_address), why=why))
 
     def complain(self, about: str, line: str, facts: Facts) -> None:
         """A warning that would come with every connection: once a minute is enough, for each thing it is about."""
         now = monotonic()
         with self._lock:
-            due = now - self._complained.get(about, -COMPLAIN_EVERY_S) >= COMPLAIN_EVERY_S
-            if due:
-                self._complained[about] = now
-        if due:
-            log.warning(line, facts)
+            if now - self._complained.get(about, -COMPLAIN_EVERY_S) < COMPLAIN_EVERY_S:
+                return
+            self._complained[about] = now
+        log.warning(line, facts)
 
     # ---- from its handler to the end of the session -----------------------------------------------------------------
 
@@ -331,7 +330,7 @@ class Server(ThreadingTCPServer, Service):
         session: Session = tunnel.session
         session.tunnel = tunnel
         try:
-            (self._loop or self.relay_loop()).adopt(tunnel)
+            self.relay_loop().adopt(tunnel)
         except BaseException:
             session.tunnel = None
             raise
@@ -358,28 +357,29 @@ class Server(ThreadingTCPServer, Service):
         request.close()
 
     def end_session(self, session: Session) -> None:
-        """The session is over: the line in the log, the registry, the socket, the hook."""
-        if self.sessions.get(session.sock) is not session:
+        """The session is over: the line in the log, the socket, the hook, the registry."""
+        if not self.sessions.end(session):                      # the relay loop and the handler's thread may both come
             return
         session.ended_at = monotonic()
         facts = session.facts()
         tell(log, logging.INFO, Session.LINE, facts)
         if session.story:
             session.story.end(facts)
-        self.sessions.remove(session)
-        self.close_request(session.sock)
-        if type(self).session_ended is not Server.session_ended:
-            self._teller.tell(session)
+        try:
+            self.close_request(session.sock)
+        finally:
+            if type(self).session_ended is not Server.session_ended:
+                self._teller.tell(session)
+            self.sessions.remove(session)                       # last: server_close() waits for it, then for the hook
 
     def session_ended(self, session: Session) -> None:
-        """To override: what is to be done with a session that is over. No traffic waits for it."""
-
-    # ---- the end --------------------------------------------------------------------------------------------------
+        """To override. No traffic waits for it."""
 
     def server_close(self) -> None:
         """Stop listening, and end the sessions that are left."""
+        self.sessions.close()
         self.drain(0)
-        if self._loop:
+        if self._loop is not None:                      # it is false while it has no tunnel
             self._loop.stop("server stopped")
         self._teller.close(COMPLAIN_EVERY_S)
         if self.trace:
@@ -394,7 +394,7 @@ class Server(ThreadingTCPServer, Service):
             return 0
         aborted = len(self.sessions)
         self.sessions.abort("server stopped")
-        if self._loop:
+        if self._loop is not None:
             self._loop.abort_all("server stopped")
         self.sessions.wait_empty(1.0, threading.Event())
         return aborted

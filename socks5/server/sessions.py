@@ -62,6 +62,7 @@ class Session:
         self.up = 0
         self.down = 0
         self.ended_by = ""
+        self.ended_at = 0.0                         # by time.monotonic(), once it is over
         self.why = ""
         self.notes = ""
         self.extended_s = 0.0                       # so much longer than others may its handshake take
@@ -143,6 +144,7 @@ class Sessions:
         self._negotiating: Dict[Session, None] = {}         # in the order in which they came
         self._weight = 0                                    # of all live sessions
         self._leaving = 0
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._live)
@@ -167,12 +169,17 @@ class Sessions:
         """A new session. Raises Full when there is no room for it."""
         session = Session(client, origin or str(client.ip), sock)
         with self._lock:
+            if self._closed:
+                raise Full("server", "stopped")
             if 0 < self.per_origin <= self._counts.of(session.origin):
                 raise Full("max-per-client", "%d reached by %s" % (self.per_origin, session.origin))
             if 0 < self.negotiating_max <= len(self._negotiating):
                 self._evict()
-            if self._full(session.origin, 1) and not (self._leaving < MAX_LEAVING and self._evict()):
-                raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
+            if self._full(session.origin, 1):
+                # In the place of another origin's session it would still have more than its share: then one of its own.
+                own = session.origin if self._full(session.origin, 1, freed=1) else ""
+                if self._leaving >= MAX_LEAVING or not self._evict(own):
+                    raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
             session.number = self._counts.number()
             self._live[sock] = session
             self._weight += 1
@@ -180,9 +187,9 @@ class Sessions:
             self._negotiating[session] = None
         return session
 
-    def _full(self, origin: str, more: int) -> bool:
-        """Whether `more` would be too many, of all or of this origin's share."""
-        leaving = min(self._leaving, MAX_LEAVING)
+    def _full(self, origin: str, more: int, freed: int = 0) -> bool:
+        """Whether `more` would be too many, of all or of this origin's share, when `freed` others have left."""
+        leaving = min(self._leaving, MAX_LEAVING) + freed
         here, shared = self._weight - leaving, self.maximum < NO_LIMIT
         everywhere = self._counts.live() - leaving if shared else 0
         if here + more > self.maximum_here or shared and everywhere + more > self.maximum:
@@ -202,9 +209,10 @@ class Sessions:
             self._weight += more
             self._counts.add(session.origin, more)
 
-    def _evict(self) -> bool:
-        """Shut down one session that is still negotiating, unless all of them are new as well."""
-        candidates = [session for session in self._negotiating if not session.greeted] or list(self._negotiating)
+    def _evict(self, origin: str = "") -> bool:
+        """Shut down one session that is still negotiating (of this origin, if one is given), unless all are new."""
+        waiting = [session for session in self._negotiating if origin in ("", session.origin)]
+        candidates = [session for session in waiting if not session.greeted] or waiting
         if not candidates:
             return False
         busiest, _count = Counter(session.origin for session in candidates).most_common(1)[0]
@@ -222,8 +230,16 @@ class Sessions:
         with self._lock:
             self._negotiating.pop(session, None)
 
+    def end(self, session: Session) -> bool:
+        """From now on its facts are final, and its socket is the caller's. False if another thread was faster."""
+        with self._lock:
+            if session.ended_at or self._live.get(session.sock) is not session:
+                return False
+            session.ended_at = monotonic()
+        return True
+
     def remove(self, session: Session) -> bool:
-        """To be called before its socket is closed. False if it was removed before."""
+        """Its place is free. False if it was removed before."""
         with self._lock:
             if self._live.pop(session.sock, None) is None:
                 return False
@@ -250,6 +266,11 @@ class Sessions:
         """Let this handshake take so much longer: it waits for something of ours."""
         session.extended_s += seconds
 
+    def close(self) -> None:
+        """Admit no more. Without this, a connection accepted while the server is closed would be served for ever."""
+        with self._lock:
+            self._closed = True
+
     def abort(self, why: str) -> None:
         """End every session that has no tunnel; the relay loop ends the others."""
         with self._lock:
@@ -266,7 +287,9 @@ class Sessions:
 
     @staticmethod
     def _shut(session: Session, why: str) -> None:
-        session.ended_by = why
+        if session.ended_at:                            # its socket may be closed, and the descriptor used again
+            return
+        session.ended_by = session.ended_by or why      # it may be lingering after a refusal
         try:
             session.sock.shutdown(socket.SHUT_RDWR)
         except OSError:                                 # the client was faster
@@ -286,17 +309,25 @@ class Teller:
         return self._queue.qsize()
 
     def tell(self, session: Session) -> None:
+        self._queue.put(session)
         with self._lock:
-            self._queue.put(session)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="session_ended", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="session_ended", daemon=True)
+                try:
+                    thread.start()
+                except (RuntimeError, MemoryError):     # the next session tries again
+                    return
+                self._thread = thread
 
     def close(self, timeout_s: float) -> None:
         """Wait until the hook has been called for all."""
-        if self._thread:
-            self._queue.put(None)
-            self._thread.join(timeout_s)
+        self._queue.put(None)
+        with self._lock:
+            thread, self._thread = self._thread, None   # a session that ends later starts another one
+        if thread:
+            thread.join(timeout_s)
+        else:
+            self._run()
 
     def _run(self) -> None:
         for session in iter(self._queue.get, None):
