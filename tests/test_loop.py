@@ -438,10 +438,11 @@ class LentTest(LoopTest):
     settings = (("SWEEP_S", 0.05), ("QUIET_S", 0.1), ("new_poll", CountedPoll))
 
     def busy(self, standing=None):
-        """A tunnel that is lent, in the middle of a download that nobody reads at the moment."""
+        """A tunnel in the middle of a download, which was lent a moment ago and is not read from then on."""
         standing = standing or self.tunnel()
-        thread = send_hashed(standing.remote, 64 * MIB)
-        wait_until(lambda: standing.tunnel.lent, "lent")
+        thread = send_hashed(standing.remote, 256 * MIB)
+        while not standing.tunnel.lent:
+            standing.client.recv(MIB)
         return standing, thread
 
     def test_lent_and_taken_back_again_and_again(self):
@@ -470,7 +471,7 @@ class LentTest(LoopTest):
 
     def test_abort_all_and_stop_with_lent_tunnels(self):
         for name in ("abort_all", "stop"):
-            with self.subTest(name):
+            with self.subTest(name), mock.patch.object(loop_module, "QUIET_S", 60):     # it is woken, and stays lent
                 standing, _thread = self.busy()
                 getattr(self.loop, name)("enough")
                 self.assertEqual(standing.ended(), ("enough", ""))
