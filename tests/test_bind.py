@@ -412,6 +412,7 @@ class RunningOut(unittest.TestCase):
                 lambda waiting: None]
         with spawned("-q") as server:
             proxy, pid = ("127.0.0.1", server.port), server.process.pid
+            wait_until(lambda: threads(pid) > 2, "the relay loop and an acceptor have begun")
             before = descriptors(pid), threads(pid)
             for _ in range(2):
                 with contextlib.ExitStack() as stack:
@@ -423,6 +424,7 @@ class RunningOut(unittest.TestCase):
             self.settles(server, before)
         with spawned("-q", "--bind-timeout", "0.5") as server, contextlib.ExitStack() as stack:
             proxy, pid = ("127.0.0.1", server.port), server.process.pid
+            wait_until(lambda: threads(pid) > 2, "the relay loop and an acceptor have begun")
             before = descriptors(pid), threads(pid)
             for waiting in [stack.enter_context(client.bind(proxy, ("127.0.0.2", 21))) for _ in range(66)]:
                 self.assertRaises(ProxyError, waiting.accept, PATIENCE_S)
