@@ -30,6 +30,8 @@
         splice        a kernel pipe, through which bytes go without a copy
         pipe          one direction
         tunnel        both directions: a state machine that never waits
+        busy          a busy tunnel in a thread of its own
+        watch         a silent newcomer, for which the loop waits as well
         loop          the thread that relays every quiet tunnel of the process
     commands/         what a client can ask for
         connect       CONNECT: Happy Eyeballs over the destination's addresses (RFC 8305)

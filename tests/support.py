@@ -22,6 +22,7 @@ from socks5.protocol.messages import Address, Greeting, Login, LoginStatus, Repl
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "socks5_server.py"
 PATIENCE_S = 20             # for what should happen at once: long, because machines are slow
+OTHER_THREADS = 4           # of a server that is one process, beside acceptors: signals, serve_forever, relay loop, log
 HAS_IPV6 = False
 with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as _probe:
     _probe.bind(("::1", 0))

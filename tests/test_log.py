@@ -204,7 +204,7 @@ class Json(unittest.TestCase):
 
     def test_a_session_has_all_its_facts(self):
         keys = re.findall(r"%\((\w+)\)", Session.LINE)
-        with self.assertLogs("socks5.server.handler", "INFO") as caught, running() as server, target() as destination:
+        with self.assertLogs("socks5.server.server", "INFO") as caught, running() as server, target() as destination:
             connect_through(server.server_address, *destination).close()
             wait_until(lambda: caught.records)
         said = json.loads(logs.JsonFormatter().format(caught.records[0]))

@@ -437,7 +437,7 @@ class Attacks(LookupCase):
     def test_the_connect_timeout_begins_with_the_lookup(self):
         for cmd in (Cmd.CONNECT, Cmd.BIND):
             with self.subTest(cmd.name), support.running(connect_timeout=0.1) as server:
-                with self.assertLogs("socks5.server.handler", "INFO") as logs:
+                with self.assertLogs("socks5.server", "INFO") as logs:
                     with support.dial(server.server_address) as sock:
                         support.negotiate(sock)
                         self.assertEqual(support.ask(sock, cmd, b"hang.test", 80).rep, Rep.HOST_UNREACHABLE)

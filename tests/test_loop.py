@@ -18,8 +18,8 @@ from unittest import mock
 from socks5.net import poller as poller_module
 from socks5.net.listeners import tune
 from socks5.net.poller import EpollPoller, PollPoller, SelectPoll
+from socks5.relay import busy, splice
 from socks5.relay import loop as loop_module
-from socks5.relay import splice
 from socks5.relay.loop import Loop
 from socks5.relay.tunnel import Tunnel
 from tests.support import PATIENCE_S, descriptors, reset, wait_until
@@ -145,14 +145,15 @@ class Standing:
 
 
 class LoopTest(unittest.TestCase):
-    settings = (("SWEEP_S", 0.05),)     # of loop.py, while the tests of the class run
+    settings = (("SWEEP_S", 0.05),)     # of loop.py and busy.py, while the tests of the class run
     without = ()                        # of the module select
 
     def setUp(self):
         self.stack = contextlib.ExitStack()
         self.addCleanup(self.stack.close)
         for name, value in self.settings:
-            self.stack.enter_context(mock.patch.object(loop_module, name, value))
+            module = busy if hasattr(busy, name) else loop_module
+            self.stack.enter_context(mock.patch.object(module, name, value))
         for name in self.without:
             if hasattr(select, name):
                 self.stack.enter_context(mock.patch.object(select, name))
@@ -456,7 +457,7 @@ class LentTest(LoopTest):
             standing.echo()
 
     def test_a_few_bytes_now_and_then_keep_no_thread(self):
-        with mock.patch.object(loop_module, "QUIET_S", 0.3):
+        with mock.patch.object(busy, "QUIET_S", 0.3):
             standing = self.tunnel()
             while not standing.tunnel.lent:
                 standing.remote.sendall(NOISE)
@@ -471,7 +472,7 @@ class LentTest(LoopTest):
 
     def test_abort_all_and_stop_with_lent_tunnels(self):
         for name in ("abort_all", "stop"):
-            with self.subTest(name), mock.patch.object(loop_module, "QUIET_S", 60):     # it is woken, and stays lent
+            with self.subTest(name), mock.patch.object(busy, "QUIET_S", 60):     # it is woken, and stays lent
                 standing, _thread = self.busy()
                 getattr(self.loop, name)("enough")
                 self.assertEqual(standing.ended(), ("enough", ""))

@@ -20,7 +20,7 @@ from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.net.addresses import Endpoint
 from socks5.protocol.messages import Address, Greeting, Reply, Request
 from tests import support
-from tests.support import (HAS_IPV6, PATIENCE_S, ROOT, address, connect_through, descriptors, dial, need, read_to_end,
+from tests.support import (OTHER_THREADS, HAS_IPV6, PATIENCE_S, ROOT, address, connect_through, descriptors, dial, need, read_to_end,
                            reader_of, reset, run_cli, running, spawned, target, threads, wait_until)
 
 try:
@@ -320,7 +320,7 @@ class RunningOut(unittest.TestCase):
             for tunnel in tunnels:
                 self.assertEqual(reader_of(tunnel)(12)[:4], b"\x05\x00\x05\x00")
             self.assertGreater(descriptors(server.process.pid), 2200)
-            wait_until(lambda: threads(server.process.pid) <= 2 + acceptors.MAX_WAITING, "no thread for each")
+            wait_until(lambda: threads(server.process.pid) <= OTHER_THREADS + acceptors.MAX_WAITING, "no thread for each")
             for number, tunnel in enumerate(tunnels):
                 tunnel.sendall(b"%04d" % number)
             for number, tunnel in enumerate(tunnels):
@@ -459,7 +459,7 @@ class NothingLeaks(unittest.TestCase):
             fds = descriptors(pid)
             go_round(50)
             wait_until(lambda: descriptors(pid) <= fds, "descriptors back at %d" % fds)
-            idle = 2 + acceptors.MAX_WAITING * acceptors.available      # of the server, the relay loop, acceptors
+            idle = OTHER_THREADS + acceptors.MAX_WAITING * acceptors.available
             wait_until(lambda: threads(pid) <= idle, "no thread left but acceptors")
             go_round(50)
             wait_until(lambda: descriptors(pid) <= fds, "descriptors back at %d" % fds)

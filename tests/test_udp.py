@@ -21,7 +21,7 @@ from socks5.commands import datagrams
 from socks5.protocol import trace
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError
-from socks5.server.acceptors import MOST as SPARES
+from socks5.server.acceptors import MAX_WAITING
 from socks5.net.lookups import PER_CLIENT, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
 from socks5.net.shares import ANY_PORT
 from socks5.commands.udp import BUFFERS, Association
@@ -797,7 +797,7 @@ class TheEnd(unittest.TestCase):
         endings = itertools.cycle(["FIN", "RST", "datagram socket first", "early", "name", "idle"])
         with remote() as where, spawned(*ALONE, "-q", "--udp-idle-timeout", 2) as server:
             proxy, pid = ("127.0.0.1", server.port), server.process.pid
-            before, idle_threads, held = descriptors(pid), 1 + SPARES, contextlib.ExitStack()
+            before, idle_threads, held = descriptors(pid), OTHER_THREADS + MAX_WAITING, contextlib.ExitStack()
             with held:
                 for ending in itertools.islice(endings, 500):
                     udp = client.associate(proxy)

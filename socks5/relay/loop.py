@@ -18,16 +18,16 @@ import socket
 import threading
 from collections import deque
 from time import monotonic, sleep
-from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Deque, Dict, List, Set, Tuple
 
-from ..net.poller import BATCH, READ, new_poll, new_poller
+from ..net.poller import BATCH, READ, new_poller
 from . import splice
+from .busy import QUIET_S, relay_alone
 from .pipe import DONTWAIT
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel
+from .watch import Bell, Watch
 
 SWEEP_S = 1.0                       # how late a time limit may be noticed
-QUIET_S = 0.5                       # how often a busy tunnel is looked at:
-QUIET_BYTES = 256 * 1024            # one that moved less in that time is quiet again and gives its kernel pipes back
 MAX_LENT = splice.MAX_PIPES         # threads of busy tunnels at a time; further ones stay in the loop
 FAR_S = 3600.0                      # no wait is longer
 MANY = hasattr(select, "poll")      # whether one thread can wait for thousands of descriptors
@@ -102,7 +102,7 @@ class Loop:
 
         Raises OSError when the system has no more to give, or the loop has stopped."""
         self._check_process()
-        watch = Watch(self, sock, spoke)
+        watch = Watch(sock, spoke, self._forget)
         with self._gate:
             self._check_open()
             self._poller.register(watch.fd, READ)
@@ -341,111 +341,3 @@ class Loop:
         except OSError as exc:
             tunnel.end("server", exc.strerror or str(exc))
             self._over.append(tunnel)
-
-
-def relay_alone(tunnel: Tunnel, until_quiet: bool) -> None:
-    """Relay one tunnel in the calling thread until it has ended, is aborted or, if wished, is quiet again.
-
-    A direction with much to move goes through a kernel pipe where there is one.
-    """
-    for sock in (tunnel.client, tunnel.remote):
-        if sock.gettimeout() != 0:
-            sock.setblocking(False)
-    poll = new_poll()
-    sides = {tunnel.client.fileno(): CLIENT, tunnel.remote.fileno(): REMOTE}
-    watched = (UNREGISTERED, UNREGISTERED)
-    look = True
-    look_back_at, moved = monotonic() + QUIET_S, tunnel.moved()
-    while not tunnel.ended and not tunnel.aborted:
-        if look:
-            for pipe in (tunnel.up, tunnel.down):
-                if pipe.full and not pipe.held:
-                    pipe.use_kernel()
-            wanted = tunnel.interest()
-            for fd, before, after in zip(sides, watched, wanted):
-                if before == UNREGISTERED != after:
-                    poll.register(fd, after)
-                elif after == UNREGISTERED != before:
-                    poll.unregister(fd)
-                elif before != after:
-                    poll.modify(fd, after)
-            watched = wanted
-        ready = poll.poll(QUIET_S * 1000)
-        now = monotonic()
-        look = False
-        for fd, events in ready:
-            look = tunnel.handle(sides[fd], events, now) or look
-            if tunnel.ended:
-                return
-        if now >= look_back_at:                 # a few bytes now and then must not keep a thread and a kernel pipe
-            before, moved = moved, tunnel.moved()
-            if moved - before < QUIET_BYTES:
-                tunnel.up.leave_kernel()
-                tunnel.down.leave_kernel()
-                if until_quiet:
-                    return
-            look_back_at = now + QUIET_S
-            if now >= tunnel.deadline():
-                tunnel.expire()
-
-
-class Watch:
-    """A client that has not said anything yet: it costs a descriptor, and no thread."""
-
-    __slots__ = ("loop", "sock", "fd", "spoke")
-
-    def __init__(self, loop: Loop, sock: socket.socket, spoke: Callable[[bool], None]) -> None:
-        self.loop = loop
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.spoke = spoke
-
-    def handle(self, _side: int, _events: int, _now: float) -> bool:
-        said = peek(self.sock)
-        if said is None:
-            return False
-        self.loop._forget(self.fd)
-        self.spoke(said)
-        return False
-
-
-def peek(sock: socket.socket) -> Optional[bool]:
-    """Whether there is something to read (True), the peer has left (False), or neither is known yet (None)."""
-    timeout = sock.gettimeout()
-    try:
-        if not DONTWAIT:
-            sock.setblocking(False)
-        return bool(sock.recv(1, socket.MSG_PEEK | DONTWAIT))
-    except BlockingIOError:
-        return None
-    except OSError:                         # reset
-        return False
-    finally:
-        if not DONTWAIT:
-            sock.settimeout(timeout)
-
-
-class Bell:
-    """Wakes the loop: a socket pair, of which one end is registered."""
-
-    def __init__(self) -> None:
-        self._heard, self._rung = socket.socketpair()
-        for sock in (self._heard, self._rung):
-            sock.setblocking(False)
-
-    def fileno(self) -> int:
-        return self._heard.fileno()
-
-    def ring(self) -> None:
-        try:
-            self._rung.send(b"\0")
-        except OSError:                     # so many are unread that the loop wakes up anyway; or it is over
-            pass
-
-    def handle(self, _side: int, _events: int, _now: float) -> bool:
-        self._heard.recv(4096)
-        return False
-
-    def close(self) -> None:
-        self._heard.close()
-        self._rung.close()

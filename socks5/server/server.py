@@ -25,8 +25,9 @@ from ..net.poller import READ, new_poll
 from ..net.shares import Ports
 from ..protocol.errors import name_of
 from ..protocol.facts import Facts, tell
-from ..relay.loop import Loop, peek
+from ..relay.loop import Loop
 from ..relay.tunnel import Tunnel
+from ..relay.watch import peek
 from . import acceptors, tracing
 from .counters import Counts
 from .handler import ANONYMOUS, BY_PASSWORD, Handler, Service
