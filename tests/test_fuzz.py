@@ -19,8 +19,9 @@ from socks5.protocol.errors import SocksError
 from socks5.net.resolver import normalise
 from socks5.server.acceptors import MAX_WAITING
 from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Request, Selection
-from tests.support import (OTHER_THREADS, PATIENCE_S, ROOT, address, ask, closed_port, connect_through, descriptors, dial, need,
-                           negotiate, reader_of, read_to_end, reset, spawned, target, threads, wait_until)
+from tests.support import (OTHER_THREADS, PATIENCE_S, ROOT, address, ask, closed_port, connect_through, descriptors,
+                           dial, need, negotiate, read_to_end, reader_of, reset, spawned, target, threads,
+                           wait_until)
 
 CASES = int(os.environ.get("SOCKS5_FUZZ") or 100000)
 SEED = 1928
@@ -189,7 +190,7 @@ class Fuzz(unittest.TestCase):
 
     def spare_threads_only(self):
         """The acceptors that wait, the server's and the relay loop's."""
-        wait_until(lambda: threads(self.pid) <= MAX_WAITING + OTHER_THREADS, "no threads but those that wait for clients")
+        wait_until(lambda: threads(self.pid) <= MAX_WAITING + OTHER_THREADS, "no threads but acceptors")
 
     @contextlib.contextmanager
     def nothing_left(self, warm_up):

@@ -20,8 +20,9 @@ from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.net.addresses import Endpoint
 from socks5.protocol.messages import Address, Greeting, Reply, Request
 from tests import support
-from tests.support import (OTHER_THREADS, HAS_IPV6, PATIENCE_S, ROOT, address, connect_through, descriptors, dial, need, read_to_end,
-                           reader_of, reset, run_cli, running, spawned, target, threads, wait_until)
+from tests.support import (HAS_IPV6, OTHER_THREADS, PATIENCE_S, ROOT, address, connect_through, descriptors, dial,
+                           need, read_to_end, reader_of, reset, run_cli, running, spawned, target, threads,
+                           wait_until)
 
 try:
     import resource
@@ -320,7 +321,8 @@ class RunningOut(unittest.TestCase):
             for tunnel in tunnels:
                 self.assertEqual(reader_of(tunnel)(12)[:4], b"\x05\x00\x05\x00")
             self.assertGreater(descriptors(server.process.pid), 2200)
-            wait_until(lambda: threads(server.process.pid) <= OTHER_THREADS + acceptors.MAX_WAITING, "no thread for each")
+            wait_until(lambda: threads(server.process.pid) <= OTHER_THREADS + acceptors.MAX_WAITING,
+                       "no thread for each")
             for number, tunnel in enumerate(tunnels):
                 tunnel.sendall(b"%04d" % number)
             for number, tunnel in enumerate(tunnels):

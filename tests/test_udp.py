@@ -29,7 +29,8 @@ from socks5.net.poller import SelectPoll
 from socks5.protocol.messages import Datagram
 
 from .support import (
-    FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, address, ask, closed_port, descriptors, dial, need, need_program,
+    FAR, HAS_IPV6, NEAR, OTHER_THREADS, PATIENCE_S, TwoHosts, address, ask, closed_port, descriptors, dial, need,
+    need_program,
     negotiate, reset, running, spawned, threads, wait_until)
 
 MOST = 65507                        # of a UDP datagram over IPv4: 65,535 less the headers
@@ -85,7 +86,7 @@ def associated(server, timeout=PATIENCE_S):
 def session_line(test, server):
     """A list that will have the line of the one session that ends meanwhile."""
     found = []
-    with test.assertLogs("socks5.server.handler", "INFO") as logs:
+    with test.assertLogs("socks5.server", "INFO") as logs:
         yield found
         wait_until(lambda: not len(server.sessions), "the session ends")
     found.append(logs.output[-1])
@@ -370,7 +371,7 @@ class Whom(unittest.TestCase):
         with running() as server, remote() as where, dial(server.server_address) as control, udp_socket() as sock:
             negotiate(control)
             reply = ask(control, Cmd.UDP_ASSOCIATE, "10.9.8.7", 9)
-            sock.sendto(Datagram(address(*where), b"hello").pack(), (str(reply.bnd.ip), reply.bnd.port))
+            sock.sendto(Datagram(address(*where), b"hello").pack(), (str(reply.bnd.host), reply.bnd.port))
             self.assertEqual(Datagram.parse(sock.recv(100)), Datagram(address(*where), b"HELLO"))
 
     def test_anybody_may_write_to_the_mapped_port(self):
@@ -617,7 +618,7 @@ def free_ports(number):
 class OurSide(unittest.TestCase):
     def refused(self, server, source="127.0.0.1"):
         """Why an association from this address is refused with X'01'."""
-        with self.assertLogs("socks5.server.handler", "INFO") as logs, socket.socket() as control:
+        with self.assertLogs("socks5.server", "INFO") as logs, socket.socket() as control:
             control.settimeout(PATIENCE_S)
             control.bind((source, 0))
             control.connect(server.server_address)
@@ -675,7 +676,7 @@ class OurSide(unittest.TestCase):
         with running(advertise=("192.0.2.1",)) as server, dial(server.server_address) as control:
             negotiate(control)
             reply = ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0)
-            self.assertEqual((str(reply.bnd.ip), bool(reply.bnd.port)), ("192.0.2.1", True))
+            self.assertEqual((str(reply.bnd.host), bool(reply.bnd.port)), ("192.0.2.1", True))
 
 
 # ---- the end -----------------------------------------------------------------------------------------------------
@@ -797,7 +798,8 @@ class TheEnd(unittest.TestCase):
         endings = itertools.cycle(["FIN", "RST", "datagram socket first", "early", "name", "idle"])
         with remote() as where, spawned(*ALONE, "-q", "--udp-idle-timeout", 2) as server:
             proxy, pid = ("127.0.0.1", server.port), server.process.pid
-            before, idle_threads, held = descriptors(pid), OTHER_THREADS + MAX_WAITING, contextlib.ExitStack()
+            before, held = descriptors(pid), contextlib.ExitStack()
+            idle_threads = OTHER_THREADS + MAX_WAITING
             with held:
                 for ending in itertools.islice(endings, 500):
                     udp = client.associate(proxy)

@@ -315,8 +315,6 @@ class Server(ThreadingTCPServer, Service):
             self._complained[about] = now
         log.warning(line, facts)
 
-    # ---- from its handler to the end of the session -----------------------------------------------------------------
-
     def relay_loop(self) -> Loop:
         """The relay loop of this process, started when it is first needed. Raises RuntimeError without a thread."""
         with self._lock:
