@@ -23,9 +23,9 @@ TOP_LEVEL = {"setup.cfg", "pyproject.toml", "socks5_server.py", "socks5", "tests
 
 # Python before 3.10 cannot say what its standard library is: this is what we use of it.
 STDLIB = set(getattr(sys, "stdlib_module_names", None) or """
-    __future__ _thread argparse array ast base64 binascii collections concurrent configparser contextlib ctypes
+    __future__ argparse array ast base64 binascii collections concurrent configparser contextlib copy ctypes
     dataclasses datetime email enum errno fcntl functools getpass hashlib heapq hmac html http io ipaddress
-    itertools json logging math mmap multiprocessing os pathlib platform queue random re resource secrets select
+    itertools json logging math mmap multiprocessing os pathlib pickle platform queue random re resource secrets select
     selectors shutil signal socket socketserver ssl stat string struct subprocess sys tempfile textwrap threading
     time traceback types typing unicodedata urllib uuid warnings weakref""".split())
 
