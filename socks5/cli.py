@@ -56,7 +56,7 @@ def build_parser() -> Parser:
     groups["access"].add_argument("--hash-password", metavar="NAME", nargs="?", const="",
                                   help="read a password, print its line for --users, and exit")
     running, watching = groups["running"], groups["watching"]
-    running.add_argument("--check", action="store_true", help="check options and files, print who is served what, and "
+    running.add_argument("--check", action="store_true", help="check options and files, print the access granted, and "
                          "exit with 0, or 2 after an error")
     running.add_argument("--config", metavar="FILE", help="read options from an INI file, section [%s]; the command "
                          "line takes precedence" % SECTION)

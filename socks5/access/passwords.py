@@ -114,7 +114,7 @@ class Wait:
         pass
 
     def extend_once(self) -> None:
-        """For slow hashes: a user who is late because of them is not at fault."""
+        """Extend the deadline, once: the delay is caused by slow hashes and not by the client."""
         if not self._extended:
             self._extended = True
             self.deadline += EXTRA_S

@@ -1,4 +1,4 @@
-"""Make guessing passwords slow, and lock nobody out.                                               RFC 1929
+"""Rate limit for wrong passwords, without locking out users.                                              RFC 1929
 
 An origin is an IPv4 address or an IPv6 /64; all of 127.0.0.0/8 and ::1 are one. The rule:
 
@@ -9,8 +9,8 @@ An origin is an IPv4 address or an IPv6 /64; all of 127.0.0.0/8 and ::1 are one.
 5. Attempts without a look wait: the next look goes to the newest of them, after a user's third failure to other users
    first; the end of the handshake's time, or PENDING others, defer an attempt, which then was never looked at.
 
-Newest first, because an attacker can leave any number of wrong attempts waiting, and a right one that comes after them
-must not wait for their turns: it waits INTERVAL_S at most. What is waiting and what a connection's thread does while it
+Newest first, because an attacker can leave any number of wrong attempts waiting. A right password that comes later
+must not wait for them: it waits INTERVAL_S at most. What is waiting and what a connection's thread does while it
 waits is logins.py; this module takes facts and a time, and returns decisions. Its records are in tables of a fixed size
 (shared.py), which all server processes share.
 
