@@ -247,8 +247,8 @@ class Handler(StreamRequestHandler):
             session.why, session.notes = session.why or association.why, association.summary()
 
     def relay(self, remote: socket.socket) -> None:
-        """Hand the tunnel over to the relay loop, which owns both sockets from here on. What the client sent behind
-        its request goes first."""
+        """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
+        What the client sent behind its request goes first."""
         config = self.server.config
         if self.timeout is not None:
             self.connection.settimeout(None)
