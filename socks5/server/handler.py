@@ -37,7 +37,7 @@ from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, Logi
 from ..protocol.trace import M, Sent
 from ..relay.tunnel import Tunnel
 from .inbox import Inbox, Outbox, linger
-from .sessions import Session, Sessions
+from .sessions import HEAVIEST, Full, Session, Sessions
 
 log = logging.getLogger(__name__)
 
@@ -232,6 +232,10 @@ class Handler(StreamRequestHandler):
         verdict = self.server.rules.foresee(self.asker(Cmd.UDP_ASSOCIATE))
         if not verdict.allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+        try:
+            self.server.sessions.grow(session, HEAVIEST)
+        except Full as exc:
+            raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
         self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
