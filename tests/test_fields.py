@@ -1,4 +1,4 @@
-"""fields: the parts of a LAYOUT, taken and shown one by one. What messages make of them is in test_wire.py."""
+"""fields: the parts of a Layout, taken and shown one by one. What messages make of them is in test_messages.py."""
 import unittest
 from ipaddress import IPv4Address, IPv6Address
 

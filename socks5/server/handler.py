@@ -33,7 +33,8 @@ from ..protocol.codes import Cmd, Method, Rep
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
-from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
+from ..protocol.messages import (
+    MOST_BYTES, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection, whole)
 from ..protocol.trace import M, Sent
 from ..relay.tunnel import Tunnel
 from .inbox import Inbox, Outbox, linger
@@ -106,7 +107,7 @@ class Handler(StreamRequestHandler):
             try:
                 request = self.take(Request)                    # §4
                 self.server.sessions.negotiated(session)
-                session.cmd, session.dst = request.cmd.name, request.dst
+                session.cmd, session.dst = request.cmd.word, request.dst
                 session.step("request", cmd=session.cmd, dst=request.dst)
                 COMMANDS[request.cmd](self, request.dst)        # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
@@ -121,8 +122,19 @@ class Handler(StreamRequestHandler):
                 session.ended_by, session.why = "client", str(getattr(exc, "strerror", None) or exc)
 
     def take(self, kind: Type[M]) -> M:
-        """The client's next message."""
-        return self.story.take(kind, self.inbox.read_exactly) if self.story else kind.parse(self.inbox.read_exactly)
+        """The client's next message. Nearly always it is all that has come, and has come before."""
+        message: M
+        if self.story:
+            message = self.story.take(kind, self.inbox.read_exactly)
+        elif kind is Login or len(self.inbox.peek()) > MOST_BYTES:
+            message = kind.parse(self.inbox.read_exactly)
+        else:
+            try:
+                message = whole(kind, self.inbox.held)
+                self.inbox.held = b""
+            except EOFError:                                    # it is in pieces, or more has come behind it
+                message = kind.parse(self.inbox.read_exactly)
+        return message
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
@@ -320,7 +332,7 @@ class Handler(StreamRequestHandler):
     # ---- §6: answers ----------------------------------------------------------------------------------------------
 
     def reply(self, rep: Rep, bnd: Optional[Endpoint] = None) -> None:
-        self.session.rep = rep.name
+        self.session.rep = rep.word
         self.send(Reply(rep, Address(*bnd) if bnd else UNSPECIFIED))
 
 
