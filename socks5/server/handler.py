@@ -91,6 +91,7 @@ class Handler(StreamRequestHandler):
         self.rfile = self.inbox = Inbox(self.connection)
         self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
+        self.debug = log.isEnabledFor(logging.DEBUG)
 
     @cached_property
     def wfile(self) -> Outbox:                                  # type: ignore[override]
@@ -108,7 +109,8 @@ class Handler(StreamRequestHandler):
                 request = self.take(Request)                    # §4
                 self.server.sessions.negotiated(session)
                 session.cmd, session.dst = request.cmd.word, request.dst
-                session.step("request", cmd=session.cmd, dst=request.dst)
+                if self.debug:
+                    session.step("request", cmd=session.cmd, dst=request.dst)
                 COMMANDS[request.cmd](self, request.dst)        # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
                 session.ended_by, session.why = "refused", exc.why
@@ -152,7 +154,8 @@ class Handler(StreamRequestHandler):
         self.session.greeted = True
         methods = self.server.methods
         method = users.choose(offered, methods)
-        self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
+        if self.debug:
+            self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
         self.send(Selection(method))
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
@@ -190,7 +193,8 @@ class Handler(StreamRequestHandler):
             self.send(LoginStatus(0x01))
             raise ProtocolError("wrong user name or password" if verdict is Verdict.WRONG else
                                 "too many logins are tried: the password was not looked at")
-        session.step("login", user=login.uname)
+        if self.debug:
+            session.step("login", user=login.uname)
         self.send(LoginStatus(0x00))
         return login.uname
 
