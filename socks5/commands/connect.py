@@ -15,7 +15,7 @@ from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.poller import WRITE, SelectPoll, new_poll
-from ..net.addresses import family_of, IP, text_of
+from ..net.addresses import IP, family_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: saves a system call
@@ -48,7 +48,7 @@ def dial(address: IP, port: int) -> Tuple[Optional[socket.socket], int]:
         return None, exc.errno or errno.EIO
     if not NONBLOCK:
         sock.setblocking(False)
-    target = text_of(address), port
+    target = str(address), port
     error = sock.connect_ex(target)
     if error == errno.EINPROGRESS and NONBLOCK:         # loopback has answered by now: a second call on Linux tells,
         error = sock.connect_ex(target)                 # and costs less than poll()

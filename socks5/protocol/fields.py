@@ -18,6 +18,40 @@ ADDRESS_BYTES = {0x01: 4, 0x04: 16}               # by ATYP, RFC 1928 §5
 DOMAINNAME = int(Atyp.DOMAINNAME)
 
 
+class IPv4(IPv4Address):
+    """An IPv4Address that knows its hash and its text, which the base works out anew whenever they are asked for."""
+
+    __slots__ = ("hash", "text")
+
+    def __init__(self, address: object) -> None:
+        super().__init__(address)
+        self.hash = super().__hash__()
+        self.text = super().__str__()
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class IPv6(IPv6Address):
+    """The same for IPv6."""
+
+    __slots__ = ("hash", "text")
+
+    def __init__(self, address: object) -> None:
+        super().__init__(address)
+        self.hash = super().__hash__()
+        self.text = super().__str__()
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class BytesReader:
     """A `read` function for bytes that are already in memory, such as a datagram."""
 
@@ -79,7 +113,7 @@ def host_of(atyp: int, packed: bytes) -> Host:
     """The host in the bytes from take_address. Cached: a lookup is faster than a new object."""
     if atyp == DOMAINNAME:
         return packed[1:]
-    return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
+    return IPv4(packed) if len(packed) == 4 else IPv6(packed)
 
 
 def pieces(layout: Layout, read: ReadExactly, raw: Raw) -> Iterator[Field]:

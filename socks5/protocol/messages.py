@@ -34,6 +34,7 @@ AUTH_VERSION = Field("VER", 1, lambda raw: "version %d of the username/password 
                      must=AUTH_VER)
 RESERVED = Field("RSV", 1, lambda raw: "reserved")
 ATYP = Field("ATYP", 1, lambda raw: phrase(Atyp, raw[0]))
+IPV4, IPV6 = bytes([Atyp.IPV4]), bytes([Atyp.IPV6])
 PORT_BYTES = 2
 BY_NUMBER = {int(cmd): cmd for cmd in Cmd}         # much faster than Cmd(number)
 
@@ -68,19 +69,14 @@ class Address(NamedTuple):
             if not 1 <= len(self.host) <= 255:
                 raise ValueError("a name has 1 to 255 bytes, not %d" % len(self.host))
             return bytes([Atyp.DOMAINNAME, len(self.host)]) + self.host + port
-        return bytes([Atyp.IPV4 if self.host.version == 4 else Atyp.IPV6]) + self.host.packed + port
+        return (IPV4 if isinstance(self.host, IPv4Address) else IPV6) + self.host.packed + port
 
     def __str__(self) -> str:
         """192.0.2.1:80, [2001:db8::1]:80 or 'example.com':80. Safe to log: a name is quoted."""
-        return "%s:%d" % (host_text(self.host), self.port)
-
-
-@lru_cache(maxsize=4096)
-def host_text(host: Host) -> str:
-    """The host as text. Cached: the log line of one session has three hosts."""
-    if isinstance(host, bytes):
-        return text(host)
-    return str(host) if host.version == 4 else "[%s]" % host
+        host = self.host
+        if isinstance(host, bytes):
+            return "%s:%d" % (text(host), self.port)
+        return ("%s:%d" if isinstance(host, IPv4Address) else "[%s]:%d") % (host, self.port)
 
 
 UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply
@@ -259,6 +255,15 @@ class Datagram(NamedTuple):
 
     def pack(self) -> bytes:
         return bytes([0x00, 0x00, self.frag]) + self.dst.pack() + self.data
+
+
+# ---- to clients that speak another protocol ----------------------------------------------------------------------
+
+SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
+HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+             b"This is a SOCKS5 proxy, not an HTTP proxy or web server.\n"
+             b"Point the program at it with socks5h://HOST:PORT (curl: --socks5-hostname HOST:PORT;\n"
+             b"Firefox: Settings, Network Settings, SOCKS Host, SOCKS v5, Proxy DNS when using SOCKS v5).\n")
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
 from ..protocol.messages import (
-    MOST_BYTES, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection, whole)
+    HTTP_HELP, MOST_BYTES, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
+    Selection, whole)
 from ..protocol.trace import M, Sent
 from ..relay.tunnel import Tunnel
 from .inbox import Inbox, Outbox, linger
@@ -46,12 +47,6 @@ LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever
 ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
 NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 TOLD = 10                   # rules that one association may name in the log
-
-SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
-HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-             b"This is a SOCKS5 proxy, not an HTTP proxy or web server.\n"
-             b"Point the program at it with socks5h://HOST:PORT (curl: --socks5-hostname HOST:PORT;\n"
-             b"Firefox: Settings, Network Settings, SOCKS Host, SOCKS v5, Proxy DNS when using SOCKS v5).\n")
 
 
 class Service:
@@ -212,10 +207,8 @@ class Handler(StreamRequestHandler):
     # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
 
     def connect(self, dst: Address) -> None:
-        host, session = self.authorized(Cmd.CONNECT, dst), self.session
-        deadline = self.deadline()
-        found = self.lookup(deadline, host)
-        addresses = self.not_ourselves(dst.port, self.permitted(Cmd.CONNECT, host, dst.port, found))
+        session, deadline = self.session, self.deadline()
+        addresses = self.not_ourselves(dst.port, self.reachable(dst, deadline))
         remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection)
         with ClosedOnError(remote):
             session.reached = Endpoint(ip, dst.port)
@@ -293,6 +286,19 @@ class Handler(StreamRequestHandler):
             if not verdict.allowed:
                 raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
         return host
+
+    def reachable(self, dst: Address, deadline: float) -> List[IP]:
+        """The addresses of a CONNECT's destination that this client may reach. Raises RequestRefused. What was allowed
+        is remembered for an address, and for as long as these rules are in force; for a name it is looked up anew."""
+        known = self.server.rules.known
+        key = self.session.client.ip, self.session.user, dst
+        addresses = known.get(key)
+        if addresses is None:
+            host = self.authorized(Cmd.CONNECT, dst)
+            addresses = self.permitted(Cmd.CONNECT, host, dst.port, self.lookup(deadline, host))
+            if not isinstance(host, bytes):
+                known.put(key, addresses)
+        return addresses
 
     def permitted(self, cmd: Cmd, host: Host, port: int, addresses: Sequence[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
