@@ -108,9 +108,8 @@ class Session:
 
     def step(self, word: str, **facts: object) -> None:
         """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
-        if log.isEnabledFor(logging.DEBUG):
-            said = Facts(client=self.client, **facts)
-            log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
+        said = Facts(client=self.client, **facts)
+        log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
 
 
 class Full(Exception):
