@@ -131,7 +131,12 @@ class Standing:
         if before:
             before(self)
         self.tunnel = Tunnel(self.near_client, self.near_remote, early, session=self, **limits)
-        loop.adopt(self.tunnel)
+        try:
+            loop.adopt(self.tunnel)
+        except OSError:
+            for sock in (self.client, self.near_client, self.remote, self.near_remote):
+                sock.close()
+            raise
 
     def echo(self, data=b"x"):
         for one, other in ((self.client, self.remote), (self.remote, self.client)):

@@ -624,6 +624,7 @@ class OurSide(unittest.TestCase):
             control.connect(server.server_address)
             negotiate(control)
             self.assertEqual(ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).rep, Rep.GENERAL_FAILURE)
+            control.close()
             wait_until(lambda: any("cmd=UDP_ASSOCIATE" in line for line in logs.output))
         return logs.output[-1].rpartition("why=")[2]
 
