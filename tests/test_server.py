@@ -261,6 +261,14 @@ class RunningOut(unittest.TestCase):
         self.assertEqual(len(logs.output), 1)
         self.assertRegex(logs.output[0], r"refused client=127\.0\.0\.3:\d+ why='max-sessions 2 reached'$")
 
+    def test_max_sessions_0_is_what_the_descriptor_limit_carries(self):
+        with mock.patch("socks5.net.listeners.session_limit", return_value=1), running(max_sessions=0) as server, \
+                target() as destination, support.logging_of(self, "WARNING") as logs:
+            with connect_through(server.server_address, *destination), dial(server.server_address) as second:
+                second.sendall(ANYBODY)
+                self.assertTrue(closed_unserved(second))
+        self.assertIn("max-sessions 1 reached", logs.output[0])
+
     def test_threads(self):
         """While no thread can be started, a client who needs one is closed, and nobody else."""
         with contextlib.ExitStack() as stack:
