@@ -121,6 +121,19 @@ class Hooks(Case):
                 self.assertEqual(errors, [ValueError])
                 wait_until(lambda: not len(server.sessions))
 
+    def test_a_hook_that_fails_when_the_session_is_there_leaves_none(self):
+        class Server(socks5.Server):
+            def process_request(self, request, client_address):
+                self.session_of(request, client_address)
+                raise KeyError("bug")
+
+        with running(server_class=Server) as server, self.assertLogs("socks5", "ERROR"), \
+                dial(server.server_address) as client:
+            client.sendall(b"\5")
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(client.recv(1), b"")
+            wait_until(lambda: not len(server.sessions))
+
     def test_get_request_may_wrap_the_socket_and_fail(self):
         class Wrapped(socket.socket):
             pass
