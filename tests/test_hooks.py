@@ -16,10 +16,10 @@ from socks5 import client
 from socks5.net import listeners
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Greeting, Request
+from socks5.relay import busy
 from socks5.server import acceptors, sessions
 from socks5.server import server as module
 from tests import support
-from socks5.relay import busy
 from tests.support import (PATIENCE_S, ROOT, address, ask, connect_through, dial, logging_of, negotiate, read_to_end,
                            reader_of, reset, running, target, wait_until)
 
