@@ -39,7 +39,7 @@ from ..protocol.messages import (
 from ..protocol.trace import M, Sent
 from ..relay.tunnel import Tunnel
 from .inbox import Inbox, Outbox, linger
-from .sessions import Session, Sessions
+from .sessions import HEAVIEST, Full, Session, Sessions
 
 log = logging.getLogger(__name__)
 
@@ -241,6 +241,10 @@ class Handler(StreamRequestHandler):
         verdict = self.server.rules.foresee(self.asker(Cmd.UDP_ASSOCIATE))
         if not verdict.allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+        try:
+            self.server.sessions.grow(session, HEAVIEST)
+        except Full as exc:
+            raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
         self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
@@ -256,8 +260,8 @@ class Handler(StreamRequestHandler):
             session.why, session.notes = session.why or association.why, association.summary()
 
     def relay(self, remote: socket.socket) -> None:
-        """Hand the tunnel over to the relay loop, which owns both sockets from here on. What the client sent behind
-        its request goes first."""
+        """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
+        What the client sent behind its request goes first."""
         config = self.server.config
         if self.timeout is not None:
             self.connection.settimeout(None)
