@@ -6,7 +6,7 @@ import subprocess
 import sys
 import unittest
 
-from tests.support import PATIENCE_S, ROOT, need, wait_until
+from tests.support import PATIENCE_S, ROOT, children, need, wait_until
 
 BENCH = [sys.executable, str(ROOT / "tests" / "bench.py"), "--quick"]
 
@@ -14,11 +14,6 @@ BENCH = [sys.executable, str(ROOT / "tests" / "bench.py"), "--quick"]
 def bench(*args):
     return subprocess.run([*BENCH, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, text=True,
                           encoding="utf-8", env=dict(os.environ, PYTHONIOENCODING="utf-8", COLUMNS="70"))
-
-
-def children(pid):
-    with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
-        return list(map(int, file.read().split()))
 
 
 class Bench(unittest.TestCase):
