@@ -290,6 +290,8 @@ class ConnectTest(unittest.TestCase):
         port = support.closed_port("127.0.0.1", "127.0.0.2")
         with support.target(port=port) as (host, _), silent("127.0.0.2", port):
             connect(ips("127.0.0.2", host), port, 0)[0].close()
+            with resolving("127.0.0.2", host), support.running(connect_timeout=0) as server:
+                support.connect_through(server.server_address, NAME, port).close()
 
 
 class NetworkTest(support.TwoHosts, unittest.TestCase):
