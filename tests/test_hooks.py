@@ -16,6 +16,7 @@ from socks5 import client
 from socks5.net import listeners
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Greeting, Request
+from socks5.relay import busy
 from socks5.server import acceptors, sessions
 from socks5.server import server as module
 from tests import support
@@ -465,9 +466,10 @@ class SessionEnded(Case):
             def session_ended(self, session):
                 closed.append(session)
 
-        with logging_of(self) as logs, running(server_class=Server) as server:
+        with mock.patch.object(busy, "FIRST_TURNS", 0), logging_of(self) as logs, \
+                running(server_class=Server) as server:
             connect_through(server.server_address, *self.echo).close()
-            wait_until(lambda: closed)
+            wait_until(lambda: len(closed) == 2)
         self.assertEqual((len(closed), len(logs.records)), (2, 1))
 
 
