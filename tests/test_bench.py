@@ -8,7 +8,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from tests.support import PATIENCE_S, ROOT, need, wait_until
+from tests.support import PATIENCE_S, ROOT, children, need, wait_until
 
 BENCH = [sys.executable, str(ROOT / "tests" / "bench.py"), "--quick"]
 
@@ -24,11 +24,6 @@ exec "$@"
 def bench(*args, path=os.environ.get("PATH", os.defpath)):
     return subprocess.run([*BENCH, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, text=True,
                           encoding="utf-8", env=dict(os.environ, PYTHONIOENCODING="utf-8", COLUMNS="70", PATH=path))
-
-
-def children(pid):
-    with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
-        return list(map(int, file.read().split()))
 
 
 class Bench(unittest.TestCase):

@@ -13,7 +13,7 @@ from unittest import mock
 
 import socks5
 from socks5.access import throttle
-from socks5.client import bind
+from socks5.client import associate, bind
 from socks5.server import inbox
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.fields import BytesReader
@@ -324,14 +324,15 @@ class Sockets(unittest.TestCase):
 
     def test_a_timeout_of_0_is_none(self):
         with running(handshake_timeout=0, connect_timeout=0, bind_timeout=0, idle_timeout=0, half_closed_timeout=0,
-                     udp_idle_timeout=0, user=USERS[:1]) as server, target() as destination:
-            for _ in range(2):                                  # the second login waits behind a wrong one
-                with support.connect_through(server.server_address, "localhost", destination[1], user=ALICE) as tunnel:
-                    tunnel.sendall(b"x")
-                    self.assertEqual(tunnel.recv(1), b"x")
-                    tunnel.shutdown(socket.SHUT_WR)
-                    self.assertEqual(tunnel.recv(1), b"")
-                exchange(server, BY_PASSWORD + Login(b"alice", b"wrong").pack())
+                     udp_idle_timeout=0, user=USERS[:1]) as server, target() as destination, \
+                mock.patch.multiple(throttle, BURST=1, INTERVAL_S=0.5):
+            exchange(server, BY_PASSWORD + Login(b"alice", b"wrong").pack())        # behind which the next has to wait
+            with associate(server.server_address, ("alice", ALICE[1])), support.connect_through(
+                    server.server_address, "localhost", destination[1], user=ALICE) as tunnel:
+                self.assertTrue(support.echoes(tunnel))
+                tunnel.shutdown(socket.SHUT_WR)
+                self.assertEqual(tunnel.recv(1), b"")
+                self.assertEqual([session.cmd for session in server.sessions if session.association], ["UDP_ASSOCIATE"])
 
 
 class Deadline(Case):
