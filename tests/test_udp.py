@@ -648,9 +648,12 @@ class OurSide(unittest.TestCase):
                 wait_until(lambda: not len(server.sessions))
 
     def test_no_association_without_a_port_towards_the_remotes(self):
-        with free_ports(1) as port, running(udp_ports=(port, port)) as server:
-            for _ in range(3):
-                self.assertIn("no UDP socket in ports %d-%d" % (port, port), self.refused(server))
+        with free_ports(2) as low, running(udp_ports=(low, low + 1)) as server:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                other.bind(("127.0.0.2", low))              # keeps the port from the socket for all addresses only
+                for _ in range(3):
+                    self.assertIn("no UDP socket in ports %d-%d" % (low, low + 1), self.refused(server))
+            self.assertFalse(server.udp_ports._shares[4].live())
 
     def test_a_port_that_something_else_has(self):
         with free_ports(2) as low, running(udp_ports=(low, low + 1)) as server, remote() as where:
@@ -717,8 +720,9 @@ class TheEnd(unittest.TestCase):
                     wait_until(lambda: not associations(), "it is gone")
 
     def test_one_that_was_refused_leaves_nothing_either(self):
-        with no_collector(), free_ports(1) as port, running(udp_ports=(port, port)) as server:
-            with self.assertRaises(ProxyError):
+        with no_collector(), free_ports(2) as low, running(udp_ports=(low, low + 1)) as server:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, self.assertRaises(ProxyError):
+                other.bind(("", low))
                 client.associate(server.server_address)
             wait_until(lambda: not any(isinstance(thing, Association) for thing in gc.get_objects()))
 

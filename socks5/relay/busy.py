@@ -30,7 +30,7 @@ def relay_alone(tunnel: Tunnel, until_quiet: bool) -> None:
         if look:
             for pipe in (tunnel.up, tunnel.down):
                 if pipe.full and not pipe.held:
-                    pipe.use_kernel()
+                    pipe.use_kernel(tunnel.owner)
             wanted = tunnel.interest()
             for fd, before, after in zip(sides, watched, wanted):
                 if before == UNREGISTERED != after:

@@ -21,6 +21,7 @@ from time import monotonic, sleep
 from typing import Any, Callable, Deque, Dict, List, Set, Tuple
 
 from ..net.poller import BATCH, READ, new_poller
+from ..net.shares import Share
 from . import splice
 from .busy import QUIET_S, relay_alone
 from .pipe import DONTWAIT
@@ -48,6 +49,7 @@ class Loop:
         self._over: List[Tunnel] = []                           # to be closed after this batch
         self._calls: Deque[Callable[[], object]] = deque()
         self._lent = 0
+        self._threads = Share(MAX_LENT)                         # for busy tunnels
         self._gate = threading.Lock()                           # held while a tunnel comes in, and to list them all
         self._stopping = ""                                     # why, once it is to stop: nothing comes in then
         self._sweep_at = 0.0
@@ -197,7 +199,7 @@ class Loop:
             self._over.append(tunnel)
             self._unregister(tunnel)
             return
-        if tunnel.busy() and self._lent < MAX_LENT and splice.available:
+        if tunnel.busy() and splice.available and self._threads.take(tunnel.owner):
             self._unregister(tunnel)
             self._lend(tunnel)
             return
@@ -330,6 +332,8 @@ class Loop:
     def _take_back(self, tunnel: Tunnel) -> None:
         tunnel.lent = False
         self._lent -= 1
+        if MANY:                                        # else all are lent, whatever their number
+            self._threads.give_back(tunnel.owner)
         if tunnel.aborted and not tunnel.ended:
             tunnel.end(tunnel.aborted)
         if tunnel.ended:

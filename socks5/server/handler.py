@@ -257,7 +257,7 @@ class Handler(StreamRequestHandler):
         if self.timeout is not None:
             self.connection.settimeout(None)
         self.server.relay(Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout,
-                                 config.half_closed_timeout, self.session))
+                                 config.half_closed_timeout, self.session, self.session.origin))
 
     def deadline(self) -> float:
         """When --connect-timeout is over, which begins now: with the lookup."""
