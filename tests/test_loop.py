@@ -485,7 +485,8 @@ class LentTest(LoopTest):
 
     def test_stalled_tunnels_hold_little_memory(self):
         before = splice.parked
-        with mock.patch.object(splice, "MAX_PARKED", MIB // 2), mock.patch.object(self.loop, "_threads", Share(3)):
+        self.loop._threads = Share(3)
+        with mock.patch.object(splice, "MAX_PARKED", MIB // 2):
             held = []
             for _ in range(12):
                 standing, _thread = self.busy()
@@ -497,32 +498,32 @@ class LentTest(LoopTest):
 
     def test_more_busy_tunnels_than_may_be_lent(self):
         """The others stay in the loop, and a small one beside them is served."""
-        with mock.patch.object(self.loop, "_threads", Share(1)):
-            standings = [self.tunnel() for _ in range(3)]
-            senders = [send_hashed(standing.remote, 10 * MIB) for standing in standings]
-            results = {}
-            readers = [threading.Thread(target=lambda s=s: results.update({s: read_hashed(s.client)}), daemon=True)
-                       for s in standings]
-            for reader in readers:
-                reader.start()
-            small = self.tunnel()
-            for _ in range(20):
-                small.echo()
-            for thread in (*senders, *readers):
-                thread.join(PATIENCE_S)
-            self.assertEqual([results[s] for s in standings], [(10 * MIB, s.digest.hexdigest()) for s in senders])
+        self.loop._threads = Share(1)
+        standings = [self.tunnel() for _ in range(3)]
+        senders = [send_hashed(standing.remote, 10 * MIB) for standing in standings]
+        results = {}
+        readers = [threading.Thread(target=lambda s=s: results.update({s: read_hashed(s.client)}), daemon=True)
+                   for s in standings]
+        for reader in readers:
+            reader.start()
+        small = self.tunnel()
+        for _ in range(20):
+            small.echo()
+        for thread in (*senders, *readers):
+            thread.join(PATIENCE_S)
+        self.assertEqual([results[s] for s in standings], [(10 * MIB, s.digest.hexdigest()) for s in senders])
 
     def test_one_address_cannot_take_all_threads_and_kernel_pipes(self):
-        with mock.patch.object(self.loop, "_threads", Share(3)), mock.patch.object(splice, "PIPES", Share(3)):
-            for _ in range(2):
-                self.busy(self.tunnel(owner="192.0.2.1"))
-            third = self.tunnel(owner="192.0.2.1")
-            send_hashed(third.remote, 10 * MIB)
-            read_exactly(third.client, 5 * MIB)
-            self.assertFalse(third.tunnel.lent)
-            newcomer, _thread = self.busy(self.tunnel(owner="192.0.2.2"))
-            self.assertTrue(newcomer.tunnel.down.kernel)
-            read_exactly(third.client, 5 * MIB)
+        self.loop._threads = Share(3)
+        for _ in range(2):
+            self.busy(self.tunnel(owner="192.0.2.1"))
+        third = self.tunnel(owner="192.0.2.1")
+        send_hashed(third.remote, 10 * MIB)
+        read_exactly(third.client, 5 * MIB)
+        self.assertFalse(third.tunnel.lent)
+        newcomer, _thread = self.busy(self.tunnel(owner="192.0.2.2"))
+        self.assertTrue(newcomer.tunnel.down.kernel)
+        read_exactly(third.client, 5 * MIB)
 
     def test_no_thread_to_lend_it_to(self):
         standing = self.tunnel()

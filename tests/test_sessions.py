@@ -229,7 +229,8 @@ class Eviction(Case):
         for session in live:
             self.assertEqual([live.remove(session), live.remove(session)], [True, False])
         table = live._counts._table
-        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving, live._weights.live()),
+        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving,
+                          live._weights.live()),
                          (0, 0, 0, 0, 0))
         for waiting in (live._silent, live._greeted):
             self.assertEqual((waiting._of, waiting._by_number, waiting._most), ({}, {}, 0))
