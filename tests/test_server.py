@@ -279,6 +279,14 @@ class RunningOut(unittest.TestCase):
             self.assertEqual(asked(Cmd.UDP_ASSOCIATE, "127.0.0.2"), Rep.SUCCEEDED)
             self.assertEqual(asked(Cmd.CONNECT, "127.0.0.3", *stack.enter_context(target())), Rep.SUCCEEDED)
 
+    def test_max_sessions_0_is_what_the_descriptor_limit_carries(self):
+        with mock.patch("socks5.net.listeners.session_limit", return_value=1), running(max_sessions=0) as server, \
+                target() as destination, support.logging_of(self, "WARNING") as logs:
+            with connect_through(server.server_address, *destination), dial(server.server_address) as second:
+                second.sendall(ANYBODY)
+                self.assertTrue(closed_unserved(second))
+        self.assertIn("max-sessions 1 reached", logs.output[0])
+
     def test_threads(self):
         """While no thread can be started, a client who needs one is closed, and nobody else."""
         with contextlib.ExitStack() as stack:

@@ -35,6 +35,24 @@ def gone(clients):
     return len(poll.poll(0))
 
 
+class State(unittest.TestCase):
+    def test_each(self):
+        def tunnel(up=False, down=False, ended=False, aborted=""):
+            return mock.Mock(up=mock.Mock(done=up), down=mock.Mock(done=down), ended=ended, aborted=aborted)
+
+        for expected, facts in (
+                ("negotiating", {}), ("connecting", {"cmd": "CONNECT"}), ("connecting", {"cmd": "BIND"}),
+                ("waiting", {"cmd": "BIND", "rep": "SUCCEEDED"}), ("relaying", {"tunnel": tunnel()}),
+                ("relaying", {"association": mock.Mock()}), ("half-closed", {"tunnel": tunnel(up=True)}),
+                ("half-closed", {"tunnel": tunnel(down=True)}), ("closing", {"tunnel": tunnel(ended=True)}),
+                ("closing", {"tunnel": tunnel(aborted="server stopped")}), ("closing", {"ended_by": "evicted"})):
+            with self.subTest(expected, facts=facts):
+                session = Session(Endpoint(ip_address("192.0.2.1"), 1), "192.0.2.1", None)
+                for name, value in facts.items():
+                    setattr(session, name, value)
+                self.assertEqual(session.state(), expected)
+
+
 class Case(unittest.TestCase):
     """Sessions over socket pairs, by a clock of our own."""
 
@@ -230,8 +248,7 @@ class Eviction(Case):
             self.assertEqual([live.remove(session), live.remove(session)], [True, False])
         table = live._counts._table
         self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving,
-                          live._weights.live()),
-                         (0, 0, 0, 0, 0))
+                          live._weights.live()), (0, 0, 0, 0, 0))
         for waiting in (live._silent, live._greeted):
             self.assertEqual((waiting._of, waiting._by_number, waiting._most), ({}, {}, 0))
 

@@ -327,17 +327,17 @@ class Server(ThreadingTCPServer, Service):
             return self._loop
 
     def relay(self, tunnel: Tunnel) -> None:
-        """Hand a tunnel over. Raises OSError, and has not, when the loop cannot take it."""
+        """Relay a tunnel, the first moments in this thread. Raises OSError when the loop cannot take it."""
         session: Session = tunnel.session
         session.tunnel = tunnel
         try:
-            self.relay_loop().adopt(tunnel)
+            self.relay_loop().relay(tunnel)
         except BaseException:
             session.tunnel = None
             raise
 
     def _tunnel_ended(self, tunnel: Tunnel) -> None:
-        """In the relay loop's thread."""
+        """In the relay loop's thread, or in its handler's."""
         session: Session = tunnel.session
         session.up, session.down = tunnel.up.total, tunnel.down.total
         session.ended_by, session.why = tunnel.ended_by, tunnel.why

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 GRACE_S = 1.0           # a newcomer is not evicted before
 NO_LIMIT = float("inf")
 MAX_LEAVING = 32        # evicted sessions that still hold a descriptor, one of the spare ones
-HEAVIEST = 3            # the weight of a UDP association: its connection, up to three UDP sockets, a wakeup
+HEAVIEST = 3            # the weight of a UDP association: the connection, up to three sockets, one or two to wake it
 
 
 class Session:
@@ -108,9 +108,8 @@ class Session:
 
     def step(self, word: str, **facts: object) -> None:
         """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
-        if log.isEnabledFor(logging.DEBUG):
-            said = Facts(client=self.client, **facts)
-            log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
+        said = Facts(client=self.client, **facts)
+        log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
 
 
 class Full(Exception):
