@@ -12,7 +12,7 @@ from typing import Any, Dict, NoReturn, Optional, Sequence
 from . import __version__, log as logs, selftest
 from .access.check import report, warnings
 from .access.users import line_for
-from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+from .config import GROUPS, Config, ConfigError, from_environment, long_flag, open_file, options, parse
 from .net import listeners as listening
 from .net.addresses import endpoint_of
 from .process import files, signals, supervisor as workers
@@ -91,7 +91,7 @@ def read_file(path: str) -> Dict[str, Any]:
     """The options of an INI file. Raises ConfigError with the file, and the line where the parser knows it."""
     ini = configparser.ConfigParser(interpolation=None, default_section="")     # else [DEFAULT] would count for nothing
     try:
-        with open(path, encoding="utf-8-sig") as file:      # Windows editors put a BOM in front
+        with open_file("--config", path, "utf-8-sig", "strict") as file:    # Windows editors put a BOM in front
             ini.read_file(file)
     except OSError as exc:
         raise ConfigError("--config %s: %s" % (path, exc.strerror)) from None

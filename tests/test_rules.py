@@ -143,6 +143,16 @@ class Reading(Case):
         with self.assertRaisesRegex(ConfigError, r"^--rules /nowhere/at/all: No such file or directory$"):
             Rules(Config(rules="/nowhere/at/all"))
 
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
+    def test_what_is_not_a_regular_file_is_refused_at_once(self):
+        fifo = self.path.with_name("fifo")
+        os.mkfifo(str(fifo), 0o600)
+        for path in (str(fifo), os.devnull):
+            with self.assertRaisesRegex(ConfigError, "^--rules %s: not a regular file$" % path):
+                Rules(Config(rules=path))
+        with self.assertRaisesRegex(ConfigError, "^--rules .*: Is a directory$"):
+            Rules(Config(rules=str(self.path.parent)))
+
     @unittest.skipUnless(os.name == "posix", "elsewhere files have no such mode")
     def test_who_can_write_it_makes_our_rules(self):
         self.write("allow")

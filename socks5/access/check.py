@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import List
+from typing import List, Tuple
 
 from .users import Users
 from ..config import Config
@@ -22,6 +22,10 @@ def report(config: Config) -> List[str]:
     lines.append("rules: %s, the first that matches decides" % (config.rules or "the default ones"))
     lines += ["  %s" % ascii(rule.line)[1:-1] for rule in rules.rules]
     lines.append("  and what none of them matches is denied")
+    if config.bind_ports:
+        lines.append("BIND: %d clients at a time by --bind-ports" % number_of(config.bind_ports))
+    if config.udp_ports:
+        lines.append("UDP ASSOCIATE: %d clients at a time by --udp-ports" % (number_of(config.udp_ports) // 2))
     for rule in rules.rules:
         if rule.user is not None and rule.user not in users.names:
             lines.append("warning: %s: there is no user %s" % (rule.where, text(rule.user)))
@@ -36,6 +40,10 @@ def warnings(config: Config, rules: Rules) -> List[str]:
     reached = ", ".join(listener(where, config.port) for where in config.beyond())
     which = " (%s: %s)" % (opener.where, ascii(opener.line)[1:-1]) if config.rules else ""
     return ["open proxy: everybody who reaches %s is let in without a password%s" % (reached, which)]
+
+
+def number_of(ports: Tuple[int, ...]) -> int:
+    return ports[1] - ports[0] + 1
 
 
 def listener(where: str, port: int) -> str:

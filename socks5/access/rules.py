@@ -7,16 +7,14 @@ not allowed by ruleset).
 """
 from __future__ import annotations
 
-import os
 import re
-import stat
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from ..protocol.codes import Cmd
-from ..config import Config, ConfigError, Network, network
+from ..config import Config, ConfigError, Network, network, read_lines
 
 IP = Union[IPv4Address, IPv6Address]
 
@@ -151,7 +149,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         path = self.config.rules
-        lines = read_lines(path) if path else DEFAULT.strip().split("\n")
+        lines = read_lines("--rules", path) if path else DEFAULT.strip().split("\n")
         object.__setattr__(self, "path", path or "default rules")
         object.__setattr__(self, "rules", tuple(parse_lines(lines, self.path)))
         object.__setattr__(self, "judge", lru_cache(VERDICTS)(self.judge))
@@ -232,17 +230,6 @@ def is_name(pattern: bytes, name: bytes) -> bool:
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
-
-def read_lines(path: str) -> List[str]:
-    """The lines of the file. Raises ConfigError, also when all users of this machine may write it."""
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
-                raise ConfigError("--rules %s: others can write this file (chmod o-w)" % path)
-            return file.read().split("\n")
-    except OSError as exc:
-        raise ConfigError("--rules %s: %s" % (path, exc.strerror)) from None
-
 
 def parse_lines(lines: Iterable[str], path: str) -> Iterator[Rule]:
     for number, line in enumerate(lines, 1):

@@ -61,6 +61,7 @@ def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = (
     """A non-blocking UDP socket at `host` ("": any) and the first of `ports` that is free; of an IPv6 `host`, `scope`
     is the rest of its sockaddr. Raises OSError, EADDRINUSE when no port is free."""
     sock = socket.socket(family, socket.SOCK_DGRAM | NONBLOCK)
+    taken: Optional[OSError] = None
     try:
         if not NONBLOCK:
             sock.setblocking(False)
@@ -71,7 +72,6 @@ def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = (
                 pass
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        taken: Optional[OSError] = None
         for port in ports:
             try:
                 sock.bind((host, port, *scope))
@@ -84,6 +84,8 @@ def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = (
     except OSError:
         sock.close()
         raise
+    finally:
+        taken = None                                    # or it and this frame would be a cycle
 
 
 def segments(sock: socket.socket) -> bool:

@@ -42,7 +42,6 @@ from .inbox import Inbox, Outbox, linger
 from .sessions import HEAVIEST, Full, Session, Sessions
 
 log = logging.getLogger(__name__)
-
 LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever
 ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
 NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
@@ -265,7 +264,7 @@ class Handler(StreamRequestHandler):
         if self.timeout is not None:
             self.connection.settimeout(None)
         self.server.relay(Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout,
-                                 config.half_closed_timeout, self.session))
+                                 config.half_closed_timeout, self.session, self.session.origin))
 
     def deadline(self) -> float:
         """When --connect-timeout is over, which begins now: with the lookup."""
