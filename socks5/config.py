@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 N = TypeVar("N", int, float)
 Network = Union[IPv4Network, IPv6Network]
 MAX_S = 2000000             # 23 days: poll() counts milliseconds in 31 bits
+SAME = "same"               # of --out
 GROUPS = ("listening", "access", "outgoing", "limits", "running", "watching")
 
 
@@ -97,6 +98,21 @@ def own_address(text: str) -> str:
     return text
 
 
+def out_address(text: str) -> str:
+    """Parse an IP address of ours to connect from, or "same"."""
+    if text == SAME:
+        return text
+    try:
+        here = ip_address(text)
+        usable = "%" not in text and not (here.is_unspecified or here.is_loopback or here.is_link_local
+                                          or here.is_multicast)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("%r is neither 'same' nor an IP address from which other hosts can be reached" % text)
+    return str(getattr(here, "ipv4_mapped", None) or here)
+
+
 def network(text: str) -> Network:
     """Parse an IP address or a CIDR network. A network of IPv4-mapped addresses becomes the IPv4 network."""
     try:
@@ -160,6 +176,10 @@ class Config:
         "", "--rules", path, "access", metavar="FILE", help="authorize by the rules in FILE; SIGHUP reads it again")
     open: bool = option(
         False, "--open", bool, "access", help="permit an open proxy: any client, without a password")
+    out: Tuple[str, ...] = option(
+        (), "--out", out_address, "outgoing", metavar="ADDRESS|same", many=True,
+        help="address of this machine to connect from, one each for IPv4 and IPv6; same: the one that the client "
+             "connected to")
     advertise: Tuple[str, ...] = option(
         (), "--advertise", own_address, "outgoing", metavar="ADDRESS", many=True,
         help="address in replies to BIND and UDP ASSOCIATE, for a server behind NAT; one each for IPv4 and IPv6")
@@ -223,6 +243,9 @@ class Config:
         names = [name for name, _ in self.user]
         if len(set(names)) < len(names):
             raise ConfigError("--user: a name is given twice")
+        for kind in (4, 6):
+            if sum(text != SAME and ip_address(text).version == kind for text in self.out) > 1:
+                raise ConfigError("--out: more than one IPv%d address" % kind)
         beyond = self.beyond()
         if beyond and not (self.needs_password() or self.clients_limited() or self.rules or self.open):
             raise ConfigError(

@@ -17,6 +17,7 @@ SAMPLES = {
     config.port_range: ("7000-7009", (7000, 7009)),
     config.address: ("::1", "::1"),
     config.own_address: ("192.0.2.7", "192.0.2.7"),
+    config.out_address: ("same", "same"),
     config.network: ("192.0.2.0/24", ip_network("192.0.2.0/24")),
     config.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
     config.path: ("/no/such/file", "/no/such/file"),
@@ -32,6 +33,8 @@ WRONG = {
     config.address: ("", "x", "256.0.0.1", "127.0.0.1:80", "[::1]", "::1/64", "127.1", "127.0.0.1%lo", "%lo",
                      "example.com"),
     config.own_address: ("", "x", "0.0.0.0", "::", "fe80::1%lo", "192.0.2.0/24", "example.com"),
+    config.out_address: ("", "x", "Same", "0.0.0.0", "::", "127.0.0.1", "::1", "fe80::1", "fe80::1%lo", "169.254.1.1",
+                         "224.0.0.1", "192.0.2.0/24", "192.0.2.1,192.0.2.2", "example.com"),
     config.network: ("", "x", "192.0.2.1/24", "192.0.2.0/33", "::/129", "example.com", "192.0.2.0-192.0.2.9"),
     config.credentials: ("", ":", "alice", "alice:", ":secret", "a" * 256 + ":x", "x:" + "a" * 256,
                          "\u20ac" * 86 + ":x"),
@@ -235,6 +238,15 @@ class WholeConfig(unittest.TestCase):
         for listen in ("127.0.0.1", "127.8.9.10", "::1", "::1%lo"):
             with self.subTest(listen):
                 self.assertEqual(Config(listen=(listen,)).listen, (listen,))
+
+    def test_one_out_address_for_each_ip_version(self):
+        for out in (("same",), ("192.0.2.1", "2001:db8::1"), ("same", "192.0.2.1", "2001:db8::1")):
+            with self.subTest(out):
+                self.assertEqual(Config(out=out).out, out)
+        for out, version in ((("192.0.2.1", "192.0.2.2"), 4), (("2001:db8::1", "same", "2001:db8::2"), 6)):
+            with self.subTest(out), self.assertRaisesRegex(ConfigError, "^--out: more than one IPv%d add" % version):
+                Config(out=out)
+        self.assertEqual(config.out_address("::ffff:192.0.2.1"), "192.0.2.1")
 
     def test_no_address(self):
         with self.assertRaises(ConfigError) as caught:

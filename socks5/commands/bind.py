@@ -16,7 +16,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
-from ..net.addresses import advertised, endpoint_of, family_of, IP, ip_of, Sockaddr, Endpoint
+from ..net.addresses import advertised, endpoint_of, family_of, IP, ip_of, leaving, Sockaddr, Endpoint
 from ..net.listeners import tune
 from ..net.poller import READ, new_poll
 from ..net.shares import ANY_PORT, Ports
@@ -58,6 +58,7 @@ class Rendezvous:
     ports       to listen on; `owner`, an addresses.subscriber, has a share of them
     bnd         where the peer has to connect; never 0.0.0.0
     early       the bytes that the client sent meanwhile, for the peer
+    out         our addresses, by --out
     permit      if any peer is expected: decides whether an address is allowed
     unexpected  the number of unexpected peers
 
@@ -66,14 +67,14 @@ class Rendezvous:
 
     def __init__(self, client: socket.socket, peers: Sequence[IP], ports: Ports = ANY_PORT,
                  advertise: Sequence[str] = (), permit: Callable[[IP], bool] = lambda peer: True,
-                 owner: str = "") -> None:
+                 owner: str = "", out: Sequence[str] = ()) -> None:
         self.client = client
         self.permit = permit
         self.peers = frozenset(peers)
         self.any_peer = all(peer.is_unspecified for peer in peers)
         self.early = b""
         self.unexpected = 0
-        here, scope = our_end(client if self.any_peer else None, peers)
+        here, scope = our_end(client, peers, out)
         told = advertised(advertise, here)
         anywhere: IP = IPv4Address(0) if here.version == 4 else IPv6Address(0)
         self.version = here.version
@@ -155,17 +156,23 @@ class Rendezvous:
         return "%s; %s" % (why, note) if why else note
 
 
-def our_end(client: Optional[socket.socket], peers: Sequence[IP]) -> Tuple[IP, int]:
-    """Our address to which `client` connected, or else on the route to the first reachable peer; and its IPv6 scope.
+def our_end(client: socket.socket, peers: Sequence[IP], out: Sequence[str]) -> Tuple[IP, int]:
+    """Our address for the peer to connect to, and its IPv6 scope: by --out; else on the route to the first reachable
+    peer, or for any peer the one to which `client` connected.
 
     Raises RequestRefused X'03' or similar if there is no route to any of `peers`.
     """
-    if client:
-        return split(client.getsockname())
+    here, scope = split(client.getsockname())
+    if all(peer.is_unspecified for peer in peers):
+        chosen = leaving(out, here, here.version)
+        return (chosen, 0) if chosen else (here, scope)
     failures: List[OSError] = []
     for peer in peers:
         try:
             with socket.socket(family_of(peer), socket.SOCK_DGRAM) as probe:
+                source = leaving(out, here, peer)
+                if source:
+                    probe.bind((str(source), 0))
                 probe.connect((str(peer), DISCARD))         # sends nothing; the kernel chooses our address
                 return split(probe.getsockname())
         except OSError as exc:

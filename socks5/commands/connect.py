@@ -9,28 +9,39 @@ import errno
 import os
 import select
 import socket
+import sys
 from collections import deque
 from time import monotonic
-from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.poller import WRITE, SelectPoll, new_poll
 from ..net.addresses import family_of, IP, text_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
+# Linux: bind() takes an address only, and connect() the port, which then need not be free for all destinations. ip(7)
+LATE_PORT = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24 if sys.platform.startswith("linux") else 0)
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: saves a system call
 IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}        # the last one on Windows
 Connected = Tuple[socket.socket, IP]
+Source = Callable[[IP], Optional[IP]]
+
+
+def any_address(remote: IP) -> Optional[IP]:
+    """The Source that leaves the choice to the system."""
+    return None
 
 
 def connect(addresses: Sequence[IP], port: int, timeout_s: float,
-            client: Optional[socket.socket] = None) -> Connected:
+            client: Optional[socket.socket] = None, source: Source = any_address) -> Connected:
     """Connect to the first of `addresses` that answers. Returns a non-blocking socket and the address.
+
+    source(address) is our own address for the connection to `address`; None: the system chooses.
 
     The time limit for all addresses together is timeout_s (0: none). Raises RequestRefused with the REP of the most
     specific failure, or ConnectionResetError if `client` resets its connection.
     """
-    with _Race(port, timeout_s, client) as race:
+    with _Race(port, timeout_s, client, source) as race:
         return race.run(interleave(addresses))
 
 
@@ -44,12 +55,23 @@ def interleave(addresses: Sequence[IP]) -> List[IP]:
     return mixed + first[len(other):] + other[len(first):]
 
 
+def bind(sock: socket.socket, source: IP) -> None:
+    """Have `sock` connect from this address of ours. Raises OSError."""
+    if LATE_PORT:
+        try:
+            sock.setsockopt(socket.IPPROTO_IP, LATE_PORT, 1)
+        except OSError:                                 # before Linux 4.2
+            pass
+    sock.bind((text_of(source), 0))
+
+
 class _Race:
     """The pending attempts to connect, and the failures of the others."""
 
-    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket]) -> None:
+    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket], source: Source) -> None:
         self.port = port
         self.client = client
+        self.source = source
         self.began = monotonic()
         self.deadline = self.began + timeout_s if timeout_s else float("inf")
         self.pending: Dict[int, Tuple[socket.socket, IP]] = {}
@@ -93,6 +115,14 @@ class _Race:
             return None
         if not NONBLOCK:
             sock.setblocking(False)
+        source = self.source(address)
+        if source:
+            try:
+                bind(sock, source)
+            except OSError as exc:                      # the address is not ours any more
+                sock.close()
+                self.failed(address, exc, source)
+                return None
         target = text_of(address), self.port
         error = sock.connect_ex(target)
         if error == errno.EINPROGRESS and NONBLOCK:     # loopback has answered by now: a second call on Linux tells,
@@ -129,8 +159,9 @@ class _Race:
             failed = True
         return None, failed
 
-    def failed(self, address: IP, error: OSError) -> None:
-        self.failures.append((error, "%s %s after %.3f s" % (address, name_of(error), monotonic() - self.began)))
+    def failed(self, address: IP, error: OSError, source: Optional[IP] = None) -> None:
+        words = "%s from %s" % (address, source) if source else str(address)
+        self.failures.append((error, "%s %s after %.3f s" % (words, name_of(error), monotonic() - self.began)))
 
     def tried(self) -> str:
         silent = ["%s silent for %.3f s" % (address, monotonic() - self.began) for _, address in self.pending.values()]

@@ -17,7 +17,8 @@ from collections import Counter
 from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple, TypeVar
 
-from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, subscriber, text_of
+from ..net.addresses import (
+    Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, leaving, subscriber, text_of)
 from ..net.lookups import Busy, Names, Waiting
 from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
@@ -53,6 +54,7 @@ class Association:
     rules        what `permit` judges by: when that is another object than before, everything is judged again
     on_datagram  called with trace.UP or trace.DOWN, each datagram between client and association, and the client's
                  socket address
+    out          our addresses towards the remotes, by --out
     bnd          where the client is to send its datagrams
     up, down     payload bytes relayed
     dropped      datagrams that were not, by reason
@@ -63,7 +65,8 @@ class Association:
 
     def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
-                 rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None) -> None:
+                 rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None,
+                 out: Sequence[str] = ()) -> None:
         self.control = control
         self.client = text_of(client)
         self.owner = subscriber(client)
@@ -72,6 +75,7 @@ class Association:
         self.permit = permit
         self.rules = rules
         self.on_datagram = on_datagram
+        self.out = out
         self._judged_by = rules()
         self.up = self.down = 0
         self.dropped: Counts[str] = Counter()
@@ -118,7 +122,8 @@ class Association:
         self._taken += [version] * number
 
     def _open_toward(self, family: int) -> socket.socket:
-        sock = self._toward[family] = bound(family, "", self.ports)
+        source = leaving(self.out, ip_of(self.control.getsockname()), 4 if family == socket.AF_INET else 6)
+        sock = self._toward[family] = bound(family, text_of(source) if source else "", self.ports)
         self._outside[sock.fileno()] = sock
         self._watch(sock)
         return sock

@@ -20,10 +20,10 @@ from ..access.passwords import Wait
 from ..access.rules import Asker, Rules
 from ..access.users import Users
 from ..commands.bind import Rendezvous, any_peer, expected
-from ..commands.connect import connect
+from ..commands.connect import Source, any_address, connect
 from ..commands.udp import Association
 from ..config import Config
-from ..net.addresses import IP, Endpoint, endpoint_of, is_here
+from ..net.addresses import IP, Endpoint, endpoint_of, ip_of, is_here, leaving
 from ..net.listeners import tune
 from ..net.poller import new_poll
 from ..net.lookups import Names
@@ -200,7 +200,7 @@ class Handler(StreamRequestHandler):
         deadline = self.deadline()
         found = self.lookup(deadline, host)
         addresses = self.not_ourselves(dst.port, self.permitted(Cmd.CONNECT, host, dst.port, found))
-        remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection)
+        remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection, self.source())
         with ClosedOnError(remote):
             session.reached = Endpoint(ip, dst.port)
             try:
@@ -217,7 +217,7 @@ class Handler(StreamRequestHandler):
         peers = self.permitted(Cmd.BIND, host, dst.port, expected(host, partial(self.lookup, self.deadline())))
         permit = partial(self.permits_caller, dst.port)
         with Rendezvous(self.connection, peers, self.server.bind_ports, config.advertise, permit,
-                        session.origin) as rendezvous:
+                        session.origin, config.out) as rendezvous:
             self.reply(Rep.SUCCEEDED, rendezvous.bnd)           # the first: where we listen
             remote, peer = rendezvous.wait(config.bind_timeout)
         with ClosedOnError(remote):                             # the listener is closed: one peer only
@@ -235,7 +235,7 @@ class Handler(StreamRequestHandler):
         self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
-                         self.story.datagram if self.story else None) as association:
+                         self.story.datagram if self.story else None, config.out) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
             try:
@@ -258,6 +258,11 @@ class Handler(StreamRequestHandler):
     def deadline(self) -> float:
         """When --connect-timeout is over, which begins now: with the lookup."""
         return monotonic() + (self.server.config.connect_timeout or float("inf"))
+
+    def source(self) -> Source:
+        """By --out, the address from which we connect to a given one."""
+        out = self.server.config.out
+        return partial(leaving, out, ip_of(self.connection.getsockname())) if out else any_address
 
     def lookup(self, deadline: float, host: Host) -> Sequence[IP]:
         """The addresses of a normalised host. Raises RequestRefused; ConnectionResetError when the client has left."""
