@@ -116,8 +116,8 @@ def serving(config: Config, name: str, port: int) -> Iterator[HostPort]:
     """Run a server in a thread. Its first rules permit this user to reach loopback, except 127.0.0.3 at `port`."""
     who = "user %s " % name if config.needs_password() else ""
     with Server(config) as server:
-        first = parse_lines(["deny %sto 127.0.0.3 port %d" % (who, port), "allow %sto 127.0.0.0/8" % who,
-                            "allow %sto ::1" % who], "self-test")
+        first = parse_lines(["deny %sto 127.0.0.3 port %d" % (who, port), "allow %sto 127.0.0.0/8 via direct" % who,
+                            "allow %sto ::1 via direct" % who], "self-test")
         object.__setattr__(server.rules, "rules", (*first, *server.rules.rules))     # although Rules is frozen
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

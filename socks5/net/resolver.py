@@ -12,7 +12,7 @@ import re
 import socket
 from functools import lru_cache
 from ipaddress import ip_address
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused
@@ -55,6 +55,11 @@ def normalise(host: Host) -> Host:
     if letters > 253 or not ASCII_NAME.fullmatch(ascii_name):
         raise RequestRefused(Rep.HOST_UNREACHABLE, "not a name to look up: %s" % text(name))
     return ascii_name
+
+
+def name_in(host: Host) -> Optional[bytes]:
+    """The name in a normalised host; None for an address."""
+    return host if isinstance(host, bytes) else None
 
 
 class Answer(NamedTuple):
