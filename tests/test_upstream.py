@@ -144,7 +144,7 @@ class OurOwn(Case):
                 self.assertEqual(udp.recvfrom(), (b"IN THREE PIECES", there))
                 session, = server.sessions
                 total = 2 * 61001 + 2 * 1000 + 500 + 15
-                self.assertEqual(session.moved(), (total, total))
+                wait_until(lambda: session.moved() == (total, total), "all is counted")
             wait_until(lambda: not len(other.sessions))
 
     def test_udp_idle_time(self):
