@@ -61,7 +61,7 @@ class Choice(unittest.TestCase):
         with self.assertRaises(RequestRefused) as caught:
             connect([ip_address("127.0.0.1")], 9, 1, None, lambda remote: ip_address("192.0.2.1"))
         self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
-        self.assertRegex(caught.exception.why, r"^127\.0\.0\.1 from 192\.0\.2\.1 EADDRNOTAVAIL after")
+        self.assertRegex(caught.exception.why, r"^127\.0\.0\.1 EADDRNOTAVAIL after")
 
     def test_the_port_is_not_taken_before_the_destination_is_known(self):
         need(self, sys.platform.startswith("linux"), "Linux")

@@ -17,6 +17,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optiona
 
 from ..protocol.codes import Cmd
 from ..config import DIRECT, Config, ConfigError, Network, Upstream, network
+from ..protocol.fields import Host
 
 IP = Union[IPv4Address, IPv6Address]
 
@@ -135,6 +136,16 @@ class Rule:
         return self == Rule(False, self.where, self.line, anywhere=self.anywhere)
 
 
+class Known(Dict[object, List[IP]]):
+    """What these rules have allowed, by client, user and destination: any key will do. Bounded: a full one begins anew,
+    so that putting takes the same time whatever is asked for."""
+
+    def put(self, key: object, addresses: List[IP]) -> None:
+        if len(self) >= VERDICTS:
+            self.clear()
+        self[key] = addresses
+
+
 @dataclass(frozen=True)
 class Rules:
     """The rules in force. Never changes: a reload makes new Rules. Raises ConfigError with file:line."""
@@ -142,6 +153,7 @@ class Rules:
     config: Config
     path: str = field(init=False)
     rules: Tuple[Rule, ...] = field(init=False)
+    known: Known = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         path = self.config.rules
@@ -149,6 +161,7 @@ class Rules:
         object.__setattr__(self, "path", path or "default rules")
         object.__setattr__(self, "rules", tuple(parse_lines(lines, self.path)))
         object.__setattr__(self, "judge", lru_cache(VERDICTS)(self.judge))
+        object.__setattr__(self, "known", Known())
         for rule in self.rules:
             if rule.via not in (None, DIRECT, *(upstream.name for upstream in self.config.upstream)):
                 raise ConfigError("%s: no --upstream is called %s" % (rule.where, ascii(rule.via)))
@@ -159,10 +172,10 @@ class Rules:
 
     def __getstate__(self) -> Dict[str, object]:
         """For another process: without what is remembered."""
-        return {name: value for name, value in vars(self).items() if name != "judge"}
+        return {name: value for name, value in vars(self).items() if name not in ("judge", "known")}
 
     def __setstate__(self, state: Dict[str, object]) -> None:
-        vars(self).update(state, judge=lru_cache(VERDICTS)(self.judge))
+        vars(self).update(state, judge=lru_cache(VERDICTS)(self.judge), known=Known())
 
     def __len__(self) -> int:
         return len(self.rules)
@@ -220,6 +233,12 @@ class Rules:
             return None, list(addresses)
         ways = [self.judge(asker, address, port, name).upstream for address in addresses]
         return ways[0], [address for address, way in zip(addresses, ways) if way == ways[0]]
+
+    def way_of(self, asker: Asker, address: Optional[IP], port: int, host: Host) -> Optional[Upstream]:
+        """Through which upstream something allowed goes. Without an address: is the name `host` left to an upstream?"""
+        name = host if isinstance(host, bytes) else None
+        verdict = self.judge(asker, address, port, name) if address else self.judge_name(asker, port, name or b"")
+        return verdict.upstream if verdict else None
 
     def upstreams(self, asker: Asker) -> List[Optional[Upstream]]:
         """Where the rules may lead this asker, each once; None stands for connections of our own."""

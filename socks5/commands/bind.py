@@ -183,13 +183,13 @@ class Rendezvous(PeerWait):
         return None
 
 
-def our_end(client: socket.socket, peers: Sequence[IP], out: Sequence[str]) -> Tuple[IP, int]:
+def our_end(client: Optional[socket.socket], peers: Sequence[IP], out: Sequence[str] = ()) -> Tuple[IP, int]:
     """Our address for the peer to connect to, and its IPv6 scope: by --out; else on the route to the first reachable
-    peer, or for any peer the one to which `client` connected.
+    peer, or for any peer the one to which `client` connected (None: no peer is "any", and `out` is empty).
 
     Raises RequestRefused X'03' or similar if there is no route to any of `peers`.
     """
-    here, scope = split(client.getsockname())
+    here, scope = split(client.getsockname()) if client else (peers[0], 0)
     if all(peer.is_unspecified for peer in peers):
         chosen = leaving(out, here, here.version)
         return (chosen, 0) if chosen else (here, scope)

@@ -16,7 +16,7 @@ from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.poller import WRITE, SelectPoll, new_poll
-from ..net.addresses import family_of, IP, text_of
+from ..net.addresses import IP, family_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
 # Linux: bind() takes an address only, and connect() the port, which then need not be free for all destinations. ip(7)
@@ -27,13 +27,8 @@ Connected = Tuple[socket.socket, IP]
 Source = Callable[[IP], Optional[IP]]
 
 
-def any_address(remote: IP) -> Optional[IP]:
-    """The Source that leaves the choice to the system."""
-    return None
-
-
 def connect(addresses: Sequence[IP], port: int, timeout_s: float,
-            client: Optional[socket.socket] = None, source: Source = any_address) -> Connected:
+            client: Optional[socket.socket] = None, source: Optional[Source] = None) -> Connected:
     """Connect to the first of `addresses` that answers. Returns a non-blocking socket and the address.
 
     source(address) is our own address for the connection to `address`; None: the system chooses.
@@ -41,8 +36,49 @@ def connect(addresses: Sequence[IP], port: int, timeout_s: float,
     The time limit for all addresses together is timeout_s (0: none). Raises RequestRefused with the REP of the most
     specific failure, or ConnectionResetError if `client` resets its connection.
     """
-    with _Race(port, timeout_s, client, source) as race:
-        return race.run(interleave(addresses))
+    began, first, *others = monotonic(), *interleave(addresses)
+    sock, error = dial(first, port, source)
+    if sock and not error:                              # nearly always, where it is near
+        return sock, first
+    with _Race(port, timeout_s, client, began, source) as race:
+        race.note(first, sock, error)
+        return race.run(others)
+
+
+def dial(address: IP, port: int, source: Optional[Source] = None) -> Tuple[Optional[socket.socket], int]:
+    """Start to connect. Returns a non-blocking socket, and the errno: 0 if it is connected at once, as on loopback, one
+    of IN_PROGRESS if it may be soon; without a socket, why it failed."""
+    try:
+        sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
+    except OSError as exc:                              # out of descriptors, or unknown address family
+        return None, exc.errno or errno.EIO
+    if not NONBLOCK:
+        sock.setblocking(False)
+    ours = source(address) if source else None
+    if ours:
+        try:
+            bind(sock, ours)
+        except OSError as exc:                          # the address is not ours any more
+            sock.close()
+            return None, exc.errno or errno.EIO
+    target = str(address), port
+    error = sock.connect_ex(target)
+    if error == errno.EINPROGRESS and NONBLOCK:         # loopback has answered by now: a second call on Linux tells,
+        error = sock.connect_ex(target)                 # and costs less than poll()
+    if not error or error in IN_PROGRESS:
+        return sock, error
+    sock.close()
+    return None, error
+
+
+def bind(sock: socket.socket, source: IP) -> None:
+    """Have `sock` connect from this address of ours. Raises OSError."""
+    if LATE_PORT:
+        try:
+            sock.setsockopt(socket.IPPROTO_IP, LATE_PORT, 1)
+        except OSError:                                 # before Linux 4.2
+            pass
+    sock.bind((str(source), 0))
 
 
 def interleave(addresses: Sequence[IP]) -> List[IP]:
@@ -55,25 +91,17 @@ def interleave(addresses: Sequence[IP]) -> List[IP]:
     return mixed + first[len(other):] + other[len(first):]
 
 
-def bind(sock: socket.socket, source: IP) -> None:
-    """Have `sock` connect from this address of ours. Raises OSError."""
-    if LATE_PORT:
-        try:
-            sock.setsockopt(socket.IPPROTO_IP, LATE_PORT, 1)
-        except OSError:                                 # before Linux 4.2
-            pass
-    sock.bind((text_of(source), 0))
-
-
 class _Race:
     """The pending attempts to connect, and the failures of the others."""
 
-    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket], source: Source) -> None:
+    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket], began: float,
+                 source: Optional[Source]) -> None:
         self.port = port
         self.client = client
+        self.began = began
         self.source = source
-        self.began = monotonic()
-        self.deadline = self.began + timeout_s if timeout_s else float("inf")
+        self.next_start = began                         # of an attempt
+        self.deadline = began + timeout_s if timeout_s else float("inf")
         self.pending: Dict[int, Tuple[socket.socket, IP]] = {}
         self.failures: List[Tuple[OSError, str]] = []
         self.poll: Union[select.poll, SelectPoll, None] = None      # made for the first pending attempt
@@ -86,15 +114,10 @@ class _Race:
             sock.close()
 
     def run(self, addresses: Sequence[IP]) -> Connected:
+        """Wait for the attempts that are noted, and start others."""
         waiting: Deque[IP] = deque(addresses)
         while waiting or self.pending:
-            known = len(self.failures)
-            if waiting:
-                winner = self.start(waiting.popleft())
-                if winner:
-                    return winner
-            delay_s = ATTEMPT_DELAY_S if len(self.failures) == known else 0.0       # it failed immediately
-            next_start = monotonic() + delay_s if waiting else float("inf")
+            next_start = self.next_start if waiting else float("inf")
             while self.pending:
                 winner, failed = self.wait(min(next_start, self.deadline))
                 if winner:
@@ -104,42 +127,27 @@ class _Race:
                     raise self.refusal(OSError(errno.ETIMEDOUT, ""))
                 if waiting and (failed or now >= next_start):
                     break
+            if waiting:
+                address = waiting.popleft()
+                sock, error = dial(address, self.port, self.source)
+                if sock and not error:
+                    return sock, address
+                self.note(address, sock, error)
         raise self.refusal()
 
-    def start(self, address: IP) -> Optional[Connected]:
-        """Start one attempt. Returns the socket if it is connected immediately, as on loopback."""
-        try:
-            sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
-        except OSError as exc:                          # out of descriptors, or unknown address family
-            self.failed(address, exc)
-            return None
-        if not NONBLOCK:
-            sock.setblocking(False)
-        source = self.source(address)
-        if source:
-            try:
-                bind(sock, source)
-            except OSError as exc:                      # the address is not ours any more
-                sock.close()
-                self.failed(address, exc, source)
-                return None
-        target = text_of(address), self.port
-        error = sock.connect_ex(target)
-        if error == errno.EINPROGRESS and NONBLOCK:     # loopback has answered by now: a second call on Linux tells,
-            error = sock.connect_ex(target)             # and costs less than poll()
-        if not error:
-            return sock, address
-        if error not in IN_PROGRESS:
-            sock.close()
+    def note(self, address: IP, sock: Optional[socket.socket], error: int) -> None:
+        """Take over what dial() has started, or remember why it failed."""
+        if sock is None:
             self.failed(address, OSError(error, os.strerror(error)))
-            return None
+            self.next_start = monotonic()
+            return
         if self.poll is None:
             self.poll = new_poll()
             if self.client is not None:                 # no events: poll() always reports a reset, but not a FIN,
                 self.poll.register(self.client.fileno(), 0)     # which may be a half-close
         self.pending[sock.fileno()] = sock, address
         self.poll.register(sock.fileno(), WRITE)
-        return None
+        self.next_start = monotonic() + ATTEMPT_DELAY_S
 
     def wait(self, until: float) -> Tuple[Optional[Connected], bool]:
         """Wait for an attempt to connect or fail, at most `until`. Returns the connection and whether one failed."""
@@ -159,9 +167,8 @@ class _Race:
             failed = True
         return None, failed
 
-    def failed(self, address: IP, error: OSError, source: Optional[IP] = None) -> None:
-        words = "%s from %s" % (address, source) if source else str(address)
-        self.failures.append((error, "%s %s after %.3f s" % (words, name_of(error), monotonic() - self.began)))
+    def failed(self, address: IP, error: OSError) -> None:
+        self.failures.append((error, "%s %s after %.3f s" % (address, name_of(error), monotonic() - self.began)))
 
     def tried(self) -> str:
         silent = ["%s silent for %.3f s" % (address, monotonic() - self.began) for _, address in self.pending.values()]

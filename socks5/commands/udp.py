@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple
 
 from ..net.addresses import (
-    Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, leaving, subscriber, text_of)
+    Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, leaving, subscriber)
 from ..net.lookups import Busy, Names, Waiting
 from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
@@ -71,7 +71,7 @@ class Association:
                  out: Sequence[str] = (), links: Optional[Links] = None,
                  way: Optional[Way] = None) -> None:
         self.control = control
-        self.client = text_of(client)
+        self.client = str(client)
         self.owner = subscriber(client)
         self.ports = ports
         self.names = names
@@ -114,7 +114,7 @@ class Association:
         try:
             for version in set(versions):
                 self._take(version, versions.count(version))
-            inside = bound(family_of(here), text_of(here), self.ports, sockaddr[2:] if here.version == 6 else ())
+            inside = bound(family_of(here), str(here), self.ports, sockaddr[2:] if here.version == 6 else ())
             for family in families:
                 self._open_toward(family)
             return inside
@@ -132,7 +132,7 @@ class Association:
 
     def _open_toward(self, family: int) -> socket.socket:
         source = leaving(self.out, ip_of(self.control.getsockname()), 4 if family == socket.AF_INET else 6)
-        sock = self._toward[family] = bound(family, text_of(source) if source else "", self.ports)
+        sock = self._toward[family] = bound(family, str(source) if source else "", self.ports)
         self._outside[sock.fileno()] = sock
         self._watch(sock)
         return sock
@@ -360,7 +360,7 @@ class Association:
                 self._send_through(upstream, datagram, address)
                 return
             try:
-                route = self._socket_toward(address), (text_of(address), port), 0
+                route = self._socket_toward(address), (str(address), port), 0
                 route[0].sendto(datagram.data, route[1])
             except OSError as exc:
                 reason = name_of(exc)

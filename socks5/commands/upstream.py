@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Callable, Counter, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..config import Upstream
-from ..net.addresses import IP, Endpoint, Sockaddr, family_of, is_here, text_of
+from ..net.addresses import IP, Endpoint, Sockaddr, family_of, is_here
 from ..net.listeners import tune
 from ..net.resolver import normalise
 from ..net.shares import ANY_PORT
@@ -41,7 +41,7 @@ class Chain:
     """
 
     def __init__(self, upstream: Upstream, client: socket.socket, lookup: Callable[[float, Host], Sequence[IP]],
-                 source: Source, deadline: float, own_port: int) -> None:
+                 source: Optional[Source], deadline: float, own_port: int) -> None:
         self.upstream = upstream
         self.client = client
         self.lookup = lookup
@@ -74,8 +74,9 @@ class Chain:
         try:
             relay = dialogue.reachable(bnd)
             if isinstance(relay.host, bytes):
-                raise ProxyError("the proxy's relay has a name and no address: %s" % relay)
-            return Link(self.upstream, dialogue.sock, Endpoint(relay.host, relay.port), self.source(relay.host))
+                raise ProxyError("the proxy's relay has a name and no address: %s" % str(relay))
+            ours = self.source(relay.host) if self.source else None
+            return Link(self.upstream, dialogue.sock, Endpoint(relay.host, relay.port), ours)
         except OSError as exc:
             dialogue.sock.close()
             raise self.refusal(exc) from None
@@ -171,8 +172,8 @@ class Link:
     def __init__(self, upstream: Upstream, control: socket.socket, relay: Endpoint, source: Optional[IP]) -> None:
         self.upstream = upstream
         self.control = control
-        self.relay: Sockaddr = (text_of(relay.ip), relay.port)
-        self.sock = bound(family_of(relay.ip), text_of(source) if source else "", ANY_PORT)
+        self.relay: Sockaddr = (str(relay.ip), relay.port)
+        self.sock = bound(family_of(relay.ip), str(source) if source else "", ANY_PORT)
 
     def alive(self) -> bool:
         """Whether the upstream keeps the association open, asked when `control` is readable."""
@@ -244,6 +245,10 @@ class Links(Dict[str, Link]):
         if refusals and len(refusals) == len(ways):
             raise refusals[0]
         self.failures = [exc.why for exc in refusals]
+
+    def also(self, summary: str) -> str:
+        """Add to `summary`, for the log, why upstreams have no link."""
+        return "; ".join(filter(None, (summary, *self.failures)))
 
     def __enter__(self) -> Links:
         return self

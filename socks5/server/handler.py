@@ -16,17 +16,15 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, 
 
 from ..access import users
 from ..access.logins import Verdict, origin_of as login_origin
-from ..access.passwords import Wait
 from ..access.rules import Asker, Rules
 from ..access.users import Users
 from ..commands.bind import PeerWait, Rendezvous, any_peer, expected
-from ..commands.connect import Source, any_address, connect
+from ..commands.connect import Source, connect
 from ..commands.udp import Association
 from ..commands.upstream import Chain, Links
 from ..config import Config, Upstream
 from ..net.addresses import IP, Endpoint, endpoint_of, ip_of, is_here, leaving
 from ..net.listeners import tune
-from ..net.poller import new_poll
 from ..net.lookups import Names
 from ..net.resolver import name_in, normalise
 from ..net.shares import Ports
@@ -34,25 +32,19 @@ from ..protocol.codes import Cmd, Method, Rep
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
-from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
+from ..protocol.messages import (
+    HTTP_HELP, MOST_BYTES, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
+    Selection, whole)
 from ..protocol.trace import M, Sent
 from ..relay.tunnel import Tunnel
-from .inbox import ClosedOnError, Inbox, Outbox, linger
-from .sessions import Session, Sessions
+from .inbox import ClosedOnError, Inbox, LoginWait, Outbox, linger
+from .sessions import HEAVIEST, Full, Session, Sessions
 
 log = logging.getLogger(__name__)
 
 Way = Tuple[Optional[Upstream], Sequence[Host]]
 LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever
-ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
-NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 TOLD = 10                   # rules that one association may name in the log
-
-SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
-HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-             b"This is a SOCKS5 proxy, not an HTTP proxy or web server.\n"
-             b"Point the program at it with socks5h://HOST:PORT (curl: --socks5-hostname HOST:PORT;\n"
-             b"Firefox: Settings, Network Settings, SOCKS Host, SOCKS v5, Proxy DNS when using SOCKS v5).\n")
 
 
 class Service:
@@ -92,6 +84,7 @@ class Handler(StreamRequestHandler):
         self.rfile = self.inbox = Inbox(self.connection)
         self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
+        self.debug = log.isEnabledFor(logging.DEBUG)
 
     @cached_property
     def wfile(self) -> Outbox:                                  # type: ignore[override]
@@ -108,8 +101,9 @@ class Handler(StreamRequestHandler):
             try:
                 request = self.take(Request)                    # §4
                 self.server.sessions.negotiated(session)
-                session.cmd, session.dst = request.cmd.name, request.dst
-                session.step("request", cmd=session.cmd, dst=request.dst)
+                session.cmd, session.dst = request.cmd.word, request.dst
+                if self.debug:
+                    session.step("request", cmd=session.cmd, dst=request.dst)
                 COMMANDS[request.cmd](self, request.dst)        # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
                 session.ended_by, session.why = "refused", exc.why
@@ -123,8 +117,19 @@ class Handler(StreamRequestHandler):
                 session.ended_by, session.why = "client", str(getattr(exc, "strerror", None) or exc)
 
     def take(self, kind: Type[M]) -> M:
-        """The client's next message."""
-        return self.story.take(kind, self.inbox.read_exactly) if self.story else kind.parse(self.inbox.read_exactly)
+        """The client's next message. Nearly always it is all that has come, and has come before."""
+        message: M
+        if self.story:
+            message = self.story.take(kind, self.inbox.read_exactly)
+        elif kind is Login or len(self.inbox.peek()) > MOST_BYTES:
+            message = kind.parse(self.inbox.read_exactly)
+        else:
+            try:
+                message = whole(kind, self.inbox.held)
+                self.inbox.held = b""
+            except EOFError:                                    # it is in pieces, or more has come behind it
+                message = kind.parse(self.inbox.read_exactly)
+        return message
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
@@ -142,7 +147,8 @@ class Handler(StreamRequestHandler):
         self.session.greeted = True
         methods = self.server.methods
         method = users.choose(offered, methods)
-        self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
+        if self.debug:
+            self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
         self.send(Selection(method))
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
@@ -180,7 +186,8 @@ class Handler(StreamRequestHandler):
             self.send(LoginStatus(0x01))
             raise ProtocolError("wrong user name or password" if verdict is Verdict.WRONG else
                                 "too many logins are tried: the password was not looked at")
-        session.step("login", user=login.uname)
+        if self.debug:
+            session.step("login", user=login.uname)
         self.send(LoginStatus(0x00))
         return login.uname
 
@@ -198,17 +205,15 @@ class Handler(StreamRequestHandler):
     # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
 
     def connect(self, dst: Address) -> None:
-        host, session = self.authorized(Cmd.CONNECT, dst), self.session
-        deadline = self.deadline()
-        upstream, hosts = self.way(Cmd.CONNECT, host, dst.port, partial(self.lookup, deadline))
-        if upstream:
-            chain = self.chain(upstream, deadline)
-            remote, bnd = chain.connect(hosts, dst.port)
-            with ClosedOnError(remote):
-                session.reached, session.notes = chain.reached, "via %s" % upstream.name
-                self.reply(Rep.SUCCEEDED, bnd)                  # the upstream's own end: what the destination sees
-                self.relay(remote)
-            return
+        session, deadline = self.session, self.deadline()
+        if self.server.config.upstream:
+            host = self.authorized(Cmd.CONNECT, dst)
+            upstream, hosts = self.way(Cmd.CONNECT, host, dst.port, partial(self.lookup, deadline))
+            if upstream:
+                self.connect_through(self.chain(upstream, deadline), hosts, dst.port)
+                return
+        else:
+            hosts = self.reachable(dst, deadline)
         addresses = self.not_ourselves(dst.port, hosts)         # type: ignore[arg-type]    # no name is among them
         remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection, self.source())
         with ClosedOnError(remote):
@@ -221,11 +226,17 @@ class Handler(StreamRequestHandler):
             self.reply(Rep.SUCCEEDED, here)
             self.relay(remote)
 
+    def connect_through(self, chain: Chain, hosts: Sequence[Host], port: int) -> None:
+        remote, bnd = chain.connect(hosts, port)
+        with ClosedOnError(remote):
+            self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
+            self.reply(Rep.SUCCEEDED, bnd)                      # the upstream's own end: what the destination sees
+            self.relay(remote)
+
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
-        host, deadline = self.authorized(Cmd.BIND, dst), self.deadline()
+        host, deadline, permit = self.authorized(Cmd.BIND, dst), self.deadline(), partial(self.permits_caller, dst.port)
         upstream, peers = self.way(Cmd.BIND, host, dst.port, partial(expected, resolve=partial(self.lookup, deadline)))
-        permit = partial(self.permits_caller, dst.port)
         waiting: PeerWait
         if upstream:
             waiting = self.chain(upstream, deadline).bind(peers[0], dst.port, permit)
@@ -248,8 +259,12 @@ class Handler(StreamRequestHandler):
         verdict = self.server.rules.foresee(asker)
         if not verdict.allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+        try:
+            self.server.sessions.grow(session, HEAVIEST)
+        except Full as exc:
+            raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
         self.told: Set[str] = set()             # rules that a line in the log has named
-        way = self.way_of_datagram if config.upstream else None
+        way = (lambda *what: self.server.rules.way_of(asker, *what)) if config.upstream else None
         links = Links(self.chain, self.server.rules.upstreams(asker), self.deadline()) if config.upstream else Links()
         with links, Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                                 self.server.names, self.permits_datagram, lambda: self.server.rules,
@@ -262,12 +277,11 @@ class Handler(StreamRequestHandler):
                 session.up, session.down = association.up, association.down
                 session.association = None                      # which refers to us, and we to the session
             session.ended_by = session.ended_by or association.ended_by
-            session.why = session.why or association.why
-            session.notes = "; ".join(filter(None, (association.summary(), *links.failures)))
+            session.why, session.notes = session.why or association.why, links.also(association.summary())
 
     def relay(self, remote: socket.socket) -> None:
-        """Hand the tunnel over to the relay loop, which owns both sockets from here on. What the client sent behind
-        its request goes first."""
+        """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
+        What the client sent behind its request goes first."""
         config = self.server.config
         if self.timeout is not None:
             self.connection.settimeout(None)
@@ -278,10 +292,10 @@ class Handler(StreamRequestHandler):
         """When --connect-timeout is over, which begins now: with the lookup."""
         return monotonic() + (self.server.config.connect_timeout or float("inf"))
 
-    def source(self) -> Source:
+    def source(self) -> Optional[Source]:
         """By --out, the address from which we connect to a given one."""
         out = self.server.config.out
-        return partial(leaving, out, ip_of(self.connection.getsockname())) if out else any_address
+        return partial(leaving, out, ip_of(self.connection.getsockname())) if out else None
 
     def lookup(self, deadline: float, host: Host) -> Sequence[IP]:
         """The addresses of a normalised host. Raises RequestRefused; ConnectionResetError when the client has left."""
@@ -301,6 +315,19 @@ class Handler(StreamRequestHandler):
             if not verdict.allowed:
                 raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
         return host
+
+    def reachable(self, dst: Address, deadline: float) -> List[IP]:
+        """The addresses of a CONNECT's destination that this client may reach. Raises RequestRefused. What was allowed
+        is remembered for an address, and for as long as these rules are in force; for a name it is looked up anew."""
+        known = self.server.rules.known
+        key = self.session.client.ip, self.session.user, dst
+        addresses = known.get(key)
+        if addresses is None:
+            host = self.authorized(Cmd.CONNECT, dst)
+            addresses = self.permitted(Cmd.CONNECT, host, dst.port, self.lookup(deadline, host))
+            if not isinstance(host, bytes):
+                known.put(key, addresses)
+        return addresses
 
     def permitted(self, cmd: Cmd, host: Host, port: int, addresses: Sequence[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
@@ -327,8 +354,7 @@ class Handler(StreamRequestHandler):
         return others
 
     def way(self, cmd: Cmd, host: Host, port: int, resolve: Callable[[Host], Sequence[IP]]) -> Way:
-        """Through which upstream, if any, and to what: permitted addresses, or to the name itself where neither a rule
-        nor we need its address. Raises RequestRefused X'02', and what `resolve` raises."""
+        """Through which upstream, if any, and to what: permitted addresses, or a name that no rule needs resolved."""
         asker, rules, name = self.asker(cmd), self.server.rules, name_in(host)
         verdict = rules.judge_name(asker, port, name) if name and self.server.config.upstream else None
         if verdict and name:
@@ -339,12 +365,6 @@ class Handler(StreamRequestHandler):
 
     def chain(self, upstream: Upstream, deadline: float) -> Chain:
         return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.server_address[1])
-
-    def way_of_datagram(self, address: Optional[IP], port: int, host: Host) -> Optional[Upstream]:
-        """Through which upstream a permitted datagram goes. Without an address: is its name left to an upstream?"""
-        asker, name, rules = self.asker(Cmd.UDP_ASSOCIATE), name_in(host), self.server.rules
-        verdict = rules.judge(asker, address, port, name) if address else rules.judge_name(asker, port, name or b"")
-        return verdict.upstream if verdict else None
 
     def permits_caller(self, port: int, peer: IP) -> bool:
         """For a BIND that accepts any peer: may this one connect?"""
@@ -364,28 +384,8 @@ class Handler(StreamRequestHandler):
     # ---- §6: answers ----------------------------------------------------------------------------------------------
 
     def reply(self, rep: Rep, bnd: Union[Endpoint, Address, None] = None) -> None:
-        self.session.rep = rep.name
+        self.session.rep = rep.word
         self.send(Reply(rep, Address(*bnd) if isinstance(bnd, Endpoint) else bnd or UNSPECIFIED))
-
-
-class LoginWait(Wait):
-    """The wait of a login: as long as the handshake has left, and watching for the client to leave."""
-
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
-        session, handshake_s = handler.session, handler.server.config.handshake_timeout or NO_TIMEOUT_S
-        left_s = session.started + session.extended_s + handshake_s - monotonic()
-        super().__init__(left_s - min(ANSWER_S, handshake_s / 10))
-
-    def pause(self, seconds: float) -> None:
-        """Raises EOFError when the connection is reset or shut down. A FIN may be a half-close, and is waited for."""
-        poll = new_poll()
-        poll.register(self.handler.connection.fileno(), 0)      # a hang-up and an error are reported unasked
-        if poll.poll(max(seconds, 0.0) * 1000):
-            raise EOFError("client left while its login waited")
-
-    def extend(self, seconds: float) -> None:
-        self.handler.server.sessions.extend(self.handler.session, seconds)
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {
