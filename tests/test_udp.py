@@ -296,7 +296,7 @@ class Bursts(unittest.TestCase):
             self.assertEqual((association.ended_by, association.up, association.down), ("idle", 5, 0))
 
     def test_what_is_remembered_is_bounded(self):
-        with patch("socks5.commands.udp.REMEMBERED", 2), contextlib.ExitStack() as stack:
+        with patch("socks5.commands.datagrams.REMEMBERED", 2), contextlib.ExitStack() as stack:
             remotes = [stack.enter_context(udp_socket()) for _ in range(5)]
             association, sock, run = stack.enter_context(self.association())
             run()

@@ -5,7 +5,7 @@ from ipaddress import ip_address
 from typing import List, Tuple
 
 from .users import Users
-from ..config import Config
+from ..config import DEFAULT_UPSTREAM, Config
 from .rules import Rules
 from ..protocol.fields import text
 from ..protocol.messages import Address
@@ -26,10 +26,24 @@ def report(config: Config) -> List[str]:
         lines.append("BIND: %d clients at a time by --bind-ports" % number_of(config.bind_ports))
     if config.udp_ports:
         lines.append("UDP ASSOCIATE: %d clients at a time by --udp-ports" % (number_of(config.udp_ports) // 2))
+    lines += ways(config, rules)
     for rule in rules.rules:
         if rule.user is not None and rule.user not in users.names:
             lines.append("warning: %s: there is no user %s" % (rule.where, text(rule.user)))
     return lines + ["warning: %s" % warning for warning in warnings(config, rules)]
+
+
+def ways(config: Config, rules: Rules) -> List[str]:
+    """Where what is allowed goes."""
+    if not config.upstream:
+        return []
+    lines = ["%s%s" % (upstream, ", as user %s" % text(upstream.user[0]) if upstream.user else "")
+             for upstream in config.upstream]
+    lines.append("an allow without via goes %s" % (
+        "via %s" % DEFAULT_UPSTREAM if config.upstream_of(None) else "directly to the destination"))
+    named = {rule.via for rule in rules.rules}
+    return lines + ["warning: no rule says via %s" % upstream.name for upstream in config.upstream
+                    if upstream.name not in named and upstream.name != DEFAULT_UPSTREAM]
 
 
 def warnings(config: Config, rules: Rules) -> List[str]:
