@@ -148,6 +148,9 @@ class Config:
         1080, "-p --port", port, "listening", metavar="PORT",
         help="port to listen on; 0: any free port",
         why="the port that IANA assigned to SOCKS, RFC 1928 §3")
+    proxy_protocol: Tuple[Network, ...] = option(
+        (), "--proxy-protocol", network, "listening", metavar="CIDR", many=True,
+        help="load balancers of this network send the client's address in a PROXY header (v1, v2), repeatable")
     user: Tuple[Tuple[str, str], ...] = option(
         (), "-u --user", credentials, "access", metavar="NAME:PASSWORD", many=True, secret=True,
         help="require this user name and password, repeatable; or set SOCKS5_USERS=NAME:PASSWORD,...")
@@ -231,8 +234,10 @@ class Config:
                 "FILE; --open permits an open proxy)" % (beyond[0], beyond[0], self.port))
 
     def beyond(self) -> List[str]:
-        """The listening addresses that are not loopback."""
-        return [text for text in self.listen if not ip_address(text.partition("%")[0]).is_loopback]
+        """The listening addresses that clients elsewhere reach: those that are not loopback; all of them through a load
+        balancer."""
+        return [text for text in self.listen
+                if self.proxy_protocol or not ip_address(text.partition("%")[0]).is_loopback]
 
     def needs_password(self) -> bool:
         return bool(self.user or self.users)

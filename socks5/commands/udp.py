@@ -11,6 +11,7 @@ of its loop. RFC 1928 section 7.
 """
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections import Counter
@@ -39,6 +40,7 @@ HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, A
 REMEMBERED = 512                # headers each way
 FORGET_S = 30.0                 # how long a name stands for the same address
 FOREVER = float("inf")
+DISCARD = 9                     # a port
 BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
 
 
@@ -87,10 +89,11 @@ class Association:
         self._taken: List[int] = []                         # of `ports`: IP versions
         self._moved = False
         self._poll = new_poll()
-        self._inside = self._open(control.getsockname())
+        self._inside = self._open(our_end(control, client))
         self._watch(control)
         self._watch(self._inside)
-        self.bnd = Endpoint(advertised(advertise, ip_of(control.getsockname())), self._inside.getsockname()[1])
+        here = self._inside.getsockname()
+        self.bnd = Endpoint(advertised(advertise, ip_of(here)), here[1])
 
     def _open(self, sockaddr: Sockaddr) -> socket.socket:
         """The socket that faces the client. Where ports are scarce those towards the remotes come with it."""
@@ -355,6 +358,17 @@ class Association:
         header = Datagram(Address(*endpoint_of(sender)), b"").pack()
         remember(self._headers, sender, header)
         return header
+
+
+def our_end(control: socket.socket, client: IP) -> Sockaddr:
+    """Where a client can send datagrams to: the address at which its TCP connection reached us. If a load balancer made
+    that connection over loopback, or over the other family: our address on the route to the client."""
+    here = control.getsockname()
+    if (ip_of(here).version, ip_of(here).is_loopback) != (client.version, client.is_loopback):
+        with contextlib.suppress(OSError), socket.socket(family_of(client), socket.SOCK_DGRAM) as probe:
+            probe.connect((text_of(client), DISCARD))       # sends nothing; the kernel chooses our address
+            here = probe.getsockname()
+    return here                                             # type: ignore[no-any-return]
 
 
 def remember(table: Dict[K, V], key: K, value: V) -> None:

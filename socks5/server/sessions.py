@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 1.0           # a newcomer is not evicted before
 NO_LIMIT = float("inf")
+UNKNOWN = "unknown"     # the origin of a connection from a load balancer, until its PROXY header is here
 MAX_LEAVING = 32        # evicted sessions that still hold a descriptor, one of the spare ones
 
 
@@ -171,21 +172,45 @@ class Sessions:
         with self._lock:
             if self._closed:
                 raise Full("server", "stopped")
-            if 0 < self.per_origin <= self._counts.of(session.origin):
-                raise Full("max-per-client", "%d reached by %s" % (self.per_origin, session.origin))
+            if session.origin != UNKNOWN and 0 < self.per_origin <= self._counts.of(session.origin):
+                raise self._too_many_of(session.origin)
             if 0 < self.negotiating_max <= len(self._negotiating):
                 self._evict()
-            if self._full(session.origin, 1):
-                # In the place of another origin's session it would still have more than its share: then one of its own.
-                own = session.origin if self._full(session.origin, 1, freed=1) else ""
-                if self._leaving >= MAX_LEAVING or not self._evict(own):
-                    raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
+            self._make_room(session.origin)
             session.number = self._counts.number()
             self._live[sock] = session
             self._weight += 1
             self._counts.add(session.origin, 1)
             self._negotiating[session] = None
         return session
+
+    def move(self, session: Session, client: Endpoint, origin: str) -> None:
+        """The session is of this client, as a load balancer says: from now on it counts for `origin`. Raises Full, and
+        has not moved, when the limits of that origin leave no room for it."""
+        with self._lock:
+            if self._live.get(session.sock) is not session:
+                return
+            if 0 < self.per_origin <= self._counts.of(origin):
+                raise self._too_many_of(origin)
+            self._weight -= session.weight                  # for it is counted already
+            self._counts.add(session.origin, -session.weight)
+            try:
+                self._make_room(origin, but=session)
+                session.client, session.origin = client, origin
+            finally:
+                self._weight += session.weight
+                self._counts.add(session.origin, session.weight)
+
+    def _too_many_of(self, origin: str) -> Full:
+        return Full("max-per-client", "%d reached by %s" % (self.per_origin, origin))
+
+    def _make_room(self, origin: str, but: Optional[Session] = None) -> None:
+        """Have room for one more session of this origin: evict another, `but` not that one, if need be. Raises Full."""
+        if self._full(origin, 1):
+            # In the place of another origin's session it would still have more than its share: then one of its own.
+            own = origin if self._full(origin, 1, freed=1) else ""
+            if self._leaving >= MAX_LEAVING or not self._evict(own, but):
+                raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
 
     def _full(self, origin: str, more: int, freed: int = 0) -> bool:
         """Whether `more` would be too many, of all or of this origin's share, when `freed` others have left."""
@@ -195,7 +220,7 @@ class Sessions:
         if here + more > self.maximum_here or shared and everywhere + more > self.maximum:
             return True
         limit, used = (self.maximum, everywhere) if shared else (self.maximum_here, here)
-        if limit == NO_LIMIT or used + more <= limit - max(1, limit // 10):
+        if limit == NO_LIMIT or used + more <= limit - max(1, limit // 10) or origin == UNKNOWN:
             return False
         return limit > 1 and self._counts.of(origin) + more > max(1, limit // 10)
 
@@ -209,9 +234,9 @@ class Sessions:
             self._weight += more
             self._counts.add(session.origin, more)
 
-    def _evict(self, origin: str = "") -> bool:
+    def _evict(self, origin: str = "", but: Optional[Session] = None) -> bool:
         """Shut down one session that is still negotiating (of this origin, if one is given), unless all are new."""
-        waiting = [session for session in self._negotiating if origin in ("", session.origin)]
+        waiting = [session for session in self._negotiating if origin in ("", session.origin) and session is not but]
         candidates = [session for session in waiting if not session.greeted] or waiting
         if not candidates:
             return False
