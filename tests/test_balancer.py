@@ -64,6 +64,7 @@ class Case(unittest.TestCase):
     def refused(self, sock, why):
         with contextlib.suppress(ConnectionError):
             self.assertEqual(read_to_end(sock), b"")
+        sock.close()                                        # or the server lingers
         return self.wait_line(why)
 
 
@@ -109,6 +110,7 @@ class ReadsIt(Case):
                 sock = self.dial(said)
                 with contextlib.suppress(ConnectionError):
                     self.assertIn(read_to_end(sock)[:4], (b"", b"HTTP"))
+                sock.close()
                 self.wait_line(why)
         wait_until(lambda: not len(self.server.sessions))
 
