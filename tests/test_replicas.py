@@ -1,7 +1,6 @@
 """Several servers behind a real load balancer: HAProxy; and behind stunnel. Both say with PROXY who the client is."""
 import contextlib
 import os
-import re
 import signal
 import socket
 import ssl
@@ -20,7 +19,7 @@ CLIENTS = int(os.environ.get("SOCKS5_REPLICA_CLIENTS", "60"))       # tunnels th
 HAPROXY = """
 global
     stats socket %(admin)s mode 600 level admin
-    maxconn 20000
+    maxconn 2000
 defaults
     mode tcp
     timeout connect 3s
@@ -114,7 +113,8 @@ class HAProxy(Case):
     def replica_of(self, sock):
         """Which replica has this tunnel."""
         for name, replica in self.replicas.items():
-            if any(" client=127.0.0.1:%d " % sock.getsockname()[1] in line for line in replica.log if "live id=" in line):
+            live = [line for line in replica.log if "live id=" in line]
+            if any(" client=127.0.0.1:%d " % sock.getsockname()[1] in line for line in live):
                 return name
 
     def test_one_is_killed_and_one_drained(self):
@@ -166,15 +166,16 @@ class HAProxy(Case):
         wait_until(lambda: all("UP" in self.command("show stat").split("replicas,%s," % name)[1].split("\n")[0]
                                for name in "abc"))
         for replica in self.replicas.values():
-            self.assertFalse([line for line in replica.log if re.search(r"client=127\.0\.0\.1:.* cmd=- .*LOCAL|PROXY", line)])
+            self.assertFalse([line for line in replica.log if "PROXY" in line])
 
 
 class Stunnel(Case):
     def test_tls_in_front(self):
         stunnel, openssl = need_program(self, "stunnel"), need_program(self, "openssl")
         folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
-        subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
-                        "-keyout", str(folder / "key"), "-out", str(folder / "cert")], check=True, capture_output=True)
+        subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                        "-subj", "/CN=localhost", "-keyout", str(folder / "key"), "-out", str(folder / "cert")],
+                       check=True, capture_output=True)
         server = self.stack.enter_context(spawned("--proxy-protocol", "127.0.0.1", "-u", "alice:secret"))
         port = closed_port()
         (folder / "conf").write_text(STUNNEL % {"port": port, "server": server.port, "folder": folder})
