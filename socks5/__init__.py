@@ -53,6 +53,8 @@
     process/          several processes
         orders        what a server process is told to do, and the way to a worker
         signals       signals become orders
+        systemd       sockets that systemd has opened, and what it is told
+        identity      give up root: --run-as
         files         read users and rules again, with descriptors kept in reserve
         control       the main loop: stop, reload, log sessions
         worker        a worker process

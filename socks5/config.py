@@ -113,6 +113,13 @@ def path(text: str) -> str:
     return text
 
 
+def user_group(text: str) -> str:
+    user, colon, group = text.partition(":")
+    if not user or bool(colon) != bool(group) or not text.isprintable() or ":" in group:
+        raise ValueError("%s is not USER or USER:GROUP" % ascii(text))
+    return text
+
+
 def log_format(text: str) -> str:
     if text not in ("text", "json"):
         raise ValueError("%r is neither text nor json" % text)
@@ -175,6 +182,9 @@ class Config:
         0, "-w --workers", workers, "running", metavar="N|auto",
         help="server processes; 0 or auto: one for each CPU, at most 4; always 1 without fork()",
         why="the GIL runs one thread of a process at a time; 64 busy tunnels on 2 CPUs need two processes")
+    run_as: str = option(
+        "", "--run-as", user_group, "running", metavar="USER[:GROUP]",
+        help="after listening, run as USER, for good; SIGHUP then reads the files as USER")
     max_sessions: int = option(
         0, "--max-sessions", count, "limits", metavar="N",
         help="session limit; 0: by the descriptor limit",

@@ -20,6 +20,7 @@ SAMPLES = {
     config.network: ("192.0.2.0/24", ip_network("192.0.2.0/24")),
     config.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
     config.path: ("/no/such/file", "/no/such/file"),
+    config.user_group: ("daemon:nogroup", "daemon:nogroup"),
     config.log_format: ("json", "json"),
 }
 WRONG = {
@@ -36,6 +37,7 @@ WRONG = {
     config.credentials: ("", ":", "alice", "alice:", ":secret", "a" * 256 + ":x", "x:" + "a" * 256,
                          "\u20ac" * 86 + ":x"),
     config.path: ("", "a\0b"),
+    config.user_group: ("", ":", "daemon:", ":daemon", "a:b:c", "a\nb"),
     config.log_format: ("", "xml", "JSON", "text json"),
 }
 
