@@ -37,7 +37,7 @@ WRONG = {
     config.credentials: ("", ":", "alice", "alice:", ":secret", "a" * 256 + ":x", "x:" + "a" * 256,
                          "\u20ac" * 86 + ":x"),
     config.path: ("", "a\0b"),
-    config.user_group: ("", ":", "daemon:", ":daemon", "a:b:c", "a\nb"),
+    config.user_group: ("", ":", "daemon:", ":daemon", "a:b:c", "a\x7fb"),
     config.log_format: ("", "xml", "JSON", "text json"),
 }
 
