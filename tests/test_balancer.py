@@ -239,7 +239,7 @@ class SeesTheClient(Case):
         counts = self.server.sessions._counts
         self.assertEqual([counts.of(origin) for origin in ("192.0.2.7", "192.0.2.8", "127.0.0.1", "127.0.0.9",
                                                            newcomers.UNKNOWN)], [0] * 5)
-        self.assertEqual((counts.live(), self.server.sessions._weight), (0, 0))
+        self.assertEqual((counts.live(), self.server.sessions._weights.live()), (0, 0))
 
     def test_one_client_does_not_take_the_last_tenth(self):
         self.serve(max_sessions=20)

@@ -1,5 +1,6 @@
 """BIND: which peers may connect, where, for how long, and what is released afterwards."""
 import contextlib
+import errno
 import ftplib
 import io
 import os
@@ -15,10 +16,11 @@ from unittest.mock import patch
 
 import socks5
 from socks5 import client
-from socks5.commands.bind import EARLY_BYTES, Rendezvous, any_peer, expected
+from socks5.commands.bind import EARLY_BYTES, Rendezvous, any_peer, expected, listen, our_end
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError, RequestRefused
 from socks5.net.poller import SelectPoll
+from socks5.net.shares import ANY_PORT
 from socks5.protocol.messages import Address, Reply, Request
 
 from .support import (
@@ -97,9 +99,9 @@ class ExpectedPeers(unittest.TestCase):
 
     def test_IPv6(self):
         need(self, HAS_IPV6, "IPv6")
-        for name, listen in [("client on IPv6", "::1"), ("client on IPv4", "127.0.0.1"), ("dual-stack", "::")]:
-            with self.subTest(name), running(listen=(listen,), open=True) as server:
-                proxy = ("127.0.0.1", server.server_address[1]) if listen == "::" else server.server_address[:2]
+        for name, here in [("client on IPv6", "::1"), ("client on IPv4", "127.0.0.1"), ("dual-stack", "::")]:
+            with self.subTest(name), running(listen=(here,), open=True) as server:
+                proxy = ("127.0.0.1", server.server_address[1]) if here == "::" else server.server_address[:2]
                 with client.bind(proxy, ("::1", 21)) as waiting, call(waiting.bnd) as peer:
                     self.assertEqual(waiting.bnd[0], "::1")
                     sock, who = waiting.accept(PATIENCE_S)
@@ -147,6 +149,29 @@ class ExpectedPeers(unittest.TestCase):
                 client.bind(server.server_address, ("127.0.0.1", 22))
         self.assertEqual(caught.exception.rep, Rep.NOT_ALLOWED)
         self.assertEqual(asked, [["127.0.0.1"], ["0.0.0.0"], ["127.0.0.1"]])
+
+    def test_any_address_of_a_name(self):
+        found = [ip_address("127.0.0.9"), ip_address("127.0.0.2")]
+        with running() as server, patch("socks5.net.lookups.Names.resolve", return_value=found):
+            with client.bind(server.server_address, (b"peer.test", 21)) as waiting, call(waiting.bnd, "127.0.0.2"):
+                sock, who = waiting.accept(PATIENCE_S)
+                sock.close()
+        self.assertEqual(who[0], "127.0.0.2")
+
+    def test_the_first_that_can_be_reached_and_else_the_most_telling_failure(self):
+        self.assertEqual(str(our_end(None, [ip_address("255.255.255.255"), ip_address("127.0.0.2")])[0]), "127.0.0.1")
+        two = [ip_address("192.0.2.1"), ip_address("192.0.2.2")]
+        for numbers in ((errno.EHOSTUNREACH, errno.ENETUNREACH), (errno.ENETUNREACH, errno.EHOSTUNREACH)):
+            with self.subTest(numbers), patch("socks5.commands.bind.socket.socket",
+                                              side_effect=[OSError(number, "") for number in numbers]):
+                with self.assertRaises(RequestRefused) as caught:
+                    our_end(None, two)
+                self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+
+    @unittest.skipUnless(HAS_IPV6, "no IPv6 here")
+    def test_a_listener_on_IPv6_takes_no_IPv4(self):
+        with listen(ip_address("::"), 0, ANY_PORT) as listener:
+            self.assertTrue(listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
 
 
 class Waiting(unittest.TestCase):
@@ -198,13 +223,14 @@ class Waiting(unittest.TestCase):
                     sock.sendall(request + b"one " if early else request)
                     reply = Reply.parse(reader_of(sock)).bnd
                     bnd = str(reply.host), reply.port
-                    sock.sendall(b"two ")
-                    self.let_it_read(bnd)
+                    for piece in (b"two ", b"more "):
+                        sock.sendall(piece)
+                        self.let_it_read(bnd)
                     with call(bnd, "127.0.0.2") as peer:
                         self.assertEqual(Reply.parse(reader_of(sock)).rep, Rep.SUCCEEDED)
                         sock.sendall(b"three")
                         sock.shutdown(socket.SHUT_WR)
-                        self.assertEqual(read_to_end(peer), b"one two three" if early else b"two three")
+                        self.assertEqual(read_to_end(peer), b"one " * early + b"two more three")
 
     def test_early_data_beyond_what_is_kept_is_not_lost(self):
         data = os.urandom(1 << 20)

@@ -239,6 +239,19 @@ class ConnectTest(unittest.TestCase):
                     connect(addresses, port, support.PATIENCE_S)[0].close()
                     self.assertLess(time.monotonic() - began, 1.95)
 
+    def test_the_next_begins_as_soon_as_one_of_those_under_way_fails(self):
+        class Socket(socket.socket):
+            def connect_ex(self, where):
+                if where[0] == "127.0.0.2":
+                    module.ATTEMPT_DELAY_S = 60             # and by time alone the next would begin too late
+                return super().connect_ex(where)
+
+        port = free_port("127.0.0.1", "127.0.0.2", "127.0.0.3")
+        with support.target(host="127.0.0.3", port=port), silent("127.0.0.1", port), \
+                mock.patch.object(module, "ATTEMPT_DELAY_S", 0.01), mock.patch.object(module, "NONBLOCK", 0), \
+                mock.patch.object(module.socket, "socket", Socket):         # only poll() tells of a refusal
+            connect(ips("127.0.0.1", "127.0.0.2", "127.0.0.3"), port, 5)[0].close()
+
     def test_a_dead_address_delays_a_live_one_little(self):
         """PROTOCOL: within 400 ms of the plain time, and not by giving the first choice no chance."""
         dead = "::1" if support.HAS_IPV6 else "127.0.0.2"

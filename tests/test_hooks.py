@@ -16,6 +16,7 @@ from socks5 import client
 from socks5.net import listeners
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Greeting, Request
+from socks5.relay import busy
 from socks5.server import acceptors, newcomers, sessions
 from tests import support
 from tests.support import (PATIENCE_S, ROOT, address, ask, connect_through, dial, logging_of, negotiate, read_to_end,
@@ -119,6 +120,19 @@ class Hooks(Case):
                     self.assertTrue(echoes(tunnel))
                 self.assertEqual(errors, [ValueError])
                 wait_until(lambda: not len(server.sessions))
+
+    def test_a_hook_that_fails_when_the_session_is_there_leaves_none(self):
+        class Server(socks5.Server):
+            def process_request(self, request, client_address):
+                self.session_of(request, client_address)
+                raise KeyError("bug")
+
+        with running(server_class=Server) as server, self.assertLogs("socks5", "ERROR"), \
+                dial(server.server_address) as client:
+            client.sendall(b"\5")
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(client.recv(1), b"")
+            wait_until(lambda: not len(server.sessions))
 
     def test_get_request_may_wrap_the_socket_and_fail(self):
         class Wrapped(socket.socket):
@@ -461,9 +475,10 @@ class SessionEnded(Case):
             def session_ended(self, session):
                 closed.append(session)
 
-        with logging_of(self) as logs, running(server_class=Server) as server:
+        with mock.patch.object(busy, "FIRST_TURNS", 0), logging_of(self) as logs, \
+                running(server_class=Server) as server:
             connect_through(server.server_address, *self.echo).close()
-            wait_until(lambda: closed)
+            wait_until(lambda: len(closed) == 2)
         self.assertEqual((len(closed), len(logs.records)), (2, 1))
 
 

@@ -281,6 +281,22 @@ class Bursts(unittest.TestCase):
                     wait_until(ended)
                     self.assertEqual(association.ended_by, "idle")
 
+    def test_what_could_not_be_sent_is_not_counted_and_keeps_nothing_alive(self):
+        with udp_socket() as there, self.association(idle_s=0.5) as (association, sock, run):
+            run()
+            whole = Datagram(address(*there.getsockname()), b"hello").pack()
+            sock.send(whole)
+            mapped = there.recvfrom(100)[1]
+            with patch("socks5.commands.udp.send", lambda *_: 0):
+                sock.send(whole)                                    # of the header that is remembered
+
+                def ended():
+                    there.sendto(b"an answer", mapped)
+                    return association.ended_by
+
+                wait_until(ended)
+            self.assertEqual((association.ended_by, association.up, association.down), ("idle", 5, 0))
+
     def test_what_is_remembered_is_bounded(self):
         with patch("socks5.commands.udp.REMEMBERED", 2), contextlib.ExitStack() as stack:
             remotes = [stack.enter_context(udp_socket()) for _ in range(5)]
@@ -624,6 +640,7 @@ class OurSide(unittest.TestCase):
             control.connect(server.server_address)
             negotiate(control)
             self.assertEqual(ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).rep, Rep.GENERAL_FAILURE)
+            control.close()
             wait_until(lambda: any("cmd=UDP_ASSOCIATE" in line for line in logs.output))
         return logs.output[-1].rpartition("why=")[2]
 

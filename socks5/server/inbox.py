@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import socket
 from time import monotonic
-from typing import Any
+from typing import Any, Optional, Type
 
 READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
@@ -103,3 +103,17 @@ def linger(sock: socket.socket) -> None:
             left -= received
     except OSError:                             # a time-out, or gone: nothing more to wait for
         pass
+
+
+class ClosedOnError:
+    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+        if kind:
+            self.sock.close()

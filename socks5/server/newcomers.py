@@ -11,7 +11,7 @@ from functools import partial
 from socketserver import ThreadingTCPServer
 from typing import Any
 
-from ..net.addresses import Sockaddr, endpoint_of, ip_of, origin_of, text_of, unmapped
+from ..net.addresses import Sockaddr, endpoint_of, ip_of, origin_of, unmapped
 from ..protocol.errors import ProtocolError
 from ..protocol.fields import ReadExactly
 from ..protocol.proxy import ProxyHeader
@@ -118,7 +118,7 @@ def client_of(header: ProxyHeader, balancer: Sockaddr) -> Sockaddr:
     host = unmapped(source.host)
     if host.is_loopback and not ip_of(balancer).is_loopback:
         return balancer
-    return (text_of(host), source.port) if host.version == 4 else (text_of(host), source.port, 0, 0)
+    return (str(host), source.port) if host.version == 4 else (str(host), source.port, 0, 0)
 
 
 def exact_reader(session: Session) -> ReadExactly:
