@@ -31,6 +31,7 @@ check: lint types coverage ## run lint, types and coverage (which runs the tests
 bench: ## measure speed and memory
 	$(PYTHON) tests/bench.py $(ARGS)
 
+# The same bytes from the same tree: files in order, dated SOURCE_DATE_EPOCH, or 1980, the first year that zip knows.
 zipapp: ## build dist/socks5_server.pyz, the whole server as one file
 	rm -rf build/zipapp
 	mkdir -p build/zipapp dist
@@ -38,7 +39,12 @@ zipapp: ## build dist/socks5_server.pyz, the whole server as one file
 	find build/zipapp -name __pycache__ -prune -exec rm -rf {} +
 	cp socks5_server.py build/zipapp/__main__.py
 	cp LICENSE build/zipapp/
-	$(PYTHON) -m zipapp --compress --python '/usr/bin/env python3' --output dist/socks5_server.pyz build/zipapp
+	find build/zipapp -exec chmod u=rwX,go=rX {} +
+	$(PYTHON) -c 'import os, pathlib; t = max(int(os.environ.get("SOURCE_DATE_EPOCH") or 0), 315532800); \
+	  [os.utime(str(path), (t, t)) for path in pathlib.Path("build/zipapp").rglob("*")]'
+	cd build/zipapp && TZ=UTC0 $(PYTHON) -m zipfile -c ../socks5_server.zip LICENSE __main__.py socks5
+	$(PYTHON) -m zipapp --python '/usr/bin/env python3' --output dist/socks5_server.pyz build/socks5_server.zip
+	chmod 755 dist/socks5_server.pyz
 
 clean: ## remove what the other targets made
 	rm -rf build dist htmlcov .mypy_cache *.egg-info .coverage .coverage.*

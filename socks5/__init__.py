@@ -7,6 +7,7 @@
         errors        exceptions that carry the REP
         fields        what a message is made of
         messages      every message of SOCKS5
+        proxy         the PROXY header, in which a load balancer names the client
         facts         typed values of a line in the log, and how text shows them
         trace         a message explained, field by field
     access/           who may do what
@@ -47,12 +48,15 @@
         inbox         what the client sends before its tunnel stands
         handler       one client, like RFC 1928 sections 3 to 6
         acceptors     threads that wait in accept()
+        newcomers     a connection before its handler: PROXY header, silent clients
         table         the live sessions as lines of the log
         tracing       where the trace is written to
         server        the ThreadingTCPServer: accept, limit, drain
     process/          several processes
         orders        what a server process is told to do, and the way to a worker
         signals       signals become orders
+        systemd       sockets that systemd has opened, and what it is told
+        identity      give up root: --run-as
         files         read users and rules again, with descriptors kept in reserve
         control       the main loop: stop, reload, log sessions
         worker        a worker process

@@ -6,6 +6,7 @@ import configparser
 import getpass
 import logging
 import os
+import socket
 import sys
 from ipaddress import ip_address
 from typing import Any, Dict, NoReturn, Optional, Sequence
@@ -16,8 +17,9 @@ from .access.users import line_for
 from .config import GROUPS, SAME, Config, ConfigError, from_environment, long_flag, open_file, options, parse
 from .net import listeners as listening
 from .net.addresses import endpoint_of, is_here
-from .process import files, signals, supervisor as workers
+from .process import files, identity, signals, supervisor as workers
 from .process.alone import Alone
+from .process.systemd import Notifier, passed_sockets
 from .server import tracing
 from .server.server import Server
 
@@ -76,8 +78,9 @@ def default_words(default: Any) -> str:
                               "%g" % default if isinstance(default, float) else default)
 
 
-def read_config(args: Dict[str, Any]) -> Config:
-    """Defaults, then --config FILE, then SOCKS5_USERS, then the command line. Raises ConfigError."""
+def read_config(args: Dict[str, Any], passed: Sequence[socket.socket] = ()) -> Config:
+    """Defaults, then --config FILE, then SOCKS5_USERS, then the command line; the addresses are those of the `passed`
+    sockets, if there are any. Raises ConfigError."""
     values = read_file(args["config"]) if "config" in args else {}
     values.update(from_environment(os.environ))
     for item in options():
@@ -85,6 +88,11 @@ def read_config(args: Dict[str, Any]) -> Config:
             given = args[item.name]
             where = "/".join(item.metadata["flags"])
             values[item.name] = parse(item, given if isinstance(given, list) else [given], where)
+    if passed:
+        for name in {"listen", "port"} & set(values):
+            raise ConfigError("--%s: systemd has opened the sockets; the addresses stand in its .socket unit" % name)
+        found = [endpoint_of(sock.getsockname()) for sock in passed]
+        values.update(listen=tuple(str(endpoint.ip) for endpoint in found), port=found[0].port)
     return Config(**values)
 
 
@@ -114,13 +122,19 @@ def read_file(path: str) -> Dict[str, Any]:
     return values
 
 
-def serve(config: Config) -> int:
-    """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
+def serve(config: Config, passed: Sequence[socket.socket] = ()) -> int:
+    """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status. `passed` are listening
+    sockets that systemd has opened."""
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
-        tracing.check(config.trace)
         check_out(config.out)
-        listeners = listening.open_all(config.listen, config.port)
+        who = identity.look_up(config.run_as) if config.run_as else None
+        listeners = list(passed) or listening.bind_all(config.listen, config.port)
+        if who:                                             # a low port is bound; from here on what is opened is its
+            become(who, config)
+        tracing.check(config.trace)
+        if not passed:
+            listening.listen_all(listeners, listening.BACKLOG)
     except ConfigError as exc:
         return fail(str(exc))
     except OSError as exc:
@@ -132,10 +146,21 @@ def serve(config: Config) -> int:
         for listener in listeners:
             say("listening on %s" % str(endpoint_of(listener.getsockname())))
 
-    count = workers.number(config.workers)
+    count, notifier = workers.number(config.workers), Notifier(os.environ)
     if count > 1:
-        return workers.Supervisor(config, listeners, count, access).run(ready)
-    return Alone(Server(config, listeners=listeners, access=access), access).run(ready)
+        return workers.Supervisor(config, listeners, count, access, notifier=notifier).run(ready)
+    return Alone(Server(config, listeners=listeners, access=access), access, notifier).run(ready)
+
+
+def become(who: identity.Identity, config: Config) -> None:
+    """Give up root. Raises ConfigError."""
+    try:
+        identity.become(who)
+    except OSError as exc:
+        raise ConfigError("--run-as %s: %s" % (config.run_as, exc.strerror or exc)) from None
+    trouble = identity.unreadable(config)
+    if trouble:
+        logging.getLogger(__name__).warning("--run-as %s: SIGHUP will not be able to read %s", config.run_as, trouble)
 
 
 def check_out(addresses: Sequence[str]) -> None:
@@ -196,7 +221,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if "hash_password" in args:
         return hash_password(args["hash_password"])
     try:
-        config = read_config(args)
+        passed = [] if {"check", "self_test"} & set(args) else passed_sockets(os.environ)
+        config = read_config(args, passed)
         if "check" in args:
             say("\n".join(report(config)))
             return 0
@@ -207,6 +233,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
              logging.WARNING if "quiet" in args else logging.INFO)
     handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
     try:
-        return self_test(config) if testing else serve(config)
+        return self_test(config) if testing else serve(config, passed)
     finally:
         handler.close()                                     # writes what is queued

@@ -138,6 +138,13 @@ def path(text: str) -> str:
     return text
 
 
+def user_group(text: str) -> str:
+    user, colon, group = text.partition(":")
+    if not user or bool(colon) != bool(group) or not text.isprintable() or ":" in group:
+        raise ValueError("%s is not USER or USER:GROUP" % ascii(text))
+    return text
+
+
 def log_format(text: str) -> str:
     if text not in ("text", "json"):
         raise ValueError("%r is neither text nor json" % text)
@@ -214,6 +221,9 @@ class Config:
         1080, "-p --port", port, "listening", metavar="PORT",
         help="port to listen on; 0: any free port",
         why="the port that IANA assigned to SOCKS, RFC 1928 §3")
+    proxy_protocol: Tuple[Network, ...] = option(
+        (), "--proxy-protocol", network, "listening", metavar="CIDR", many=True,
+        help="load balancers of this network send the client's address in a PROXY header (v1, v2), repeatable")
     user: Tuple[Tuple[str, str], ...] = option(
         (), "-u --user", credentials, "access", metavar="NAME:PASSWORD", many=True, secret=True,
         help="require this user name and password, repeatable; or set SOCKS5_USERS=NAME:PASSWORD,...")
@@ -246,6 +256,9 @@ class Config:
         0, "-w --workers", workers, "running", metavar="N|auto",
         help="server processes; 0 or auto: one for each CPU, at most 4; always 1 without fork()",
         why="the GIL runs one thread of a process at a time; 64 busy tunnels on 2 CPUs need two processes")
+    run_as: str = option(
+        "", "--run-as", user_group, "running", metavar="USER[:GROUP]",
+        help="after listening, run as USER, for good; SIGHUP then reads the files as USER")
     max_sessions: int = option(
         0, "--max-sessions", count, "limits", metavar="N",
         help="session limit; 0: by the descriptor limit",
@@ -314,8 +327,10 @@ class Config:
                 "FILE; --open permits an open proxy)" % (beyond[0], beyond[0], self.port))
 
     def beyond(self) -> List[str]:
-        """The listening addresses that are not loopback."""
-        return [text for text in self.listen if not ip_address(text.partition("%")[0]).is_loopback]
+        """The listening addresses that clients elsewhere reach: those that are not loopback; all of them through a load
+        balancer."""
+        return [text for text in self.listen
+                if self.proxy_protocol or not ip_address(text.partition("%")[0]).is_loopback]
 
     def upstream_of(self, via: Optional[str]) -> Optional[Upstream]:
         """The upstream to which a rule with this `via` leads; None: we connect ourselves. KeyError if there is none."""

@@ -30,7 +30,7 @@ TIMEOUT_S = 10.0                # for one step, which takes milliseconds on loop
 BULK = bytes(range(256)) * 256  # 64 KiB
 FEW_SESSIONS = 1000             # a lower limit is reported
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
-LEFT_OUT = ("advertise", "out")               # options that refer to other machines
+LEFT_OUT = ("advertise", "out", "proxy_protocol")      # options that refer to other machines
 
 Check = Callable[["Setup"], str]
 

@@ -129,13 +129,15 @@ class Faces(Case):
         for item in options():
             text, value = SAMPLES[item.metadata["kind"]]
             value = (value,) if item.metadata["many"] else value
-            expected = Config(**{item.name: value})
+            needs = {"open": True} if item.name == "proxy_protocol" else {}      # or it is refused as an open proxy
+            expected = Config(**{item.name: value}, **needs)
             given = [] if item.metadata["kind"] is bool else [text]
             for flag in item.metadata["flags"]:
                 with self.subTest(flag):
-                    self.assertEqual(config_of(flag, *given), expected)
+                    self.assertEqual(config_of(flag, *given, *["--open"] * len(needs)), expected)
+            lines = ["%s = %s" % (long_flag(item)[2:], text), *["open = yes"] * len(needs)]
             with self.subTest("%s in the file" % item.name):
-                self.assertEqual(config_of("--config", self.ini("%s = %s" % (long_flag(item)[2:], text))), expected)
+                self.assertEqual(config_of("--config", self.ini("\n".join(lines))), expected)
 
     def test_forms_of_the_command_line(self):
         for argv, port in ((["-p", "7"], 7), (["-p7"], 7), (["--port", "7"], 7), (["--port=7"], 7),
@@ -348,7 +350,7 @@ class Serving(Case):
                             (["-q"], logging.WARNING), (["--quiet"], logging.WARNING)):
             levels = []
 
-            def serve(config):
+            def serve(config, _passed):
                 levels.append(logging.getLogger("socks5").getEffectiveLevel())
                 return 0
             with self.subTest(argv), mock.patch.object(cli, "serve", serve):
@@ -364,7 +366,7 @@ class Serving(Case):
         self.addCleanup(root.setLevel, level)
         root.setLevel(logging.ERROR)
 
-        def serve(config):
+        def serve(config, _passed):
             logging.getLogger("socks5.server.server").error("one line")
             return 0
         with mock.patch.object(cli, "serve", serve):

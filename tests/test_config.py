@@ -22,6 +22,7 @@ SAMPLES = {
     config.network: ("192.0.2.0/24", ip_network("192.0.2.0/24")),
     config.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
     config.path: ("/no/such/file", "/no/such/file"),
+    config.user_group: ("daemon:nogroup", "daemon:nogroup"),
     config.log_format: ("json", "json"),
 }
 WRONG = {
@@ -47,6 +48,7 @@ WRONG = {
     config.credentials: ("", ":", "alice", "alice:", ":secret", "a" * 256 + ":x", "x:" + "a" * 256,
                          "\u20ac" * 86 + ":x"),
     config.path: ("", "a\0b"),
+    config.user_group: ("", ":", "daemon:", ":daemon", "a:b:c", "a\x7fb"),
     config.log_format: ("", "xml", "JSON", "text json"),
 }
 

@@ -91,13 +91,27 @@ class Ways(unittest.TestCase):
         copy = self.copy()
         for name in ("Makefile", "LICENSE"):
             shutil.copy(str(ROOT / name), str(copy))
-        done = subprocess.run([make, "zipapp", "PYTHON=" + sys.executable], cwd=str(copy), capture_output=True,
-                              text=True)
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        built = []
+        for epoch in ("1700000000", "1700000000", "1600000000"):
+            for path in copy.rglob("*.py"):
+                os.utime(str(path))                                 # the time of a checkout says nothing
+            done = subprocess.run([make, "zipapp", "PYTHON=" + sys.executable], cwd=str(copy), capture_output=True,
+                                  text=True, env=dict(os.environ, SOURCE_DATE_EPOCH=epoch))
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            built.append((copy / "dist" / "socks5_server.pyz").read_bytes())
+        self.assertTrue(built[0] == built[1] != built[2], "the same bytes for the same SOURCE_DATE_EPOCH")
         app = self.elsewhere / "socks5_server.pyz"
         shutil.move(str(copy / "dist" / "socks5_server.pyz"), str(app))
         shutil.rmtree(str(copy))
         self.check(cwd=self.folder, script=app)
+
+    def test_a_python_without_all_of_its_library(self):
+        """Such as Debian's python3-minimal."""
+        code = ("import runpy, sys; sys.modules['dataclasses'] = None; "
+                "runpy.run_path(%r, run_name='__main__')" % str(SCRIPT))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1), done.stderr)
+        self.assertIn("no module dataclasses", done.stderr)
 
     def test_isolated_python(self):
         """-I -S: no environment, no site-packages; the standard library is all it needs."""

@@ -17,8 +17,7 @@ from socks5.net import listeners
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Greeting, Request
 from socks5.relay import busy
-from socks5.server import acceptors, sessions
-from socks5.server import server as module
+from socks5.server import acceptors, newcomers, sessions
 from tests import support
 from tests.support import (PATIENCE_S, ROOT, address, ask, connect_through, dial, echoes, heard, logging_of, negotiate,
                            read_to_end, reader_of, reset, running, target, wait_until)
@@ -377,7 +376,7 @@ class SessionEnded(Case):
                 wait_until(lambda: len(server.sessions))
                 leave(sock)
                 wait_until(lambda: not len(server.sessions))
-        with mock.patch.object(listeners, "DEFER_ACCEPT_S", 0), mock.patch.object(module, "MANY_NEGOTIATING", -1):
+        with mock.patch.object(listeners, "DEFER_ACCEPT_S", 0), mock.patch.object(newcomers, "MANY_NEGOTIATING", -1):
             self.check("left", "client", act, count=2)
 
     def test_bind_and_udp(self):

@@ -1,10 +1,12 @@
 """__init__.py, __main__.py and socks5_server.py: the ways in."""
+import os
 import subprocess
 import sys
 import tempfile
 import unittest
 
 import socks5
+from socks5 import config
 from tests import support
 
 VERSION = "socks5-server %s\n" % socks5.__version__
@@ -32,6 +34,14 @@ class WaysIn(unittest.TestCase):
         setup = (support.ROOT / "setup.cfg").read_text(encoding="utf-8")
         self.assertIn("socks5-server = socks5.cli:main", setup)
         self.assertIn("version = attr: socks5.__version__", setup)
+        self.assertIn("include = socks5, socks5.*", setup, "tests/ is a package, too, and not to be installed")
+
+    def test_help_fits_a_terminal(self):
+        status, out, err = python("socks5_server.py", "--help", cwd=support.ROOT, env=dict(os.environ, COLUMNS="80"))
+        self.assertEqual((status, err), (0, ""))
+        self.assertLess(max(map(len, out.splitlines())), 80)
+        self.assertEqual([line[:-1] for line in out.splitlines() if line[:1].isalpha() and line.endswith(":")][1:],
+                         list(config.GROUPS))
 
 
 class Package(unittest.TestCase):

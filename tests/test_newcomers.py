@@ -9,7 +9,7 @@ from unittest import mock
 from socks5.net import listeners
 from socks5.protocol.codes import Cmd, Rep
 from socks5.relay.loop import Loop, Watch
-from socks5.server import server, sessions
+from socks5.server import newcomers, sessions
 from socks5.server.handler import Handler
 from tests.support import (ask, connect_through, dial, heard, logging_of, negotiate, reset, running, target, threads,
                            wait_until)
@@ -23,7 +23,7 @@ class Newcomers(unittest.TestCase):
         self.addCleanup(self.stack.close)
         # So that the silent ones reach accept() at once, not a second later.
         self.stack.enter_context(mock.patch.object(listeners, "DEFER_ACCEPT_S", 0))
-        self.stack.enter_context(mock.patch.object(server, "MANY_NEGOTIATING", -1))
+        self.stack.enter_context(mock.patch.object(newcomers, "MANY_NEGOTIATING", -1))
         self.logs = self.stack.enter_context(logging_of(self))
         self.echo = self.stack.enter_context(target())
 
@@ -66,7 +66,7 @@ class Newcomers(unittest.TestCase):
                 super().setup()
                 served.append(self)
 
-        with mock.patch.object(server, "MANY_NEGOTIATING", 10):
+        with mock.patch.object(newcomers, "MANY_NEGOTIATING", 10):
             self.serve(Counted)
             for _ in range(10):
                 self.stack.enter_context(dial(self.server.server_address))

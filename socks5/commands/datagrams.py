@@ -6,6 +6,7 @@ each.
 """
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -14,6 +15,7 @@ import sys
 from threading import Condition
 from typing import Any, Counter, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
+from ..net.addresses import IP, Sockaddr, family_of, ip_of
 from ..protocol.errors import name_of
 
 BURST = 64                      # datagrams from one socket before the next socket is served; one call cuts 64 at most
@@ -24,6 +26,7 @@ SOCKET_BYTES = 1 << 20          # of each kernel buffer, or what the kernel allo
 BUFFER_WAIT_S = 1.0             # for a shared buffer, before one more is allocated
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # saves a system call where it exists
 LINUX = sys.platform.startswith("linux")
+DISCARD = 9                     # a port
 SOL_UDP, UDP_SEGMENT = 17, 103                          # linux/udp.h; the socket module has no names for them
 REMEMBERED = 512                # headers each way, of one association
 K = TypeVar("K")
@@ -89,6 +92,17 @@ def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = (
         raise
     finally:
         taken = None                                    # or it and this frame would be a cycle
+
+
+def our_end(control: socket.socket, client: IP) -> Sockaddr:
+    """Where a client can send datagrams to: the address at which its TCP connection reached us. If a load balancer made
+    that connection over loopback, or over the other family: our address on the route to the client."""
+    here = control.getsockname()
+    if (ip_of(here).version, ip_of(here).is_loopback) != (client.version, client.is_loopback):
+        with contextlib.suppress(OSError), socket.socket(family_of(client), socket.SOCK_DGRAM) as probe:
+            probe.connect((str(client), DISCARD))           # sends nothing; the kernel chooses our address
+            here = probe.getsockname()
+    return here                                             # type: ignore[no-any-return]
 
 
 def segments(sock: socket.socket) -> bool:

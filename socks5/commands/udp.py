@@ -29,7 +29,7 @@ from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
 from ..config import Upstream
-from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, remember, send
+from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, our_end, remember, send
 from .fragments import Fragments
 from .upstream import Link, Links
 
@@ -95,7 +95,7 @@ class Association:
         self._taken: List[int] = []                         # of `ports`: IP versions
         self._moved = False
         self._poll = new_poll()
-        self._inside = self._open(control.getsockname())
+        self._inside = self._open(our_end(control, client))
         self._watch(control)
         self._watch(self._inside)
         self._linked: Dict[int, Link] = {}                  # by each of their two descriptors
@@ -103,7 +103,8 @@ class Association:
             for sock in (link.sock, link.control):
                 self._linked[sock.fileno()] = link
                 self._watch(sock)
-        self.bnd = Endpoint(advertised(advertise, ip_of(control.getsockname())), self._inside.getsockname()[1])
+        here = self._inside.getsockname()
+        self.bnd = Endpoint(advertised(advertise, ip_of(here)), here[1])
 
     def _open(self, sockaddr: Sockaddr) -> socket.socket:
         """The socket that faces the client. Where ports are scarce those towards the remotes come with it."""

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import List
+from typing import List, Optional
 
 from ..server.server import Server
 from .control import Control
 from .files import Access
 from .orders import Order
+from .systemd import Notifier
 from .worker import obey, serve
 
 log = logging.getLogger(__name__)
@@ -20,8 +21,8 @@ log = logging.getLogger(__name__)
 class Alone(Control):
     """Serves in a thread until SIGTERM or SIGINT has ended it."""
 
-    def __init__(self, server: Server, access: Access) -> None:
-        super().__init__(server.config, access)
+    def __init__(self, server: Server, access: Access, notifier: Optional[Notifier] = None) -> None:
+        super().__init__(server.config, access, notifier)
         self.server = server
         server.relay_loop()                     # what serving takes is there before it is said to listen
         self._hurry = threading.Event()
@@ -41,6 +42,10 @@ class Alone(Control):
 
     def tell(self, order: Order) -> None:
         obey(self.server, self._hurry, order, self.access)
+
+    def prove_alive(self) -> None:
+        """By the thread that serves and the relay loop's: one that hangs does not come to it."""
+        self.server.soon(lambda: self.server.relay_loop().call_soon(self.notifier.alive))
 
     def kill(self) -> None:
         """The thread cannot be killed; it ends with the program."""

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import logging
 from time import monotonic
-from typing import Callable, Iterable, List, Set
+from typing import Callable, Iterable, List, Optional, Set
 
 from ..config import Config, ConfigError
 from .files import Access, Exhausted, Files, read_access
 from .orders import Order
 from .signals import Signals
+from .systemd import Notifier
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ class Control:
     To be overridden: running(), tell(), kill(), and where there is something to do: work(), due(), unsent().
     """
 
-    def __init__(self, config: Config, access: Access) -> None:
+    def __init__(self, config: Config, access: Access, notifier: Optional[Notifier] = None) -> None:
         self.config = config
+        self.notifier = notifier or Notifier()
         self.access = access                    # in force, whatever is in the files by now
         self.signals = Signals()
         self.files = Files(config, lambda config: read_access(config, self.access))
@@ -38,23 +40,29 @@ class Control:
         self._read_at = -NEVER                  # when the files were read last
         self._kill_at = NEVER
         self._delayed = False                   # a reload is tried again, which has been said
+        self._alive_at = 0.0 if self.notifier.watchdog_s else NEVER
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """Calls ready() as soon as signals will be obeyed. Returns the exit status."""
         with self.signals:
             ready()
+            self.notifier.ready("serving")
             while self.running():
-                due = min([self._reload_at, self._kill_at, *self.due()])
+                due = min([self._reload_at, self._kill_at, self._alive_at, *self.due()])
                 orders = self.signals.wait(due - monotonic(), self.unsent())
                 self.end(orders)
                 self.work()
                 self.obey(orders)
+                if monotonic() >= self._alive_at:
+                    self._alive_at = monotonic() + self.notifier.watchdog_s
+                    self.prove_alive()
         self.close()
         return self.status
 
     def close(self) -> None:
         self.signals.close()
         self.files.close()
+        self.notifier.close()
 
     # ---- what subclasses say --------------------------------------------------------------------------------------
 
@@ -81,6 +89,10 @@ class Control:
         """Descriptors to which work() wants to write."""
         return ()
 
+    def prove_alive(self) -> None:
+        """Have the watchdog told, if the servers are well."""
+        self.notifier.alive()
+
     # ---- signals --------------------------------------------------------------------------------------------------
 
     def end(self, orders: Set[Order]) -> None:
@@ -90,6 +102,7 @@ class Control:
             self.stops += 1
             if self.stops == 1:
                 self._kill_at = monotonic() + self.config.drain_timeout + OVERDUE_S
+                self.notifier.stopping()
                 self.tell(Order.STOP)
             else:
                 self._kill_at = min(self._kill_at, monotonic() + ABORT_S)
@@ -111,13 +124,19 @@ class Control:
         """Read the files and put them in force. A bad file changes nothing; want of resources only delays it."""
         self._reload_at, self._read_at = NEVER, monotonic()
         before, said, self._delayed = self.access, self._delayed, False
+        self.notifier.reloading()
+        outcome = "serving"
         try:
             self.access = self.files.read()
             self.tell(Order.RELOAD)
         except (Exhausted, MemoryError) as exc:
             self.access, self._delayed = before, True
             self._reload_at = monotonic() + RELOAD_EVERY_S
+            outcome = "serving; not reloaded yet: %s" % exc
             if not said:                        # once is enough
                 log.error("not reloaded yet, tried again every second: %s", exc)
         except (ConfigError, OSError) as exc:
+            outcome = "serving; not reloaded: %s" % exc
             log.error("not reloaded, users and rules stay as they were: %s", exc)
+        finally:
+            self.notifier.ready(outcome)

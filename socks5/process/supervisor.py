@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from time import monotonic
-from typing import Callable, Dict, Iterable, List, Sequence
+from typing import Callable, Dict, Iterable, List, Optional, Sequence
 
 from ..config import Config
 from ..net import listeners as listening
@@ -20,6 +20,7 @@ from . import worker as child
 from .control import Control
 from .files import Access
 from .orders import Order, Outbox, pack
+from .systemd import Notifier
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ class Supervisor(Control):
     """Keeps `count` workers running until SIGTERM or SIGINT has ended them all."""
 
     def __init__(self, config: Config, listeners: Sequence[socket.socket], count: int, access: Access,
-                 make: MakeServer = Server) -> None:
-        super().__init__(config, access)
+                 make: MakeServer = Server, notifier: Optional[Notifier] = None) -> None:
+        super().__init__(config, access, notifier)
         self.listeners = listeners
         self.make = make
         self.shared = Shared(count)
@@ -123,6 +124,7 @@ class Supervisor(Control):
         """In the child; never returns."""
         def make() -> Server:
             self.files.close()
+            self.notifier.close()
             return self.make(self.config, listeners=self.listeners, counts=self.shared.row(row), access=self.access)
 
         outboxes = [other.outbox.sock for other in self.workers.values()]

@@ -35,6 +35,7 @@ from ..protocol.fields import Host
 from ..protocol.messages import (
     HTTP_HELP, MOST_BYTES, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
     Selection, whole)
+from ..protocol.proxy import begins
 from ..protocol.trace import M, Sent
 from ..relay.tunnel import Tunnel
 from .inbox import ClosedOnError, Inbox, LoginWait, Outbox, linger
@@ -157,6 +158,8 @@ class Handler(StreamRequestHandler):
     def explain(self) -> None:
         """Tell a client that does not speak SOCKS5 so, in its own protocol where we know it."""
         first = self.first()
+        if begins(self.inbox.peek()):
+            raise ProtocolError("a PROXY header, which only a source in --proxy-protocol may send, and once")
         if first == 0x04:
             self.send(SOCKS4_REFUSAL)
             raise ProtocolError("a SOCKS4 client")

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections import deque
 from functools import partial
-from socketserver import BaseServer, ThreadingTCPServer
+from socketserver import BaseServer
 from time import monotonic, sleep
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
@@ -27,17 +27,16 @@ from ..protocol.errors import name_of
 from ..protocol.facts import Facts, tell
 from ..relay.loop import Loop
 from ..relay.tunnel import Tunnel
-from ..relay.watch import peek
 from . import acceptors, tracing
 from .counters import Counts, Shared
-from .handler import ANONYMOUS, BY_PASSWORD, Handler, Service
-from .sessions import Full, Session, Sessions, Teller
+from .handler import ANONYMOUS, BY_PASSWORD, Handler
+from .newcomers import Newcomers
+from .sessions import UNKNOWN, Full, Session, Sessions, Teller
 from .table import Table
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25                           # how late a handshake's deadline may be noticed
-MANY_NEGOTIATING = 64                   # at once: from then on a silent newcomer gets no thread
 COMPLAIN_EVERY_S = 60.0
 REST_S = 0.1                            # without it, accept() at the descriptor limit spins
 MAX_UNTOLD = 1000                       # sessions for which session_ended is due; then acceptors wait for it
@@ -45,7 +44,7 @@ REFUSED = "refused client=%(client)s why=%(why)s"
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
-class Server(ThreadingTCPServer, Service):
+class Server(Newcomers):
     """A SOCKS5 server.
 
         with Server(Config(port=0)) as server:
@@ -60,7 +59,8 @@ class Server(ThreadingTCPServer, Service):
         server_bind, server_activate    the sockets of config.listen are bound, and listened on [that makes the Server]
         service_actions                 every poll_interval seconds [serve_forever]
         get_request                     accept a connection [an acceptor, or serve_forever where there are none]
-        verify_request                  may this client talk to us? The default asks --allow-from [the same]
+        verify_request                  may this client talk to us? The default asks --allow-from. A load balancer's
+                                        client: as soon as the PROXY header is read [the same]
         process_request                 admit the session, then serve it [the same]
         finish_request, handle_error    make the handler; a bug in it [the acceptor, or a thread of the connection]
         shutdown_request                the handler has ended. Nothing happens to a session that has a tunnel [the same]
@@ -219,7 +219,7 @@ class Server(ThreadingTCPServer, Service):
         try:
             if not covered:
                 raise RuntimeError("can't start new thread")
-            if self.verify_request(request, client_address):
+            if self.is_balancer(client_address) or self.verify_request(request, client_address):
                 self.process_request(request, client_address)
             else:
                 self.shutdown_request(request)
@@ -264,36 +264,20 @@ class Server(ThreadingTCPServer, Service):
             self.refuse(client_address, exc.limit, str(exc))
             self.shutdown_request(request)
             return
-        if self.sessions.negotiating > MANY_NEGOTIATING and peek(request) is None:
-            try:
-                self.relay_loop().watch(request, partial(self._newcomer, session, client_address))
-                return
-            except (OSError, ValueError):                       # the system has no more to give: a thread, then
-                pass
+        if self.waits_silently(session, client_address):
+            return
         if self._acceptors.listener():
             self.process_request_thread(request, client_address)
         else:
             super().process_request(request, client_address)
-
-    def _newcomer(self, session: Session, client_address: Any, said: bool) -> None:
-        """In the relay loop's thread: a silent newcomer has said something, or left."""
-        try:
-            if said:
-                super().process_request(session.sock, client_address)
-                return
-            session.ended_by = session.ended_by or "client"     # unless it was shut down, and that is why
-            session.why = session.why or ("client closed" if session.ended_by == "client" else "")
-        except (RuntimeError, MemoryError) as exc:
-            self.refuse(client_address, "no thread", "no thread: %s" % exc)
-            session.ended_by, session.why = "server", str(exc)
-        self.end_session(session)
 
     def session_of(self, request: socket.socket, client_address: Any) -> Session:
         """The session of a connection, admitted now if it was not before. Raises Full."""
         session = self.sessions.get(request)
         if not session:
             client = endpoint_of(client_address)
-            session = self.sessions.admit(request, client, origin_of(client_address))
+            origin = UNKNOWN if self.is_balancer(client_address) else origin_of(client_address)
+            session = self.sessions.admit(request, client, origin)
             if self.trace:
                 session.story = self.trace.begin(session.number, client)
         return session
@@ -362,7 +346,8 @@ class Server(ThreadingTCPServer, Service):
         if not self.sessions.end(session):                      # the relay loop and the handler's thread may both come
             return
         facts = session.facts()
-        tell(log, logging.INFO, Session.LINE, facts)
+        health_check = session.ended_by == "client" and not session.greeted and self.is_balancer(session.client)
+        tell(log, logging.DEBUG if health_check else logging.INFO, Session.LINE, facts)
         if session.story:
             session.story.end(facts)
         try:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 1.0           # a newcomer is not evicted before
 NO_LIMIT = float("inf")
+UNKNOWN = "unknown"     # the origin of a connection from a load balancer, until its PROXY header is here
 MAX_LEAVING = 32        # evicted sessions that still hold a descriptor, one of the spare ones
 HEAVIEST = 3            # the weight of a UDP association: the connection, up to three sockets, one or two to wake it
 
@@ -174,8 +175,8 @@ class Sessions:
         with self._lock:
             if self._closed:
                 raise Full("server", "stopped")
-            if 0 < self.per_origin <= self._counts.of(session.origin):
-                raise Full("max-per-client", "%d reached by %s" % (self.per_origin, session.origin))
+            if session.origin != UNKNOWN and 0 < self.per_origin <= self._counts.of(session.origin):
+                raise self._too_many_of(session.origin)
             if 0 < self.negotiating_max <= len(self._negotiating):
                 self._evict()
             self._find_place(session.origin, 1, 1)
@@ -186,6 +187,29 @@ class Sessions:
             self._negotiating[session] = None
             self._silent.add(session.origin, session)
         return session
+
+    def move(self, session: Session, client: Endpoint, origin: str) -> None:
+        """The session is of this client, as a load balancer says: from now on it counts for `origin`. Raises Full, and
+        has not moved, when the limits of that origin leave no place for it."""
+        with self._lock:
+            if self._live.get(session.sock) is not session:
+                return
+            if 0 < self.per_origin <= self._counts.of(origin):
+                raise self._too_many_of(origin)
+            self._silent.discard(session.origin, session)   # it is not evicted in its own favour, nor counted twice
+            self._counts.add(session.origin, -1)
+            self._weights.add(session.origin, -session.weight)
+            try:
+                self._find_place(origin, 1, session.weight)
+                session.client, session.origin = client, origin
+            finally:
+                self._counts.add(session.origin, 1)
+                self._weights.add(session.origin, session.weight)
+                if session in self._negotiating:
+                    self._silent.add(session.origin, session)
+
+    def _too_many_of(self, origin: str) -> Full:
+        return Full("max-per-client", "%d reached by %s" % (self.per_origin, origin))
 
     def grow(self, session: Session, weight: int) -> None:
         """The session will take as many descriptors as `weight` ordinary ones. Raises Full."""
@@ -209,6 +233,7 @@ class Sessions:
     def _fits(self, origin: str, sessions: int, weight: int, freed: int = 0) -> bool:
         """Whether there is a place for so many more of this origin, when `freed` others have left."""
         freed += min(self._leaving, MAX_LEAVING)
+        origin = origin if origin != UNKNOWN else ""            # which holds none: nothing is kept from it
         return ((self.maximum == NO_LIMIT or not sessions
                  or fits(self.maximum, self._counts, origin, sessions, freed=freed))
                 and (self.maximum_here == NO_LIMIT

@@ -1,0 +1,300 @@
+"""process/systemd.py and identity.py: sockets that systemd has opened, what it is told, and giving up root."""
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from socks5.config import ConfigError
+from socks5.net import listeners
+from socks5.process import identity, systemd
+from tests.support import (PATIENCE_S, SCRIPT, Spawned, connect_through, need, need_program, run_cli, spawned, target,
+                           wait_until)
+
+# Opens a socket as systemd does, and becomes the program of its arguments.
+ACTIVATE = """
+import os, socket, sys
+sock = socket.socket(*map(int, sys.argv[1].split(",")))
+if sock.family == socket.AF_INET:
+    sock.bind(("127.0.0.1", 0))
+if sock.type == socket.SOCK_STREAM and sys.argv[2] == "listen":
+    sock.listen()
+if sock.fileno() != 3:
+    os.dup2(sock.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="socks5.socket")
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+SOCKET_UNIT = """[Unit]
+Description=SOCKS5 proxy, its socket
+
+[Socket]
+ListenStream=0.0.0.0:1080
+NoDelay=yes
+
+[Install]
+WantedBy=sockets.target
+"""
+SERVICE_UNIT = """[Unit]
+Description=SOCKS5 proxy
+Requires=socks5.socket
+After=network.target
+
+[Service]
+Type=notify
+ExecStart=/usr/local/bin/socks5-server --users %d/users
+ExecReload=/bin/kill -HUP $MAINPID
+LoadCredential=users:/etc/socks5/users
+WatchdogSec=30
+Restart=on-failure
+LimitNOFILE=65536
+DynamicUser=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateDevices=yes
+PrivateUsers=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+ProcSubset=pid
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallFilter=prlimit64 setrlimit
+UMask=0077
+"""
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+        self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+
+    def works(self, server):
+        with target() as echo, connect_through(server.port, *echo) as sock:
+            sock.sendall(b"hello")
+            self.assertEqual(sock.recv(5), b"hello")
+
+
+class Activation(Case):
+    def activated(self, *args, kind=(socket.AF_INET, socket.SOCK_STREAM), how="listen"):
+        server = Spawned(*args, prefix=(sys.executable, "-c", ACTIVATE, "%d,%d" % kind, how))
+        self.stack.callback(server.end, signal.SIGKILL)
+        return server
+
+    def test_a_socket_that_is_passed_is_served(self):
+        need(self, os.name == "posix", "fork and exec")
+        for workers in "1", "2":
+            with self.subTest(workers=workers):
+                server = self.activated("-w", workers)
+                self.works(server)
+                self.assertEqual(server.end(), 0, server.log)
+
+    def test_one_that_is_of_no_use(self):
+        need(self, os.name == "posix", "fork and exec")
+        for kind, how in (((socket.AF_INET, socket.SOCK_STREAM), "no"), ((socket.AF_INET, socket.SOCK_DGRAM), "no"),
+                          ((socket.AF_UNIX, socket.SOCK_STREAM), "no")):
+            with self.subTest(kind):
+                server = self.activated(kind=kind, how=how)
+                self.assertEqual((server.process.wait(PATIENCE_S), server.end()), (2, 2))
+                self.assertEqual(len(server.log), 1)
+                self.assertIn("LISTEN_FDS: descriptor 3: not a TCP socket that listens", server.log[0])
+
+    def test_addresses_beside_it(self):
+        need(self, os.name == "posix", "fork and exec")
+        server = self.activated("-p", "1080")
+        self.assertEqual((server.process.wait(PATIENCE_S), server.end()), (2, 2))
+        self.assertIn("--port: systemd has opened the sockets", server.log[0])
+
+    def test_variables(self):
+        for pid, number in ((str(os.getpid() + 1), "1"), ("", "1"), (str(os.getpid()), "0")):
+            environ = {"LISTEN_PID": pid, "LISTEN_FDS": number, "HOME": "/"}
+            self.assertEqual(systemd.passed_sockets(environ), [])
+            self.assertEqual(environ, {"HOME": "/"})
+        for number in ("", "x", "-1", "1025", "\u0665x"):
+            with self.assertRaises(ConfigError):
+                systemd.passed_sockets({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": number})
+
+    def test_a_passed_socket_beyond_loopback_needs_users(self):
+        """The addresses of the sockets are those that the options would have given."""
+        with contextlib.closing(listeners.open_all(["0.0.0.0"], 0)[0]) as sock:
+            from socks5 import cli
+            with self.assertRaises(ConfigError) as caught:
+                cli.read_config({}, [sock])
+            self.assertIn("--listen 0.0.0.0: every client", str(caught.exception))
+
+
+class Notified(Case):
+    def setUp(self):
+        super().setUp()
+        need(self, hasattr(socket, "AF_UNIX"), "AF_UNIX")
+        self.sock = self.stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        self.sock.settimeout(PATIENCE_S)
+
+    def hear(self, but=b"WATCHDOG=1"):
+        while True:
+            said = self.sock.recv(4096)
+            if said != but:
+                return said.decode().split("\n")
+
+    def test_from_start_to_stop(self):
+        path = self.folder / "notify"
+        self.sock.bind(str(path))
+        rules = self.folder / "rules"
+        for workers in "1", "2":
+            with self.subTest(workers=workers):
+                rules.write_text("allow from 127.0.0.0/8\n")
+                with spawned("-w", workers, "--rules", rules, env={"NOTIFY_SOCKET": str(path)}) as server:
+                    self.assertEqual(self.hear(), ["READY=1", "STATUS=serving"])
+                    for text, status in (("allow\n", "STATUS=serving"),
+                                         ("nonsense\n", "STATUS=serving; not reloaded: ")):
+                        rules.write_text(text)
+                        server.signal(signal.SIGHUP)
+                        first = self.hear()
+                        self.assertEqual((first[0], first[1][:15]), ("RELOADING=1", "MONOTONIC_USEC="))
+                        self.assertTrue(first[1][15:].isdecimal())
+                        ready = self.hear()
+                        self.assertEqual((ready[0], ready[1][:len(status)]), ("READY=1", status))
+                    self.works(server)
+                    server.signal(signal.SIGTERM)
+                    self.assertEqual(self.hear(), ["STOPPING=1", "STATUS=draining"])
+                    self.assertEqual(server.end(), 0)
+
+    def test_watchdog_over_an_abstract_socket(self):
+        need(self, sys.platform.startswith("linux"), "abstract sockets")
+        name = "socks5-test-%d" % os.getpid()
+        self.sock.bind("\0" + name)
+        for workers in "1", "2":
+            with self.subTest(workers=workers):
+                with spawned("-w", workers, env={"NOTIFY_SOCKET": "@" + name, "WATCHDOG_USEC": "100000"}):
+                    self.assertEqual(self.hear()[0], "READY=1")
+                    for _ in range(3):
+                        self.assertEqual(self.hear(but=None), ["WATCHDOG=1"])
+
+    def test_nobody_listens(self):
+        for address in ("/no/such/socket", "relative", "@", ""):
+            notifier = systemd.Notifier({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "x"})
+            notifier.ready("serving")
+            self.assertEqual(notifier.watchdog_s, 0)
+            notifier.close()
+        self.assertEqual(systemd.Notifier({"WATCHDOG_USEC": "1000000"}).watchdog_s, 0)
+
+    def test_the_watchdog_of_another_process(self):
+        notifier = systemd.Notifier({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"})
+        self.addCleanup(notifier.close)
+        self.assertEqual(notifier.watchdog_s, 0)
+
+
+class RunAs(Case):
+    def need_root(self):
+        need(self, hasattr(os, "geteuid") and os.geteuid() == 0, "root")
+
+    def ids(self, pid):
+        text = Path("/proc/%s/status" % pid).read_text()
+        return {key: set(re.search(r"^%s:(.*)$" % key, text, re.M).group(1).split()) for key in ("Uid", "Gid", "Groups",
+                                                                                                 "CapPrm", "CapEff")}
+
+    def test_no_way_back(self):
+        self.need_root()
+        os.chmod(str(self.folder), 0o755)
+        rules = self.folder / "rules"
+        rules.write_text("allow from 127.0.0.0/8\n")
+        with spawned("--run-as", "65534:65534", "--rules", rules, "-w", "2") as server:
+            def pids():
+                children = Path("/proc/%d/task/%d/children" % ((server.process.pid,) * 2)).read_text().split()
+                return [str(server.process.pid), *children]
+            wait_until(lambda: len(pids()) == 3)
+            for pid in pids():
+                found = self.ids(pid)
+                self.assertEqual((found["Uid"], found["Gid"], found["Groups"]), ({"65534"}, {"65534"}, set()))
+                self.assertEqual((found["CapPrm"], found["CapEff"]), ({"0" * 16}, {"0" * 16}))
+            self.works(server)
+            server.signal(signal.SIGHUP)
+            server.wait_line("reloaded users=0 rules=1")
+            rules.chmod(0o600)
+            server.signal(signal.SIGHUP)
+            server.wait_line("not reloaded, users and rules stay as they were: .*rules.*Permission denied")
+            self.works(server)
+            self.assertEqual(server.end(), 0)
+
+    def test_files_that_cannot_be_read_again_are_named(self):
+        self.need_root()
+        rules = self.folder / "rules"
+        rules.write_text("allow from 127.0.0.0/8\n")
+        rules.chmod(0o600)
+        with spawned("--run-as", "65534:65534", "--rules", rules) as server:
+            server.wait_line("WARNING --run-as 65534:65534: SIGHUP will not be able to read --rules .*Permission")
+            self.works(server)
+
+    def test_errors(self):
+        self.need_root()
+        for text, words in (("no-such-user", "there is no user no-such-user"), ("daemon:no-such", "no group no-such"),
+                            ("root", "must not be root's"), ("daemon:root", "must not be root's"),
+                            ("4000000000", "there is no user"), ("9" * 30, "there is no user")):
+            with self.subTest(text):
+                status, out, err = run_cli("-p", "0", "--run-as", text)
+                self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
+                self.assertIn("--run-as %s: " % text, err)
+                self.assertIn(words, err)
+
+    def test_only_root_may(self):
+        self.need_root()
+        probe = "import sys; sys.path.insert(0, %r)\nfrom socks5.process import identity\nimport os\n" \
+            "identity.become(identity.look_up('65534:65534'))\ntry:\n    identity.look_up('65534')\n" \
+            "except identity.ConfigError as exc:\n    print(exc)\n" % str(SCRIPT.parent)
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=PATIENCE_S)
+        self.assertIn("--run-as 65534: only root may become another user", done.stdout + done.stderr)
+
+    def test_where_there_are_no_users(self):
+        found, identity.pwd = identity.pwd, None
+        try:
+            self.assertRaises(ConfigError, identity.look_up, "daemon")
+        finally:
+            identity.pwd = found
+
+
+class Units(Case):
+    def analyze(self, *args):
+        program = need_program(self, "systemd-analyze")
+        return subprocess.run([program, *map(str, args)], capture_output=True, text=True, timeout=PATIENCE_S)
+
+    def write(self):
+        service = self.folder / "socks5.service"
+        (self.folder / "socks5.socket").write_text(SOCKET_UNIT)
+        service.write_text(SERVICE_UNIT.replace("/usr/local/bin/socks5-server", sys.executable))
+        return service
+
+    def test_verify(self):
+        service = self.write()
+        done = self.analyze("verify", "--man=no", service, self.folder / "socks5.socket")
+        ours = [line for line in done.stderr.splitlines() if "socks5" in line]
+        self.assertEqual((done.returncode, ours), (0, []), done.stderr)
+
+    def test_exposure(self):
+        done = self.analyze("security", "--offline=true", self.write())
+        found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+        self.assertTrue(found, done.stdout + done.stderr)
+        self.assertLess(float(found.group(1)), 2.0, done.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
