@@ -13,8 +13,9 @@ from typing import Any, Dict, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
 from .access.check import report, warnings
+from .access.files import open_file
 from .access.users import line_for
-from .config import GROUPS, SAME, Config, ConfigError, from_environment, long_flag, open_file, options, parse
+from .config import GROUPS, SAME, Config, ConfigError, from_environment, long_flag, options, parse
 from .net import listeners as listening
 from .net.addresses import endpoint_of, is_here
 from .process import files, identity, signals, supervisor as workers

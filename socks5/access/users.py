@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Dict, Iterable, List, Optional, Set, Tuple
 
 from ..protocol.codes import Method
-from ..config import Config, ConfigError, read_lines
+from ..config import Config, ConfigError
+from .files import read_lines
 from .logins import Logins
 from .passwords import Hash, Wait
 from .shared import digest
