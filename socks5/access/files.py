@@ -1,0 +1,36 @@
+"""The files that options name: users, rules and the INI file. Only regular ones, which a reload can read again."""
+from __future__ import annotations
+
+import os
+import stat
+from typing import List, TextIO
+
+from ..config import ConfigError
+
+
+def open_file(flag: str, path: str, encoding: str = "utf-8", errors: str = "surrogateescape") -> TextIO:
+    """Open the file that an option names, for reading. Raises ConfigError, also for what is not a regular file: reading
+    a FIFO or a terminal could take for ever, and a reload could not read it again."""
+    def never_waits(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+
+    try:
+        file = open(path, encoding=encoding, errors=errors, opener=never_waits)
+    except OSError as exc:
+        raise ConfigError("%s %s: %s" % (flag, path, exc.strerror)) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ConfigError("%s %s: not a regular file" % (flag, path))
+    return file
+
+
+def read_lines(flag: str, path: str) -> List[str]:
+    """The lines of a file that says who may do what. Raises ConfigError, also when all users of this machine may write
+    it."""
+    try:
+        with open_file(flag, path) as file:
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
+                raise ConfigError("%s %s: others can write this file (chmod o-w)" % (flag, path))
+            return file.read().split("\n")
+    except OSError as exc:
+        raise ConfigError("%s %s: %s" % (flag, path, exc.strerror)) from None
