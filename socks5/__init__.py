@@ -11,6 +11,7 @@
         facts         typed values of a line in the log, and how text shows them
         trace         a message explained, field by field
     access/           who may do what
+        files         the files that options name, opened for reading
         shared        memory that the server processes share
         passwords     hashes of passwords: slow to compute, on purpose; turns at computing them
         throttle      the rate limit for wrong passwords
