@@ -36,6 +36,7 @@
         watch         a silent newcomer, for which the loop waits as well
         loop          the thread that relays every quiet tunnel of the process
     commands/         what a client can ask for
+        authorize     what one client may reach, by the rules in force
         connect       CONNECT: Happy Eyeballs over the destination's addresses (RFC 8305)
         dialogue      the client's side of the protocol, towards another proxy
         upstream      CONNECT, BIND and UDP ASSOCIATE through another proxy

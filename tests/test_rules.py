@@ -15,7 +15,7 @@ from socks5.config import Config, ConfigError
 from socks5.net.addresses import unmapped
 from socks5.access.rules import ALL_PORTS, LOCAL as LOCAL_NETWORKS, Asker, Rule, Rules, inside
 from socks5.protocol.messages import Datagram, Reply
-from socks5.server.handler import TOLD
+from socks5.commands.authorize import TOLD
 from tests.support import (HAS_IPV6, PATIENCE_S, address, ask, closed_port, connect_through, dial, echo, heard, need,
                            negotiate, reader_of, run_cli, running, spawned, target, wait_until)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections import Counter
+from math import inf
 from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple
 
@@ -39,7 +40,6 @@ OnDatagram = Callable[[str, bytes, Sockaddr], None]
 
 HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, ATYP, 16 of IPv6, port
 FORGET_S = 30.0                 # how long a name stands for the same address
-FOREVER = float("inf")
 BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
 
 
@@ -68,8 +68,7 @@ class Association:
     def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
                  rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None,
-                 out: Sequence[str] = (), links: Optional[Links] = None,
-                 way: Optional[Way] = None) -> None:
+                 out: Sequence[str] = (), links: Optional[Links] = None, way: Optional[Way] = None) -> None:
         self.control = control
         self.client = str(client)
         self.owner = subscriber(client)
@@ -161,10 +160,10 @@ class Association:
         """Relay until the client is gone, or nothing went through for idle_s (0: for ever)."""
         self.control.setblocking(False)
         now = monotonic()
-        idle_at = now + (idle_s or FOREVER)
+        idle_at = now + (idle_s or inf)
         while not self.ended_by:
             until = min(idle_at, self._fragments.deadline)
-            ready = self._poll.poll(None if until == FOREVER else max(0.0, until - now) * 1000 + 1)
+            ready = self._poll.poll(None if until == inf else max(0.0, until - now) * 1000 + 1)
             now = monotonic()
             if now >= self._forget_at or self.rules() is not self._judged_by:
                 self._routes.clear()
@@ -172,7 +171,7 @@ class Association:
             if ready:
                 self._turn(ready)
             if self._moved:
-                idle_at, self._moved, self.moved_at = now + (idle_s or FOREVER), False, now
+                idle_at, self._moved, self.moved_at = now + (idle_s or inf), False, now
             elif now >= idle_at:
                 self.ended_by = self.ended_by or "idle"
             if now >= self._fragments.deadline:

@@ -90,18 +90,16 @@ class Loop:
         elif alone:                                 # several threads would fight for the interpreter's lock
             self._borrow(tunnel, relay_first)
         with self._gate:
-            self._first -= 1
             tunnel.lent = False
-            if not tunnel.ended:
-                try:
-                    self._register(tunnel)
-                except OSError as exc:
-                    tunnel.end("server", exc.strerror or str(exc))
-            over = tunnel.ended
+            over = tunnel.ended or not self._registered(tunnel)
             if over:
                 self._tunnels.discard(tunnel)
+            else:
+                self._first -= 1
         if over:
             self._close_tunnel(tunnel)
+            with self._gate:
+                self._first -= 1                    # only now: stop() must not return before
         if self._stopping:
             self._bell.ring()                       # the loop waits for this thread
 
@@ -280,6 +278,15 @@ class Loop:
 
     # ---- which descriptors are registered -------------------------------------------------------------------------
 
+    def _registered(self, tunnel: Tunnel) -> bool:
+        """Whether the loop has it now, and may have ended it already; or else the tunnel has ended here."""
+        try:
+            self._register(tunnel)
+            return True
+        except OSError as exc:
+            tunnel.end("server", exc.strerror or str(exc))
+            return False
+
     def _register(self, tunnel: Tunnel) -> None:
         """Register both sides, and only then publish them: an event that comes between is seen again at once."""
         client, remote = tunnel.client.fileno(), tunnel.remote.fileno()
@@ -363,8 +370,5 @@ class Loop:
             self._over.append(tunnel)
             return
         tunnel.up.full = tunnel.down.full = 0
-        try:
-            self._register(tunnel)
-        except OSError as exc:
-            tunnel.end("server", exc.strerror or str(exc))
+        if not self._registered(tunnel):
             self._over.append(tunnel)

@@ -9,24 +9,23 @@ from __future__ import annotations
 import logging
 import socket
 from functools import cached_property, partial
-from ipaddress import IPv4Address
 from socketserver import StreamRequestHandler
 from time import monotonic
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Type, Union
 
 from ..access import users
 from ..access.logins import Verdict, origin_of as login_origin
-from ..access.rules import Asker, Rules
+from ..access.rules import Rules
 from ..access.users import Users
-from ..commands.bind import PeerWait, Rendezvous, any_peer, expected
+from ..commands.authorize import Authorizer
+from ..commands.bind import PeerWait, Rendezvous, expected
 from ..commands.connect import Source, connect
 from ..commands.udp import Association
 from ..commands.upstream import Chain, Links
 from ..config import Config, Upstream
-from ..net.addresses import IP, Endpoint, endpoint_of, ip_of, is_here, leaving
+from ..net.addresses import IP, Endpoint, endpoint_of, ip_of, leaving
 from ..net.listeners import tune
 from ..net.lookups import Names
-from ..net.resolver import name_in, normalise
 from ..net.shares import Ports
 from ..protocol.codes import Cmd, Method, Rep
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
@@ -42,10 +41,7 @@ from .inbox import ClosedOnError, Inbox, LoginWait, Outbox, linger
 from .sessions import HEAVIEST, Full, Session, Sessions
 
 log = logging.getLogger(__name__)
-
-Way = Tuple[Optional[Upstream], Sequence[Host]]
 LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever
-TOLD = 10                   # rules that one association may name in the log
 
 
 class Service:
@@ -99,6 +95,8 @@ class Handler(StreamRequestHandler):
         session = self.session
         try:
             self.negotiate()                                    # §3 METHOD, then its sub-negotiation
+            server = self.server
+            self.may = Authorizer(session.client, session.user, lambda: server.rules, server.server_address[1])
             try:
                 request = self.take(Request)                    # §4
                 self.server.sessions.negotiated(session)
@@ -208,15 +206,15 @@ class Handler(StreamRequestHandler):
 
     def connect(self, dst: Address) -> None:
         session, deadline = self.session, self.deadline()
+        resolve = partial(self.lookup, deadline)
         if self.server.config.upstream:
-            host = self.authorized(Cmd.CONNECT, dst)
-            upstream, hosts = self.way(Cmd.CONNECT, host, dst.port, partial(self.lookup, deadline))
+            upstream, hosts = self.may.way(Cmd.CONNECT, dst, resolve)
             if upstream:
                 self.connect_through(self.chain(upstream, deadline), hosts, dst.port)
                 return
         else:
-            hosts = self.reachable(dst, deadline)
-        addresses = self.not_ourselves(dst.port, hosts)         # type: ignore[arg-type]    # no name is among them
+            hosts = self.may.reachable(dst, resolve)
+        addresses = self.may.not_ourselves(dst.port, hosts)     # type: ignore[arg-type]    # no name is among them
         remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection, self.source())
         with ClosedOnError(remote):
             session.reached = Endpoint(ip, dst.port)
@@ -237,8 +235,8 @@ class Handler(StreamRequestHandler):
 
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
-        host, deadline, permit = self.authorized(Cmd.BIND, dst), self.deadline(), partial(self.permits_caller, dst.port)
-        upstream, peers = self.way(Cmd.BIND, host, dst.port, partial(expected, resolve=partial(self.lookup, deadline)))
+        deadline, permit = self.deadline(), partial(self.may.permits_caller, dst.port)
+        upstream, peers = self.may.way(Cmd.BIND, dst, partial(expected, resolve=partial(self.lookup, deadline)))
         waiting: PeerWait
         if upstream:
             waiting = self.chain(upstream, deadline).bind(peers[0], dst.port, permit)
@@ -257,19 +255,15 @@ class Handler(StreamRequestHandler):
     def udp_associate(self, dst: Address) -> None:
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
         config, session = self.server.config, self.session
-        asker = self.asker(Cmd.UDP_ASSOCIATE)
-        verdict = self.server.rules.foresee(asker)
-        if not verdict.allowed:
-            raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+        asker = self.may.associate()
         try:
             self.server.sessions.grow(session, HEAVIEST)
         except Full as exc:
             raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
-        self.told: Set[str] = set()             # rules that a line in the log has named
         way = (lambda *what: self.server.rules.way_of(asker, *what)) if config.upstream else None
         links = Links(self.chain, self.server.rules.upstreams(asker), self.deadline()) if config.upstream else Links()
         with links, Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
-                                self.server.names, self.permits_datagram, lambda: self.server.rules,
+                                self.server.names, self.may.permits_datagram, lambda: self.server.rules,
                                 self.story.datagram if self.story else None, config.out, links, way) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
@@ -290,6 +284,9 @@ class Handler(StreamRequestHandler):
         self.server.relay(Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout,
                                  config.half_closed_timeout, self.session, self.session.origin))
 
+    def chain(self, upstream: Upstream, deadline: float) -> Chain:
+        return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.server_address[1])
+
     def deadline(self) -> float:
         """When --connect-timeout is over, which begins now: with the lookup."""
         return monotonic() + (self.server.config.connect_timeout or float("inf"))
@@ -302,86 +299,6 @@ class Handler(StreamRequestHandler):
     def lookup(self, deadline: float, host: Host) -> Sequence[IP]:
         """The addresses of a normalised host. Raises RequestRefused; ConnectionResetError when the client has left."""
         return self.server.names.resolve(host, deadline, self.connection, self.session.origin)
-
-    # ---- may this client do that? ---------------------------------------------------------------------------------
-
-    def asker(self, cmd: Cmd) -> Asker:
-        return Asker(self.session.client.ip, self.session.user, cmd)
-
-    def authorized(self, cmd: Cmd, dst: Address) -> Host:
-        """DST.ADDR in its normal form: an IP address, or a name in ASCII. Raises RequestRefused: X'04' for what is not
-        a name, X'02' for a name that no address could make right, before anything is looked up."""
-        host = IPv4Address(0) if cmd == Cmd.BIND and any_peer(dst) else normalise(dst.host)
-        if isinstance(host, bytes):                             # an address is judged as such
-            verdict = self.server.rules.foresee(self.asker(cmd), dst.port, host)
-            if not verdict.allowed:
-                raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
-        return host
-
-    def reachable(self, dst: Address, deadline: float) -> List[IP]:
-        """The addresses of a CONNECT's destination that this client may reach. Raises RequestRefused. What was allowed
-        is remembered for an address, and for as long as these rules are in force; for a name it is looked up anew."""
-        known = self.server.rules.known
-        key = self.session.client.ip, self.session.user, dst
-        addresses = known.get(key)
-        if addresses is None:
-            host = self.authorized(Cmd.CONNECT, dst)
-            addresses = self.permitted(Cmd.CONNECT, host, dst.port, self.lookup(deadline, host))
-            if not isinstance(host, bytes):
-                known.put(key, addresses)
-        return addresses
-
-    def permitted(self, cmd: Cmd, host: Host, port: int, addresses: Sequence[IP]) -> List[IP]:
-        """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
-        asker, name, allowed, why = self.asker(cmd), name_in(host), [], ""
-        for address in addresses:
-            verdict = self.server.rules.judge(asker, address, port, name)
-            if verdict.allowed:
-                allowed.append(address)
-            else:
-                why = why or "%s denied by %s" % (address, verdict.where)
-        if not allowed:
-            raise RequestRefused(Rep.NOT_ALLOWED, why)
-        return allowed
-
-    def not_ourselves(self, port: int, addresses: List[IP]) -> List[IP]:
-        """Those of `addresses` that do not lead back into this server, where the client would come a second time, as
-        one of our own addresses: a rule "from" our network, or a limit for each client, would not know it any more.
-        A client on this machine may: it gains nothing. Raises RequestRefused X'02' when none is left."""
-        if port != self.server.server_address[1] or self.session.client.ip.is_loopback:
-            return addresses
-        others = [address for address in addresses if not is_here(address)]
-        if not others:
-            raise RequestRefused(Rep.NOT_ALLOWED, "%s is this proxy itself" % addresses[0])
-        return others
-
-    def way(self, cmd: Cmd, host: Host, port: int, resolve: Callable[[Host], Sequence[IP]]) -> Way:
-        """Through which upstream, if any, and to what: permitted addresses, or a name that no rule needs resolved."""
-        asker, rules, name = self.asker(cmd), self.server.rules, name_in(host)
-        verdict = rules.judge_name(asker, port, name) if name and self.server.config.upstream else None
-        if verdict and name:
-            if not verdict.allowed:
-                raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
-            return verdict.upstream, [name]
-        return rules.first_way(asker, self.permitted(cmd, host, port, resolve(host)), port, name)
-
-    def chain(self, upstream: Upstream, deadline: float) -> Chain:
-        return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.server_address[1])
-
-    def permits_caller(self, port: int, peer: IP) -> bool:
-        """For a BIND that accepts any peer: may this one connect?"""
-        return self.server.rules.judge(self.asker(Cmd.BIND), peer, port).allowed
-
-    def permits_datagram(self, address: Optional[IP], port: int, host: Host) -> bool:
-        """May this client's datagrams go there? Without an address: is it worth looking up? Logs once for each rule."""
-        asker, name, rules = self.asker(Cmd.UDP_ASSOCIATE), name_in(host), self.server.rules
-        verdict = rules.judge(asker, address, port, name) if address else rules.foresee(asker, port, name)
-        if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:
-            self.told.add(verdict.where)
-            log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", Facts(
-                client=self.session.client, user=self.session.user, dst=Address(address or host, port),
-                why="denied by %s" % verdict.where))
-        return verdict.allowed
 
     # ---- §6: answers ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,125 @@
+"""What one client may reach: DST of its requests, its callers and datagrams, by the rules that are in force.
+
+Everything raises RequestRefused with the REP that the client is to get.
+"""
+from __future__ import annotations
+
+import logging
+from ipaddress import IPv4Address
+from typing import Callable, List, Optional, Sequence, Set, Tuple
+
+from ..access.rules import Asker, Rules
+from ..config import Upstream
+from ..net.addresses import IP, Endpoint, is_here
+from ..net.resolver import name_in, normalise
+from ..protocol.codes import Cmd, Rep
+from ..protocol.errors import RequestRefused
+from ..protocol.facts import Facts
+from ..protocol.fields import Host
+from ..protocol.messages import Address
+from .bind import any_peer
+
+log = logging.getLogger(__name__)
+
+TOLD = 10                       # rules that one association may name in the log
+Way = Tuple[Optional[Upstream], Sequence[Host]]
+Resolve = Callable[[Host], Sequence[IP]]        # the addresses of a normalised host
+
+
+class Authorizer:
+    """Authorizes what one client asks for.
+
+    rules      gives the rules in force, which a reload changes
+    own_port   where this server listens
+    """
+
+    def __init__(self, client: Endpoint, user: Optional[bytes], rules: Callable[[], Rules], own_port: int) -> None:
+        self.client = client
+        self.user = user
+        self.rules = rules
+        self.own_port = own_port
+
+    def asker(self, cmd: Cmd) -> Asker:
+        return Asker(self.client.ip, self.user, cmd)
+
+    def normalised(self, cmd: Cmd, dst: Address) -> Host:
+        """DST.ADDR in its normal form: an IP address, or a name in ASCII. Refused: X'04' for what is not a name, X'02'
+        for a name that no address could make right, before anything is looked up."""
+        host = IPv4Address(0) if cmd == Cmd.BIND and any_peer(dst) else normalise(dst.host)
+        if isinstance(host, bytes):                             # an address is judged as such
+            verdict = self.rules().foresee(self.asker(cmd), dst.port, host)
+            if not verdict.allowed:
+                raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+        return host
+
+    def reachable(self, dst: Address, resolve: Resolve) -> List[IP]:
+        """The addresses of a CONNECT's destination that this client may reach. What was allowed is remembered for an
+        address, and for as long as these rules are in force; a name is looked up anew."""
+        known = self.rules().known
+        key = self.client.ip, self.user, dst
+        addresses = known.get(key)
+        if addresses is None:
+            host = self.normalised(Cmd.CONNECT, dst)
+            addresses = self.permitted(Cmd.CONNECT, host, dst.port, resolve(host))
+            if not isinstance(host, bytes):
+                known.put(key, addresses)
+        return addresses
+
+    def permitted(self, cmd: Cmd, host: Host, port: int, addresses: Sequence[IP]) -> List[IP]:
+        """Those of `addresses` that this client may reach. Refused: X'02' when there is none."""
+        asker, name, rules, allowed, why = self.asker(cmd), name_in(host), self.rules(), [], ""
+        for address in addresses:
+            verdict = rules.judge(asker, address, port, name)
+            if verdict.allowed:
+                allowed.append(address)
+            else:
+                why = why or "%s denied by %s" % (address, verdict.where)
+        if not allowed:
+            raise RequestRefused(Rep.NOT_ALLOWED, why)
+        return allowed
+
+    def not_ourselves(self, port: int, addresses: List[IP]) -> List[IP]:
+        """Those of `addresses` that do not lead back into this server, where the client would come a second time, as
+        one of our own addresses: a rule "from" our network, or a limit for each client, would not know it any more.
+        A client on this machine may: it gains nothing. Refused: X'02' when none is left."""
+        if port != self.own_port or self.client.ip.is_loopback:
+            return addresses
+        others = [address for address in addresses if not is_here(address)]
+        if not others:
+            raise RequestRefused(Rep.NOT_ALLOWED, "%s is this proxy itself" % addresses[0])
+        return others
+
+    def way(self, cmd: Cmd, dst: Address, resolve: Resolve) -> Way:
+        """Through which upstream, if any, and to what: permitted addresses, or a name that no rule needs resolved."""
+        host, asker, rules = self.normalised(cmd, dst), self.asker(cmd), self.rules()
+        name = name_in(host)
+        verdict = rules.judge_name(asker, dst.port, name) if name and rules.config.upstream else None
+        if verdict and name:
+            if not verdict.allowed:
+                raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+            return verdict.upstream, [name]
+        return rules.first_way(asker, self.permitted(cmd, host, dst.port, resolve(host)), dst.port, name)
+
+    def permits_caller(self, port: int, peer: IP) -> bool:
+        """For a BIND that accepts any peer: may this one connect?"""
+        return self.rules().judge(self.asker(Cmd.BIND), peer, port).allowed
+
+    def associate(self) -> Asker:
+        """Authorize UDP ASSOCIATE itself. Refused: X'02' when no datagram could be permitted."""
+        asker = self.asker(Cmd.UDP_ASSOCIATE)
+        verdict = self.rules().foresee(asker)
+        if not verdict.allowed:
+            raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+        self.told: Set[str] = set()             # rules that a line in the log has named
+        return asker
+
+    def permits_datagram(self, address: Optional[IP], port: int, host: Host) -> bool:
+        """May this client's datagrams go there? Without an address: is it worth looking up? Logs once for each rule."""
+        asker, name, rules = self.asker(Cmd.UDP_ASSOCIATE), name_in(host), self.rules()
+        verdict = rules.judge(asker, address, port, name) if address else rules.foresee(asker, port, name)
+        if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:
+            self.told.add(verdict.where)
+            log.info("denied client=%(client)s user=%(user)s cmd=UDP_ASSOCIATE dst=%(dst)s why=%(why)s", Facts(
+                client=self.client, user=self.user, dst=Address(address or host, port),
+                why="denied by %s" % verdict.where))
+        return verdict.allowed
