@@ -8,6 +8,7 @@
         fields        what a message is made of
         messages      every message of SOCKS5
         facts         typed values of a line in the log, and how text shows them
+        envelope      messages encapsulated by a security context: RFC 1961
         trace         a message explained, field by field
     access/           who may do what
         shared        memory that the server processes share
@@ -15,6 +16,8 @@
         throttle      the rate limit for wrong passwords
         logins        a login from the attempt to the verdict
         users         the users file, the METHOD choice, is this password right?
+        gssapi        GSS-API by ctypes: credentials and security contexts
+        subnegotiation  which security context, which protection: RFC 1961
         rules         may this client reach that destination?
         check         what a configuration would serve to whom, in words
     net/              sockets without SOCKS
@@ -30,6 +33,7 @@
         splice        a kernel pipe, through which bytes go without a copy
         pipe          one direction
         tunnel        both directions: a state machine that never waits
+        protected     a tunnel whose client speaks through an envelope
         busy          a busy tunnel in a thread of its own
         watch         a silent newcomer, for which the loop waits as well
         loop          the thread that relays every quiet tunnel of the process
@@ -37,6 +41,7 @@
         connect       CONNECT: Happy Eyeballs over the destination's addresses (RFC 8305)
         bind          BIND: listen for the one peer that the client expects
         udp           UDP ASSOCIATE: relay datagrams
+        enveloped     datagrams through an envelope
         datagrams     many datagrams in few system calls
         fragments     reassemble fragmented datagrams
     server/           one process

@@ -21,6 +21,8 @@ SAMPLES = {
     config.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
     config.path: ("/no/such/file", "/no/such/file"),
     config.log_format: ("json", "json"),
+    config.service: ("sockd@proxy.example.org", "sockd@proxy.example.org"),
+    config.protection: ("integrity", "integrity"),
 }
 WRONG = {
     bool: ("", "maybe", "2", "y", "yes no"),
@@ -37,6 +39,8 @@ WRONG = {
                          "\u20ac" * 86 + ":x"),
     config.path: ("", "a\0b"),
     config.log_format: ("", "xml", "JSON", "text json"),
+    config.service: ("", "@", "@host", "sockd@", "a b", "a\tb", "sockd@a@b", "sockd/host", "a\0b"),
+    config.protection: ("", "none", "Clear", "selective", "2"),
 }
 
 

@@ -9,7 +9,7 @@ from tests import support
 PACKAGE = support.ROOT / "socks5"
 DOORS = {"__init__", "__main__"}            # of the package: test_main.py has both
 MOST_LINES = 400                            # of a module; 300 is what to aim for
-MOST_MODULES = 8                            # in a folder
+MOST_MODULES = 9                            # in a folder
 
 # DESIGN's order: a module imports from its own folder and from lines above, never from below.
 ORDER = ("config", "protocol", "access", "net", "relay", "commands", "server", "process", "status", "client", "log",

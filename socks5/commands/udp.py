@@ -23,11 +23,13 @@ from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
 from ..net.shares import Ports
 from ..protocol.codes import Rep
+from ..protocol.envelope import Envelope
 from ..protocol.errors import RequestRefused, name_of, rep_of
 from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
 from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, send
+from .enveloped import EnvelopedSocket
 from .fragments import Fragments
 
 Route = Tuple[socket.socket, Sockaddr]
@@ -53,6 +55,7 @@ class Association:
     rules        what `permit` judges by: when that is another object than before, everything is judged again
     on_datagram  called with trace.UP or trace.DOWN, each datagram between client and association, and the client's
                  socket address
+    envelope     that of the client's datagrams, if they have one
     bnd          where the client is to send its datagrams
     up, down     payload bytes relayed
     dropped      datagrams that were not, by reason
@@ -63,7 +66,8 @@ class Association:
 
     def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
-                 rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None) -> None:
+                 rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None,
+                 envelope: Optional[Envelope] = None) -> None:
         self.control = control
         self.client = text_of(client)
         self.owner = subscriber(client)
@@ -87,7 +91,8 @@ class Association:
         self._taken: List[int] = []                         # of `ports`: IP versions
         self._moved = False
         self._poll = new_poll()
-        self._inside = self._open(control.getsockname())
+        inside = self._open(control.getsockname())
+        self._inside: Any = EnvelopedSocket(inside, envelope, self.client) if envelope else inside
         self._watch(control)
         self._watch(self._inside)
         self.bnd = Endpoint(advertised(advertise, ip_of(control.getsockname())), self._inside.getsockname()[1])

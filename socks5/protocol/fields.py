@@ -58,7 +58,7 @@ class Field:
         size, must = self.size, self.must
         if size is None:
             return take_address(read, earlier["ATYP"][0])
-        raw = read(earlier[size][0] if isinstance(size, str) else size)
+        raw = read(int.from_bytes(earlier[size], "big") if isinstance(size, str) else size)
         if must is not None and raw[0] != must:
             raise ProtocolError("%s 0x%02x, expected 0x%02x" % (self.name, raw[0], must))
         return raw

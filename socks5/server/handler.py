@@ -18,23 +18,27 @@ from ..access import users
 from ..access.logins import Verdict, origin_of as login_origin
 from ..access.passwords import Wait
 from ..access.rules import Asker, Rules
+from ..access.subnegotiation import LEVELS, accept
 from ..access.users import Users
 from ..commands.bind import Rendezvous, any_peer, expected
 from ..commands.connect import connect
 from ..commands.udp import Association
 from ..config import Config
 from ..net.addresses import IP, Endpoint, endpoint_of, is_here
-from ..net.listeners import tune
+from ..net.listeners import ClosedOnError, tune
 from ..net.poller import new_poll
 from ..net.lookups import Names
 from ..net.resolver import normalise
 from ..net.shares import Ports
 from ..protocol.codes import Cmd, Method, Rep
-from ..protocol.errors import ProtocolError, RequestRefused, rep_of
+from ..protocol.envelope import Envelope
+from ..protocol.errors import GssError, ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
-from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
+from ..protocol.messages import (UNSPECIFIED, VER, Abort, Address, Greeting, Login, LoginStatus, Reply, Request,
+                                 Selection)
 from ..protocol.trace import M, Sent
+from ..relay.protected import ProtectedTunnel
 from ..relay.tunnel import Tunnel
 from .inbox import Inbox, Outbox, linger
 from .sessions import Session, Sessions
@@ -88,6 +92,7 @@ class Handler(StreamRequestHandler):
         if self.timeout is not None:
             self.connection.settimeout(self.timeout)
         self.rfile = self.inbox = Inbox(self.connection)
+        self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
         self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
 
@@ -128,7 +133,8 @@ class Handler(StreamRequestHandler):
         """One message of ours."""
         if self.story:
             self.story.sent(message, self.session.why)
-        self.connection.sendall(message if isinstance(message, bytes) else message.pack())
+        raw = message if isinstance(message, bytes) else message.pack()
+        self.connection.sendall(self.envelope.seal(raw) if self.envelope else raw)
 
     # ---- §3: the method, and who is it? ---------------------------------------------------------------------------
 
@@ -182,6 +188,25 @@ class Handler(StreamRequestHandler):
         self.send(LoginStatus(0x00))
         return login.uname
 
+    def gssapi(self) -> Optional[bytes]:
+        """RFC 1961: a security context, then its protection level. The client's principal."""
+        session, credentials = self.session, self.server.users.gssapi
+        assert credentials, "METHOD X'01' without --gssapi"
+        context = credentials.context()
+        try:
+            accept(context, self.take, self.send, LEVELS[self.server.config.gssapi_protection])
+        except GssError:
+            session.user = context.peer or None
+            self.send(Abort())
+            raise
+        session.step("gssapi", user=context.peer, level=context.level.name)
+        if context.level:
+            self.envelope = Envelope(context)
+            self.inbox.protect(self.envelope)
+            if self.story:
+                self.story.protected(context.level.phrase)
+        return context.peer
+
     def log_failure(self, verdict: Verdict, uname: bytes) -> None:
         """README.rst: fail2ban looks for auth_failed. What was not looked at is logged now and then only."""
         facts = Facts(client=self.session.client.ip, user=uname)
@@ -222,7 +247,7 @@ class Handler(StreamRequestHandler):
             remote, peer = rendezvous.wait(config.bind_timeout)
         with ClosedOnError(remote):                             # the listener is closed: one peer only
             session.reached, session.notes = peer, rendezvous.also("")
-            self.inbox.held += rendezvous.early
+            self.inbox.feed(rendezvous.early)
             self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
             self.relay(remote)
 
@@ -235,7 +260,7 @@ class Handler(StreamRequestHandler):
         self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
-                         self.story.datagram if self.story else None) as association:
+                         self.story.datagram if self.story else None, self.envelope) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
             try:
@@ -252,8 +277,11 @@ class Handler(StreamRequestHandler):
         config = self.server.config
         if self.timeout is not None:
             self.connection.settimeout(None)
-        self.server.relay(Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout,
-                                 config.half_closed_timeout, self.session))
+        tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
+                        self.session)
+        if self.envelope:
+            tunnel = ProtectedTunnel(tunnel, self.envelope)
+        self.server.relay(tunnel)
 
     def deadline(self) -> float:
         """When --connect-timeout is over, which begins now: with the lookup."""
@@ -349,20 +377,6 @@ def name_in(host: Host) -> Optional[bytes]:
     return host if isinstance(host, bytes) else None
 
 
-class ClosedOnError:
-    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
-        if kind:
-            self.sock.close()
-
-
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {
     Cmd.CONNECT: Handler.connect,
     Cmd.BIND: Handler.bind,
@@ -373,3 +387,11 @@ COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {
 MethodTable = Dict[int, Callable[[Handler], Optional[bytes]]]
 ANONYMOUS: MethodTable = {Method.NO_AUTHENTICATION: Handler.no_authentication}
 BY_PASSWORD: MethodTable = {Method.USERNAME_PASSWORD: Handler.username_password}
+BY_GSSAPI: MethodTable = {Method.GSSAPI: Handler.gssapi}
+
+
+def method_table(known: Users) -> MethodTable:
+    """The acceptable METHODs, the first choice first."""
+    if not known.gssapi:
+        return dict(BY_PASSWORD if known else ANONYMOUS)
+    return {**BY_GSSAPI, **(BY_PASSWORD if known else {})}

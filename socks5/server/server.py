@@ -30,7 +30,7 @@ from ..relay.tunnel import Tunnel
 from ..relay.watch import peek
 from . import acceptors, tracing
 from .counters import Counts
-from .handler import ANONYMOUS, BY_PASSWORD, Handler, Service
+from .handler import Handler, Service, method_table
 from .sessions import Full, Session, Sessions, Teller
 from .table import Table
 
@@ -93,7 +93,7 @@ class Server(ThreadingTCPServer, Service):
         self.names = Names()
         self.bind_ports = Ports(self.config.bind_ports)
         self.udp_ports = Ports(self.config.udp_ports, need=2)       # one towards the client, one towards the remotes
-        self.methods = dict(BY_PASSWORD if self.users else ANONYMOUS)
+        self.methods = method_table(self.users)
         net_listeners.raise_descriptor_limit()
         self.sessions = Sessions(self.config.max_sessions or float("inf"), self.config.handshake_timeout,
                                  self.config.max_per_client, self.config.max_negotiating, counts,
