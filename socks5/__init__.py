@@ -26,6 +26,7 @@
         listeners     the sockets that the server listens on
         poller        wait for many descriptors: epoll, poll or select
         lookups       names looked up in threads: fair turns, a time limit
+        encapsulated  a client's socket that speaks through an envelope: RFC 1961
         wakeup        a descriptor by which one thread wakes another
         shares        a limited number of things, of which no address takes all
         writer        the thread that writes lines to a descriptor

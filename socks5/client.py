@@ -14,7 +14,10 @@ All calls block the calling thread. The proxy resolves names. `timeout` is one d
 the proxy to its reply; None: no limit. Every failure is an OSError: ProxyError with the REP if the proxy refused,
 socket.timeout, or an error of the connection to the proxy. A name that fits into no message is a ValueError.
 
-No read goes beyond a reply: the bytes after it belong to the tunnel. RFC 1928, RFC 1929.
+`gssapi` logs in with the user's own Kerberos ticket: a Gssapi, or True for Gssapi(). The socket is then a
+ProtectedSocket where a protection level holds. The library may ask a KDC, which `timeout` does not cover.
+
+No read goes beyond a reply: the bytes after it belong to the tunnel. RFC 1928, RFC 1929, RFC 1961.
 """
 from __future__ import annotations
 
@@ -22,12 +25,16 @@ import selectors
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from time import monotonic
-from typing import Callable, List, Optional, Tuple, TypeVar, Union
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Type, TypeVar, Union
 
-from .protocol.codes import Cmd, Method, Rep, phrase
+from .access import subnegotiation
+from .net.encapsulated import RECEIVE_BYTES, ProtectedSocket
+from .protocol.codes import Cmd, Method, Protection, Rep, phrase
+from .protocol.envelope import Envelope
 from .protocol.errors import ProtocolError, ProxyError, RequestRefused
-from .protocol.fields import ReadExactly
-from .protocol.messages import UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
+from .protocol.fields import BytesReader, ReadExactly
+from .protocol.messages import (UNSPECIFIED, Abort, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request,
+                                Selection)
 
 HostPort = Tuple[str, int]
 User = Tuple[Union[str, bytes], Union[str, bytes]]      # name and password; str is sent as UTF-8
@@ -39,10 +46,21 @@ MAX_FRAGMENTS = 0x7F                # the high bit of FRAG says "last": RFC 1928
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)     # opens no descriptor
 
 
+class Gssapi(NamedTuple):
+    """How to log in by GSSAPI.
+
+    service     SERVICE or SERVICE@HOST of the proxy; without HOST, the host that `proxy` names
+    protection  the least that the proxy may answer: clear, integrity or confidentiality
+    """
+
+    service: str = "rcmd"
+    protection: str = "confidentiality"
+
+
 def connect(proxy: HostPort, destination: HostPort, user: Optional[User] = None,
-            timeout: Optional[float] = TIMEOUT_S) -> socket.socket:
+            timeout: Optional[float] = TIMEOUT_S, gssapi: Union[bool, Gssapi] = False) -> socket.socket:
     """Connect to `destination` through `proxy`. Returns a blocking socket without a time-out."""
-    session = _Session(proxy, user, timeout)
+    session = _Session(proxy, user, timeout, gssapi)
     try:
         session.ask(Cmd.CONNECT, address(*destination))
         return session.hand_over()
@@ -52,9 +70,9 @@ def connect(proxy: HostPort, destination: HostPort, user: Optional[User] = None,
 
 
 def bind(proxy: HostPort, expected_peer: HostPort = ("0.0.0.0", 0), user: Optional[User] = None,
-         timeout: Optional[float] = TIMEOUT_S) -> Waiting:
+         timeout: Optional[float] = TIMEOUT_S, gssapi: Union[bool, Gssapi] = False) -> Waiting:
     """Ask `proxy` to listen for expected_peer. 0.0.0.0 means any peer; most proxies ignore the port."""
-    session = _Session(proxy, user, timeout)
+    session = _Session(proxy, user, timeout, gssapi)
     try:
         return Waiting(session, session.ask(Cmd.BIND, address(*expected_peer)))
     except BaseException:
@@ -62,13 +80,14 @@ def bind(proxy: HostPort, expected_peer: HostPort = ("0.0.0.0", 0), user: Option
         raise
 
 
-def associate(proxy: HostPort, user: Optional[User] = None, timeout: Optional[float] = TIMEOUT_S) -> Association:
+def associate(proxy: HostPort, user: Optional[User] = None, timeout: Optional[float] = TIMEOUT_S,
+              gssapi: Union[bool, Gssapi] = False) -> Association:
     """Ask `proxy` to relay datagrams for as long as the Association is open."""
-    session = _Session(proxy, user, timeout)
+    session = _Session(proxy, user, timeout, gssapi)
     try:
         # All zeros: behind NAT we do not know the address from which our datagrams arrive. RFC 1928 §4
         relay = session.ask(Cmd.UDP_ASSOCIATE, UNSPECIFIED)
-        return Association(session.hand_over(), relay)
+        return Association(session.hand_over(), relay, session.envelope)
     except BaseException:
         session.sock.close()
         raise
@@ -117,11 +136,12 @@ class Association:
     control the TCP connection to the proxy; closing it ends the association
     """
 
-    def __init__(self, control: socket.socket, relay: HostPort) -> None:
+    def __init__(self, control: socket.socket, relay: HostPort, envelope: Optional[Envelope] = None) -> None:
         family, _, _, _, sockaddr = socket.getaddrinfo(*relay, type=socket.SOCK_DGRAM)[0]
         self.relay = relay
         self.control = control
         self.timeout: Optional[float] = None
+        self._envelope = envelope
         self.sock = socket.socket(family, socket.SOCK_DGRAM)
         self._selector = Selector()
         try:
@@ -142,12 +162,16 @@ class Association:
             raise ValueError("1 to %d fragments, not %d" % (MAX_FRAGMENTS, fragments))
         dst = address(*destination)
         if fragments == 1:
-            self.sock.send(Datagram(dst, data).pack())
+            self._send(Datagram(dst, data))
             return
         size = -(-len(data) // fragments)
         for number in range(1, fragments + 1):
             frag = number | (0x80 if number == fragments else 0)
-            self.sock.send(Datagram(dst, data[(number - 1) * size:number * size], frag).pack())
+            self._send(Datagram(dst, data[(number - 1) * size:number * size], frag))
+
+    def _send(self, datagram: Datagram) -> None:
+        raw = datagram.pack()
+        self.sock.send(self._envelope.seal_one(raw) if self._envelope else raw)
 
     def recvfrom(self) -> Tuple[bytes, HostPort]:
         """Receive the next datagram and the (host, port) of its sender. Skips fragments and malformed datagrams.
@@ -159,8 +183,9 @@ class Association:
             ready = [key.fileobj for key, _ in self._selector.select(deadline.left())]
             if self.sock in ready:
                 try:
-                    datagram = Datagram.parse(self.sock.recv(DATAGRAM_BYTES))
-                except (EOFError, RequestRefused):
+                    raw = self.sock.recv(DATAGRAM_BYTES)
+                    datagram = Datagram.parse(self._envelope.open_one(raw) if self._envelope else raw)
+                except (EOFError, RequestRefused, ProtocolError):
                     continue
                 if not datagram.frag:
                     return datagram.data, _host_port(datagram.dst)
@@ -213,11 +238,14 @@ class _Deadline:
 class _Session:
     """An authenticated connection to the proxy. All its steps share one deadline."""
 
-    def __init__(self, proxy: HostPort, user: Optional[User], timeout: Optional[float]) -> None:
+    def __init__(self, proxy: HostPort, user: Optional[User], timeout: Optional[float],
+                 gssapi: Union[bool, Gssapi]) -> None:
         self.deadline = _Deadline(timeout)
+        self.envelope: Optional[Envelope] = None
+        self.held = b""                         # opened, but not taken yet
         self.sock = self._dial(proxy)
         try:
-            self._negotiate(user)
+            self._negotiate(user, Gssapi() if gssapi is True else gssapi or None, proxy[0])
         except BaseException:
             self.sock.close()
             raise
@@ -227,7 +255,7 @@ class _Session:
 
     def hand_over(self) -> socket.socket:
         self.sock.settimeout(None)
-        return self.sock
+        return ProtectedSocket(self.sock, self.envelope, self.held) if self.envelope else self.sock
 
     def ask(self, cmd: Cmd, dst: Address) -> HostPort:
         """Send a request. Returns BND of its first reply."""
@@ -258,9 +286,11 @@ class _Session:
                 sock.close()
         raise failures[-1]
 
-    def _negotiate(self, user: Optional[User]) -> None:
-        """RFC 1928 §3, RFC 1929. The password is only sent to a proxy that asks for it."""
-        offered = [Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD] if user else [Method.NO_AUTHENTICATION]
+    def _negotiate(self, user: Optional[User], gssapi: Optional[Gssapi], host: str) -> None:
+        """RFC 1928 §3, RFC 1929, RFC 1961. The password is only sent to a proxy that asks for it."""
+        offered = [Method.GSSAPI] if gssapi else [Method.NO_AUTHENTICATION]
+        if user:
+            offered.append(Method.USERNAME_PASSWORD)
         login = Login(*(part.encode() if isinstance(part, str) else part for part in user)).pack() if user else b""
         self._send(Greeting(bytes(offered)).pack())
         method = self._take(Selection.parse).method
@@ -270,10 +300,34 @@ class _Session:
             self._send(login)
             if self._take(LoginStatus.parse).status:
                 raise ProxyError("the proxy refused the user name or password")
+        elif gssapi:
+            self._by_gssapi(gssapi, host)
+
+    def _by_gssapi(self, gssapi: Gssapi, host: str) -> None:
+        """Raises ProxyError, also without a library, a ticket or a KDC."""
+        service = gssapi.service if "@" in gssapi.service else "%s@%s" % (gssapi.service, host)
+        try:
+            from .access.gssapi import Initiator        # loads ctypes, which not every Python has
+
+            context = Initiator(service)
+            subnegotiation.initiate(context, self._take_gssapi, lambda message: self._send(message.pack()),
+                                    subnegotiation.LEVELS[gssapi.protection])
+        except (ImportError, ProtocolError) as exc:
+            raise ProxyError("GSSAPI: %s" % exc) from None
+        if context.level != Protection.CLEAR:
+            self.envelope = Envelope(context)
+
+    def _take_gssapi(self, kind: Type[Any]) -> Any:
+        """A message with a token, or ProxyError for an Abort."""
+        head = self._take(lambda read: read(2))
+        if head == Abort().pack():
+            raise ProxyError("the proxy refused the GSSAPI token or protection level")
+        begun = BytesReader(head)
+        return self._take(lambda _read: kind.parse(lambda size: begun(size) if begun.rest() else self._read(size)))
 
     def _send(self, message: bytes) -> None:
         self.sock.settimeout(self.deadline.left())
-        self.sock.sendall(message)
+        self.sock.sendall(self.envelope.seal(message) if self.envelope else message)
 
     def _take(self, parse: Callable[[ReadExactly], M]) -> M:
         """Read one message. Raises ProxyError if the proxy closes first, or sends no SOCKS5."""
@@ -285,6 +339,19 @@ class _Session:
             raise ProxyError("not a SOCKS5 proxy: %s" % exc) from None
 
     def _read(self, size: int) -> bytes:
+        """Exactly `size` bytes. Raises EOFError, ProtocolError."""
+        if not self.envelope:
+            return self._read_plain(size)
+        while len(self.held) < size:
+            self.sock.settimeout(self.deadline.left())
+            piece = self.sock.recv(RECEIVE_BYTES)
+            if not piece:
+                raise EOFError
+            self.held += self.envelope.open(piece)
+        data, self.held = self.held[:size], self.held[size:]
+        return data
+
+    def _read_plain(self, size: int) -> bytes:
         data = b""
         while len(data) < size:
             self.sock.settimeout(self.deadline.left())

@@ -248,9 +248,6 @@ class Config:
         names = [name for name, _ in self.user]
         if len(set(names)) < len(names):
             raise ConfigError("--user: a name is given twice")
-        for name in ("keytab", "gssapi_protection"):
-            if not self.gssapi and getattr(self, name) != getattr(type(self), name):
-                raise ConfigError("--%s: without --gssapi it has no use" % name.replace("_", "-"))
         beyond = self.beyond()
         if beyond and not (self.authenticates() or self.clients_limited() or self.rules or self.open):
             raise ConfigError(

@@ -47,7 +47,7 @@ class Users:
             if encode(name) in self._hashes:
                 raise ConfigError("--user: %s is also in %s" % (ascii(name), config.users))
             self._plain.add(self._digest(b"plain", encode(name), encode(password)))
-        self.gssapi = service_credentials(config) if config.gssapi else None
+        self.gssapi = service_credentials(config)
         self.names = sorted([*(encode(name) for name, _ in config.user), *self._hashes])
 
     def __getstate__(self) -> Dict[str, object]:
@@ -99,8 +99,14 @@ class Users:
             turns.give_back(turn)
 
 
-def service_credentials(config: Config) -> Credentials:
-    """The keys for --gssapi. Raises ConfigError, also when all users of this machine may read the keytab."""
+def service_credentials(config: Config) -> Optional[Credentials]:
+    """The keys for --gssapi; None without it. Raises ConfigError, also when all users of this machine may read the
+    keytab."""
+    if not config.gssapi:
+        for name, given in (("--keytab", config.keytab), ("--gssapi-protection", config.gssapi_protection != "clear")):
+            if given:
+                raise ConfigError("%s: without --gssapi it has no use" % name)
+        return None
     where = "--keytab %s" % config.keytab if config.keytab else "--gssapi"
     try:
         from .gssapi import Credentials                     # loads ctypes, which not every Python has

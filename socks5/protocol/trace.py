@@ -54,7 +54,7 @@ MEANING_OF_BND = {
     "UDP_ASSOCIATE": ["the proxy takes datagrams from the client at BND for as long as this connection is open"],
 }
 TUNNEL = "tunnel: from here on, what either side sends goes to the other as it is"
-PROTECTED_TUNNEL = "tunnel: from here on, what either side sends goes to the other, encapsulated between client and proxy"
+PROTECTED_TUNNEL = "tunnel: from here on, bytes go both ways, encapsulated between client and proxy"
 # The RFC's phrases are short: what each of them means to the client.
 REASONS = {
     Rep.GENERAL_FAILURE: "the proxy could not do it, for a reason that has no number of its own",
