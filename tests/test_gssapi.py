@@ -308,13 +308,13 @@ class Refused(Case):
             sock.sendall(Greeting(b"\1").pack() + SecurityToken(token).pack())
             self.assertEqual(reader_of(sock)(4), b"\5\1\1\xff")
             self.assertEqual(sock.recv(1), b"")
-            wait_until(lambda: logs.output, "a line")
+            wait_until(lambda: "ended=refused" in "".join(logs.output), "a line")
         self.assertRegex("\n".join(logs.output), words)
         self.assertNotIn("bug", "\n".join(logs.output))
 
     def test_tokens_that_are_none(self):
         server = self.serve()
-        for token in (b"", b"x", bytes(65535), first_token()[:-1]):
+        for token in (b"x", bytes(65535), first_token()[:-1]):
             self.refusal(token, server, "ended=refused why='gss_accept_sec_context: ")
 
     def test_a_replayed_token(self):
@@ -334,7 +334,8 @@ class Refused(Case):
     SCRIPT = "from socks5.access.gssapi import *; print(Initiator('rcmd@localhost').step(b'').hex())"
 
     def token_at(self, when, env):
-        """The token that a client makes whose clock says `when`."""
+        """The token that a client makes whose clock says `when`, for which it has a ticket already."""
+        ours.run("kvno", "rcmd/localhost", **env)
         faketime = need_program(self, "faketime")
         done = subprocess.run([faketime, "-f", when, sys.executable, "-c", self.SCRIPT], cwd=str(ROOT), timeout=PATIENCE_S,
                               env=dict(os.environ, **env), stdout=subprocess.PIPE, check=True)
@@ -477,8 +478,9 @@ class Library(Case):
             del server, sock
             self.doCleanups_of_sockets()
             wait_until(lambda: counts.get("gss_delete_sec_context") == 8, "every context is deleted: %s" % counts)
+            gc.collect()                                            # a Server is a cycle, and has the credentials
+            wait_until(lambda: counts.get("gss_release_cred") == 1, "the credentials are released")
         self.assertEqual(made["contexts"], 9)                       # of the one that failed there is nothing to delete
-        self.assertEqual(counts["gss_release_cred"], 1)
         self.assertEqual(counts["gss_acquire_cred_from"], 1)
         self.assertEqual(counts["gss_release_name"], counts["gss_import_name"] + counts["gss_display_name"])
         self.assertGreater(len(outputs), 30)
@@ -563,31 +565,6 @@ class Process(Case):
         self.assertEqual(err, "socks5-server: --keytab /no/such/file: No such file or directory\n")
 
 
-LIBCURL = '''
-import ctypes, socket, sys
-port, nec, url = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].encode()
-curl = ctypes.CDLL("libcurl.so.4")
-curl.curl_easy_init.restype = ctypes.c_void_p
-curl.curl_easy_strerror.restype = ctypes.c_char_p
-handle = ctypes.c_void_p(curl.curl_easy_init())
-sock = socket.create_connection(("127.0.0.1", port))
-sock.recv(2, socket.MSG_PEEK)                  # the METHOD reply is there, before libcurl has said anything
-opened = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)(lambda *_: sock.fileno())
-connected = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)(lambda *_: 2)
-closed = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)(lambda *_: 0)
-def write(data, size, count, _):
-    sys.stdout.write(ctypes.string_at(data, size * count).decode())
-    return size * count
-written = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p)(write)
-for option, value in ((10002, url), (10004, b"localhost:%d" % port), (10177, b""), (10235, b"rcmd"),
-                      (20163, opened), (20148, connected), (20208, closed), (20011, written)):
-    assert not curl.curl_easy_setopt(handle, option, value), option
-for option, value in ((101, 7), (267, 4), (180, nec), (13, 10), (99, 1)):
-    assert not curl.curl_easy_setopt(handle, option, ctypes.c_long(value)), option
-status = curl.curl_easy_perform(handle)
-sys.exit(curl.curl_easy_strerror(status).decode() if status else 0)
-'''
-
 PYTHON_GSSAPI = '''
 import socket, struct, sys
 import gssapi
@@ -610,7 +587,9 @@ def dial():
     sock.sendall(b"\\5\\1\\1")
     assert read(2) == b"\\5\\1"
     name = gssapi.Name("rcmd@localhost", gssapi.NameType.hostbased_service)
-    context = gssapi.SecurityContext(name=name, usage="initiate", flags=gssapi.RequirementFlag(2 | 4 | 16 | 32))
+    context = gssapi.SecurityContext(name=name, usage="initiate", flags=[
+        gssapi.RequirementFlag.mutual_authentication, gssapi.RequirementFlag.replay_detection,
+        gssapi.RequirementFlag.confidentiality, gssapi.RequirementFlag.integrity])
     token = context.step()
     while True:
         sock.sendall(framed(1, token))
@@ -664,45 +643,31 @@ print("all is well")
 '''
 
 
-@contextlib.contextmanager
-def answering_early(port):
-    """A forwarder that sends the METHOD reply as soon as it is connected, and keeps the real one to itself: curl up to
-    at least 8.16 forgets that it may use GSSAPI where the reply is not there on its first read."""
-    def forward(connection):
-        connection.sendall(b"\5\1")
-        with socket.create_connection(("127.0.0.1", port)) as onward:
-            read = reader_of(connection)
-            head = read(2)
-            onward.sendall(head + read(head[1]))
-            assert reader_of(onward)(2) == b"\5\1"
-            back = threading.Thread(target=pump, args=(onward, connection, []), daemon=True)
-            back.start()
-            pump(connection, onward, [])
-            back.join(PATIENCE_S)
-
-    with target(forward) as (_host, own):
-        yield own
-
-
 class Others(Case):
-    def test_libcurl(self):
-        """curl's own code, given a connected socket: with the level in a token, and as NEC has it."""
-        def page(connection):
-            connection.recv(1000)
-            connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nhello from the other side\n")
+    def test_curl(self):
+        """curl's sub-negotiation, with the level in a token and as NEC has it, to its end: the level is granted.
 
-        with contextlib.suppress(OSError):
-            import ctypes
-            ctypes.CDLL("libcurl.so.4")
-            server, port = self.serve(), self.enter(target(page))[1]
-            for nec in (0, 1):
-                with self.subTest(nec=nec), answering_early(server.server_address[1]) as early:
-                    done = subprocess.run([sys.executable, "-c", LIBCURL, str(early), str(nec),
-                                           "http://127.0.0.1:%d/" % port], stdout=subprocess.PIPE,
-                                          stderr=subprocess.STDOUT, timeout=PATIENCE_S)
-                    self.assertEqual((done.returncode, done.stdout.decode()), (0, "hello from the other side\n"))
-            return
-        need(self, False, "libcurl.so.4")
+        curl 7.88 gets no further, with any proxy. It forgets that it may use GSSAPI when the METHOD reply is not there
+        on its first read, which is why its reads are delayed here; and when it is let in, it goes on to the line that
+        says "Undocumented SOCKS5 mode". Later ones send their request, in clear, and get the page.
+        """
+        curl, strace = need_program(self, "curl"), need_program(self, "strace")
+        features = subprocess.run([curl, "--version"], stdout=subprocess.PIPE).stdout
+        need(self, b"GSS-API" in features, "a curl with GSS-API")
+        server = self.serve()
+        for nec in ([], ["--socks5-gssapi-nec"]):
+            with self.subTest(nec), logging_of(self, "DEBUG") as logs:
+                done = subprocess.run(
+                    [strace, "-f", "-o", os.devnull, "-e", "trace=recvfrom", "-e", "inject=recvfrom:delay_enter=30000",
+                     curl, "-q", "-v", "-sS", "--noproxy", "", "--max-time", str(PATIENCE_S), *nec, "--socks5-gssapi",
+                     "--socks5-hostname", "localhost:%d" % server.server_address[1], "http://127.0.0.1:1/"],
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE_S)
+                said = done.stderr.decode()
+                need(self, "ptrace" not in said, "the right to trace a process")
+                self.assertIn("SOCKS5 server authenticated user alice@EXAMPLE.ORG with GSS-API.", said)
+                self.assertIn("SOCKS5 access without GSS-API data protection granted.", said)
+                wait_until(lambda: "gssapi " in "".join(logs.output), "a line")
+                self.assertRegex("".join(logs.output), "gssapi .*user='alice@EXAMPLE.ORG' level=CLEAR")
 
     def test_python_gssapi(self):
         """An independent client, written from the RFC: TCP and UDP at each level."""
@@ -735,27 +700,72 @@ class Others(Case):
                 last.sendto(b"stop", peer.getsockname())
             thread.join(PATIENCE_S)
 
+    def dante(self, name):
+        """A part of a Dante that was built with GSSAPI; Debian's is not."""
+        path = Path(os.environ.get("SOCKS5_DANTE", "/usr/local"), name)
+        need(self, path.exists(), "a Dante with GSSAPI (./configure --with-gssapi-path=/usr; SOCKS5_DANTE=PREFIX)")
+        return path
+
     def test_our_client_through_dante(self):
         """Dante's server, another implementation of RFC 1961, understands ours and is understood."""
-        danted, port, destination = need_program(self, "danted"), closed_port(), self.enter(target())
-        with dante(danted, port, ours):
+        program, port, destination = self.dante("sbin/sockd"), closed_port(), self.enter(target())
+        with dante(program, port, ours):
             for level in LEVELS:
-                with self.subTest(level):
-                    with client.connect(("127.0.0.1", port), destination, gssapi=Gssapi("rcmd@localhost", level)) as sock:
-                        sock.settimeout(PATIENCE_S)
-                        writer = threading.Thread(target=sock.sendall, args=(BULK,))
-                        writer.start()
-                        back = b""
-                        while len(back) < len(BULK):
-                            piece = sock.recv(1 << 16)
-                            self.assertTrue(piece)
-                            back += piece
-                        writer.join()
-                        self.assertEqual(back, BULK)
+                with self.subTest(level), client.connect(("127.0.0.1", port), destination,
+                                                         gssapi=Gssapi("rcmd@localhost", level)) as sock:
+                    sock.settimeout(PATIENCE_S)
+                    writer = threading.Thread(target=sock.sendall, args=(BULK,))
+                    writer.start()
+                    back = b""
+                    while len(back) < len(BULK):
+                        piece = sock.recv(1 << 16)
+                        self.assertTrue(piece)
+                        back += piece
+                    writer.join()
+                    self.assertEqual(back, BULK)
+
+    SOCKSIFIED = """
+import socket, sys
+sock = socket.create_connection(("127.0.0.1", int(sys.argv[1])), None)
+data = sys.argv[2].encode() + bytes(range(256)) * 400
+sock.sendall(data)
+back = b""
+while len(back) < len(data):
+    piece = sock.recv(65536)
+    assert piece, len(back)
+    back += piece
+print(back == data)
+"""
+
+    def test_dantes_client_through_ours(self):
+        library, conf = self.dante("lib/libdsocks.so"), ours.folder / "socks.conf"
+        server, destination = self.serve(), self.enter(target())
+        for level in LEVELS:
+            with self.subTest(level), recorded(server.server_address[1]) as (port, seen):
+                conf.write_text(SOCKSIFY.format(port=port, level=level))
+                done = subprocess.run(
+                    ["/usr/bin/python3", "-c", self.SOCKSIFIED, str(destination[1]), MARK.decode()], timeout=PATIENCE_S,
+                    env=dict(os.environ, SOCKS_CONF=str(conf), LD_PRELOAD=str(library)),
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                self.assertEqual((done.returncode, done.stdout.decode()[-1500:]), (0, "True\n"))
+                self.assertEqual(MARK in b"".join(seen), level != "confidentiality")
+                self.assertEqual(b"\1\3" in b"".join(seen), level != "clear")
 
 
+SOCKSIFY = """
+logoutput: stderr
+route {{
+    from: 0.0.0.0/0 to: 0.0.0.0/0 via: localhost port = {port}
+    protocol: tcp
+    command: connect
+    proxyprotocol: socks_v5
+    method: gssapi
+    gssapi.servicename: rcmd
+    gssapi.enctype: {level}
+}}
+"""
 DANTE = """
-errorlog: stderr
+logoutput: {folder}/sockd.log
 internal: 127.0.0.1 port = {port}
 external: 127.0.0.1
 clientmethod: none
@@ -772,8 +782,8 @@ socks pass {{
 @contextlib.contextmanager
 def dante(program, port, where):
     path = where.folder / "sockd.conf"
-    path.write_text(DANTE.format(port=port, keytab=where.keytab))
-    server = subprocess.Popen([program, "-f", str(path), "-p", str(where.folder / "sockd.pid")], env=where.env(),
+    path.write_text(DANTE.format(port=port, keytab=where.keytab, folder=where.folder))
+    server = subprocess.Popen([str(program), "-f", str(path), "-p", str(where.folder / "sockd.pid")], env=where.env(),
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def listens():
