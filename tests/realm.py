@@ -100,8 +100,8 @@ class Realm:
 
     def principal(self, name, password="secret", keytab=None, *options):
         """Make it; with a keytab, its key is random and goes there."""
-        self.run("kadmin.local", "-r", self.name, "addprinc", *options, *(["-randkey"] if keytab else ["-pw", password]),
-                 name)
+        key = ["-randkey"] if keytab else ["-pw", password]
+        self.run("kadmin.local", "-r", self.name, "addprinc", *options, *key, name)
         if keytab:
             self.run("kadmin.local", "-r", self.name, "ktadd", "-k", keytab, name)
 
@@ -123,5 +123,3 @@ def realm(name=NAME):
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.closing(Realm(folder, name)) as made:
             yield made
-
-
