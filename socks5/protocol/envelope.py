@@ -14,7 +14,7 @@ from .errors import ProtocolError
 from .messages import GSSAPI_VER, Encapsulated
 
 HEADER = struct.Struct("!BBH")              # VER, MTYP, LEN
-PAYLOAD_BYTES = 1 << 14                     # of one message: small enough for the buffers of other implementations
+PAYLOAD_BYTES = 60000                       # of one message: room for any mechanism's overhead in 65,535
 
 
 class Wrapping(Protocol):

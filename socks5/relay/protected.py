@@ -1,19 +1,21 @@
 """A tunnel whose client's side is encoded: a Pipe that decodes and one that encodes what goes through.
 
 All else is as in any tunnel: half-close, reset, backpressure, time limits, a thread of its own while it is busy. No
-kernel pipe: the bytes have to be seen. Encoding holds the thread for some 100 us for each READ_BYTES; the relay loop
-has such a tunnel only while it is quiet. Urgent data is passed on in line. Knows no SOCKS.
+kernel pipe: the bytes have to be seen. Kerberos takes some 150 us to encrypt FIRST_BYTES, and 500 us for MORE_BYTES:
+that is how long other tunnels wait for one in the relay loop, which has it only while it is quiet. Urgent data is
+passed on in line. Knows no SOCKS.
 """
 from __future__ import annotations
 
 from typing import Callable, Optional
 
-from ..protocol.envelope import Envelope
+from ..protocol.envelope import PAYLOAD_BYTES, Envelope
 from ..protocol.errors import ProtocolError
 from .pipe import DONTWAIT, Broken, Pipe
 from .tunnel import Tunnel
 
-READ_BYTES = 1 << 15                        # one read, and what is encoded or decoded before others are served
+FIRST_BYTES = 1 << 14                       # one read, and what is encoded or decoded before others are served;
+MORE_BYTES = PAYLOAD_BYTES                  # and after one that filled its buffer
 CUT = "the end within a message"
 
 
@@ -37,8 +39,9 @@ class CodingPipe(Pipe):
         self.payload = len(early)
 
     def fill(self) -> Optional[bool]:
+        size = MORE_BYTES if self.full else FIRST_BYTES
         try:
-            data = self.source.recv(READ_BYTES, DONTWAIT)
+            data = self.source.recv(size, DONTWAIT)
             if not data and self.unfinished():
                 raise OSError(0, CUT)
             coded = self.code(data) if data else b""
@@ -49,7 +52,7 @@ class CodingPipe(Pipe):
         except ProtocolError as exc:
             raise Broken(self.origin, OSError(0, str(exc))) from None
         self.done = not data
-        self.full = self.full + 1 if len(data) == READ_BYTES else 0
+        self.full = self.full + 1 if len(data) == size else 0
         if coded:
             self.chunk, self.held = coded, len(coded)
             self.payload = len(data if self.encodes else coded)
@@ -65,7 +68,7 @@ class CodingPipe(Pipe):
         self.total = total + (0 if self.held else self.payload)
 
     def use_kernel(self) -> None:
-        self.full = 0
+        """Not here; `full` stays, by which the next read is large."""
 
 
 class ProtectedTunnel(Tunnel):
