@@ -49,6 +49,7 @@
         counters      how many sessions there are, in all processes
         sessions      the registry of live sessions: limits, deadlines, eviction
         inbox         what the client sends before its tunnel stands
+        principal     the GSSAPI method: who is the client? RFC 1961
         handler       one client, like RFC 1928 sections 3 to 6
         acceptors     threads that wait in accept()
         table         the live sessions as lines of the log

@@ -15,16 +15,8 @@ from socks5.server.counters import Shared
 from socks5.server.sessions import Full, Session, Sessions
 from socks5.net.addresses import Endpoint
 from socks5.protocol.messages import Address
-from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, logging_of, negotiate, reader_of, running,
-                           target, text_of, wait_until)
-
-
-def closed(client):
-    """Whether the server has closed it, by FIN or RST."""
-    try:
-        return client.recv(1) == b""
-    except ConnectionError:
-        return True
+from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, heard, logging_of, negotiate, reader_of,
+                           running, target, text_of, wait_until)
 
 
 def gone(clients):
@@ -33,6 +25,24 @@ def gone(clients):
     for client in clients:
         poll.register(client, select.POLLIN)
     return len(poll.poll(0))
+
+
+class State(unittest.TestCase):
+    def test_each(self):
+        def tunnel(up=False, down=False, ended=False, aborted=""):
+            return mock.Mock(up=mock.Mock(done=up), down=mock.Mock(done=down), ended=ended, aborted=aborted)
+
+        for expected, facts in (
+                ("negotiating", {}), ("connecting", {"cmd": "CONNECT"}), ("connecting", {"cmd": "BIND"}),
+                ("waiting", {"cmd": "BIND", "rep": "SUCCEEDED"}), ("relaying", {"tunnel": tunnel()}),
+                ("relaying", {"association": mock.Mock()}), ("half-closed", {"tunnel": tunnel(up=True)}),
+                ("half-closed", {"tunnel": tunnel(down=True)}), ("closing", {"tunnel": tunnel(ended=True)}),
+                ("closing", {"tunnel": tunnel(aborted="server stopped")}), ("closing", {"ended_by": "evicted"})):
+            with self.subTest(expected, facts=facts):
+                session = Session(Endpoint(ip_address("192.0.2.1"), 1), "192.0.2.1", None)
+                for name, value in facts.items():
+                    setattr(session, name, value)
+                self.assertEqual(session.state(), expected)
 
 
 class Case(unittest.TestCase):
@@ -86,7 +96,7 @@ class Limits(Case):
         """One address holds all that it can get: nine tenths, and one session at the least is left to others."""
         for name, limits, taken, left in [
                 ("100", dict(maximum=100), 90, 10), ("of this process", dict(maximum_here=100), 90, 10),
-                ("both", dict(maximum=100, maximum_here=50), 50, 0), ("40", dict(maximum=40), 36, 4),
+                ("both", dict(maximum=100, maximum_here=50), 45, 5), ("40", dict(maximum=40), 36, 4),
                 ("10", dict(maximum=10), 9, 1), ("5", dict(maximum=5), 4, 1), ("2", dict(maximum=2), 1, 1),
                 ("1", dict(maximum=1), 1, 0)]:
             with self.subTest(name):
@@ -120,16 +130,28 @@ class Limits(Case):
         self.assertRaisesRegex(Full, "reached by 2001:db8::/64", self.admit, live, "2001:db8::2", net)
 
     def test_a_session_that_grows(self):
-        live = Sessions(10)
+        """Its weight is of this process's descriptors, and it stays one session."""
+        live = Sessions(12, maximum_here=20)
         session, = self.admitted(live, 1)
-        live.grow(session, 5)
-        self.assertEqual((live._counts.of(session.origin), live._counts.live(), len(live)), (5, 5, 1))
-        self.assertEqual(len(self.admitted(live, 9)), 4, "with it, nine tenths are taken")
-        self.assertRaisesRegex(Full, "^max-sessions 10 reached$", live.grow, session, 6)
-        live.grow(session, 2)
-        self.assertEqual(len(self.admitted(live, 9)), 3)
-        live.remove(session)
-        self.assertEqual((live._counts.of(session.origin), live._counts.live()), (7, 7))
+        live.grow(session, 9)
+        self.assertEqual((live._counts.of(session.origin), live._counts.live(), len(live)), (1, 1, 1))
+        self.assertEqual(len(self.admitted(live, 20)), 8, "and three places are left to a newcomer")
+        self.assertRaisesRegex(Full, "^max-sessions 12 reached$", live.grow, session, 10)
+        newcomer, = self.admitted(live, 1, "192.0.2.2")
+        live.grow(newcomer, sessions.HEAVIEST)
+        self.assertRaises(Full, self.admit, live, "192.0.2.3")
+        live.grow(session, 8)
+        self.admit(live, "192.0.2.3")
+        self.assertRaises(Full, self.admit, live, "192.0.2.3")
+
+    def test_a_session_that_grows_takes_the_places_of_silent_ones(self):
+        live = Sessions(maximum_here=20)
+        session, = self.admitted(live, 1)
+        silent = [self.admit(live, "192.0.2.%d" % number) for number in range(2, 21)]
+        self.assertRaises(Full, live.grow, session, 3)
+        self.now += 5
+        live.grow(session, 3)
+        self.assertEqual([self.shut(one) for one in silent], [True] * 2 + [False] * 17)
 
 
 class Eviction(Case):
@@ -216,9 +238,11 @@ class Eviction(Case):
         self.assertTrue(len(live))
         for session in live:
             self.assertEqual([live.remove(session), live.remove(session)], [True, False])
-        table = live._counts._shared.table
-        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving, live._weight),
-                         (0, 0, 0, 0, 0))
+        table = live._counts._table
+        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving,
+                          live._weights.live()), (0, 0, 0, 0, 0))
+        for waiting in (live._silent, live._greeted):
+            self.assertEqual((waiting._of, waiting._by_number, waiting._most), ({}, {}, 0))
 
 
 class Deadline(Case):
@@ -324,9 +348,8 @@ class Serving(unittest.TestCase):
             with connect_through(server.server_address, *destination), \
                     connect_through(server.server_address, *destination):
                 for _ in range(3):
-                    with dial(server.server_address) as third, contextlib.suppress(ConnectionError):
-                        third.sendall(b"\5\1\0")
-                        self.assertTrue(closed(third))
+                    with dial(server.server_address) as third:
+                        self.assertEqual(heard(third, b"\5\1\0"), b"")
                 with dial(server.server_address, source="127.0.0.2") as other:
                     negotiate(other)
                     self.assertEqual(ask(other, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)

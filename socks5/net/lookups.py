@@ -104,7 +104,7 @@ class Names:
         except OSError as exc:
             raise RequestRefused(rep_of(exc), "%s is not looked up: %s" % (text(name), name_of(exc))) from None
         if not answers:
-            why = "%s did not resolve within %.3g s" % (text(name), deadline - began)
+            why = "%s did not resolve within %g s" % (text(name), round(deadline - began, 2))
             raise RequestRefused(Rep.HOST_UNREACHABLE, why)
         return answers[0]
 

@@ -63,6 +63,10 @@ class Supervisor(Control):
         self.start_at: Dict[int, float] = dict.fromkeys(range(count), 0.0)     # by row, of those that do not run
         self.backoff_s = RESTART_S
 
+    def close(self) -> None:
+        super().close()
+        self.access[0].logins.unshare()
+
     # ---- Control asks ---------------------------------------------------------------------------------------------
 
     def running(self) -> bool:

@@ -1,7 +1,7 @@
 """Explain every message of a session as it passes, field by field: its bytes, its name and what it says.
 
 A Story turns the messages of one session into blocks of lines, each of which begins with the session's number, and
-hands each block to a callable. It walks over the same LAYOUT that the messages are parsed with, so it cannot show
+hands each block to a callable. It walks over the same Layout that the messages are parsed with, so it cannot show
 another protocol than the one that is spoken. Passwords are masked; payload is counted, not shown.
 
 Opens and writes nothing: server/tracing.py does. Runs in the thread that serves the session.
@@ -14,8 +14,8 @@ from .codes import Atyp, Cmd, Rep
 from .errors import SocksError
 from .facts import NOTHING
 from .fields import ReadExactly, dissect
-from .messages import (Abort, Datagram, Greeting, Login, LoginStatus, ProtectionLevel, Reply, Request, SecurityToken,
-                       Selection)
+from .messages import (LAYOUTS, Abort, Datagram, Greeting, Login, LoginStatus, ProtectionLevel, Reply, Request,
+                       SecurityToken, Selection)
 
 M = TypeVar("M", Greeting, Login, SecurityToken, ProtectionLevel, Request)
 Sent = Union[Selection, LoginStatus, SecurityToken, ProtectionLevel, Abort, Reply, bytes]
@@ -159,7 +159,7 @@ class Story:
 
     def datagram(self, way: str, raw: bytes, address: Sockaddr) -> None:
         """Show one between the client, at `address`, and its UDP association; `way` is UP or DOWN."""
-        shown = sum(len(piece) for _, piece, _ in dissect(Datagram.LAYOUT, raw))
+        shown = sum(len(piece) for _, piece, _ in dissect(LAYOUTS[Datagram], raw))
         self.show(way, Datagram, raw, ["DATA: %d bytes, %s %s" % (
             len(raw) - shown, "from" if way == UP else "to", "%s port %s" % address[:2])])
 
@@ -182,7 +182,7 @@ class Story:
 
     def show(self, way: str, kind: Type[Message], raw: bytes, notes: List[str], title: str = "") -> None:
         lines, before = [self.title(way, title or TITLES.get(kind) or DATAGRAM[way])], b""
-        for field, piece, words in dissect(kind.LAYOUT, raw):
+        for field, piece, words in dissect(LAYOUTS[kind], raw):
             if field.secret:
                 lines += self.row("**", field.name, "not shown")
             else:

@@ -18,7 +18,6 @@ from ..access import users
 from ..access.logins import Verdict, origin_of as login_origin
 from ..access.passwords import Wait
 from ..access.rules import Asker, Rules
-from ..access.subnegotiation import LEVELS, accept
 from ..access.users import Users
 from ..commands.bind import Rendezvous, any_peer, expected
 from ..commands.connect import connect
@@ -32,16 +31,18 @@ from ..net.resolver import normalise
 from ..net.shares import Ports
 from ..protocol.codes import Cmd, Method, Rep
 from ..protocol.envelope import Envelope
-from ..protocol.errors import GssError, ProtocolError, RequestRefused, rep_of
+from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
-from ..protocol.messages import (UNSPECIFIED, VER, Abort, Address, Greeting, Login, LoginStatus, Reply, Request,
-                                 Selection)
+from ..protocol.messages import (
+    HTTP_HELP, MOST_BYTES, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
+    Selection, whole)
 from ..protocol.trace import M, Sent
 from ..relay.protected import ProtectedTunnel
 from ..relay.tunnel import Tunnel
 from .inbox import Inbox, Outbox, linger
-from .sessions import Session, Sessions
+from .principal import by_gssapi
+from .sessions import HEAVIEST, Full, Session, Sessions
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,8 @@ ANSWER_S = 0.5              # before a handshake's deadline, to answer a login t
 NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 TOLD = 10                   # rules that one association may name in the log
 
-SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
-HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-             b"This is a SOCKS5 proxy, not an HTTP proxy or web server.\n"
-             b"Point the program at it with socks5h://HOST:PORT (curl: --socks5-hostname HOST:PORT;\n"
-             b"Firefox: Settings, Network Settings, SOCKS Host, SOCKS v5, Proxy DNS when using SOCKS v5).\n")
+
+REPEATED = (Greeting, Request)          # messages that clients say again and again: see `whole`
 
 
 class Service:
@@ -95,6 +93,7 @@ class Handler(StreamRequestHandler):
         self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
         self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
+        self.debug = log.isEnabledFor(logging.DEBUG)
 
     @cached_property
     def wfile(self) -> Outbox:                                  # type: ignore[override]
@@ -111,8 +110,9 @@ class Handler(StreamRequestHandler):
             try:
                 request = self.take(Request)                    # §4
                 self.server.sessions.negotiated(session)
-                session.cmd, session.dst = request.cmd.name, request.dst
-                session.step("request", cmd=session.cmd, dst=request.dst)
+                session.cmd, session.dst = request.cmd.word, request.dst
+                if self.debug:
+                    session.step("request", cmd=session.cmd, dst=request.dst)
                 COMMANDS[request.cmd](self, request.dst)        # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
                 session.ended_by, session.why = "refused", exc.why
@@ -126,8 +126,19 @@ class Handler(StreamRequestHandler):
                 session.ended_by, session.why = "client", str(getattr(exc, "strerror", None) or exc)
 
     def take(self, kind: Type[M]) -> M:
-        """The client's next message."""
-        return self.story.take(kind, self.inbox.read_exactly) if self.story else kind.parse(self.inbox.read_exactly)
+        """The client's next message. Nearly always it is all that has come, and has come before."""
+        message: M
+        if self.story:
+            message = self.story.take(kind, self.inbox.read_exactly)
+        elif kind not in REPEATED or len(self.inbox.peek()) > MOST_BYTES:
+            message = kind.parse(self.inbox.read_exactly)
+        else:
+            try:
+                message = whole(kind, self.inbox.held)
+                self.inbox.held = b""
+            except EOFError:                                    # it is in pieces, or more has come behind it
+                message = kind.parse(self.inbox.read_exactly)
+        return message
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
@@ -146,7 +157,8 @@ class Handler(StreamRequestHandler):
         self.session.greeted = True
         methods = self.server.methods
         method = users.choose(offered, methods)
-        self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
+        if self.debug:
+            self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
         self.send(Selection(method))
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
@@ -188,25 +200,6 @@ class Handler(StreamRequestHandler):
         self.send(LoginStatus(0x00))
         return login.uname
 
-    def gssapi(self) -> Optional[bytes]:
-        """RFC 1961: a security context, then its protection level. The client's principal."""
-        session, credentials = self.session, self.server.users.gssapi
-        assert credentials, "METHOD X'01' without --gssapi"
-        context = credentials.context()
-        try:
-            accept(context, self.take, self.send, LEVELS[self.server.config.gssapi_protection])
-        except GssError:
-            session.user = context.peer or None
-            self.send(Abort())
-            raise
-        session.step("gssapi", user=context.peer, level=context.level.name)
-        if context.level:
-            self.envelope = Envelope(context)
-            self.inbox.protect(self.envelope)
-            if self.story:
-                self.story.protected(context.level.phrase)
-        return context.peer
-
     def log_failure(self, verdict: Verdict, uname: bytes) -> None:
         """README.rst: fail2ban looks for auth_failed. What was not looked at is logged now and then only."""
         facts = Facts(client=self.session.client.ip, user=uname)
@@ -221,10 +214,8 @@ class Handler(StreamRequestHandler):
     # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
 
     def connect(self, dst: Address) -> None:
-        host, session = self.authorized(Cmd.CONNECT, dst), self.session
-        deadline = self.deadline()
-        found = self.lookup(deadline, host)
-        addresses = self.not_ourselves(dst.port, self.permitted(Cmd.CONNECT, host, dst.port, found))
+        session, deadline = self.session, self.deadline()
+        addresses = self.not_ourselves(dst.port, self.reachable(dst, deadline))
         remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection)
         with ClosedOnError(remote):
             session.reached = Endpoint(ip, dst.port)
@@ -257,6 +248,10 @@ class Handler(StreamRequestHandler):
         verdict = self.server.rules.foresee(self.asker(Cmd.UDP_ASSOCIATE))
         if not verdict.allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+        try:
+            self.server.sessions.grow(session, HEAVIEST)
+        except Full as exc:
+            raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
         self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
@@ -272,8 +267,8 @@ class Handler(StreamRequestHandler):
             session.why, session.notes = session.why or association.why, association.summary()
 
     def relay(self, remote: socket.socket) -> None:
-        """Hand the tunnel over to the relay loop, which owns both sockets from here on. What the client sent behind
-        its request goes first."""
+        """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
+        What the client sent behind its request goes first."""
         config = self.server.config
         if self.timeout is not None:
             self.connection.settimeout(None)
@@ -305,6 +300,19 @@ class Handler(StreamRequestHandler):
             if not verdict.allowed:
                 raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
         return host
+
+    def reachable(self, dst: Address, deadline: float) -> List[IP]:
+        """The addresses of a CONNECT's destination that this client may reach. Raises RequestRefused. What was allowed
+        is remembered for an address, and for as long as these rules are in force; for a name it is looked up anew."""
+        known = self.server.rules.known
+        key = self.session.client.ip, self.session.user, dst
+        addresses = known.get(key)
+        if addresses is None:
+            host = self.authorized(Cmd.CONNECT, dst)
+            addresses = self.permitted(Cmd.CONNECT, host, dst.port, self.lookup(deadline, host))
+            if not isinstance(host, bytes):
+                known.put(key, addresses)
+        return addresses
 
     def permitted(self, cmd: Cmd, host: Host, port: int, addresses: Sequence[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
@@ -348,7 +356,7 @@ class Handler(StreamRequestHandler):
     # ---- §6: answers ----------------------------------------------------------------------------------------------
 
     def reply(self, rep: Rep, bnd: Optional[Endpoint] = None) -> None:
-        self.session.rep = rep.name
+        self.session.rep = rep.word
         self.send(Reply(rep, Address(*bnd) if bnd else UNSPECIFIED))
 
 
@@ -387,7 +395,7 @@ COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {
 MethodTable = Dict[int, Callable[[Handler], Optional[bytes]]]
 ANONYMOUS: MethodTable = {Method.NO_AUTHENTICATION: Handler.no_authentication}
 BY_PASSWORD: MethodTable = {Method.USERNAME_PASSWORD: Handler.username_password}
-BY_GSSAPI: MethodTable = {Method.GSSAPI: Handler.gssapi}
+BY_GSSAPI: MethodTable = {Method.GSSAPI: by_gssapi}
 
 
 def method_table(known: Users) -> MethodTable:
