@@ -52,9 +52,6 @@ NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take a
 TOLD = 10                   # rules that one association may name in the log
 
 
-REPEATED = (Greeting, Request)          # messages that clients say again and again: see `whole`
-
-
 class Service:
     """What a Handler needs of its server."""
 
@@ -130,7 +127,7 @@ class Handler(StreamRequestHandler):
         message: M
         if self.story:
             message = self.story.take(kind, self.inbox.read_exactly)
-        elif kind not in REPEATED or len(self.inbox.peek()) > MOST_BYTES:
+        elif kind not in (Greeting, Request) or len(self.inbox.peek()) > MOST_BYTES:
             message = kind.parse(self.inbox.read_exactly)
         else:
             try:
@@ -274,9 +271,7 @@ class Handler(StreamRequestHandler):
             self.connection.settimeout(None)
         tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
                         self.session)
-        if self.envelope:
-            tunnel = ProtectedTunnel(tunnel, self.envelope)
-        self.server.relay(tunnel)
+        self.server.relay(ProtectedTunnel(tunnel, self.envelope) if self.envelope else tunnel)
 
     def deadline(self) -> float:
         """When --connect-timeout is over, which begins now: with the lookup."""
@@ -395,11 +390,9 @@ COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {
 MethodTable = Dict[int, Callable[[Handler], Optional[bytes]]]
 ANONYMOUS: MethodTable = {Method.NO_AUTHENTICATION: Handler.no_authentication}
 BY_PASSWORD: MethodTable = {Method.USERNAME_PASSWORD: Handler.username_password}
-BY_GSSAPI: MethodTable = {Method.GSSAPI: by_gssapi}
 
 
 def method_table(known: Users) -> MethodTable:
     """The acceptable METHODs, the first choice first."""
-    if not known.gssapi:
-        return dict(BY_PASSWORD if known else ANONYMOUS)
-    return {**BY_GSSAPI, **(BY_PASSWORD if known else {})}
+    by_password = BY_PASSWORD if known else {}
+    return {Method.GSSAPI: by_gssapi, **by_password} if known.gssapi else dict(by_password or ANONYMOUS)
