@@ -21,7 +21,8 @@ from socks5.config import Config, ConfigError
 from socks5.protocol.codes import Cmd, Method, Protection, Rep
 from socks5.protocol.envelope import PAYLOAD_BYTES, Envelope
 from socks5.protocol.errors import GssError, ProtocolError, ProxyError
-from socks5.protocol.messages import Encapsulated, Greeting, ProtectionLevel, Request, SecurityToken
+from socks5.protocol.fields import BytesReader
+from socks5.protocol.messages import Abort, Encapsulated, Greeting, ProtectionLevel, Request, SecurityToken
 from tests import realm
 from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, logging_of, need, need_program, negotiate,
                            read_to_end, reader_of, reset, run_cli, running, spawned, target, wait_until)
@@ -815,6 +816,24 @@ class Envelopes(unittest.TestCase):
 
         def unwrap(self, token, ordered=True):
             return token[-2::-1]
+
+    def test_the_messages(self):
+        """Each packs and parses to itself, reads nothing behind, and any cut is EOF. RFC 1961 sections 3 to 5"""
+        for kind, raw in ((SecurityToken, "01 01 0003 616263"), (ProtectionLevel, "01 02 0001 00"),
+                          (Encapsulated, "01 03 0000")):
+            with self.subTest(kind.__name__):
+                packed = bytes.fromhex(raw)
+                read = BytesReader(packed + b"tail")
+                message = kind.parse(read)
+                self.assertEqual((message.token, message.pack(), read.rest()), (packed[4:], packed, b"tail"))
+                for cut in range(len(packed)):
+                    self.assertRaises(EOFError, kind.parse, BytesReader(packed[:cut]))
+                for wrong in (b"\1\xff", b"\2" + packed[1:2]):
+                    read = BytesReader(wrong + b"tail")
+                    self.assertRaises(ProtocolError, kind.parse, read)
+                    self.assertTrue(read.rest().endswith(b"tail"))
+        self.assertEqual(Abort().pack(), b"\1\xff")
+        self.assertRaises(OverflowError, SecurityToken(bytes(65536)).pack)
 
     def test_every_cut(self):
         envelope = Envelope(self.Reversed())
