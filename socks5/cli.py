@@ -7,14 +7,15 @@ import getpass
 import logging
 import os
 import sys
+from ipaddress import ip_address
 from typing import Any, Dict, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
 from .access.check import report, warnings
 from .access.users import line_for
-from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+from .config import GROUPS, SAME, Config, ConfigError, from_environment, long_flag, open_file, options, parse
 from .net import listeners as listening
-from .net.addresses import endpoint_of
+from .net.addresses import endpoint_of, is_here
 from .process import files, signals, supervisor as workers
 from .process.alone import Alone
 from .server import tracing
@@ -91,7 +92,7 @@ def read_file(path: str) -> Dict[str, Any]:
     """The options of an INI file. Raises ConfigError with the file, and the line where the parser knows it."""
     ini = configparser.ConfigParser(interpolation=None, default_section="")     # else [DEFAULT] would count for nothing
     try:
-        with open(path, encoding="utf-8-sig") as file:      # Windows editors put a BOM in front
+        with open_file("--config", path, "utf-8-sig", "strict") as file:    # Windows editors put a BOM in front
             ini.read_file(file)
     except OSError as exc:
         raise ConfigError("--config %s: %s" % (path, exc.strerror)) from None
@@ -118,6 +119,7 @@ def serve(config: Config) -> int:
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
         tracing.check(config.trace)
+        check_out(config.out)
         listeners = listening.open_all(config.listen, config.port)
     except ConfigError as exc:
         return fail(str(exc))
@@ -134,6 +136,13 @@ def serve(config: Config) -> int:
     if count > 1:
         return workers.Supervisor(config, listeners, count, access).run(ready)
     return Alone(Server(config, listeners=listeners, access=access), access).run(ready)
+
+
+def check_out(addresses: Sequence[str]) -> None:
+    """Raise ConfigError when an address of --out is not one of this machine."""
+    for text in addresses:
+        if text != SAME and not is_here(ip_address(text)):
+            raise ConfigError("--out %s: not an address of this machine" % text)
 
 
 def self_test(config: Config) -> int:

@@ -19,6 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 from . import client
 from .access.rules import parse_lines
 from .client import HostPort, User
+from .commands.dialogue import Gssapi
 from .config import ANY_SERVICE, Config
 from .net import listeners as listening
 from .protocol.codes import Rep
@@ -30,7 +31,7 @@ TIMEOUT_S = 10.0                # for one step, which takes milliseconds on loop
 BULK = bytes(range(256)) * 256  # 64 KiB
 FEW_SESSIONS = 1000             # a lower limit is reported
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
-LEFT_OUT = ("advertise",)               # options that refer to other machines
+LEFT_OUT = ("advertise", "out")               # options that refer to other machines
 
 Check = Callable[["Setup"], str]
 
@@ -126,8 +127,8 @@ def serving(config: Config, name: str, port: int) -> Iterator[HostPort]:
     """Run a server in a thread. Its first rules permit this user to reach loopback, except 127.0.0.3 at `port`."""
     who = "user %s " % name if config.needs_password() else ""
     with Server(config) as server:
-        first = parse_lines(["deny %sto 127.0.0.3 port %d" % (who, port), "allow %sto 127.0.0.0/8" % who,
-                            "allow %sto ::1" % who], "self-test")
+        first = parse_lines(["deny %sto 127.0.0.3 port %d" % (who, port), "allow %sto 127.0.0.0/8 via direct" % who,
+                            "allow %sto ::1 via direct" % who], "self-test")
         object.__setattr__(server.rules, "rules", (*first, *server.rules.rules))     # although Rules is frozen
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -258,7 +259,7 @@ def wrong_password(setup: Setup) -> str:
 def by_gssapi(setup: Setup, config: Config) -> str:
     """Log in with the ticket of the user who runs this, for the service on this host."""
     service = "rcmd" if config.gssapi == ANY_SERVICE else config.gssapi
-    gssapi = client.Gssapi(service if "@" in service else "%s@%s" % (service, socket.gethostname()))
+    gssapi = Gssapi(service if "@" in service else "%s@%s" % (service, socket.gethostname()))
     try:
         with client.connect(setup.proxy, setup.echo, None, TIMEOUT_S, gssapi) as sock:
             sock.settimeout(TIMEOUT_S)

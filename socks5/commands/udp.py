@@ -15,9 +15,10 @@ import errno
 import socket
 from collections import Counter
 from time import monotonic
-from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple
 
-from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, subscriber
+from ..net.addresses import (
+    Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, leaving, subscriber)
 from ..net.lookups import Busy, Names, Waiting
 from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
@@ -28,17 +29,17 @@ from ..protocol.errors import RequestRefused, name_of, rep_of
 from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
-from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, send
+from ..config import Upstream
+from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, remember, send
 from .enveloped import EnvelopedSocket
 from .fragments import Fragments
+from .upstream import Link, Links
 
-Route = Tuple[socket.socket, Sockaddr]
+Route = Tuple[socket.socket, Sockaddr, int]          # the number of header bytes that go along: to an upstream, all
+Way = Callable[[Optional[IP], int, Host], Optional[Upstream]]
 OnDatagram = Callable[[str, bytes, Sockaddr], None]
-K = TypeVar("K")
-V = TypeVar("V")
 
 HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, ATYP, 16 of IPv6, port
-REMEMBERED = 512                # headers each way
 FORGET_S = 30.0                 # how long a name stands for the same address
 FOREVER = float("inf")
 BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
@@ -55,6 +56,9 @@ class Association:
     rules        what `permit` judges by: when that is another object than before, everything is judged again
     on_datagram  called with trace.UP or trace.DOWN, each datagram between client and association, and the client's
                  socket address
+    out          our addresses towards the remotes, by --out
+    links        associations with upstreams, whose sockets we read; the caller closes them
+    way          through which upstream does a datagram go? None: we send it; without an address: we resolve the name
     envelope     that of the client's datagrams, if they have one
     bnd          where the client is to send its datagrams
     up, down     payload bytes relayed
@@ -67,7 +71,8 @@ class Association:
     def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
                  rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None,
-                 envelope: Optional[Envelope] = None) -> None:
+                 out: Sequence[str] = (), links: Optional[Links] = None,
+                 way: Optional[Way] = None, envelope: Optional[Envelope] = None) -> None:
         self.control = control
         self.client = str(client)
         self.owner = subscriber(client)
@@ -76,6 +81,8 @@ class Association:
         self.permit = permit
         self.rules = rules
         self.on_datagram = on_datagram
+        self.out = out
+        self.links, self.way = Links() if links is None else links, way
         self._judged_by = rules()
         self.up = self.down = 0
         self.dropped: Counts[str] = Counter()
@@ -95,6 +102,11 @@ class Association:
         self._inside: Any = EnvelopedSocket(inside, envelope, self.client) if envelope else inside
         self._watch(control)
         self._watch(self._inside)
+        self._linked: Dict[int, Link] = {}                  # by each of their two descriptors
+        for link in self.links.values():
+            for sock in (link.sock, link.control):
+                self._linked[sock.fileno()] = link
+                self._watch(sock)
         self.bnd = Endpoint(advertised(advertise, ip_of(control.getsockname())), self._inside.getsockname()[1])
 
     def _open(self, sockaddr: Sockaddr) -> socket.socket:
@@ -123,7 +135,8 @@ class Association:
         self._taken += [version] * number
 
     def _open_toward(self, family: int) -> socket.socket:
-        sock = self._toward[family] = bound(family, "", self.ports)
+        source = leaving(self.out, ip_of(self.control.getsockname()), 4 if family == socket.AF_INET else 6)
+        sock = self._toward[family] = bound(family, str(source) if source else "", self.ports)
         self._outside[sock.fileno()] = sock
         self._watch(sock)
         return sock
@@ -179,6 +192,8 @@ class Association:
                     self._from_remote(self._outside[fd], buffer, view)
                 elif fd == self.control.fileno():
                     self._from_control()
+                elif fd in self._linked:
+                    self._from_link(self._linked[fd], fd, view)
                 else:
                     self._from_names()
         finally:
@@ -203,7 +218,7 @@ class Association:
     def _from_client(self, buffer: bytearray, view: memoryview) -> None:
         """Receive a burst from the client and send it on. A header that is the same as before is not parsed again."""
         receive, routes, on_datagram = self._inside.recvfrom_into, self._routes, self.on_datagram
-        header, start, length, at = b"", DATAGRAM_BYTES, 0, 0
+        header, start, skip, length, at = b"", DATAGRAM_BYTES, 0, 0, 0
         run: List[memoryview] = []
         route = to = None
         for _ in range(BURST):
@@ -224,24 +239,25 @@ class Association:
                 start = 10 if buffer[at + 3] == 0x01 else 22 if buffer[at + 3] == 0x04 else 7 + buffer[at + 4]
                 header = bytes(view[at:at + start])
                 route = routes.get(header) if size >= start else None
+                skip = start - route[2] if route else 0
                 if not route:
                     start = DATAGRAM_BYTES
                     self._up(run, to)                       # in the order in which they came
                     run = []
                     self._look_at(bytes(view[at:at + size]), sender)
                     continue
-            if run and (size - start != length or route is not to):
+            if run and (size - skip != length or route is not to):
                 self._up(run, to)
                 run = []
-            run.append(view[at + start:at + size])
-            to, length, at = route, size - start, at + size
+            run.append(view[at + skip:at + size])
+            to, length, at = route, size - skip, at + size
             if at > BURST_BYTES:
                 break
         self._up(run, to)
 
     def _up(self, run: List[memoryview], to: Optional[Route]) -> None:
         if run and to:
-            self.up += send(to[0], run, to[1], self.dropped) * len(run[0])
+            self.up += send(to[0], run, to[1], self.dropped) * (len(run[0]) - to[2])
 
     def _from_remote(self, sock: socket.socket, buffer: bytearray, view: memoryview) -> None:
         """Receive a burst from remotes and send it to the client, each datagram behind the header of its sender."""
@@ -269,6 +285,13 @@ class Association:
             if at > BURST_BYTES:
                 break
         self._down(run, length)
+
+    def _from_link(self, link: Link, fd: int, view: memoryview) -> None:
+        if fd == link.sock.fileno():
+            for run, length in link.receive(view, self.dropped):
+                self._down(run, length)
+        elif not link.alive():
+            self.ended_by, self.why = "remote", "%s ended the association" % str(link.upstream)
 
     def _down(self, run: List[memoryview], length: int) -> None:
         if run and not self._peer:
@@ -319,6 +342,10 @@ class Association:
         if not self.permit(None, datagram.dst.port, host):
             self.dropped["not allowed"] += 1
             return None
+        upstream = self.way and self.way(None, datagram.dst.port, host)
+        if upstream:
+            self._send_through(upstream, datagram, host)
+            return None
         if not self._waiting:
             self._waiting = Waiting(self.names, self.owner)
             self._watch(self._waiting.wakeup)
@@ -332,8 +359,12 @@ class Association:
             if not self.permit(address, port, host):
                 reason = "not allowed"
                 continue
+            upstream = self.way and self.way(address, port, host)
+            if upstream:
+                self._send_through(upstream, datagram, address)
+                return
             try:
-                route = self._socket_toward(address), (str(address), port)
+                route = self._socket_toward(address), (str(address), port), 0
                 route[0].sendto(datagram.data, route[1])
             except OSError as exc:
                 reason = name_of(exc)
@@ -342,6 +373,19 @@ class Association:
             remember(self._routes, Datagram(datagram.dst, b"").pack(), route)
             return
         self.dropped[reason] += 1
+
+    def _send_through(self, upstream: Upstream, datagram: Datagram, host: Host) -> None:
+        """Send it to an upstream, and so from now on what has its header, unless that names another host."""
+        try:
+            header, route = self.links[upstream.name].send(datagram, host)
+        except KeyError:
+            self.dropped["for upstream %s, which relays none" % upstream.name] += 1
+        except OSError as exc:
+            self.dropped[name_of(exc)] += 1
+        else:
+            self.up += len(datagram.data)
+            if host == datagram.dst.host:
+                remember(self._routes, header, route)
 
     def _socket_toward(self, remote: IP) -> socket.socket:
         """Our socket of the remote's family, opened when it is first needed. Raises OSError when there can be none."""
@@ -357,13 +401,4 @@ class Association:
         return sock
 
     def _header_of(self, sender: Sockaddr) -> bytes:
-        header = Datagram(Address(*endpoint_of(sender)), b"").pack()
-        remember(self._headers, sender, header)
-        return header
-
-
-def remember(table: Dict[K, V], key: K, value: V) -> None:
-    """Put it in; the oldest goes when the table is full."""
-    while len(table) >= REMEMBERED:
-        del table[next(iter(table))]
-    table[key] = value
+        return remember(self._headers, sender, Datagram(Address(*endpoint_of(sender)), b"").pack())

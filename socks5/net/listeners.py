@@ -5,7 +5,7 @@ import errno
 import os
 import socket
 from ipaddress import ip_address
-from typing import List, Optional, Sequence, Type
+from typing import List, Sequence
 
 try:
     import resource
@@ -126,17 +126,3 @@ def raise_descriptor_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (ValueError, OSError):           # macOS refuses its own "unlimited"
             pass
-
-
-class ClosedOnError:
-    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
-        if kind:
-            self.sock.close()

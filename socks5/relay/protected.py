@@ -67,7 +67,7 @@ class CodingPipe(Pipe):
         super().drain()
         self.total = total + (0 if self.held else self.payload)
 
-    def use_kernel(self) -> None:
+    def use_kernel(self, owner: str = "") -> None:
         """Not here; `full` stays, by which the next read is large."""
 
 
@@ -78,6 +78,7 @@ class ProtectedTunnel(Tunnel):
 
     def __init__(self, plain: Tunnel, envelope: Envelope) -> None:
         """In the place of `plain`, which has not begun."""
-        super().__init__(plain.client, plain.remote, b"", plain.idle_s, plain.half_closed_s, plain.session)
+        super().__init__(plain.client, plain.remote, b"", plain.idle_s, plain.half_closed_s, plain.session,
+                         plain.owner)
         self.up = CodingPipe(plain.up, envelope.open, False, lambda: envelope.unfinished)
         self.down = CodingPipe(plain.down, envelope.seal, True)

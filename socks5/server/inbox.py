@@ -8,10 +8,15 @@ from __future__ import annotations
 import io
 import socket
 from time import monotonic
-from typing import Any, Optional
+from typing import Any, Optional, Type
 
 from ..protocol.envelope import Envelope
 
+from ..access.passwords import Wait
+from ..net.poller import new_poll
+
+ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
+NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
 LINGER_BYTES = 1 << 16      # and how much of it
@@ -125,3 +130,37 @@ def linger(sock: socket.socket) -> None:
             left -= received
     except OSError:                             # a time-out, or gone: nothing more to wait for
         pass
+
+
+class ClosedOnError:
+    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+        if kind:
+            self.sock.close()
+
+
+class LoginWait(Wait):
+    """The wait of a login: as long as the handshake has left, and watching for the client to leave."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+        session, handshake_s = handler.session, handler.server.config.handshake_timeout or NO_TIMEOUT_S
+        left_s = session.started + session.extended_s + handshake_s - monotonic()
+        super().__init__(left_s - min(ANSWER_S, handshake_s / 10))
+
+    def pause(self, seconds: float) -> None:
+        """Raises EOFError when the connection is reset or shut down. A FIN may be a half-close, and is waited for."""
+        poll = new_poll()
+        poll.register(self.handler.connection.fileno(), 0)      # a hang-up and an error are reported unasked
+        if poll.poll(max(seconds, 0.0) * 1000):
+            raise EOFError("client left while its login waited")
+
+    def extend(self, seconds: float) -> None:
+        self.handler.server.sessions.extend(self.handler.session, seconds)
