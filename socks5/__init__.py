@@ -9,6 +9,7 @@
         messages      every message of SOCKS5
         proxy         the PROXY header, in which a load balancer names the client
         facts         typed values of a line in the log, and how text shows them
+        envelope      messages encapsulated by a security context: RFC 1961
         trace         a message explained, field by field
     access/           who may do what
         files         the files that options name, opened for reading
@@ -17,6 +18,8 @@
         throttle      the rate limit for wrong passwords
         logins        a login from the attempt to the verdict
         users         the users file, the METHOD choice, is this password right?
+        gssapi        GSS-API by ctypes: credentials and security contexts
+        subnegotiation  which security context, which protection: RFC 1961
         rules         may this client reach that destination?
         check         what a configuration would serve to whom, in words
     net/              sockets without SOCKS
@@ -25,6 +28,7 @@
         listeners     the sockets that the server listens on
         poller        wait for many descriptors: epoll, poll or select
         lookups       names looked up in threads: fair turns, a time limit
+        encapsulated  a client's socket that speaks through an envelope: RFC 1961
         wakeup        a descriptor by which one thread wakes another
         shares        a limited number of things, of which no address takes all
         writer        the thread that writes lines to a descriptor
@@ -32,6 +36,7 @@
         splice        a kernel pipe, through which bytes go without a copy
         pipe          one direction
         tunnel        both directions: a state machine that never waits
+        protected     a tunnel whose client speaks through an envelope
         busy          a busy tunnel in a thread of its own
         watch         a silent newcomer, for which the loop waits as well
         loop          the thread that relays every quiet tunnel of the process
@@ -42,12 +47,14 @@
         upstream      CONNECT, BIND and UDP ASSOCIATE through another proxy
         bind          BIND: listen for the one peer that the client expects
         udp           UDP ASSOCIATE: relay datagrams
+        enveloped     datagrams through an envelope
         datagrams     many datagrams in few system calls
         fragments     reassemble fragmented datagrams
     server/           one process
         counters      how many sessions there are, in all processes
         sessions      the registry of live sessions: limits, deadlines, eviction
         inbox         what the client sends before its tunnel stands
+        principal     the GSSAPI method: who is the client? RFC 1961
         handler       one client, like RFC 1928 sections 3 to 6
         acceptors     threads that wait in accept()
         newcomers     a connection before its handler: PROXY header, silent clients

@@ -14,7 +14,10 @@ All calls block the calling thread. The proxy resolves names. `timeout` is one d
 the proxy to its reply; None: no limit. Every failure is an OSError: ProxyError with the REP if the proxy refused,
 socket.timeout, or an error of the connection to the proxy. A name that fits into no message is a ValueError.
 
-What is said to the proxy is in commands/dialogue.py. RFC 1928, RFC 1929.
+`gssapi` logs in with the user's own Kerberos ticket: a Gssapi, or True for Gssapi(). The socket is then a
+ProtectedSocket where a protection level holds. The library may ask a KDC, which `timeout` does not cover.
+
+What is said to the proxy is in commands/dialogue.py. RFC 1928, RFC 1929, RFC 1961.
 """
 from __future__ import annotations
 
@@ -23,9 +26,11 @@ import socket
 from ipaddress import ip_address
 from typing import List, Optional, Tuple, Union
 
-from .commands.dialogue import Deadline, Dialogue
+from .commands.dialogue import Deadline, Dialogue, Gssapi
+from .net.encapsulated import ProtectedSocket
 from .protocol.codes import Cmd
-from .protocol.errors import ProxyError, RequestRefused
+from .protocol.envelope import Envelope
+from .protocol.errors import ProtocolError, ProxyError, RequestRefused
 from .protocol.messages import UNSPECIFIED, Address, Datagram
 
 HostPort = Tuple[str, int]
@@ -38,9 +43,9 @@ Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)     # op
 
 
 def connect(proxy: HostPort, destination: HostPort, user: Optional[User] = None,
-            timeout: Optional[float] = TIMEOUT_S) -> socket.socket:
+            timeout: Optional[float] = TIMEOUT_S, gssapi: Union[bool, Gssapi] = False) -> socket.socket:
     """Connect to `destination` through `proxy`. Returns a blocking socket without a time-out."""
-    session = _Session(proxy, user, timeout)
+    session = _Session(proxy, user, timeout, gssapi)
     try:
         session.ask(Cmd.CONNECT, address(*destination))
         return session.hand_over()
@@ -50,25 +55,26 @@ def connect(proxy: HostPort, destination: HostPort, user: Optional[User] = None,
 
 
 def bind(proxy: HostPort, expected_peer: HostPort = ("0.0.0.0", 0), user: Optional[User] = None,
-         timeout: Optional[float] = TIMEOUT_S) -> Waiting:
+         timeout: Optional[float] = TIMEOUT_S, gssapi: Union[bool, Gssapi] = False) -> Waiting:
     """Ask `proxy` to listen for expected_peer. 0.0.0.0 means any peer; most proxies ignore the port."""
-    session = _Session(proxy, user, timeout)
+    session = _Session(proxy, user, timeout, gssapi)
     try:
         bnd = session.ask(Cmd.BIND, address(*expected_peer))
-        session.hand_over()
+        session.sock.settimeout(None)
         return Waiting(session, bnd)
     except BaseException:
         session.sock.close()
         raise
 
 
-def associate(proxy: HostPort, user: Optional[User] = None, timeout: Optional[float] = TIMEOUT_S) -> Association:
+def associate(proxy: HostPort, user: Optional[User] = None, timeout: Optional[float] = TIMEOUT_S,
+              gssapi: Union[bool, Gssapi] = False) -> Association:
     """Ask `proxy` to relay datagrams for as long as the Association is open."""
-    session = _Session(proxy, user, timeout)
+    session = _Session(proxy, user, timeout, gssapi)
     try:
         # All zeros: behind NAT we do not know the address from which our datagrams arrive. RFC 1928 §4
         relay = session.ask(Cmd.UDP_ASSOCIATE, UNSPECIFIED)
-        return Association(session.hand_over(), relay)
+        return Association(session.hand_over(), relay, session.envelope)
     except BaseException:
         session.sock.close()
         raise
@@ -117,11 +123,12 @@ class Association:
     control the TCP connection to the proxy; closing it ends the association
     """
 
-    def __init__(self, control: socket.socket, relay: HostPort) -> None:
+    def __init__(self, control: socket.socket, relay: HostPort, envelope: Optional[Envelope] = None) -> None:
         family, _, _, _, sockaddr = socket.getaddrinfo(*relay, type=socket.SOCK_DGRAM)[0]
         self.relay = relay
         self.control = control
         self.timeout: Optional[float] = None
+        self._envelope = envelope
         self.sock = socket.socket(family, socket.SOCK_DGRAM)
         self._selector = Selector()
         try:
@@ -142,12 +149,16 @@ class Association:
             raise ValueError("1 to %d fragments, not %d" % (MAX_FRAGMENTS, fragments))
         dst = address(*destination)
         if fragments == 1:
-            self.sock.send(Datagram(dst, data).pack())
+            self._send(Datagram(dst, data))
             return
         size = -(-len(data) // fragments)
         for number in range(1, fragments + 1):
             frag = number | (0x80 if number == fragments else 0)
-            self.sock.send(Datagram(dst, data[(number - 1) * size:number * size], frag).pack())
+            self._send(Datagram(dst, data[(number - 1) * size:number * size], frag))
+
+    def _send(self, datagram: Datagram) -> None:
+        raw = datagram.pack()
+        self.sock.send(self._envelope.seal_one(raw) if self._envelope else raw)
 
     def recvfrom(self) -> Tuple[bytes, HostPort]:
         """Receive the next datagram and the (host, port) of its sender. Skips fragments and malformed datagrams.
@@ -159,8 +170,9 @@ class Association:
             ready = [key.fileobj for key, _ in self._selector.select(deadline.left())]
             if self.sock in ready:
                 try:
-                    datagram = Datagram.parse(self.sock.recv(DATAGRAM_BYTES))
-                except (EOFError, RequestRefused):
+                    raw = self.sock.recv(DATAGRAM_BYTES)
+                    datagram = Datagram.parse(self._envelope.open_one(raw) if self._envelope else raw)
+                except (EOFError, RequestRefused, ProtocolError):
                     continue
                 if not datagram.frag:
                     return datagram.data, _host_port(datagram.dst)
@@ -199,12 +211,15 @@ def _host_port(bnd: Address) -> HostPort:
 class _Session:
     """An authenticated connection to the proxy. All its steps share one deadline."""
 
-    def __init__(self, proxy: HostPort, user: Optional[User], timeout: Optional[float]) -> None:
+    def __init__(self, proxy: HostPort, user: Optional[User], timeout: Optional[float],
+                 gssapi: Union[bool, Gssapi]) -> None:
         deadline = Deadline(timeout)
         self.sock = _dial(proxy, deadline)
         try:
             self._dialogue = Dialogue(self.sock, deadline)
-            self._dialogue.negotiate(user and (_bytes(user[0]), _bytes(user[1])))
+            wanted = Gssapi() if gssapi is True else gssapi or None
+            self._dialogue.negotiate(user and (_bytes(user[0]), _bytes(user[1])), wanted and wanted.at(proxy[0]))
+            self.envelope = self._dialogue.envelope
         except BaseException:
             self.sock.close()
             raise
@@ -214,7 +229,7 @@ class _Session:
 
     def hand_over(self) -> socket.socket:
         self.sock.settimeout(None)
-        return self.sock
+        return ProtectedSocket(self.sock, self.envelope, self._dialogue.held) if self.envelope else self.sock
 
     def ask(self, cmd: Cmd, dst: Address) -> HostPort:
         """Send a request. Returns BND of its first reply."""

@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 N = TypeVar("N", int, float)
 Network = Union[IPv4Network, IPv6Network]
 MAX_S = 2000000             # 23 days: poll() counts milliseconds in 31 bits
+ANY_SERVICE = "any"
 SAME = "same"               # of --out
 DIRECT = "direct"           # in a rule: not through an upstream
 DEFAULT_UPSTREAM = "upstream"           # the name of an upstream without one: rules that name none lead there
@@ -149,6 +150,20 @@ def log_format(text: str) -> str:
     return text
 
 
+def protection(text: str) -> str:
+    if text not in ("clear", "integrity", "confidentiality"):
+        raise ValueError("%r is none of clear, integrity, confidentiality" % text)
+    return text
+
+
+def service(text: str) -> str:
+    """Parse SERVICE or SERVICE@HOST; ANY_SERVICE: what the keytab has."""
+    name, _at, host = text.partition("@")
+    if not name or not text.isprintable() or set(text) & set(" /") or "@" in host or text.endswith("@"):
+        raise ValueError("%s is not SERVICE or SERVICE@HOST" % ascii(text))
+    return text
+
+
 def credentials(text: str) -> Tuple[str, str]:
     """Parse NAME:PASSWORD, each 1 to 255 bytes. The password may contain colons.             RFC 1929 §2"""
     name, colon, password = text.partition(":")
@@ -230,6 +245,16 @@ class Config:
     allow_from: Tuple[Network, ...] = option(
         (), "--allow-from", network, "access", metavar="CIDR", many=True,
         help="serve only clients of this network, repeatable")
+    gssapi: str = option(
+        "", "--gssapi", service, "access", metavar="SERVICE[@HOST]", bare=ANY_SERVICE,
+        help="authenticate by GSSAPI (Kerberos), with the keys in the keytab: all of them, or those of SERVICE")
+    keytab: str = option(
+        "", "--keytab", path, "access", metavar="FILE",
+        help="keys for --gssapi, instead of the system's keytab; SIGHUP checks it again")
+    gssapi_protection: str = option(
+        "clear", "--gssapi-protection", protection, "access", metavar="LEVEL",
+        help="the least protection of a GSSAPI client's bytes: clear, integrity or confidentiality",
+        why="curl asks for clear; a client that asks for more gets it")
     rules: str = option(
         "", "--rules", path, "access", metavar="FILE", help="authorize by the rules in FILE; SIGHUP reads it again")
     open: bool = option(
@@ -318,7 +343,7 @@ class Config:
             if sum(text != SAME and ip_address(text).version == kind for text in self.out) > 1:
                 raise ConfigError("--out: more than one IPv%d address" % kind)
         beyond = self.beyond()
-        if beyond and not (self.needs_password() or self.clients_limited() or self.rules or self.open):
+        if beyond and not (self.authenticates() or self.clients_limited() or self.rules or self.open):
             raise ConfigError(
                 "--listen %s: every client that reaches it could use this proxy; require a password, as in: python "
                 "socks5_server.py -l %s -p %d -u NAME:PASSWORD (or use --users FILE, --allow-from CIDR or --rules "
@@ -337,6 +362,10 @@ class Config:
 
     def needs_password(self) -> bool:
         return bool(self.user or self.users)
+
+    def authenticates(self) -> bool:
+        """Whether each client has to say who its user is."""
+        return self.needs_password() or bool(self.gssapi)
 
     def clients_limited(self) -> bool:
         """Whether --allow-from excludes any client; a /0 does not."""

@@ -19,7 +19,8 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 from . import client
 from .access.rules import parse_lines
 from .client import HostPort, User
-from .config import Config
+from .commands.dialogue import Gssapi
+from .config import ANY_SERVICE, Config
 from .net import listeners as listening
 from .protocol.codes import Rep
 from .protocol.errors import ProxyError
@@ -37,6 +38,10 @@ Check = Callable[["Setup"], str]
 
 class Failed(Exception):
     """A check saw something other than expected."""
+
+
+class Missing(Exception):
+    """This machine lacks what a check needs."""
 
 
 class Line(NamedTuple):
@@ -61,7 +66,7 @@ def run(config: Config) -> Iterator[Line]:
     tested = on_loopback(config)
     with_user = replace(tested, user=(*config.user, (name, password)))
     yield Line("self-test on 127.0.0.1 with the given options%s" % names_left_out(config))
-    tested = with_user if tested.needs_password() else tested
+    tested = with_user if tested.authenticates() else tested
     failed = 0
     with contextlib.ExitStack() as stack:
         echo = stack.enter_context(echo_server("127.0.0.1"))
@@ -80,6 +85,10 @@ def run(config: Config) -> Iterator[Line]:
         line = attempt("a wrong password", wrong_password, setup._replace(proxy=proxy, user=(name, "wrong" + password)))
         failed += not line.good
         yield line
+        if config.gssapi:
+            line = attempt("GSSAPI", lambda setup: by_gssapi(setup, config), setup)
+            failed += not line.good
+            yield line
     for text in lacking(echo6 is not None):
         yield Line("note     " + text)
     yield Line("%d failed" % failed if failed else "all checks passed", not failed)
@@ -89,6 +98,8 @@ def attempt(words: str, check: Check, setup: Setup) -> Line:
     began = monotonic()
     try:
         verdict, seen = "ok", check(setup)
+    except Missing as exc:
+        verdict, seen = "missing", str(exc)
     except (Failed, OSError, ValueError) as exc:
         verdict, seen = "FAILED", str(exc) or type(exc).__name__
     if not seen:
@@ -243,6 +254,23 @@ def wrong_password(setup: Setup) -> str:
         expect(exc.rep, None)
         return str(exc)
     raise Failed("the wrong password was accepted")
+
+
+def by_gssapi(setup: Setup, config: Config) -> str:
+    """Log in with the ticket of the user who runs this, for the service on this host."""
+    service = "rcmd" if config.gssapi == ANY_SERVICE else config.gssapi
+    gssapi = Gssapi(service if "@" in service else "%s@%s" % (service, socket.gethostname()))
+    try:
+        with client.connect(setup.proxy, setup.echo, None, TIMEOUT_S, gssapi) as sock:
+            sock.settimeout(TIMEOUT_S)
+            sock.sendall(b"?")
+            expect(sock.recv(1), b"?")
+    except ProxyError as exc:
+        if "gss_init_sec_context" in str(exc):              # no ticket, no KDC
+            raise Missing(str(exc)) from None
+        if exc.rep != Rep.NOT_ALLOWED:                      # what the rules let this user reach is another matter
+            raise
+    return "logged in for %s at confidentiality" % gssapi.service
 
 
 def expect(seen: Any, wanted: Any) -> None:

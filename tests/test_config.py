@@ -24,6 +24,8 @@ SAMPLES = {
     config.path: ("/no/such/file", "/no/such/file"),
     config.user_group: ("daemon:nogroup", "daemon:nogroup"),
     config.log_format: ("json", "json"),
+    config.service: ("sockd@proxy.example.org", "sockd@proxy.example.org"),
+    config.protection: ("integrity", "integrity"),
 }
 WRONG = {
     bool: ("", "maybe", "2", "y", "yes no"),
@@ -50,6 +52,8 @@ WRONG = {
     config.path: ("", "a\0b"),
     config.user_group: ("", ":", "daemon:", ":daemon", "a:b:c", "a\x7fb"),
     config.log_format: ("", "xml", "JSON", "text json"),
+    config.service: ("", "@", "@host", "sockd@", "a b", "a\tb", "sockd@a@b", "sockd/host", "a\0b"),
+    config.protection: ("", "none", "Clear", "selective", "2"),
 }
 
 

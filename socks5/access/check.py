@@ -5,7 +5,7 @@ from ipaddress import ip_address
 from typing import List, Tuple
 
 from .users import Users
-from ..config import DEFAULT_UPSTREAM, Config
+from ..config import ANY_SERVICE, DEFAULT_UPSTREAM, Config
 from .rules import Rules
 from ..protocol.fields import text
 from ..protocol.messages import Address
@@ -18,7 +18,12 @@ def report(config: Config) -> List[str]:
     users, rules = Users(config), Rules(config)
     lines = ["would listen on %s" % listener(where, config.port) for where in config.listen]
     lines.append("clients: %s" % clients(config))
-    lines.append("users: %s" % (names(users) if users else "nobody is asked for a password"))
+    if config.gssapi:
+        lines.append("GSSAPI: users with a ticket for %s, the keys are in %s, protection at least %s" % (
+            "any service of the keytab" if config.gssapi == ANY_SERVICE else config.gssapi,
+            config.keytab or "the system's keytab", config.gssapi_protection))
+    if users or not config.gssapi:
+        lines.append("users: %s" % (names(users) if users else "nobody is asked for a password"))
     lines.append("rules: %s, the first that matches decides" % (config.rules or "the default ones"))
     lines += ["  %s" % ascii(rule.line)[1:-1] for rule in rules.rules]
     lines.append("  and what none of them matches is denied")
@@ -28,7 +33,7 @@ def report(config: Config) -> List[str]:
         lines.append("UDP ASSOCIATE: %d clients at a time by --udp-ports" % (number_of(config.udp_ports) // 2))
     lines += ways(config, rules)
     for rule in rules.rules:
-        if rule.user is not None and rule.user not in users.names:
+        if rule.user is not None and rule.user not in users.names and not (config.gssapi and b"@" in rule.user):
             lines.append("warning: %s: there is no user %s" % (rule.where, text(rule.user)))
     return lines + ["warning: %s" % warning for warning in warnings(config, rules)]
 

@@ -185,7 +185,7 @@ class Rules:
     def opener(self) -> Optional[Rule]:
         """The rule that makes this an open proxy: it allows any client without a password. None where there is none."""
         config = self.config
-        if not config.beyond() or config.needs_password() or config.clients_limited():
+        if not config.beyond() or config.authenticates() or config.clients_limited():
             return None
         for rule in self.rules:
             if rule.opens_to_all():

@@ -5,14 +5,20 @@ is known by a keyed digest from then on, in all server processes, until its line
 """
 from __future__ import annotations
 
-from typing import Dict, Iterable, List, Optional, Set, Tuple
+import os
+import stat
+from typing import TYPE_CHECKING, Dict, Iterable, List, Optional, Set, Tuple
 
 from ..protocol.codes import Method
-from ..config import Config, ConfigError
+from ..config import ANY_SERVICE, Config, ConfigError
+from ..protocol.errors import GssError
 from .files import read_lines
 from .logins import Logins
 from .passwords import Hash, Wait
 from .shared import digest
+
+if TYPE_CHECKING:
+    from .gssapi import Credentials
 
 
 def choose(offered: bytes, acceptable: Iterable[int]) -> int:
@@ -42,6 +48,7 @@ class Users:
             if encode(name) in self._hashes:
                 raise ConfigError("--user: %s is also in %s" % (ascii(name), config.users))
             self._plain.add(self._digest(b"plain", encode(name), encode(password)))
+        self.gssapi = service_credentials(config)
         self.names = sorted([*(encode(name) for name, _ in config.user), *self._hashes])
 
     def __getstate__(self) -> Dict[str, object]:
@@ -91,6 +98,30 @@ class Users:
             return True
         finally:
             turns.give_back(turn)
+
+
+def service_credentials(config: Config) -> Optional[Credentials]:
+    """The keys for --gssapi; None without it. Raises ConfigError, also when all users of this machine may read the
+    keytab."""
+    if not config.gssapi:
+        for name, given in (("--keytab", config.keytab), ("--gssapi-protection", config.gssapi_protection != "clear")):
+            if given:
+                raise ConfigError("%s: without --gssapi it has no use" % name)
+        return None
+    where = "--keytab %s" % config.keytab if config.keytab else "--gssapi"
+    try:
+        from .gssapi import Credentials                     # loads ctypes, which not every Python has
+        if config.keytab:
+            with open(config.keytab, "rb") as file:
+                if os.name == "posix" and os.fstat(file.fileno()).st_mode & (stat.S_IROTH | stat.S_IWOTH):
+                    raise ConfigError("%s: others can read or write this file (chmod o-rw)" % where)
+        return Credentials("" if config.gssapi == ANY_SERVICE else config.gssapi, config.keytab)
+    except ImportError as exc:
+        raise ConfigError("--gssapi: this Python has no ctypes: %s" % exc) from None
+    except OSError as exc:
+        raise ConfigError("%s: %s" % (where, exc.strerror)) from None
+    except GssError as exc:
+        raise ConfigError("%s: %s" % (where, exc)) from None
 
 
 def parse_lines(lines: Iterable[str], path: str) -> List[Tuple[bytes, Hash]]:

@@ -25,12 +25,14 @@ from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
 from ..net.shares import Ports
 from ..protocol.codes import Rep
+from ..protocol.envelope import Envelope
 from ..protocol.errors import RequestRefused, name_of, rep_of
 from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
 from ..config import Upstream
 from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, our_end, remember, send
+from .enveloped import EnvelopedSocket
 from .fragments import Fragments
 from .upstream import Link, Links
 
@@ -57,6 +59,7 @@ class Association:
     out          our addresses towards the remotes, by --out
     links        associations with upstreams, whose sockets we read; the caller closes them
     way          through which upstream does a datagram go? None: we send it; without an address: we resolve the name
+    envelope     that of the client's datagrams, if they have one
     bnd          where the client is to send its datagrams
     up, down     payload bytes relayed
     dropped      datagrams that were not, by reason
@@ -68,7 +71,8 @@ class Association:
     def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
                  rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None,
-                 out: Sequence[str] = (), links: Optional[Links] = None, way: Optional[Way] = None) -> None:
+                 out: Sequence[str] = (), links: Optional[Links] = None, way: Optional[Way] = None,
+                 envelope: Optional[Envelope] = None) -> None:
         self.control = control
         self.client = str(client)
         self.owner = subscriber(client)
@@ -94,7 +98,8 @@ class Association:
         self._taken: List[int] = []                         # of `ports`: IP versions
         self._moved = False
         self._poll = new_poll()
-        self._inside = self._open(our_end(control, client))
+        inside = self._open(our_end(control, client))
+        self._inside: Any = EnvelopedSocket(inside, envelope, self.client) if envelope else inside
         self._watch(control)
         self._watch(self._inside)
         self._linked: Dict[int, Link] = {}                  # by each of their two descriptors

@@ -18,6 +18,10 @@ class ProtocolError(SocksError):
     """The received bytes are not SOCKS5. The connection is closed without a reply."""
 
 
+class GssError(ProtocolError):
+    """A GSS-API call failed, or gave what is not wanted. The message is one line, with the mechanism's own words."""
+
+
 class RequestRefused(SocksError):
     """The reply is `rep`, and the connection is closed. `why` goes to the log.                     RFC 1928 §6"""
 

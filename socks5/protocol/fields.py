@@ -123,7 +123,7 @@ def pieces(layout: Layout, read: ReadExactly, raw: Raw) -> Iterator[Field]:
         if size is None:
             raw[field.name] = take_address(read, raw["ATYP"][0])
         else:
-            raw[field.name] = read(raw[size][0] if isinstance(size, str) else size)
+            raw[field.name] = read(int.from_bytes(raw[size], "big") if isinstance(size, str) else size)
         yield field
 
 

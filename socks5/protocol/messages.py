@@ -5,20 +5,23 @@ and the trace (trace.py) shows a message by the same Layout, so the two always a
 
 A parser never reads beyond its message: bytes that a client sends after its request stay unread, for the tunnel.
 
-RFC 1928 sections 3 to 7, RFC 1929. All integers are in network order (big-endian).
+RFC 1928 sections 3 to 7, RFC 1929, RFC 1961 sections 3 to 5. All integers are in network order (big-endian).
 """
 from __future__ import annotations
 
 from functools import lru_cache
 from ipaddress import IPv4Address
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, NamedTuple, Type, TypeVar
 
-from .codes import METHOD_RANGES, Atyp, Cmd, Method, Rep, phrase
+from .codes import METHOD_RANGES, Atyp, Cmd, Method, Mtyp, Rep, phrase
 from .errors import RequestRefused
 from .fields import BytesReader, Field, Host, Layout, Raw, ReadExactly, host_of, split, text
 
 VER = 0x05          # RFC 1928 §3
 AUTH_VER = 0x01     # RFC 1929 §2: the version of the sub-negotiation, not of SOCKS
+GSSAPI_VER = 0x01   # RFC 1961 §3.4
+MAX_TOKEN_BYTES = 0xFFFF
+T = TypeVar("T", bound="Framed")
 
 
 def _number(raw: bytes) -> str:
@@ -174,6 +177,68 @@ class LoginStatus(NamedTuple):
         return bytes([AUTH_VER, self.status])
 
 
+# ---- GSSAPI, RFC 1961 --------------------------------------------------------------------------------------------
+
+def _framing(mtyp: Mtyp) -> Layout:
+    """VER and MTYP, as in every message of RFC 1961."""
+    return (Field("VER", 1, lambda raw: "version %d of the GSSAPI sub-negotiation" % raw[0], must=GSSAPI_VER),
+            Field("MTYP", 1, lambda raw: phrase(Mtyp, raw[0]), must=mtyp))
+
+
+TOKEN: Layout = (Field("LEN", 2, lambda raw: "%s bytes of TOKEN" % _number(raw)),
+                 Field("TOKEN", "LEN", lambda raw: "of the GSS-API mechanism" if len(raw) > 1 else "one byte in clear"))
+
+
+class Framed(NamedTuple):
+    """What the messages with a token have in common. RFC 1961 §3.4, §4.3 and §5 have the same box:
+
+        | VER | MTYP | LEN | TOKEN |     octets: 1 1 2 0..65535
+    """
+
+    token: bytes
+
+    @classmethod
+    def parse(cls: Type[T], read: ReadExactly) -> T:
+        return cls(split(LAYOUTS[cls], read)["TOKEN"])
+
+    def pack(self) -> bytes:
+        """Raises OverflowError for a token of more than MAX_TOKEN_BYTES."""
+        return bytes([GSSAPI_VER, MTYPS[type(self)]]) + len(self.token).to_bytes(2, "big") + self.token
+
+
+class SecurityToken(Framed):
+    """Either side: a token of gss_init_sec_context() or gss_accept_sec_context().       RFC 1961 §3.4, §3.7"""
+
+
+class ProtectionLevel(Framed):
+    """Client: the level that it requires; server: the level that holds. A token of gss_wrap() around one byte; or that
+    byte as it is, from NEC's reference implementation.                                  RFC 1961 §4.3, §4.4"""
+
+
+class Encapsulated(Framed):
+    """Either side: a part of all that follows, in a token of gss_wrap().                RFC 1961 §5"""
+
+
+MTYPS: Dict[type, Mtyp] = {
+    SecurityToken: Mtyp.TOKEN, ProtectionLevel: Mtyp.PROTECTION, Encapsulated: Mtyp.ENCAPSULATED}
+ABORT = _framing(Mtyp.ABORT)
+
+
+class Abort:
+    """Server: the client is refused, and the server closes.                             RFC 1961 §3.8
+
+        | VER | MTYP |     octets: 1 1
+    """
+
+    @classmethod
+    def parse(cls, read: ReadExactly) -> Abort:
+        split(ABORT, read)
+        return cls()
+
+    def pack(self) -> bytes:
+        return bytes([GSSAPI_VER, Mtyp.ABORT])
+
+
 # ---- request and reply, RFC 1928 §4 and §6 -----------------------------------------------------------------------
 
 REQUEST: Layout = (
@@ -270,7 +335,7 @@ HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnectio
 
 LAYOUTS: Dict[type, Layout] = {
     Greeting: GREETING, Selection: SELECTION, Login: LOGIN, LoginStatus: LOGIN_STATUS, Request: REQUEST, Reply: REPLY,
-    Datagram: DATAGRAM}
+    Datagram: DATAGRAM, Abort: ABORT, **{kind: _framing(mtyp) + TOKEN for kind, mtyp in MTYPS.items()}}
 MOST_BYTES = 262            # of a Greeting or a Request
 
 

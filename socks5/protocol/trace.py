@@ -14,11 +14,13 @@ from .codes import Atyp, Cmd, Rep
 from .errors import SocksError
 from .facts import NOTHING
 from .fields import ReadExactly, dissect
-from .messages import LAYOUTS, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
+from .messages import (LAYOUTS, Abort, Datagram, Greeting, Login, LoginStatus, ProtectionLevel, Reply, Request,
+                       SecurityToken, Selection)
 
-M = TypeVar("M", Greeting, Login, Request)
-Sent = Union[Selection, LoginStatus, Reply, bytes]
-Message = Union[Greeting, Login, Request, Selection, LoginStatus, Reply, Datagram]
+M = TypeVar("M", Greeting, Login, SecurityToken, ProtectionLevel, Request)
+Sent = Union[Selection, LoginStatus, SecurityToken, ProtectionLevel, Abort, Reply, bytes]
+Message = Union[Greeting, Selection, Login, LoginStatus, SecurityToken, ProtectionLevel, Abort, Request, Reply,
+                Datagram]
 Sockaddr = Tuple[Any, ...]
 Tell = Callable[[List[str]], object]
 
@@ -33,6 +35,9 @@ TITLES: Dict[type, str] = {
     Selection: "Selection: this is the method that we use (RFC 1928 section 3)",
     Login: "Login: this is who I am (RFC 1929 section 2)",
     LoginStatus: "LoginStatus: this is what I think of it (RFC 1929 section 2)",
+    SecurityToken: "SecurityToken: this is for your GSS-API mechanism (RFC 1961 section 3)",
+    ProtectionLevel: "ProtectionLevel: so are the messages protected (RFC 1961 section 4)",
+    Abort: "Abort: no security context, or none that suffices (RFC 1961 section 3)",
     Request: "Request: do this for me (RFC 1928 section 4)",
     Reply: "Reply: this is what came of it (RFC 1928 section 6)",
 }
@@ -49,6 +54,7 @@ MEANING_OF_BND = {
     "UDP_ASSOCIATE": ["the proxy takes datagrams from the client at BND for as long as this connection is open"],
 }
 TUNNEL = "tunnel: from here on, what either side sends goes to the other as it is"
+PROTECTED_TUNNEL = "tunnel: from here on, bytes go both ways, encapsulated between client and proxy"
 # The RFC's phrases are short: what each of them means to the client.
 REASONS = {
     Rep.GENERAL_FAILURE: "the proxy could not do it, for a reason that has no number of its own",
@@ -94,6 +100,7 @@ class Story:
         self.number = number
         self.cmd = ""
         self.replies = 0                                # that said "succeeded"
+        self.tunnel = TUNNEL
         self.tell("%s has connected" % str(client))
 
     def tell(self, *lines: str) -> None:
@@ -147,7 +154,7 @@ class Story:
         self.replies += 1
         notes = ["that is: " + meaning for meaning in meanings[self.replies - 1:self.replies]]
         if self.cmd != Cmd.UDP_ASSOCIATE.name and self.replies == len(meanings):
-            notes.append(TUNNEL)
+            notes.append(self.tunnel)
         return notes
 
     def datagram(self, way: str, raw: bytes, address: Sockaddr) -> None:
@@ -162,6 +169,11 @@ class Story:
         words = "the end after %.3f s: %d bytes up (from the client), %d bytes down (to it); ended by: %s%s" % (
             facts["seconds"], facts["up"], facts["down"], facts["ended"], why)
         self.tell(self.trace.paint(TITLE, words))
+
+    def protected(self, words: str) -> None:
+        """Show which protection level holds."""
+        self.tunnel = PROTECTED_TUNNEL
+        self.tell(self.trace.paint(TITLE, "protection: from here on, %s (RFC 1961 section 5)" % words))
 
     # ---- how they look --------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from ..net.listeners import tune
 from ..net.lookups import Names
 from ..net.shares import Ports
 from ..protocol.codes import Cmd, Method, Rep
+from ..protocol.envelope import Envelope
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
@@ -36,8 +37,10 @@ from ..protocol.messages import (
     Selection, whole)
 from ..protocol.proxy import begins
 from ..protocol.trace import M, Sent
+from ..relay.protected import ProtectedTunnel
 from ..relay.tunnel import Tunnel
 from .inbox import ClosedOnError, Inbox, LoginWait, Outbox, linger
+from .principal import by_gssapi
 from .sessions import HEAVIEST, Full, Session, Sessions
 
 log = logging.getLogger(__name__)
@@ -79,6 +82,7 @@ class Handler(StreamRequestHandler):
         if self.timeout is not None:
             self.connection.settimeout(self.timeout)
         self.rfile = self.inbox = Inbox(self.connection)
+        self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
         self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
         self.debug = log.isEnabledFor(logging.DEBUG)
@@ -120,7 +124,7 @@ class Handler(StreamRequestHandler):
         message: M
         if self.story:
             message = self.story.take(kind, self.inbox.read_exactly)
-        elif kind is Login or len(self.inbox.peek()) > MOST_BYTES:
+        elif kind not in (Greeting, Request) or len(self.inbox.peek()) > MOST_BYTES:
             message = kind.parse(self.inbox.read_exactly)
         else:
             try:
@@ -134,7 +138,8 @@ class Handler(StreamRequestHandler):
         """One message of ours."""
         if self.story:
             self.story.sent(message, self.session.why)
-        self.connection.sendall(message if isinstance(message, bytes) else message.pack())
+        raw = message if isinstance(message, bytes) else message.pack()
+        self.connection.sendall(self.envelope.seal(raw) if self.envelope else raw)
 
     # ---- §3: the method, and who is it? ---------------------------------------------------------------------------
 
@@ -248,7 +253,7 @@ class Handler(StreamRequestHandler):
             remote, peer = waiting.wait(config.bind_timeout)
         with ClosedOnError(remote):                             # the listener is closed: one peer only
             session.reached, session.notes = peer, waiting.also("via %s" % upstream.name if upstream else "")
-            self.inbox.held += waiting.early
+            self.inbox.feed(waiting.early)
             self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
             self.relay(remote)
 
@@ -264,7 +269,8 @@ class Handler(StreamRequestHandler):
         links = Links(self.chain, self.server.rules.upstreams(asker), self.deadline()) if config.upstream else Links()
         with links, Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                                 self.server.names, self.may.permits_datagram, lambda: self.server.rules,
-                                self.story.datagram if self.story else None, config.out, links, way) as association:
+                                self.story.datagram if self.story else None, config.out, links, way,
+                                self.envelope) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
             try:
@@ -281,8 +287,9 @@ class Handler(StreamRequestHandler):
         config = self.server.config
         if self.timeout is not None:
             self.connection.settimeout(None)
-        self.server.relay(Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout,
-                                 config.half_closed_timeout, self.session, self.session.origin))
+        tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
+                        self.session, self.session.origin)
+        self.server.relay(ProtectedTunnel(tunnel, self.envelope) if self.envelope else tunnel)
 
     def chain(self, upstream: Upstream, deadline: float) -> Chain:
         return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.server_address[1])
@@ -317,3 +324,9 @@ COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {
 MethodTable = Dict[int, Callable[[Handler], Optional[bytes]]]
 ANONYMOUS: MethodTable = {Method.NO_AUTHENTICATION: Handler.no_authentication}
 BY_PASSWORD: MethodTable = {Method.USERNAME_PASSWORD: Handler.username_password}
+
+
+def method_table(known: Users) -> MethodTable:
+    """The acceptable METHODs, the first choice first."""
+    by_password = BY_PASSWORD if known else {}
+    return {Method.GSSAPI: by_gssapi, **by_password} if known.gssapi else dict(by_password or ANONYMOUS)

@@ -1,7 +1,7 @@
 """What a client sends before its tunnel stands, exactly as much as is asked for, and how to part from it afterwards.
 
-Knows no SOCKS. Nothing that was read is ever lost: `rest` gives the tunnel what came behind the request. Blocking; used
-by the thread that serves the client.
+Knows no SOCKS, but opens the envelope of RFC 1961. Nothing that was read is ever lost: `rest` gives the tunnel what
+came behind the request. Blocking; used by the thread that serves the client.
 """
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import io
 import socket
 from time import monotonic
 from typing import Any, Optional, Type
+
+from ..protocol.envelope import Envelope
 
 from ..access.passwords import Wait
 from ..net.poller import new_poll
@@ -29,6 +31,26 @@ class Inbox(io.BufferedIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.held = b""
+        self.envelope: Optional[Envelope] = None
+
+    def protect(self, envelope: Envelope) -> None:
+        """All that the client sends from now on is encapsulated."""
+        self.envelope = envelope
+        self.feed(self.rest())
+
+    def feed(self, data: bytes) -> None:
+        """Put bytes in hand that were read from the socket elsewhere. Raises ProtocolError."""
+        self.held += self.envelope.open(data) if self.envelope else data
+
+    def _receive(self) -> bytes:
+        """What comes next; b"" at the end. Raises ProtocolError for what is not encapsulated, but should be."""
+        while True:
+            data = self.sock.recv(READ_BYTES)
+            if not data or not self.envelope:
+                return data
+            data = self.envelope.open(data)
+            if data:
+                return data
 
     def readable(self) -> bool:
         return True
@@ -37,7 +59,7 @@ class Inbox(io.BufferedIOBase):
         """Exactly `size` bytes. Raises EOFError when the client closes before."""
         held = self.held
         while len(held) < size:
-            data = self.sock.recv(READ_BYTES)       # one call a message, not one a field
+            data = self._receive()       # one call a message, not one a field
             if not data:
                 raise EOFError("client closed")
             held = self.held = held + data
@@ -47,14 +69,14 @@ class Inbox(io.BufferedIOBase):
     def peek(self, size: int = 1) -> bytes:
         """What is in hand, or else what comes next, without taking it; b"" at the end."""
         if not self.held:
-            self.held = self.sock.recv(READ_BYTES)
+            self.held = self._receive()
         return self.held
 
     def read(self, size: Any = -1) -> bytes:
         """As io.BufferedIOBase: up to `size` bytes, fewer only at the end; all until the end for None or -1."""
         held = self.held
         while size is None or size < 0 or len(held) < size:
-            data = self.sock.recv(READ_BYTES)
+            data = self._receive()
             if not data:
                 break
             held += data

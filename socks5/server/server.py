@@ -29,7 +29,7 @@ from ..relay.loop import Loop
 from ..relay.tunnel import Tunnel
 from . import acceptors, tracing
 from .counters import Counts, Shared
-from .handler import ANONYMOUS, BY_PASSWORD, Handler
+from .handler import Handler, method_table
 from .newcomers import Newcomers
 from .sessions import UNKNOWN, Full, Session, Sessions, Teller
 from .table import Table
@@ -95,7 +95,7 @@ class Server(Newcomers):
         self.bind_ports = Ports(self.config.bind_ports, 1, lambda ip: self.counts.of_thing("bind-ports %d" % ip))
         # Two at once: one towards the client, one towards the remotes.
         self.udp_ports = Ports(self.config.udp_ports, 2, lambda ip: self.counts.of_thing("udp-ports %d" % ip))
-        self.methods = dict(BY_PASSWORD if self.users else ANONYMOUS)
+        self.methods = method_table(self.users)
         net_listeners.raise_descriptor_limit()
         limits = self.config.handshake_timeout, self.config.max_per_client, self.config.max_negotiating
         self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, self.counts,

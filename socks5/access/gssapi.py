@@ -1,0 +1,320 @@
+"""GSS-API by ctypes: the few calls of RFC 2743 that a server and a client of RFC 1961 need. C bindings: RFC 2744.
+
+The system's library is loaded when GSSAPI is asked for, not before. ctypes releases the GIL around each call. What the
+library allocates is released here: names and buffers at once, credentials and contexts with their object.
+A context is for one thread at a time; credentials are for all. Opens no socket: the owner carries the tokens.
+"""
+from __future__ import annotations
+
+import ctypes
+import threading
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint32, c_void_p
+from functools import lru_cache
+from typing import Any, Dict, List, Optional, Tuple
+
+from ..protocol.codes import Protection
+from ..protocol.errors import GssError
+from ..protocol.messages import MAX_TOKEN_BYTES
+
+# MIT on Linux, Heimdal on Linux, either on BSD, macOS.
+LIBRARIES = ("libgssapi_krb5.so.2", "libgssapi.so.3", "libgssapi_krb5.so", "libgssapi.so",
+             "/System/Library/Frameworks/GSS.framework/GSS")
+COMPLETE, CONTINUE_NEEDED = 0, 1
+ERRORS = 0xFFFF0000                 # of a major status: calling and routine errors
+DUPLICATE, OLD, UNSEQ, GAP = 2, 4, 8, 16
+REPEATED, MOVED = DUPLICATE | OLD, DUPLICATE | OLD | UNSEQ | GAP
+MUTUAL, REPLAY, SEQUENCE, CONF, INTEG, ANON = 2, 4, 8, 16, 32, 64
+INITIATE, ACCEPT = 1, 2
+INDEFINITE = 0xFFFFFFFF
+GSS_CODE, MECH_CODE = 1, 2          # for gss_display_status
+STATUS_PARTS = 8                    # of one status in words
+STATUS_CHARS = 300
+NAME_BYTES = 255                    # of a principal: as long as a UNAME
+
+
+class Buffer(ctypes.Structure):
+    """gss_buffer_desc."""
+
+    _fields_ = [("length", c_size_t), ("value", c_void_p)]
+
+    @classmethod
+    def of(cls, data: bytes) -> Buffer:
+        """A view of `data`, which the caller keeps."""
+        return cls(len(data), ctypes.cast(c_char_p(data), c_void_p))
+
+
+class KeyValue(ctypes.Structure):
+    """gss_key_value_element_desc."""
+
+    _fields_ = [("key", c_char_p), ("value", c_char_p)]
+
+
+class KeyValues(ctypes.Structure):
+    """gss_key_value_set_desc."""
+
+    _fields_ = [("count", c_uint32), ("elements", POINTER(KeyValue))]
+
+
+MINOR, HANDLE, BUFFER = POINTER(c_uint32), POINTER(c_void_p), POINTER(Buffer)
+# The arguments behind minor_status, which is the first of all. All return a major status.
+PROTOTYPES: Dict[str, Tuple[Any, ...]] = {
+    "gss_import_name": (BUFFER, c_void_p, HANDLE),
+    "gss_display_name": (c_void_p, BUFFER, HANDLE),
+    "gss_release_name": (HANDLE,),
+    "gss_acquire_cred": (c_void_p, c_uint32, c_void_p, c_int, HANDLE, HANDLE, MINOR),
+    "gss_release_cred": (HANDLE,),
+    "gss_accept_sec_context": (HANDLE, c_void_p, BUFFER, c_void_p, HANDLE, HANDLE, BUFFER, MINOR, MINOR, HANDLE),
+    "gss_init_sec_context": (c_void_p, HANDLE, c_void_p, c_void_p, c_uint32, c_uint32, c_void_p, BUFFER, HANDLE, BUFFER,
+                             MINOR, MINOR),
+    "gss_delete_sec_context": (HANDLE, BUFFER),
+    "gss_wrap": (c_void_p, c_int, c_uint32, BUFFER, POINTER(c_int), BUFFER),
+    "gss_unwrap": (c_void_p, BUFFER, BUFFER, POINTER(c_int), MINOR),
+    "gss_display_status": (c_uint32, c_int, c_void_p, MINOR, BUFFER),
+    "gss_release_buffer": (BUFFER,),
+}
+FROM_STORE = (c_void_p, c_uint32, c_void_p, c_int, POINTER(KeyValues), HANDLE, HANDLE, MINOR)
+
+
+class Library:
+    """The library with its argument types declared, and each status checked."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError when there is no such library, AttributeError when it is another one."""
+        self.path = path
+        self.dll = ctypes.CDLL(path)
+        for name, arguments in PROTOTYPES.items():
+            self._declare(name, arguments)
+        self.from_store = hasattr(self.dll, "gss_acquire_cred_from")
+        if self.from_store:
+            self._declare("gss_acquire_cred_from", FROM_STORE)
+        self.hostbased = self._hostbased()
+
+    def _declare(self, name: str, arguments: Tuple[Any, ...]) -> None:
+        function = getattr(self.dll, name)
+        function.argtypes, function.restype = (MINOR, *arguments), c_uint32
+
+    def _hostbased(self) -> c_void_p:
+        """GSS_C_NT_HOSTBASED_SERVICE: a pointer in MIT's library, the thing itself in Heimdal's."""
+        try:
+            return c_void_p.in_dll(self.dll, "GSS_C_NT_HOSTBASED_SERVICE")
+        except ValueError:
+            oid = ctypes.c_char.in_dll(self.dll, "__gss_c_nt_hostbased_service_oid_desc")
+            return c_void_p(ctypes.addressof(oid))
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """The supplementary bits of the major status. Raises GssError."""
+        minor = c_uint32()
+        major = getattr(self.dll, name)(byref(minor), *arguments)
+        if major & ERRORS:
+            raise GssError("%s: %s" % (name, self.words(major, minor.value)))
+        return int(major)
+
+    def words(self, major: int, minor: int) -> str:
+        """Both statuses as one line."""
+        parts = [*self._status(major, GSS_CODE), *(self._status(minor, MECH_CODE) if minor else ())]
+        line = " ".join(" ".join(parts).split())
+        return ascii(line)[1:-1][:STATUS_CHARS] or "status 0x%08x" % major
+
+    def _status(self, value: int, kind: int) -> Tuple[str, ...]:
+        parts: List[str] = []
+        more, minor = c_uint32(), c_uint32()
+        while len(parts) < STATUS_PARTS:
+            with Output(self) as text:
+                if self.dll.gss_display_status(byref(minor), value, kind, None, byref(more), byref(text)) & ERRORS:
+                    break
+                parts.append(text.bytes().decode("utf-8", "replace"))
+            if not more.value:
+                break
+        return tuple(parts)
+
+    def name(self, handle: c_void_p) -> bytes:
+        with Output(self) as text:
+            self.call("gss_display_name", handle, byref(text), None)
+            return text.bytes()
+
+
+class Output(Buffer):
+    """A buffer that the library fills, released at the end of the block."""
+
+    def __init__(self, library: Library) -> None:
+        super().__init__(0, None)
+        self.library = library
+
+    def bytes(self) -> bytes:
+        return ctypes.string_at(self.value, self.length) if self.length else b""
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.dll.gss_release_buffer(byref(c_uint32()), byref(self))
+
+
+class Name:
+    """An imported SERVICE or SERVICE@HOST, released at the end of the block. None for "", which is GSS_C_NO_NAME."""
+
+    def __init__(self, library: Library, service: str) -> None:
+        self.library, self.handle = library, c_void_p()
+        text = service.encode("utf-8", "surrogateescape")
+        if text:
+            library.call("gss_import_name", byref(Buffer.of(text)), library.hostbased, byref(self.handle))
+
+    def __enter__(self) -> c_void_p:
+        return self.handle
+
+    def __exit__(self, *_: object) -> None:
+        if self.handle:
+            self.library.dll.gss_release_name(byref(c_uint32()), byref(self.handle))
+
+
+@lru_cache(maxsize=None)
+def library() -> Library:
+    """The system's library. Raises GssError when there is none."""
+    for path in LIBRARIES:
+        try:
+            return Library(path)
+        except (OSError, AttributeError, ValueError):
+            continue
+    raise GssError("this system has no GSS-API library (Debian: libgssapi-krb5-2)")
+
+
+class Credentials:
+    """The keys of the service: those in the keytab for `service`, or all for "". Any thread may use them.
+
+    The library reads the keytab again for each client. A copy in another process acquires them when first used."""
+
+    def __init__(self, service: str, keytab: str) -> None:
+        """Raises GssError when the keytab has no key for the service."""
+        self.service = service
+        self.keytab = keytab
+        self._lock = threading.Lock()
+        self._handle: Optional[c_void_p] = self._acquire()
+
+    def __getstate__(self) -> Tuple[str, str]:
+        return self.service, self.keytab
+
+    def __setstate__(self, state: Tuple[str, str]) -> None:
+        self.service, self.keytab = state
+        self._lock, self._handle = threading.Lock(), None
+
+    def context(self) -> Acceptor:
+        """The server's side of a new security context."""
+        return Acceptor(self)
+
+    def handle(self) -> c_void_p:
+        with self._lock:
+            if self._handle is None:
+                self._handle = self._acquire()
+            return self._handle
+
+    def _acquire(self) -> c_void_p:
+        gss, handle = library(), c_void_p()
+        keytab = self.keytab.encode("utf-8", "surrogateescape")
+        with Name(gss, self.service) as name:
+            if keytab and gss.from_store:
+                element = KeyValue(b"keytab", b"FILE:" + keytab)
+                gss.call("gss_acquire_cred_from", name, INDEFINITE, None, ACCEPT,
+                         byref(KeyValues(1, ctypes.pointer(element))), byref(handle), None, None)
+                return handle
+            if keytab:                                      # Heimdal's library: for the whole process
+                register = gss.dll.gsskrb5_register_acceptor_identity
+                register.argtypes, register.restype = (c_char_p,), c_uint32
+                register(b"FILE:" + keytab)
+            gss.call("gss_acquire_cred", name, INDEFINITE, None, ACCEPT, byref(handle), None, None)
+        return handle
+
+    def __del__(self) -> None:
+        handle = vars(self).get("_handle")
+        if handle:
+            library().dll.gss_release_cred(byref(c_uint32()), byref(handle))
+
+
+class Context:
+    """A security context. step() until `done`; then `flags` and `peer` are known, and `level` says what wrap() does."""
+
+    def __init__(self) -> None:
+        self.gss = library()
+        self.handle = c_void_p()
+        self.flags = 0
+        self.peer = b""
+        self.done = False
+        self.level = Protection.CLEAR
+
+    def step(self, token: bytes) -> bytes:
+        """Take the peer's token; the token for the peer, or b"" if there is none. Raises GssError."""
+        raise NotImplementedError
+
+    def supports(self, level: int) -> bool:
+        """Whether the mechanism can give this protection here."""
+        return bool(level == Protection.CLEAR or self.flags & (CONF if level == Protection.CONFIDENTIALITY else INTEG))
+
+    def wrap(self, data: bytes) -> bytes:
+        private = self.level == Protection.CONFIDENTIALITY
+        state = c_int()
+        with Output(self.gss) as token:
+            self.gss.call("gss_wrap", self.handle, private, 0, byref(Buffer.of(data)), byref(state), byref(token))
+            if private and not state:
+                raise GssError("gss_wrap: the message is not encrypted")
+            if token.length > MAX_TOKEN_BYTES:
+                raise GssError("gss_wrap: a token of %d bytes" % token.length)
+            return token.bytes()
+
+    def unwrap(self, token: bytes, ordered: bool = True) -> bytes:
+        state = c_int()
+        with Output(self.gss) as data:
+            bits = self.gss.call("gss_unwrap", self.handle, byref(Buffer.of(token)), byref(data), byref(state), None)
+            if bits & (MOVED if ordered else REPEATED):
+                raise GssError("gss_unwrap: %s" % self.gss.words(bits, 0))
+            if self.level == Protection.CONFIDENTIALITY and not state:
+                raise GssError("gss_unwrap: the message is not encrypted")
+            return data.bytes()
+
+    def __del__(self) -> None:
+        if vars(self).get("handle"):
+            self.gss.dll.gss_delete_sec_context(byref(c_uint32()), byref(self.handle), None)
+
+
+class Acceptor(Context):
+    """The server's side."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        super().__init__()
+        self.credentials = credentials
+
+    def step(self, token: bytes) -> bytes:
+        flags, peer = c_uint32(), c_void_p()
+        try:
+            with Output(self.gss) as answer:
+                bits = self.gss.call("gss_accept_sec_context", byref(self.handle), self.credentials.handle(),
+                                     byref(Buffer.of(token)), None, byref(peer), None, byref(answer), byref(flags),
+                                     None, None)
+                if not bits & CONTINUE_NEEDED:
+                    self.done, self.flags, self.peer = True, flags.value, self._name(peer, flags.value)
+                return answer.bytes()
+        finally:
+            if peer:
+                self.gss.dll.gss_release_name(byref(c_uint32()), byref(peer))
+
+    def _name(self, peer: c_void_p, flags: int) -> bytes:
+        name = self.gss.name(peer) if peer else b""
+        if flags & ANON or not 0 < len(name) <= NAME_BYTES:
+            raise GssError("a client without a name, or one of more than %d bytes" % NAME_BYTES)
+        return name
+
+
+class Initiator(Context):
+    """The client's side, with the user's own tickets. step() may ask a KDC, and waits for it."""
+
+    def __init__(self, service: str, flags: int = MUTUAL | REPLAY | SEQUENCE | CONF | INTEG) -> None:
+        super().__init__()
+        self.service = service
+        self.wanted = flags
+
+    def step(self, token: bytes) -> bytes:
+        flags = c_uint32()
+        with Name(self.gss, self.service) as name, Output(self.gss) as answer:
+            bits = self.gss.call("gss_init_sec_context", None, byref(self.handle), name, None, self.wanted, 0, None,
+                                 byref(Buffer.of(token)) if token else None, None, byref(answer), byref(flags), None)
+            if not bits & CONTINUE_NEEDED:
+                self.done, self.flags = True, flags.value
+            return answer.bytes()

@@ -1,0 +1,29 @@
+"""The GSSAPI method of a Handler: who is the client, and how are its messages protected? RFC 1961."""
+from __future__ import annotations
+
+from typing import Any
+
+from ..access.subnegotiation import LEVELS, accept
+from ..protocol.envelope import Envelope
+from ..protocol.errors import GssError
+from ..protocol.messages import Abort
+
+
+def by_gssapi(handler: Any) -> bytes:
+    """A security context, then its protection level. The client's principal. Raises GssError when it is refused."""
+    session, server = handler.session, handler.server
+    context = server.users.gssapi.context()
+    try:
+        accept(context, handler.take, handler.send, LEVELS[server.config.gssapi_protection])
+    except GssError:
+        session.user = context.peer or None
+        handler.send(Abort())
+        raise
+    if handler.debug:
+        session.step("gssapi", user=context.peer, level=context.level.name)
+    if context.level:
+        handler.envelope = Envelope(context)
+        handler.inbox.protect(handler.envelope)
+        if handler.story:
+            handler.story.protected(context.level.phrase)
+    return bytes(context.peer)

@@ -1,0 +1,858 @@
+"""GSSAPI (RFC 1961) with a KDC of the test's own, curl, Dante and python3-gssapi."""
+import contextlib
+import gc
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from socks5 import client
+from socks5.access import gssapi, subnegotiation
+from socks5.access.users import Users
+from socks5.client import Gssapi
+from socks5.config import Config, ConfigError
+from socks5.protocol.codes import Cmd, Method, Protection, Rep
+from socks5.protocol.envelope import PAYLOAD_BYTES, Envelope
+from socks5.protocol.errors import GssError, ProtocolError, ProxyError
+from socks5.protocol.fields import BytesReader
+from socks5.protocol.messages import Abort, Encapsulated, Greeting, ProtectionLevel, Request, SecurityToken
+from tests import realm
+from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, logging_of, need, need_program, negotiate,
+                           read_to_end, reader_of, reset, run_cli, running, spawned, target, wait_until)
+
+LEVELS = ("clear", "integrity", "confidentiality")
+ALICE = b"alice@EXAMPLE.ORG"
+MARK = b"this is the payload that nobody on the way may read"
+BULK = random.Random(1).getrandbits(8 * 300000).to_bytes(300000, "big")
+MUTATIONS = int(os.environ.get("SOCKS5_GSSAPI_MUTATIONS", "600"))       # CI may ask for 10,000: 10 s
+ANOTHER_PYTHON = "/usr/bin/python3"                                     # Debian's python3-gssapi belongs to it
+ours = None
+
+
+def setUpModule():
+    """One realm for all tests; alice has a ticket, which this process uses, too."""
+    global ours
+    if realm.missing():
+        return
+    stack = contextlib.ExitStack()
+    unittest.addModuleCleanup(stack.close)
+    ours = stack.enter_context(realm.realm())
+    ours.principal("alice")
+    ours.principal("bob")
+    stack.enter_context(mock.patch.dict(os.environ, ours.login("alice")))
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        realm.need_realm(self)
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.enter = stack.enter_context
+
+    def serve(self, **options):
+        options.setdefault("gssapi", "any")
+        return self.enter(running(keytab=str(ours.keytab), **options))
+
+    def through(self, server, destination, level="confidentiality", **kwargs):
+        sock = client.connect(server.server_address[:2], destination, gssapi=Gssapi("rcmd@localhost", level), **kwargs)
+        sock.settimeout(PATIENCE_S)
+        self.addCleanup(sock.close)
+        return sock
+
+    def established(self, port, level="integrity"):
+        """(socket, envelope, context) after the sub-negotiation."""
+        sock = dial(port)
+        self.addCleanup(sock.close)
+        sock.sendall(Greeting(bytes([Method.GSSAPI])).pack())
+        read = reader_of(sock)
+        self.assertEqual(read(2), b"\5\1")
+        context = gssapi.Initiator("rcmd@localhost")
+        subnegotiation.initiate(context, lambda kind: kind.parse(read), lambda message: sock.sendall(message.pack()),
+                                subnegotiation.LEVELS[level])
+        return sock, Envelope(context), context
+
+
+def first_token():
+    return gssapi.Initiator("rcmd@localhost").step(b"")
+
+
+def pair():
+    """Both sides of an established context, at integrity."""
+    near, far = gssapi.Initiator("rcmd@localhost"), gssapi.Credentials("", str(ours.keytab)).context()
+    near.step(far.step(near.step(b"")))
+    near.level = far.level = Protection.INTEGRITY
+    return near, far
+
+
+@contextlib.contextmanager
+def recorded(port):
+    """A forwarder to `port`: its own port, and all bytes that went through it."""
+    seen = []
+
+    def forward(connection):
+        with socket.create_connection(("127.0.0.1", port)) as onward:
+            back = threading.Thread(target=pump, args=(onward, connection, seen), daemon=True)
+            back.start()
+            pump(connection, onward, seen)
+            back.join(PATIENCE_S)
+
+    with target(forward) as (_host, own):
+        yield own, seen
+
+
+def pump(source, sink, seen):
+    with contextlib.suppress(OSError):
+        for data in iter(lambda: source.recv(1 << 16), b""):
+            seen.append(data)
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+class Levels(Case):
+    def test_a_tunnel_at_each_level_and_what_is_seen_on_the_way(self):
+        destination = self.enter(target())
+        for level in LEVELS:
+            with self.subTest(level), logging_of(self) as logs:
+                with running(gssapi="rcmd@localhost", keytab=str(ours.keytab)) as server, \
+                        recorded(server.server_address[1]) as (port, seen):
+                    with client.connect(("localhost", port), destination, gssapi=Gssapi("rcmd", level)) as sock:
+                        sock.settimeout(PATIENCE_S)
+                        writer = threading.Thread(target=sock.sendall, args=(MARK + BULK,))
+                        writer.start()
+                        back = b""
+                        while len(back) < len(MARK + BULK):
+                            back += sock.recv(1 << 16)
+                        writer.join()
+                        self.assertEqual(back, MARK + BULK)
+                        sock.shutdown(socket.SHUT_WR)
+                        self.assertEqual(sock.recv(1), b"")
+                    wait_until(lambda: any("cmd=CONNECT" in line for line in logs.output), "the session's line")
+                line = next(line for line in logs.output if "cmd=CONNECT" in line)
+                self.assertIn("user='alice@EXAMPLE.ORG'", line)
+                self.assertIn("up=%d down=%d" % (len(back), len(back)), line)       # plain bytes
+                self.assertEqual(MARK in b"".join(seen), level != "confidentiality")
+
+    def test_half_close_then_all_of_the_answer(self):
+        def answer(connection):
+            question = read_to_end(connection)
+            connection.sendall(question + BULK)
+
+        server, destination = self.serve(), self.enter(target(answer))
+        for level in LEVELS:
+            with self.subTest(level):
+                sock = self.through(server, destination, level)
+                sock.sendall(MARK)
+                sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(read_to_end(sock), MARK + BULK)
+
+    def test_early_data_in_any_cut(self):
+        """Behind the request in the same message, in one of its own, half a message, byte by byte."""
+        server, destination = self.serve(), self.enter(target())
+        request = Request(Cmd.CONNECT, address(*destination)).pack()
+        for name, messages in (("in the same message", [request + MARK]), ("in the next", [request, MARK]),
+                               ("the request in pieces", [request[:3], b"", request[3:], MARK])):
+            for step in (1 << 20, 1, 70):
+                with self.subTest(name, step=step):
+                    sock, envelope, _ = self.established(server.server_address[1])
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    raw = b"".join(map(envelope.seal_one, messages))
+                    for at in range(0, len(raw), step):
+                        sock.sendall(raw[at:at + step])
+                    back = b""
+                    while len(back) < 10 + len(MARK):
+                        back += envelope.open(sock.recv(4096))
+                    self.assertEqual((back[1], back[10:]), (Rep.SUCCEEDED, MARK))
+
+    def test_backpressure(self):
+        """A client that does not read stops the sender; then it gets all of it."""
+        size, done = 20 << 20, threading.Event()
+
+        def pour(connection):
+            connection.sendall(bytes(size))
+            done.set()
+
+        server, destination = self.serve(), self.enter(target(pour))
+        sock = self.through(server, destination)
+        self.assertFalse(done.wait(0.3))
+        received = 0
+        while received < size:
+            received += len(sock.recv(1 << 20))
+        self.assertTrue(done.wait(PATIENCE_S))
+
+    def test_reset_and_idle(self):
+        def reset_it(connection):
+            connection.recv(1)
+            reset(connection)
+
+        server, destination = self.serve(idle_timeout=0.5), self.enter(target(reset_it))
+        sock = self.through(server, destination)
+        sock.sendall(b"x")
+        self.assertRaises(ConnectionResetError, sock.recv, 1)
+        sock = self.through(server, self.enter(target(lambda connection: connection.recv(1))))
+        self.assertRaises(ConnectionResetError, sock.recv, 1)           # after 0.5 s without a byte
+
+    def test_bind(self):
+        server = self.serve()
+        for level in LEVELS:
+            with self.subTest(level), client.bind(server.server_address[:2], ("127.0.0.1", 0),
+                                                  gssapi=Gssapi("rcmd@localhost", level)) as waiting:
+                with socket.create_connection(waiting.bnd, PATIENCE_S) as peer:
+                    sock, who = waiting.accept(PATIENCE_S)
+                    with sock:
+                        self.assertEqual(who, peer.getsockname()[:2])
+                        peer.sendall(MARK)
+                        self.assertEqual(sock.recv(1000), MARK)
+
+    def test_udp(self):
+        server = self.serve()
+        for level in LEVELS:
+            with self.subTest(level), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, client.associate(
+                    server.server_address[:2], gssapi=Gssapi("rcmd@localhost", level)) as udp:
+                peer.bind(("127.0.0.1", 0))
+                peer.settimeout(PATIENCE_S)
+                udp.settimeout(PATIENCE_S)
+                for size, fragments in ((0, 1), (100, 1), (1000, 3), (20000, 1)):
+                    udp.sendto(BULK[:size], peer.getsockname(), fragments)
+                    data, sender = peer.recvfrom(1 << 16)
+                    self.assertEqual(data, BULK[:size])
+                    for _ in range(3):
+                        peer.sendto(data, sender)
+                    for _ in range(3):
+                        self.assertEqual(udp.recvfrom(), (data, peer.getsockname()))
+
+    def test_udp_takes_only_what_is_whole_and_new(self):
+        """A datagram that is plain, damaged or repeated is dropped; one out of order is not."""
+        server = self.serve()
+        with logging_of(self) as logs, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+            with client.associate(server.server_address[:2], gssapi=Gssapi("rcmd@localhost")) as udp:
+                peer.bind(("127.0.0.1", 0))
+                peer.settimeout(PATIENCE_S)
+                header = bytes(3) + address(*peer.getsockname()).pack()
+                first, second, third = (udp._envelope.seal_one(header + name) for name in (b"1", b"2", b"3"))
+                for raw in (second, first, second, header + b"plain", first[:-1], first[:40] + b"x" + first[41:], b"",
+                            third):
+                    udp.sock.send(raw)
+                self.assertEqual([peer.recv(100) for _ in range(3)], [b"2", b"1", b"3"])
+            wait_until(lambda: any("cmd=UDP" in line for line in logs.output), "the session's line")
+        self.assertRegex("".join(logs.output), "5 EBADMSG")
+
+
+class WhoMayIn(Case):
+    def test_rules_with_principals(self):
+        destination = self.enter(target())
+        path = Path(self.enter(tempfile.TemporaryDirectory()), "rules")
+        for user, allowed in (("alice@EXAMPLE.ORG", True), ("bob@EXAMPLE.ORG", False), ("alice", False)):
+            with self.subTest(user):
+                path.write_text("allow user %s\n" % user)
+                path.chmod(0o600)
+                with running(gssapi="any", keytab=str(ours.keytab), rules=str(path)) as server:
+                    if allowed:
+                        self.through(server, destination)
+                        continue
+                    with self.assertRaises(ProxyError) as caught:
+                        self.through(server, destination)
+                    self.assertEqual(caught.exception.rep, Rep.NOT_ALLOWED)
+
+    def test_the_method_that_is_chosen(self):
+        for users, offered, chosen in (((), b"\0\1", 1), ((), b"\0\2", 255), ((("alice", "x"),), b"\2\1\0", 1),
+                                       ((("alice", "x"),), b"\0\2", 2)):
+            with self.subTest("%s %s" % (users, offered)), running(gssapi="any", keytab=str(ours.keytab),
+                                                                   user=users) as server:
+                with dial(server.server_address) as sock:
+                    sock.sendall(Greeting(offered).pack())
+                    self.assertEqual(reader_of(sock)(2), bytes([5, chosen]))
+
+    def test_by_password_beside_gssapi(self):
+        server, destination = self.serve(user=(("alice", "x"),)), self.enter(target())
+        with client.connect(server.server_address[:2], destination, user=("alice", "x")) as sock:
+            sock.sendall(MARK)
+            self.assertEqual(sock.recv(1000), MARK)
+        with dial(server.server_address) as sock:
+            self.assertRaises(AssertionError, negotiate, sock)
+
+    def test_the_least_protection(self):
+        """A client that asks for less is told what holds instead. RFC 1961 section 4.2"""
+        for least in LEVELS:
+            server = self.serve(gssapi_protection=least)
+            for level in LEVELS:
+                with self.subTest(least=least, asked=level):
+                    _, _, context = self.established(server.server_address[1], level)
+                    self.assertEqual(context.level, max(subnegotiation.LEVELS[level], subnegotiation.LEVELS[least]))
+
+    def test_levels_that_are_none_and_the_selective_one(self):
+        self.assertEqual(subnegotiation.choose(b"\3", Protection.CLEAR), Protection.CONFIDENTIALITY)
+        for wrong in (b"", b"\4", b"\xff", b"\1\1"):
+            self.assertRaises(GssError, subnegotiation.choose, wrong, Protection.CLEAR)
+
+    def test_nec_level_in_clear(self):
+        server = self.serve()
+        for asked, holds in ((b"\0", b"\0"), (b"\1", b"\1"), (b"\2", b"\2"), (b"\4", None)):
+            with self.subTest(asked), dial(server.server_address) as sock:
+                read = reader_of(sock)
+                sock.sendall(Greeting(b"\1").pack() + SecurityToken(first_token()).pack())
+                self.assertEqual(read(2), b"\5\1")
+                SecurityToken.parse(read)
+                sock.sendall(ProtectionLevel(asked).pack())
+                self.assertEqual(read(2 if holds is None else 5), b"\1\2\0\1" + holds if holds else b"\1\xff")
+
+
+class Refused(Case):
+    def refusal(self, token, server, words):
+        with logging_of(self) as logs, dial(server.server_address) as sock:
+            sock.sendall(Greeting(b"\1").pack() + SecurityToken(token).pack())
+            self.assertEqual(reader_of(sock)(4), b"\5\1\1\xff")
+            self.assertEqual(sock.recv(1), b"")
+            wait_until(lambda: "ended=refused" in "".join(logs.output), "a line")
+        self.assertRegex("\n".join(logs.output), words)
+        self.assertNotIn("bug", "\n".join(logs.output))
+
+    def test_tokens_that_are_none(self):
+        server = self.serve()
+        for token in (b"x", bytes(65535), first_token()[:-1]):
+            self.refusal(token, server, "ended=refused why='gss_accept_sec_context: ")
+
+    def test_a_replayed_token(self):
+        server, token = self.serve(), first_token()
+        with dial(server.server_address) as sock:
+            sock.sendall(Greeting(b"\1").pack() + SecurityToken(token).pack())
+            self.assertEqual(reader_of(sock)(4), b"\5\1\1\1")
+        self.refusal(token, server, "[Rr]eplay")
+
+    def test_a_ticket_of_another_realm(self):
+        server, other = self.serve(), self.enter(realm.realm("EXAMPLE.NET"))
+        other.principal("alice")
+        with mock.patch.dict(os.environ, other.login("alice")):
+            token = first_token()
+        self.refusal(token, server, "gss_accept_sec_context")
+
+    SCRIPT = "from socks5.access.gssapi import *; print(Initiator('rcmd@localhost').step(b'').hex())"
+
+    def token_at(self, when, env):
+        """The token that a client makes whose clock says `when`, for which it has a ticket already."""
+        ours.run("kvno", "rcmd/localhost", **env)
+        faketime = need_program(self, "faketime")
+        done = subprocess.run([faketime, "-f", when, sys.executable, "-c", self.SCRIPT], cwd=str(ROOT),
+                              timeout=PATIENCE_S, env=dict(os.environ, **env), stdout=subprocess.PIPE, check=True)
+        return bytes.fromhex(done.stdout.decode())
+
+    def test_a_clock_that_is_wrong(self):
+        self.refusal(self.token_at("+1h", ours.login("alice")), self.serve(), "[Cc]lock skew")
+
+    def test_a_ticket_that_has_expired(self):
+        """By the client's clock, which is slow, it has not."""
+        env = ours.login("bob", "secret", "-l", "2s")
+        with mock.patch.dict(os.environ, env):
+            token = first_token()
+            done = subprocess.run(
+                [need_program(self, "faketime"), "-f", "+2h", sys.executable, "-c",
+                 "import sys; from socks5.access.gssapi import *\n"
+                 "try: Credentials('', sys.argv[1]).context().step(bytes.fromhex(sys.argv[2]))\n"
+                 "except GssError as exc: print(exc)", str(ours.keytab), token.hex()],
+                cwd=str(ROOT), timeout=PATIENCE_S, env=dict(os.environ), stdout=subprocess.PIPE, check=True)
+        self.assertRegex(done.stdout.decode(), "(?i)expired|skew")
+
+    def test_garbage_after_the_context_stands(self):
+        """Closed, with a reason; what is cut off never looks complete to the destination."""
+        ends = []
+
+        def wait(connection):
+            try:
+                ends.append(read_to_end(connection))
+            except ConnectionResetError:
+                ends.append("reset")
+
+        server, destination = self.serve(), self.enter(target(wait))
+        request = Request(Cmd.CONNECT, address(*destination)).pack()
+        with self.subTest("in the place of the request"), logging_of(self) as logs:
+            sock, _, _ = self.established(server.server_address[1])
+            sock.sendall(request)
+            self.assertEqual(sock.recv(100), b"")
+            wait_until(lambda: logs.output, "a line")
+            self.assertIn("not encapsulated", logs.output[-1])
+        for name, spoil in (("plain bytes", lambda envelope: b"GET / HTTP/1.0\r\n\r\n"),
+                            ("another MTYP", lambda envelope: b"\1\1" + envelope.seal(b"x")[2:]),
+                            ("a damaged token", lambda envelope: envelope.seal(b"x" * 50)[:-3] + b"abc"),
+                            ("a message left out", lambda envelope: (envelope.seal(b"x"), envelope.seal(b"y"))[1]),
+                            ("an empty token", lambda envelope: b"\1\3\0\0"),
+                            ("half a message and FIN", lambda envelope: envelope.seal(b"x")[:-1])):
+            with self.subTest(name), logging_of(self) as logs:
+                sock, envelope, _ = self.established(server.server_address[1])
+                sock.sendall(envelope.seal(request))
+                self.assertEqual(envelope.open(sock.recv(1000))[1], Rep.SUCCEEDED)
+                ends.clear()
+                sock.sendall(spoil(envelope))
+                sock.shutdown(socket.SHUT_WR)
+                wait_until(lambda: ends, "the end at the destination")
+                self.assertEqual(ends, ["reset"])
+                wait_until(lambda: logs.output, "a line")
+                self.assertIn("ended=client why='client: ", logs.output[-1])
+
+    def test_mutated_tokens(self):
+        """Seeded: no crash, no other exception, no leak; and a message that was changed is never taken for another."""
+        rng, token = random.Random(7), first_token()
+        near, far = pair()
+        sealed = Envelope(near).seal(b"payload " * 20)
+        credentials = gssapi.Credentials("", str(ours.keytab))
+        taken = 0
+        for number in range(MUTATIONS):
+            for raw, take in ((token, lambda raw: credentials.context().step(raw)),
+                              (sealed, lambda raw: Envelope(far).open_one(raw))):
+                try:
+                    found = take(mutated(rng, raw))
+                    taken += 1
+                    self.assertTrue(raw is token or found == b"payload " * 20, number)
+                except ProtocolError:
+                    pass
+        self.assertLess(taken, MUTATIONS / 4)
+
+
+def mutated(rng, raw):
+    raw = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at = rng.randrange(len(raw) or 1)
+        kind = rng.randrange(4)
+        if kind == 0:
+            del raw[at:]
+        elif kind == 1:
+            del raw[at:at + 1]
+        elif kind == 2:
+            raw[at:at] = bytes([rng.randrange(256)])
+        elif raw:
+            raw[at] ^= 1 << rng.randrange(8)
+    return bytes(raw)
+
+
+class Library(Case):
+    def test_all_that_it_allocates_is_released(self):
+        """Contexts, names, credentials and buffers, without the garbage collector."""
+        dll, counts, made = gssapi.library().dll, {}, {}
+        outputs = []
+
+        def counting(name, real):
+            def call(*arguments):
+                counts[name] = counts.get(name, 0) + 1
+                return real(*arguments)
+            return call
+
+        real_exit = gssapi.Output.__exit__
+
+        def leave(output, *how):
+            real_exit(output, *how)
+            outputs.append(output.value)
+
+        def entered(context, *arguments, real=gssapi.Context.__init__):
+            made["contexts"] = made.get("contexts", 0) + 1
+            real(context, *arguments)
+
+        names = ("gss_delete_sec_context", "gss_release_cred", "gss_release_name", "gss_import_name",
+                 "gss_acquire_cred_from", "gss_accept_sec_context", "gss_display_name")
+        destination = self.enter(target())
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                stack.enter_context(mock.patch.object(dll, name, counting(name, getattr(dll, name))))
+            stack.enter_context(mock.patch.object(gssapi.Output, "__exit__", leave))
+            stack.enter_context(mock.patch.object(gssapi.Context, "__init__", entered))
+            with running(gssapi="rcmd@localhost", keytab=str(ours.keytab)) as server:
+                for level in LEVELS:
+                    sock = self.through(server, destination, level)
+                    sock.sendall(MARK)
+                    self.assertEqual(sock.recv(1000), MARK)
+                    sock.close()
+                with client.associate(server.server_address[:2], gssapi=Gssapi("rcmd@localhost")):
+                    pass
+                with contextlib.suppress(AssertionError, EOFError), dial(server.server_address) as bad:
+                    bad.sendall(Greeting(b"\1").pack() + SecurityToken(b"x").pack())
+                    read_to_end(bad)
+                wait_until(lambda: not len(server.sessions), "the sessions are over")
+            sock = server = None
+            self.doCleanups_of_sockets()
+            wait_until(lambda: counts.get("gss_delete_sec_context") == 8, "every context is deleted: %s" % counts)
+            gc.collect()                                            # a Server is a cycle, and has the credentials
+            wait_until(lambda: counts.get("gss_release_cred") == 1, "the credentials are released")
+        self.assertEqual(made["contexts"], 9)                       # of the one that failed there is nothing to delete
+        self.assertEqual(counts["gss_acquire_cred_from"], 1)
+        self.assertEqual(counts["gss_release_name"], counts["gss_import_name"] + counts["gss_display_name"])
+        self.assertGreater(len(outputs), 30)
+        self.assertEqual(set(outputs), {None})
+
+    def doCleanups_of_sockets(self):
+        self._cleanups[:] = [(function, *rest) for function, *rest in self._cleanups
+                             if getattr(function, "__name__", "") != "close" or not isinstance(
+                                 getattr(function, "__self__", None), socket.socket)]
+
+    def test_what_is_wrong_with_the_options(self):
+        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        (folder / "open").write_bytes(ours.keytab.read_bytes())
+        (folder / "open").chmod(0o644)
+        (folder / "empty").write_bytes(b"")
+        (folder / "empty").chmod(0o600)
+        for options, words in (
+                (dict(gssapi="any", keytab=str(folder / "none")), "--keytab .*none: No such file"),
+                (dict(gssapi="any", keytab=str(folder / "open")), "--keytab .*open: others can read"),
+                (dict(gssapi="any", keytab=str(folder / "empty")), "--keytab .*empty: gss_acquire_cred_from: "),
+                (dict(gssapi="sockd@localhost", keytab=str(ours.keytab)), "--keytab .*: gss_acquire_cred_from: .*"),
+                (dict(gssapi="any"), "--gssapi: gss_acquire_cred: "),
+                (dict(keytab="x"), "--keytab: without --gssapi"),
+                (dict(gssapi_protection="integrity"), "--gssapi-protection: without --gssapi")):
+            with self.subTest(str(options)), self.assertRaisesRegex(ConfigError, "^%s[^\n]*$" % words):
+                Users(Config(**options))
+
+    def test_without_a_library(self):
+        gssapi.library.cache_clear()
+        self.addCleanup(gssapi.library.cache_clear)
+        with mock.patch.object(gssapi, "LIBRARIES", ("libno-such-library.so",)):
+            with self.assertRaisesRegex(ConfigError, "^--keytab .*: this system has no GSS-API library[^\n]*$"):
+                Users(Config(gssapi="any", keytab=str(ours.keytab)))
+
+    def test_nothing_is_loaded_for_others(self):
+        code = "import sys, socks5, socks5.cli; socks5.Server(socks5.Config(port=0)).server_close(); " \
+               "sys.exit('ctypes' in sys.modules or 'socks5.access.gssapi' in sys.modules)"
+        subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), check=True, timeout=PATIENCE_S)
+
+
+class Process(Case):
+    def test_several_workers_and_reload(self):
+        """The keytab is checked again: a bad one changes nothing, a new key holds."""
+        keytab = Path(self.enter(tempfile.TemporaryDirectory()), "keytab")
+        keytab.write_bytes(ours.keytab.read_bytes())
+        keytab.chmod(0o600)
+        destination = self.enter(target())
+        server = self.enter(spawned("--gssapi", "--keytab", keytab, "-w", "2", env=ours.environment))
+
+        def works(service):
+            with client.connect(("127.0.0.1", server.port), destination, gssapi=Gssapi(service)) as sock:
+                sock.sendall(MARK)
+                return sock.recv(1000) == MARK
+
+        self.assertTrue(all(works("rcmd@localhost") for _ in range(8)))
+        keytab.write_bytes(b"")
+        server.signal(signal.SIGHUP)
+        server.wait_line("not reloaded, users and rules stay as they were: --keytab .*: gss_acquire_cred_from")
+        ours.principal("sockd/localhost", keytab=keytab.with_suffix(".new"))
+        keytab.write_bytes(keytab.with_suffix(".new").read_bytes())
+        server.signal(signal.SIGHUP)
+        server.wait_line("reloaded users=0")
+        self.assertTrue(all(works("sockd@localhost") for _ in range(8)))
+        self.assertRaises(ProxyError, works, "rcmd@localhost")
+
+    def test_check_and_self_test(self):
+        ours.principal("rcmd/%s" % socket.gethostname(), keytab=ours.keytab)
+        options = ("--gssapi", "--keytab", ours.keytab)
+        status, out, err = run_cli("--check", *options)
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("GSSAPI: users with a ticket for any service of the keytab, the keys are in %s" % ours.keytab,
+                      out)
+        status, out, err = run_cli("--self-test", *options)
+        self.assertEqual((status, err), (0, ""), out)
+        self.assertRegex(out, r"ok +GSSAPI .*logged in for rcmd@")
+        status, out, err = run_cli("--self-test", *options, env={"KRB5CCNAME": "FILE:/nonexistent"})
+        self.assertEqual((status, err), (0, ""), out)
+        self.assertRegex(out, r"missing +GSSAPI .*gss_init_sec_context")
+
+    def test_one_line_and_status_2(self):
+        status, out, err = run_cli("--gssapi", "--keytab", "/no/such/file")
+        self.assertEqual((status, out), (2, ""))
+        self.assertEqual(err, "socks5-server: --keytab /no/such/file: No such file or directory\n")
+
+
+PYTHON_GSSAPI = '''
+import socket, struct, sys
+import gssapi
+port, level, host = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+to_port, udp_port = int(sys.argv[4]), int(sys.argv[5])
+def dial():
+    sock = socket.create_connection(("127.0.0.1", port), 20)
+    def read(size):
+        data = b""
+        while len(data) < size:
+            piece = sock.recv(size - len(data))
+            assert piece, "closed"
+            data += piece
+        return data
+    def message(mtyp):
+        ver, kind, size = struct.unpack("!BBH", read(4))
+        assert (ver, kind) == (1, mtyp), (ver, kind)
+        return read(size)
+    def framed(mtyp, token):
+        return struct.pack("!BBH", 1, mtyp, len(token)) + token
+    sock.sendall(b"\\5\\1\\1")
+    assert read(2) == b"\\5\\1"
+    name = gssapi.Name("rcmd@localhost", gssapi.NameType.hostbased_service)
+    context = gssapi.SecurityContext(name=name, usage="initiate", flags=[
+        gssapi.RequirementFlag.mutual_authentication, gssapi.RequirementFlag.replay_detection,
+        gssapi.RequirementFlag.confidentiality, gssapi.RequirementFlag.integrity])
+    token = context.step()
+    while True:
+        sock.sendall(framed(1, token))
+        if context.complete:
+            break
+        token = context.step(message(1))
+        if not token:
+            break
+    sock.sendall(framed(2, context.wrap(bytes([level]), False).message))
+    assert context.unwrap(message(2)).message == bytes([level])
+    def seal(data):
+        return framed(3, context.wrap(data, level == 2).message) if level else data
+    def unseal(raw):
+        found = context.unwrap(raw[4:])
+        assert found.encrypted == (level == 2)
+        return found.message
+    class Taker:
+        held = b""
+        def __call__(self, size):
+            while len(self.held) < size:
+                if level:
+                    found = context.unwrap(message(3))
+                    assert found.encrypted == (level == 2)
+                    self.held += found.message
+                else:
+                    self.held += sock.recv(4096)
+            data, self.held = self.held[:size], self.held[size:]
+            return data
+    return sock, seal, unseal if level else lambda raw: raw, Taker()
+sock, seal, unseal, take = dial()
+sock.sendall(seal(b"\\5\\1\\0\\1" + socket.inet_aton(host) + struct.pack("!H", to_port)))
+assert take(10)[:2] == b"\\5\\0"
+data = bytes(range(256)) * 1000
+for at in range(0, len(data), 5000):
+    sock.sendall(seal(data[at:at + 5000]))
+assert take(len(data)) == data
+sock.shutdown(socket.SHUT_WR)
+assert sock.recv(1) == b""
+sock, seal, unseal, take = dial()
+sock.sendall(seal(b"\\5\\3\\0\\1" + bytes(6)))
+reply = take(10)
+assert reply[:2] == b"\\5\\0"
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.settimeout(20)
+udp.connect((socket.inet_ntoa(reply[4:8]), struct.unpack("!H", reply[8:])[0]))
+header = b"\\0\\0\\0\\1" + socket.inet_aton(host) + struct.pack("!H", udp_port)
+for text in (b"one", b"", b"x" * 9000):
+    udp.send(seal(header + text))
+    assert unseal(udp.recv(65535)) == header + text
+print("all is well")
+'''
+
+
+class Others(Case):
+    def test_curl(self):
+        """curl's sub-negotiation, with the level in a token and as NEC has it, to its end: the level is granted.
+
+        curl 7.88 gets no further, with any proxy. It forgets that it may use GSSAPI when the METHOD reply is not there
+        on its first read, which is why its reads are delayed here; and when it is let in, it goes on to the line that
+        says "Undocumented SOCKS5 mode". Later ones send their request, in clear, and get the page.
+        """
+        curl, strace = need_program(self, "curl"), need_program(self, "strace")
+        features = subprocess.run([curl, "--version"], stdout=subprocess.PIPE).stdout
+        need(self, b"GSS-API" in features, "a curl with GSS-API")
+        server = self.serve()
+        for nec in ([], ["--socks5-gssapi-nec"]):
+            with self.subTest(nec), logging_of(self, "DEBUG") as logs:
+                done = subprocess.run(
+                    [strace, "-f", "-o", os.devnull, "-e", "trace=recvfrom", "-e", "inject=recvfrom:delay_enter=30000",
+                     curl, "-q", "-v", "-sS", "--noproxy", "", "--max-time", str(PATIENCE_S), *nec, "--socks5-gssapi",
+                     "--socks5-hostname", "localhost:%d" % server.server_address[1], "http://127.0.0.1:1/"],
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE_S)
+                said = done.stderr.decode()
+                need(self, "ptrace" not in said, "the right to trace a process")
+                self.assertIn("SOCKS5 server authenticated user alice@EXAMPLE.ORG with GSS-API.", said)
+                self.assertIn("SOCKS5 access without GSS-API data protection granted.", said)
+                wait_until(lambda: "gssapi " in "".join(logs.output), "a line")
+                self.assertRegex("".join(logs.output), "gssapi .*user='alice@EXAMPLE.ORG' level=CLEAR")
+
+    def test_python_gssapi(self):
+        """An independent client, written from the RFC: TCP and UDP at each level."""
+        there = os.path.exists(ANOTHER_PYTHON) and not subprocess.run(
+            [ANOTHER_PYTHON, "-c", "import gssapi.raw"], stderr=subprocess.DEVNULL).returncode
+        need(self, there, "a Python with gssapi (Debian: python3-gssapi)")
+        server, destination = self.serve(), self.enter(target())
+        peer = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        peer.bind(("127.0.0.1", 0))
+
+        def echo():
+            with contextlib.suppress(OSError):
+                while True:
+                    data, sender = peer.recvfrom(1 << 16)
+                    if data == b"stop":
+                        return
+                    peer.sendto(data, sender)
+
+        thread = threading.Thread(target=echo)
+        thread.start()
+        try:
+            for level in (0, 1, 2):
+                with self.subTest(level):
+                    done = subprocess.run([ANOTHER_PYTHON, "-c", PYTHON_GSSAPI, *map(str, (
+                        server.server_address[1], level, *destination, peer.getsockname()[1]))],
+                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE_S)
+                    self.assertEqual((done.returncode, done.stdout.decode()), (0, "all is well\n"))
+        finally:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
+                last.sendto(b"stop", peer.getsockname())
+            thread.join(PATIENCE_S)
+
+    def dante(self, name):
+        """A part of a Dante that was built with GSSAPI; Debian's is not."""
+        path = Path(os.environ.get("SOCKS5_DANTE", "/usr/local"), name)
+        need(self, path.exists(), "a Dante with GSSAPI (./configure --with-gssapi-path=/usr; SOCKS5_DANTE=PREFIX)")
+        return path
+
+    def test_our_client_through_dante(self):
+        """Dante's server, another implementation of RFC 1961, understands ours and is understood."""
+        program, port, destination = self.dante("sbin/sockd"), closed_port(), self.enter(target())
+        with dante(program, port, ours):
+            for level in LEVELS:
+                with self.subTest(level), client.connect(("127.0.0.1", port), destination,
+                                                         gssapi=Gssapi("rcmd@localhost", level)) as sock:
+                    sock.settimeout(PATIENCE_S)
+                    writer = threading.Thread(target=sock.sendall, args=(BULK,))
+                    writer.start()
+                    back = b""
+                    while len(back) < len(BULK):
+                        piece = sock.recv(1 << 16)
+                        self.assertTrue(piece)
+                        back += piece
+                    writer.join()
+                    self.assertEqual(back, BULK)
+
+    SOCKSIFIED = """
+import socket, sys
+sock = socket.create_connection(("127.0.0.1", int(sys.argv[1])), None)
+data = sys.argv[2].encode() + bytes(range(256)) * 400
+sock.sendall(data)
+back = b""
+while len(back) < len(data):
+    piece = sock.recv(65536)
+    assert piece, len(back)
+    back += piece
+print(back == data)
+"""
+
+    def test_dantes_client_through_ours(self):
+        library, conf = self.dante("lib/libdsocks.so"), ours.folder / "socks.conf"
+        server, destination = self.serve(), self.enter(target())
+        for level in LEVELS:
+            with self.subTest(level), recorded(server.server_address[1]) as (port, seen):
+                conf.write_text(SOCKSIFY.format(port=port, level=level))
+                done = subprocess.run(
+                    ["/usr/bin/python3", "-c", self.SOCKSIFIED, str(destination[1]), MARK.decode()], timeout=PATIENCE_S,
+                    env=dict(os.environ, SOCKS_CONF=str(conf), LD_PRELOAD=str(library),
+                             SOCKS_AUTOADD_LANROUTES="no", SOCKS_DIRECTROUTE_FALLBACK="no"),
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                self.assertEqual((done.returncode, done.stdout.decode()), (0, "True\n"), done.stderr.decode())
+                self.assertEqual(MARK in b"".join(seen), level != "confidentiality")
+                self.assertTrue(level == "clear" or b"\1\3" in b"".join(seen))
+
+
+SOCKSIFY = """
+logoutput: stderr
+route {{
+    from: 0.0.0.0/0 to: 0.0.0.0/0 via: localhost port = {port}
+    protocol: tcp
+    command: connect
+    proxyprotocol: socks_v5
+    method: gssapi
+    gssapi.servicename: rcmd
+    gssapi.enctype: {level}
+}}
+"""
+DANTE = """
+logoutput: {folder}/sockd.log
+internal: 127.0.0.1 port = {port}
+external: 127.0.0.1
+clientmethod: none
+socksmethod: gssapi
+client pass {{
+    from: 0.0.0.0/0 to: 0.0.0.0/0
+    log: error
+    gssapi.servicename: rcmd/localhost
+    gssapi.keytab: FILE:{keytab}
+    gssapi.enctype: clear integrity confidentiality
+}}
+socks pass {{
+    from: 0.0.0.0/0 to: 0.0.0.0/0
+    gssapi.servicename: rcmd/localhost
+    gssapi.keytab: FILE:{keytab}
+    gssapi.enctype: clear integrity confidentiality
+    log: error
+}}
+"""
+
+
+@contextlib.contextmanager
+def dante(program, port, where):
+    path = where.folder / "sockd.conf"
+    path.write_text(DANTE.format(port=port, keytab=where.keytab, folder=where.folder))
+    server = subprocess.Popen([str(program), "-f", str(path), "-p", str(where.folder / "sockd.pid")], env=where.env(),
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def listens():
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+    try:
+        wait_until(listens, "Dante listens")
+        yield
+    finally:
+        server.terminate()                              # it ends its children
+        server.wait(PATIENCE_S)
+
+
+class Envelopes(unittest.TestCase):
+    """Without a realm: wrap() and unwrap() of a stand-in."""
+
+    class Reversed:
+        def wrap(self, data):
+            return data[::-1] + b"!"
+
+        def unwrap(self, token, ordered=True):
+            return token[-2::-1]
+
+    def test_the_messages(self):
+        """Each packs and parses to itself, reads nothing behind, and any cut is EOF. RFC 1961 sections 3 to 5"""
+        for kind, raw in ((SecurityToken, "01 01 0003 616263"), (ProtectionLevel, "01 02 0001 00"),
+                          (Encapsulated, "01 03 0000")):
+            with self.subTest(kind.__name__):
+                packed = bytes.fromhex(raw)
+                read = BytesReader(packed + b"tail")
+                message = kind.parse(read)
+                self.assertEqual((message.token, message.pack(), read.rest()), (packed[4:], packed, b"tail"))
+                for cut in range(len(packed)):
+                    self.assertRaises(EOFError, kind.parse, BytesReader(packed[:cut]))
+                for wrong in (b"\1\xff", b"\2" + packed[1:2]):
+                    read = BytesReader(wrong + b"tail")
+                    self.assertRaises(ProtocolError, kind.parse, read)
+                    self.assertTrue(read.rest().endswith(b"tail"))
+        self.assertEqual(Abort().pack(), b"\1\xff")
+        self.assertRaises(OverflowError, SecurityToken(bytes(65536)).pack)
+
+    def test_every_cut(self):
+        envelope = Envelope(self.Reversed())
+        raw = envelope.seal(b"abc") + envelope.seal(b"") + envelope.seal(b"defg")
+        for cut in range(len(raw) + 1):
+            envelope = Envelope(self.Reversed())
+            first = envelope.open(raw[:cut])
+            self.assertEqual(first + envelope.open(raw[cut:]), b"abcdefg")
+            self.assertFalse(envelope.unfinished)
+
+    def test_long_data_is_split(self):
+        envelope, data = Envelope(self.Reversed()), os.urandom(3 * PAYLOAD_BYTES + 1)
+        raw = envelope.seal(data)
+        self.assertEqual(len(raw), len(data) + 4 * 5)
+        self.assertEqual(envelope.open(raw), data)
+        self.assertEqual(envelope.open_one(Encapsulated(b"ba!").pack()), b"ab")
+        for wrong in (b"", b"\1\3\0", b"\1\3\0\2x", b"\1\3\0\1xy", b"\1\2\0\1x", b"\2\3\0\1x"):
+            self.assertRaises(ProtocolError, envelope.open_one, wrong)
+
+
+if __name__ == "__main__":
+    unittest.main()
