@@ -7,6 +7,7 @@ import getpass
 import logging
 import os
 import sys
+from ipaddress import ip_address
 from typing import Any, Dict, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
@@ -14,13 +15,18 @@ from .access.check import report, warnings
 from .access.users import line_for
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
 from .net import listeners as listening
-from .net.addresses import endpoint_of
+from .net.addresses import IP, Endpoint, endpoint_of
 from .process import files, signals, supervisor as workers
 from .process.alone import Alone
 from .server import tracing
+from .server.counters import Shared
 from .server.server import Server
+from .server.tracing import colourful
+from .status import beside
+from .status.line import ERASE
 
 EXIT_USAGE = 2
+LOOPBACK: Dict[int, IP] = {4: ip_address("127.0.0.1"), 6: ip_address("::1")}
 SECTION = "socks5"
 INI_ERRORS = {
     configparser.MissingSectionHeaderError: "the line [%s] must come first" % SECTION,
@@ -113,12 +119,15 @@ def read_file(path: str) -> Dict[str, Any]:
     return values
 
 
-def serve(config: Config) -> int:
-    """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status."""
+def serve(config: Config, live: bool) -> int:
+    """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status. `live`: with a line on the
+    terminal that shows what is going on."""
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
         tracing.check(config.trace)
+        beside.check(config)
         listeners = listening.open_all(config.listen, config.port)
+        pages = listening.open_all(config.status[:1], config.status[1]) if config.status else []
     except ConfigError as exc:
         return fail(str(exc))
     except OSError as exc:
@@ -129,11 +138,27 @@ def serve(config: Config) -> int:
     def ready() -> None:                                    # a reader of this line may send a signal at once
         for listener in listeners:
             say("listening on %s" % str(endpoint_of(listener.getsockname())))
+        for page in pages:
+            say("status on http://%s/" % str(endpoint_of(page.getsockname())))
+        if colourful(sys.stdout):
+            say("try it: " + first_command(config, endpoint_of(listeners[0].getsockname())))
 
     count = workers.number(config.workers)
+    shared = Shared(count)
+    companion = None
+    if pages or live:
+        companion = beside.Status(config, shared, listeners, pages, sys.stderr.fileno() if live else None)
     if count > 1:
-        return workers.Supervisor(config, listeners, count, access).run(ready)
-    return Alone(Server(config, listeners=listeners, access=access), access).run(ready)
+        return workers.Supervisor(config, listeners, count, access, companion=companion, shared=shared).run(ready)
+    server = Server(config, listeners=listeners, access=access, counts=shared.row(0))
+    return Alone(server, access, companion).run(ready)
+
+
+def first_command(config: Config, where: Endpoint) -> str:
+    """What a newcomer types to see the proxy work."""
+    host = where if not where.ip.is_unspecified else Endpoint(LOOPBACK[where.ip.version], where.port)
+    user = "-U NAME:PASSWORD " if config.needs_password() else ""
+    return "curl %s--socks5-hostname %s https://example.com/" % (user, str(host))
 
 
 def self_test(config: Config) -> int:
@@ -196,8 +221,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     testing = "self_test" in args
     level = (logging.DEBUG if "verbose" in args else logging.CRITICAL if testing else
              logging.WARNING if "quiet" in args else logging.INFO)
-    handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
+    live = level == logging.INFO and not config.trace and sys.stderr is not None and colourful(sys.stderr)
+    handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""),
+                           ERASE if live else b"")
     try:
-        return self_test(config) if testing else serve(config)
+        return self_test(config) if testing else serve(config, live)
     finally:
         handler.close()                                     # writes what is queued

@@ -107,6 +107,15 @@ def network(text: str) -> Network:
     return IPv4Network((mapped, net.prefixlen - 96)) if mapped else net
 
 
+def endpoint(text: str) -> Tuple[str, int]:
+    """Parse ADDRESS:PORT, an IPv6 address in brackets: [::1]:9180."""
+    host, colon, digits = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or (":" in bare) != (bare != host):
+        raise ValueError("%r is not ADDRESS:PORT, as in 127.0.0.1:9180 or [::1]:9180" % text)
+    return address(bare), port(digits)
+
+
 def path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError("not a file name")
@@ -212,6 +221,9 @@ class Config:
     log_format: str = option(
         "text", "--log-format", log_format, "watching", metavar="text|json",
         help="text, or a JSON object for each line")
+    status: Tuple[Any, ...] = option(
+        (), "--status", endpoint, "watching", metavar="ADDRESS:PORT",
+        help="serve a status page, /metrics, /sessions and /healthz over HTTP")
     trace: str = option(
         "", "--trace", path, "watching", metavar="FILE", bare="-",
         help="write each message, field by field, to stderr or FILE")
@@ -229,6 +241,14 @@ class Config:
                 "--listen %s: every client that reaches it could use this proxy; require a password, as in: python "
                 "socks5_server.py -l %s -p %d -u NAME:PASSWORD (or use --users FILE, --allow-from CIDR or --rules "
                 "FILE; --open permits an open proxy)" % (beyond[0], beyond[0], self.port))
+        if self.status_beyond() and not (self.needs_password() or self.open):
+            raise ConfigError("--status %s: every client that reaches it could see who connects where; use a loopback "
+                              "address, or require a password by --user or --users (--open permits all)"
+                              % self.status[0])
+
+    def status_beyond(self) -> bool:
+        """Whether the status page is to be reached from other machines."""
+        return bool(self.status) and not ip_address(self.status[0].partition("%")[0]).is_loopback
 
     def beyond(self) -> List[str]:
         """The listening addresses that are not loopback."""

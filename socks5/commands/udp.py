@@ -55,6 +55,7 @@ class Association:
                  socket address
     bnd          where the client is to send its datagrams
     up, down     payload bytes relayed
+    datagrams    how many were: [up, down]
     dropped      datagrams that were not, by reason
     ended_by     "client" or "idle"; `why` is the error that ended it, or ""
 
@@ -74,6 +75,7 @@ class Association:
         self.on_datagram = on_datagram
         self._judged_by = rules()
         self.up = self.down = 0
+        self.datagrams = [0, 0]
         self.dropped: Counts[str] = Counter()
         self.ended_by = self.why = ""
         self._peer: Any = None                              # the client's socket address, once its port is known
@@ -179,9 +181,13 @@ class Association:
         finally:
             BUFFERS.give_back((buffer, view))
 
+    def losses(self) -> Counts[str]:
+        """How many datagrams were dropped, by reason."""
+        return self.dropped + Counter({"fragment": self._fragments.dropped})
+
     def summary(self) -> str:
         """What was dropped, in words; "" if nothing was."""
-        counts = self.dropped + Counter({"fragment": self._fragments.dropped})
+        counts = self.losses()
         return "dropped: " + ", ".join("%d %s" % (n, reason) for reason, n in counts.most_common()) if counts else ""
 
     # ---- one turn of the loop, for each kind of socket --------------------------------------------------------------
@@ -236,7 +242,9 @@ class Association:
 
     def _up(self, run: List[memoryview], to: Optional[Route]) -> None:
         if run and to:
-            self.up += send(to[0], run, to[1], self.dropped) * len(run[0])
+            sent = send(to[0], run, to[1], self.dropped)
+            self.datagrams[0] += sent
+            self.up += sent * len(run[0])
 
     def _from_remote(self, sock: socket.socket, buffer: bytearray, view: memoryview) -> None:
         """Receive a burst from remotes and send it to the client, each datagram behind the header of its sender."""
@@ -273,6 +281,7 @@ class Association:
             if self.on_datagram and sent == len(run):
                 for datagram in run:
                     self.on_datagram(DOWN, bytes(datagram), self._peer)
+            self.datagrams[1] += sent
             self.down += sent * length
             self._moved = self._moved or sent > 0
 
@@ -333,6 +342,7 @@ class Association:
             except OSError as exc:
                 reason = name_of(exc)
                 continue
+            self.datagrams[0] += 1
             self.up += len(datagram.data)
             remember(self._routes, Datagram(datagram.dst, b"").pack(), route)
             return

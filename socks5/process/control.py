@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import logging
 from time import monotonic
-from typing import Callable, Iterable, List, Set
+from typing import Callable, Iterable, List, Optional, Set
 
 from ..config import Config, ConfigError
+from .companion import Companion
 from .files import Access, Exhausted, Files, read_access
 from .orders import Order
 from .signals import Signals
@@ -27,9 +28,10 @@ class Control:
     To be overridden: running(), tell(), kill(), and where there is something to do: work(), due(), unsent().
     """
 
-    def __init__(self, config: Config, access: Access) -> None:
+    def __init__(self, config: Config, access: Access, companion: Optional[Companion] = None) -> None:
         self.config = config
         self.access = access                    # in force, whatever is in the files by now
+        self.companion = companion or Companion()
         self.signals = Signals()
         self.files = Files(config, lambda config: read_access(config, self.access))
         self.stops = 0                          # how often it was asked for
@@ -44,11 +46,13 @@ class Control:
         with self.signals:
             ready()
             while self.running():
-                due = min([self._reload_at, self._kill_at, *self.due()])
+                due = min([self._reload_at, self._kill_at, self.companion.due(), *self.due()])
                 orders = self.signals.wait(due - monotonic(), self.unsent())
                 self.end(orders)
                 self.work()
                 self.obey(orders)
+                self.companion.work()
+            self.companion.close()
         self.close()
         return self.status
 

@@ -36,6 +36,7 @@ from ..protocol.fields import Host
 from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 from ..protocol.trace import M, Sent
 from ..relay.tunnel import Tunnel
+from .counters import Meter
 from .inbox import Inbox, Outbox, linger
 from .sessions import Session, Sessions
 
@@ -63,6 +64,7 @@ class Service:
     bind_ports: Ports
     udp_ports: Ports
     sessions: Sessions
+    meter: Meter
     server_address: Any
     methods: Mapping[int, Callable[[Handler], Optional[bytes]]]     # see MethodTable
 
@@ -122,12 +124,16 @@ class Handler(StreamRequestHandler):
 
     def take(self, kind: Type[M]) -> M:
         """The client's next message."""
-        return self.story.take(kind, self.inbox.read_exactly) if self.story else kind.parse(self.inbox.read_exactly)
+        record = self.session.record
+        parse = partial(self.story.take, kind) if self.story else kind.parse
+        return record.take(kind, parse, self.inbox) if record else parse(self.inbox.read_exactly)
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
         if self.story:
             self.story.sent(message, self.session.why)
+        if self.session.record:
+            self.session.record.sent(message)
         self.connection.sendall(message if isinstance(message, bytes) else message.pack())
 
     # ---- §3: the method, and who is it? ---------------------------------------------------------------------------
@@ -172,6 +178,7 @@ class Handler(StreamRequestHandler):
         login, session, known = self.take(Login), self.session, self.server.users     # a reload makes others
         verdict = known.logins.judge(login_origin(session.client.ip, session.origin), login.uname, login.passwd,
                                      known.check, LoginWait(self))
+        self.server.meter.login(verdict.value)
         if verdict is not Verdict.RIGHT:
             session.user = login.uname
             self.log_failure(verdict, login.uname)
@@ -242,6 +249,7 @@ class Handler(StreamRequestHandler):
                 association.run(config.udp_idle_timeout)
             finally:
                 session.up, session.down = association.up, association.down
+                self.server.meter.udp(session, association)
                 session.association = None                      # which refers to us, and we to the session
             session.ended_by = session.ended_by or association.ended_by
             session.why, session.notes = session.why or association.why, association.summary()
@@ -322,6 +330,7 @@ class Handler(StreamRequestHandler):
     def reply(self, rep: Rep, bnd: Optional[Endpoint] = None) -> None:
         self.session.rep = rep.name
         self.send(Reply(rep, Address(*bnd) if bnd else UNSPECIFIED))
+        self.server.meter.replied(self.session)
 
 
 class LoginWait(Wait):

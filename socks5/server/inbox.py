@@ -8,7 +8,11 @@ from __future__ import annotations
 import io
 import socket
 from time import monotonic
-from typing import Any
+from typing import Any, Callable, Dict, List, Tuple, Type
+
+from ..protocol.fields import ReadExactly
+from ..protocol.messages import Login
+from ..protocol.trace import M, Sent
 
 READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
@@ -24,6 +28,7 @@ class Inbox(io.BufferedIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.held = b""
+        self.heard = b""                # all that was received; `held` is its end
 
     def readable(self) -> bool:
         return True
@@ -35,6 +40,7 @@ class Inbox(io.BufferedIOBase):
             data = self.sock.recv(READ_BYTES)       # one call a message, not one a field
             if not data:
                 raise EOFError("client closed")
+            self.heard += data
             held = self.held = held + data
         self.held = held[size:]
         return held[:size]
@@ -43,6 +49,7 @@ class Inbox(io.BufferedIOBase):
         """What is in hand, or else what comes next, without taking it; b"" at the end."""
         if not self.held:
             self.held = self.sock.recv(READ_BYTES)
+            self.heard += self.held
         return self.held
 
     def read(self, size: Any = -1) -> bytes:
@@ -52,6 +59,7 @@ class Inbox(io.BufferedIOBase):
             data = self.sock.recv(READ_BYTES)
             if not data:
                 break
+            self.heard += data
             held += data
         end = len(held) if size is None or size < 0 else size
         self.held = held[end:]
@@ -73,6 +81,40 @@ class Inbox(io.BufferedIOBase):
         """Take what is in hand."""
         rest, self.held = self.held, b""
         return rest
+
+
+class Record:
+    """The messages of one handshake as they went over the wire, and what of the session was counted already. Made only
+    where a status page may ask for it; nothing of it is parsed or formatted before.
+
+    messages    when, the message's type, and its bytes if the client sent it, else the message. A Login ends after its
+                UNAME: passwords are not kept
+    counted     the session is over, and in the counters
+    up, down    bytes that are in the counters already
+    udp         what an association has done, as far as it is in the counters
+    """
+
+    __slots__ = ("messages", "counted", "up", "down", "udp")
+
+    def __init__(self) -> None:
+        self.messages: List[Tuple[float, Type[Any], Any]] = []
+        self.counted = False
+        self.up = self.down = 0
+        self.udp: Dict[Tuple[str, str], int] = {}
+
+    def take(self, kind: Type[M], parse: Callable[[ReadExactly], M], inbox: Inbox) -> M:
+        """The client's next message, parsed by `parse`."""
+        start = len(inbox.heard) - len(inbox.held)
+        try:
+            return parse(inbox.read_exactly)
+        finally:
+            raw = inbox.heard[start:len(inbox.heard) - len(inbox.held)]
+            if kind is Login:
+                raw = raw[:2 + raw[1]] if len(raw) > 1 else raw
+            self.messages.append((monotonic(), kind, raw))
+
+    def sent(self, message: Sent) -> None:
+        self.messages.append((monotonic(), type(message), message))
 
 
 class Outbox(io.BufferedIOBase):
