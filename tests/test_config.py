@@ -21,6 +21,7 @@ SAMPLES = {
     config.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
     config.path: ("/no/such/file", "/no/such/file"),
     config.log_format: ("json", "json"),
+    config.endpoint: ("[::1]:9180", ("::1", 9180)),
 }
 WRONG = {
     bool: ("", "maybe", "2", "y", "yes no"),
@@ -37,6 +38,8 @@ WRONG = {
                          "\u20ac" * 86 + ":x"),
     config.path: ("", "a\0b"),
     config.log_format: ("", "xml", "JSON", "text json"),
+    config.endpoint: ("", "9180", ":9180", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "::1:9180", "[127.0.0.1]:9180",
+                      "[::1]", "host:9180", "127.0.0.1:65536"),
 }
 
 
