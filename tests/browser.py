@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests, driven by chromedriver over HTTP (WebDriver, https://www.w3.org/TR/webdriver2/)."""
+"""A headless Chromium for the tests, driven by chromedriver over HTTP.  https://www.w3.org/TR/webdriver2/"""
 import base64
 import contextlib
 import http.client

@@ -7,11 +7,13 @@ other without a time limit. A worker that has died leaves its requests to the on
 from __future__ import annotations
 
 import array
-import contextlib
 import json
+import logging
 import socket
 from time import monotonic
 from typing import Any, Callable, Dict, Iterable, Iterator, List
+
+log = logging.getLogger(__name__)
 
 ASK_BYTES = 4096
 ANSWER_BYTES = 16 << 20             # of one worker; a session takes some 200
@@ -41,7 +43,7 @@ class Channel:
         return Asked(ours)
 
     def answer(self, answer: Answer, idle: Callable[[], object], every_s: float) -> None:
-        """For a thread of the worker: answer what comes; call idle() every `every_s` seconds. Does not return."""
+        """For a thread of the worker: answer what comes; call idle() every `every_s` seconds. Returns after close()."""
         due = monotonic()
         while True:
             left_s = due - monotonic()
@@ -49,16 +51,23 @@ class Channel:
                 idle()
                 due = monotonic() + every_s
                 continue
-            self._answering.settimeout(left_s)
             try:
+                self._answering.settimeout(left_s)
                 data, extra, _flags, _sender = self._answering.recvmsg(ASK_BYTES, socket.CMSG_LEN(FD_BYTES))
-            except OSError:                     # the time is over, or no descriptor is left
-                continue
+            except OSError:
+                if self._answering.fileno() < 0:            # closed
+                    return
+                continue                        # the time is over
             for sock in received(extra):
-                with sock, contextlib.suppress(OSError):
-                    sock.settimeout(ANSWER_S)
-                    for line in answer(json.loads(data)):
-                        sock.sendall(line + b"\n")
+                with sock:
+                    try:
+                        sock.settimeout(ANSWER_S)
+                        for line in answer(json.loads(data)):
+                            sock.sendall(line + b"\n")
+                    except OSError:             # who asked has left
+                        pass
+                    except Exception:           # costs this answer
+                        log.exception("bug in an answer for the status page")
 
     def close(self) -> None:
         self._asking.close()

@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile = io.BytesIO(self._head())   # so that the base neither waits nor reads more
 
     def _head(self) -> bytes:
-        """The request up to its empty line; what there is of it when its time or size is over."""
+        """The request up to its empty line; b"", which closes the connection, when its time or size is over."""
         head, deadline = b"", monotonic() + HEAD_S
         try:
             while b"\r\n\r\n" not in head and b"\n\n" not in head and len(head) < HEAD_BYTES:
@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             return b""
         self.connection.settimeout(HEAD_S)
-        return head
+        return head if b"\r\n\r\n" in head or b"\n\n" in head else b""
 
     def handle(self) -> None:
         try:
