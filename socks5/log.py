@@ -9,14 +9,12 @@ import copy
 import json
 import logging
 import os
-import re
 import time
 from enum import Enum
-from functools import lru_cache
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from .net.writer import CLOSE_S, PIPE_BUF, Write, Writer, writing_to
-from .protocol.facts import Facts, FactsRecord
+from .protocol.facts import Facts, FactsRecord, positional
 from .protocol.messages import Address
 
 TEXT = "%(asctime)s %(levelname)s %(message)s"
@@ -123,9 +121,9 @@ class TextFormatter(logging.Formatter):
         self.timed = timed
 
     def format(self, record: logging.LogRecord) -> str:
-        text = "%s %s" % (record.levelname, printable(words_of(record)))
-        if self.timed:
-            text = "%s %s" % (self.formatTime(record), text)
+        words = printable(words_of(record))
+        text = "%s %s %s" % (self.formatTime(record), record.levelname, words) if self.timed else \
+            "%s %s" % (record.levelname, words)
         trouble = record.exc_text or record.exc_info and self.formatException(record.exc_info)
         for more in filter(None, (trouble, record.stack_info)):
             text += "".join("\n" + MARK + printable(line) for line in more.split("\n"))
@@ -144,7 +142,7 @@ def words_of(record: logging.LogRecord) -> str:
     """The message. A plain dict of arguments is read like Facts."""
     args = record.args
     if isinstance(args, dict) and args:
-        return str(record.msg) % (args if isinstance(args, Facts) else Facts(args))
+        return (args if isinstance(args, Facts) else Facts(args)).fill(str(record.msg))
     return record.getMessage()
 
 
@@ -170,7 +168,7 @@ class JsonFormatter(logging.Formatter):
         message = str(record.msg)
         if isinstance(record.args, dict):
             said["event"] = message.partition(" ")[0]
-            keys = keys_of(message)
+            keys = positional(message)[1]
             for key in keys:
                 said[key] = plain(record.args.get(key))
             if not keys or "=" not in message:
@@ -181,11 +179,6 @@ class JsonFormatter(logging.Formatter):
             said["traceback"] = record.exc_text or (record.exc_info and self.formatException(record.exc_info))
         line = json.dumps(said)
         return line if len(line) <= self.most_bytes else shortened(said, self.most_bytes)
-
-
-@lru_cache(maxsize=256)
-def keys_of(message: str) -> List[str]:
-    return re.findall(r"%\((\w+)\)", message)
 
 
 def utc(seconds: float) -> str:

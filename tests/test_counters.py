@@ -26,6 +26,19 @@ class Counting(unittest.TestCase):
         numbers += [shared.row(0).number(), rows[1].number()]
         self.assertEqual(sorted(numbers), list(range(1, 9)))
 
+    def test_each_thing_by_itself_and_all_are_cleared_when_a_process_has_died(self):
+        shared = Shared(2)
+        row, other = shared.row(0), shared.row(1)
+        for what in Shared.THINGS:
+            row.of_thing(what).add("192.0.2.1", 3)
+            other.of_thing(what).add("192.0.2.1", 1)
+            self.assertEqual(other.of_thing(what).of("192.0.2.1"), 4)
+        row.number()
+        self.assertEqual(row.clear(), 3)
+        for what in Shared.THINGS:
+            self.assertEqual((other.of_thing(what).live(), other.of_thing(what).of("192.0.2.1")), (1, 1))
+        self.assertEqual(row.number(), 3, "the number goes on")
+
 
 if __name__ == "__main__":
     unittest.main()

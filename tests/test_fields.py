@@ -1,4 +1,5 @@
-"""fields: the parts of a LAYOUT, taken and shown one by one. What messages make of them is in test_wire.py."""
+"""fields: the parts of a Layout, taken and shown one by one. What messages make of them is in test_messages.py."""
+import pickle
 import unittest
 from ipaddress import IPv4Address, IPv6Address
 
@@ -54,6 +55,14 @@ class Hosts(unittest.TestCase):
                 read = BytesReader(packed + b"tail")
                 self.assertEqual(take_address(read, atyp), packed)
                 self.assertEqual((host_of(atyp, packed), read.rest()), (host, b"tail"))
+
+    def test_a_host_is_as_the_one_of_ipaddress(self):
+        for ours, base in ((host_of(1, b"\xc0\0\2\1"), IPv4Address("192.0.2.1")),
+                           (host_of(4, bytes(15) + b"\1"), IPv6Address("::1"))):
+            with self.subTest(base):
+                self.assertEqual((ours, hash(ours), str(ours), "%s" % ours), (base, hash(base), str(base), str(base)))
+                self.assertEqual({base: 1}[ours], 1)
+                self.assertEqual(pickle.loads(pickle.dumps(ours)), base)
 
     def test_an_unknown_kind_is_refused_unread(self):
         for atyp in (0, 2, 5, 255):

@@ -131,7 +131,10 @@ class Standing:
         if before:
             before(self)
         self.tunnel = Tunnel(self.near_client, self.near_remote, early, session=self, **limits)
-        loop.adopt(self.tunnel)
+        if loop_module.MANY and busy.FIRST_TURNS < 100:
+            loop.relay(self.tunnel)
+        else:                           # the calling thread relays it to its end
+            threading.Thread(target=loop.relay, args=(self.tunnel,), daemon=True).start()
 
     def echo(self, data=b"x"):
         for one, other in ((self.client, self.remote), (self.remote, self.client)):
@@ -410,6 +413,25 @@ class PollDriverTest(EveryDriver, LoopTest):
         self.assertIsInstance(self.loop._poller, PollPoller)
 
 
+class FirstMomentsTest(EveryDriver, LoopTest):
+    """In the thread that brings it, as if a tunnel had no later ones."""
+
+    settings = (("SWEEP_S", 0.05), ("FIRST_S", 0.2), ("FIRST_TURNS", 1 << 30), ("new_poll", CountedPoll))
+
+    def setUp(self):
+        super().setUp()
+        self.stack.enter_context(mock.patch.object(splice, "available", False))
+
+    def test_a_short_connection_is_never_registered(self):
+        with mock.patch.object(self.loop._poller, "register") as register, mock.patch.object(busy, "FIRST_S", 60):
+            standing = self.tunnel()
+            standing.echo()
+            standing.client.close()
+            standing.remote.close()
+            self.assertEqual(standing.ended(), ("client", ""))
+        register.assert_not_called()
+
+
 class ThreadDriver(EveryDriver):
     """A thread for each tunnel, from the start to the end."""
 
@@ -522,7 +544,7 @@ class LentTest(LoopTest):
 
     def test_a_bug_in_the_thread_costs_one_tunnel(self):
         other = self.tunnel()
-        with mock.patch.object(loop_module, "relay_alone", side_effect=KeyError("bug")):
+        with mock.patch.object(loop_module, "relay_busy", side_effect=KeyError("bug")):
             standing = self.tunnel()
             send_hashed(standing.remote, 4 * MIB)
             self.assertEqual(standing.ended(), ("server", "a bug of the server"))
@@ -547,7 +569,7 @@ class TrapTest(LoopTest):
         reset(one.client)
         reset(one.remote)                                   # one batch has both
 
-        def adopt_next(tunnel):                             # in the loop's thread, within the same turn
+        def relay_next(tunnel):                             # in the loop's thread, within the same turn
             ended(tunnel)
             if not next_one:
                 for (_far, near), fd in zip(prepared, fds):
@@ -556,7 +578,7 @@ class TrapTest(LoopTest):
                 with mock.patch.object(sys.modules[__name__], "tcp_pair", side_effect=pairs):
                     next_one.append(self.tunnel(b"early"))
         ended, next_one = self.loop._ended, []
-        self.loop._ended = adopt_next
+        self.loop._ended = relay_next
         go.set()
         one.ended()
         wait_until(lambda: next_one, "the next one")
@@ -629,7 +651,7 @@ class TrapTest(LoopTest):
         self.assertEqual(len(self.bugs), 1)
         self.assertRaises(OSError, Standing, self.loop)
 
-    def test_adopt_from_many_threads_with_immediate_ends(self):
+    def test_relay_from_many_threads_with_immediate_ends(self):
         errors = []
 
         def one(number):
@@ -651,7 +673,7 @@ class TrapTest(LoopTest):
             thread.join(PATIENCE_S)
         self.assertEqual((errors, self.bugs, len(self.loop), len(self.ends)), ([], [], 0, 120))
 
-    def test_stop_while_threads_adopt(self):
+    def test_stop_while_threads_bring_tunnels(self):
         """Each tunnel is taken and then ended, or refused: never both, never neither."""
         refused, taken = [], []
 
@@ -673,24 +695,25 @@ class TrapTest(LoopTest):
             standing.ended()
         self.assertEqual((len(self.ends), self.bugs), (len(taken), []))
 
-    def test_adopt_and_watch_after_stop(self):
+    def test_relay_and_watch_after_stop(self):
         self.loop.stop("server stopped")
         near = self.pair()[1]
-        for call in (lambda: self.loop.adopt(Tunnel(near, near)), lambda: self.loop.watch(near, self.fail)):
+        for call in (lambda: self.loop.relay(Tunnel(near, near)), lambda: self.loop.watch(near, self.fail)):
             with self.assertRaises(OSError) as caught:
                 call()
             self.assertEqual(caught.exception.errno, errno.ECANCELED)
         self.assertGreater(near.fileno(), -1)
         self.loop.stop("again")
 
-    def test_adopt_of_what_cannot_be_registered(self):
-        standing = self.tunnel()
-        one, other = self.pair()[1], self.pair()[1]
-        other.close()
-        for pair in ((one, other), (other, one)):
-            self.assertRaises(OSError, self.loop.adopt, Tunnel(*pair))
-        self.assertEqual((len(self.loop), len(self.loop._watched)), (1, 3))
-        standing.echo()
+    def test_what_cannot_be_registered_ends(self):
+        other = self.tunnel()
+        for at in (1, 2):
+            full = [None] * (at - 1) + [OSError(errno.ENOSPC, "no more")]
+            with self.subTest(at), mock.patch.object(self.loop._poller, "register", side_effect=full), \
+                    mock.patch.object(self.loop._poller, "unregister"):
+                self.assertEqual(self.tunnel().ended(), ("server", "no more"))
+            self.assertEqual((len(self.loop), len(self.loop._watched)), (1, 3))
+        other.echo()
 
     def test_stop_of_a_loop_that_never_ran_and_in_its_own_thread(self):
         unstarted = Loop(self.tunnel_ended, self.fail)
@@ -711,7 +734,7 @@ class TrapTest(LoopTest):
         child = os.fork()
         if not child:
             try:
-                for call in (lambda: self.loop.adopt(Tunnel(near, near)), lambda: self.loop.watch(near, print)):
+                for call in (lambda: self.loop.relay(Tunnel(near, near)), lambda: self.loop.watch(near, print)):
                     with contextlib.suppress(OSError):
                         call()
                         os._exit(1)
@@ -771,7 +794,7 @@ class TrapTest(LoopTest):
                 self.addCleanup(sock.close)                 # later: its event would make the loop forget the tunnel
             end(standing)
             del standing
-        wait_until(lambda: [ref() for ref in left] == [None] * 3, "nothing holds them")
+            wait_until(lambda: left[-1]() is None, "nothing holds it")
 
     def test_an_idle_tunnel_costs_little(self):
         count = 150
@@ -781,7 +804,7 @@ class TrapTest(LoopTest):
         self.addCleanup(tracemalloc.stop)
         before = tracemalloc.get_traced_memory()[0]
         for (client, near_client), (remote, near_remote) in pairs:
-            self.loop.adopt(Tunnel(near_client, near_remote, idle_s=60))
+            self.loop.relay(Tunnel(near_client, near_remote, idle_s=60))
             client.sendall(NOISE[:5000])
             self.assertEqual(len(read_exactly(remote, 5000)), 5000)
         used = tracemalloc.get_traced_memory()[0] - before

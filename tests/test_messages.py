@@ -1,5 +1,4 @@
 """wire.py: every message whole, cut at every byte and with a tail; never a byte too many; garbage raises our errors."""
-import dataclasses
 import random
 import unittest
 from ipaddress import IPv4Address, IPv6Address
@@ -8,7 +7,7 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProtocolError, RequestRefused, SocksError
 from socks5.protocol.fields import BytesReader, dissect, split, text
 from socks5.protocol.messages import (
-    UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection)
+    LAYOUTS, MOST_BYTES, UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection, whole)
 
 V4 = Address(IPv4Address("127.0.0.1"), 443)
 V6 = Address(IPv6Address("2001:db8::1"), 65535)
@@ -106,14 +105,35 @@ class Messages(unittest.TestCase):
         self.assertEqual([type(message).parse(read) for message in messages], messages)
         self.assertEqual(read.rest(), b"")
 
+    def test_whole_is_one_message_and_the_same_object_for_the_same_bytes(self):
+        for name, hexed, message in CASES:
+            raw = bytes.fromhex(hexed)
+            with self.subTest(name):
+                self.assertEqual(whole(type(message), raw), message)
+                self.assertIs(whole(type(message), raw), whole(type(message), bytes(bytearray(raw))))
+                self.assertRaises(EOFError, whole, type(message), raw + b"x")
+                self.assertRaises(EOFError, whole, type(message), raw[:-1])
+
+    def test_what_is_remembered_is_bounded_and_refused_each_time(self):
+        for number in range(10000):
+            whole(Request, b"\x05\x01\x00\x01\x7f\x00\x00\x01" + number.to_bytes(2, "big"))
+        self.assertLessEqual(whole.cache_info().currsize, 4096)
+        for _ in range(2):
+            self.assertRaises(ProtocolError, whole, Greeting, b"\x04\x01\x00")
+            self.assertRaises(RequestRefused, whole, Request, b"\x05\x09\x00\x01" + bytes(6))
+
+    def test_the_longest_greeting_and_request_may_be_remembered(self):
+        longest = [len(message.pack()) for message in (Greeting(bytes(255)), Request(Cmd.CONNECT, LONG))]
+        self.assertEqual(max(longest), MOST_BYTES)
+
     def test_facts_cannot_be_changed(self):
         for name, _, message in CASES + [("datagram", "", Datagram(V4, b""))]:
-            for field in dataclasses.fields(message):
-                with self.subTest(name, field=field.name):
-                    self.assertRaises(dataclasses.FrozenInstanceError, setattr, message, field.name, None)
+            for field in message._fields:
+                with self.subTest(name, field=field):
+                    self.assertRaises(AttributeError, setattr, message, field, None)
 
     def test_equal_facts_are_one_key(self):
-        self.assertEqual(len({message for _, _, message in CASES for _ in range(2)}), len(CASES))
+        self.assertEqual(len({(type(message), message) for _, _, message in CASES for _ in range(2)}), len(CASES))
 
 
 class Datagrams(unittest.TestCase):
@@ -130,7 +150,7 @@ class Datagrams(unittest.TestCase):
                 with self.subTest(name, cut=cut):
                     self.assertRaises(EOFError, Datagram.parse, raw[:cut])
             with self.subTest(name, cut="behind the header"):
-                self.assertEqual(Datagram.parse(raw[:header_bytes]), dataclasses.replace(message, data=b""))
+                self.assertEqual(Datagram.parse(raw[:header_bytes]), message._replace(data=b""))
 
     def test_the_largest_payload_that_udp_over_ipv4_carries(self):
         data = bytes(65507 - 10)
@@ -273,9 +293,9 @@ class Secrets(unittest.TestCase):
                 self.assertNotIn("s3cret", shown)
 
     def test_neither_the_password_nor_its_length_is_in_words(self):
-        secret = [field.name for field in Login.LAYOUT if field.secret]
+        secret = [field.name for field in LAYOUTS[Login] if field.secret]
         self.assertEqual(secret, ["PLEN", "PASSWD"])
-        for field, _, words in dissect(Login.LAYOUT, Login(b"alice", b"s3cret").pack()):
+        for field, _, words in dissect(LAYOUTS[Login], Login(b"alice", b"s3cret").pack()):
             with self.subTest(field.name):
                 self.assertNotIn("s3cret", words)
 
@@ -283,7 +303,7 @@ class Secrets(unittest.TestCase):
         for kind in STREAMED + (Datagram,):
             if kind is not Login:
                 with self.subTest(kind.__name__):
-                    self.assertFalse([field.name for field in kind.LAYOUT if field.secret])
+                    self.assertFalse([field.name for field in LAYOUTS[kind] if field.secret])
 
 
 class Dissect(unittest.TestCase):
@@ -292,16 +312,16 @@ class Dissect(unittest.TestCase):
     def test_the_fields_are_the_message(self):
         for name, hexed, message in CASES:
             with self.subTest(name):
-                pieces = list(dissect(message.LAYOUT, message.pack()))
+                pieces = list(dissect(LAYOUTS[type(message)], message.pack()))
                 self.assertEqual(b"".join(raw for _, raw, _ in pieces), bytes.fromhex(hexed))
-                self.assertEqual(tuple(field for field, _, _ in pieces), message.LAYOUT)
+                self.assertEqual(tuple(field for field, _, _ in pieces), LAYOUTS[type(message)])
                 self.assertEqual({field.name: raw for field, raw, _ in pieces},
-                                 split(message.LAYOUT, BytesReader(message.pack())))
+                                 split(LAYOUTS[type(message)], BytesReader(message.pack())))
 
     def test_the_fields_are_a_datagrams_header(self):
         for name, header, _, message in DATAGRAMS:
             with self.subTest(name):
-                shown = b"".join(raw for _, raw, _ in dissect(Datagram.LAYOUT, message.pack()))
+                shown = b"".join(raw for _, raw, _ in dissect(LAYOUTS[Datagram], message.pack()))
                 self.assertEqual(shown, bytes.fromhex(header))
 
     def test_names_and_sizes_are_the_rfcs(self):
@@ -311,12 +331,12 @@ class Dissect(unittest.TestCase):
                             (Reply, "VER REP RSV ATYP BND.ADDR BND.PORT"),
                             (Datagram, "RSV FRAG ATYP DST.ADDR DST.PORT")):
             with self.subTest(kind.__name__):
-                self.assertEqual([field.name for field in kind.LAYOUT], names.split())
+                self.assertEqual([field.name for field in LAYOUTS[kind]], names.split())
         for name, message, sizes in (("IPv4", Request(Cmd.CONNECT, V4), [1, 1, 1, 1, 4, 2]),
                                      ("IPv6", Reply(Rep.SUCCEEDED, V6), [1, 1, 1, 1, 16, 2]),
                                      ("name", Datagram(NAME, b"data"), [2, 1, 1, 12, 2])):
             with self.subTest(name):
-                self.assertEqual([len(raw) for _, raw, _ in dissect(message.LAYOUT, message.pack())], sizes)
+                self.assertEqual([len(raw) for _, raw, _ in dissect(LAYOUTS[type(message)], message.pack())], sizes)
 
     def test_words(self):
         for message, expected in (
@@ -341,7 +361,7 @@ class Dissect(unittest.TestCase):
                 (Datagram(V4, b"", 0), {"FRAG": "stands alone", "RSV": "reserved"}),
                 (Datagram(V4, b"", 3), {"FRAG": "fragment 3"}),
                 (Datagram(V4, b"", 0x83), {"FRAG": "fragment 3, the last of its sequence"})):
-            words = {field.name: words for field, _, words in dissect(message.LAYOUT, message.pack())}
+            words = {field.name: words for field, _, words in dissect(LAYOUTS[type(message)], message.pack())}
             for name in expected:
                 with self.subTest(type(message).__name__, field=name):
                     self.assertEqual(words[name], expected[name])
@@ -349,28 +369,28 @@ class Dissect(unittest.TestCase):
     def test_a_cut_message_shows_the_fields_that_are_whole(self):
         for name, hexed, message in CASES:
             raw = bytes.fromhex(hexed)
-            whole = [piece for _, piece, _ in dissect(message.LAYOUT, raw)]
+            whole = [piece for _, piece, _ in dissect(LAYOUTS[type(message)], raw)]
             for cut in range(len(raw)):
                 with self.subTest(name, cut=cut):
-                    pieces = [piece for _, piece, _ in dissect(message.LAYOUT, raw[:cut])]
+                    pieces = [piece for _, piece, _ in dissect(LAYOUTS[type(message)], raw[:cut])]
                     self.assertEqual(pieces, whole[:len(pieces)])
                     self.assertLessEqual(sum(map(len, pieces)), cut)
                     self.assertGreater(sum(map(len, whole[:len(pieces) + 1])), cut, "a whole field is not shown")
 
     def test_a_wrong_version_and_an_unknown_cmd_are_shown_as_they_came(self):
         came = b"\x04\x09\x00" + V4.pack()
-        shown = [(field.name, raw, words) for field, raw, words in dissect(Request.LAYOUT, came)]
+        shown = [(field.name, raw, words) for field, raw, words in dissect(LAYOUTS[Request], came)]
         self.assertEqual(shown[:2], [("VER", b"\x04", "SOCKS version 4"), ("CMD", b"\x09", "unassigned")])
         self.assertEqual(b"".join(raw for _, raw, _ in shown), came)
 
     def test_an_unknown_atyp_is_the_last_thing_shown(self):
-        shown = [(field.name, words) for field, _, words in dissect(Request.LAYOUT, b"\x05\x01\x00\x02" + bytes(9))]
+        shown = [(field.name, words) for field, _, words in dissect(LAYOUTS[Request], b"\x05\x01\x00\x02" + bytes(9))]
         self.assertEqual(shown[-1], ("ATYP", "unassigned"))
 
     def test_a_tail_is_not_shown(self):
         for name, hexed, message in CASES:
             with self.subTest(name):
-                shown = b"".join(raw for _, raw, _ in dissect(message.LAYOUT, message.pack() + b"tail"))
+                shown = b"".join(raw for _, raw, _ in dissect(LAYOUTS[type(message)], message.pack() + b"tail"))
                 self.assertEqual(shown, bytes.fromhex(hexed))
 
 
@@ -428,14 +448,14 @@ class Garbage(unittest.TestCase):
         try:
             packed = message.pack()
         except ValueError:                      # an empty name: parsed for the resolver to refuse, never sent by us
-            self.assertIn(b"", [value.host for value in vars(message).values() if isinstance(value, Address)], came)
+            self.assertIn(b"", [value.host for value in message if isinstance(value, Address)], came)
             return
         reserved = {Request: [2], Reply: [2], Datagram: [0, 1]}.get(kind, [])
         self.assertEqual(packed, bytes(0 if at in reserved else byte for at, byte in enumerate(came)), kind)
 
     def check_dissected(self, kind, data):
         shown = b""
-        for _, raw, words in dissect(kind.LAYOUT, data):
+        for _, raw, words in dissect(LAYOUTS[kind], data):
             shown += raw
             self.assertTrue(words.isprintable() and words.isascii(), (kind, data, words))
         self.assertTrue(data.startswith(shown), (kind, data, shown))

@@ -385,6 +385,22 @@ class Serving(Case):
             with self.subTest(name):
                 self.assertEqual(self.refusal(server, Cmd.CONNECT, host, port), (Rep.NOT_ALLOWED, why))
 
+    def test_what_was_allowed_is_remembered_within_bounds_and_until_a_reload(self):
+        destination = self.enter(target())
+        server = self.serve("allow")
+        with mock.patch.object(type(server.rules), "foresee", side_effect=AssertionError("a name")):
+            for _ in range(2):
+                connect_through(server.server_address, *destination).close()
+        self.assertEqual(list(server.rules.known.values()), [[ip_address("127.0.0.1")]])
+        for number in range(10000):
+            server.rules.known.put(number, [])
+        self.assertLessEqual(len(server.rules.known), 4096)
+        connect_through(server.server_address, *destination).close()
+        self.write("deny to 127.0.0.1", "allow")
+        self.assertTrue(server.reload())
+        self.assertEqual(self.refusal(server, Cmd.CONNECT, *destination),
+                         (Rep.NOT_ALLOWED, "'127.0.0.1 denied by F:1'"))
+
     def test_no_name_is_looked_up_for_who_may_not_reach_it(self):
         server = self.serve("deny to .invalid", "allow to any")
         with mock.patch("socks5.net.lookups.Names.resolve", side_effect=AssertionError("was looked up")):

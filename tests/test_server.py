@@ -261,6 +261,24 @@ class RunningOut(unittest.TestCase):
         self.assertEqual(len(logs.output), 1)
         self.assertRegex(logs.output[0], r"refused client=127\.0\.0\.3:\d+ why='max-sessions 2 reached'$")
 
+    def test_associations_leave_descriptors_to_others(self):
+        """Each may take six descriptors, and here all do; `ulimit -n 64` carries 16 times two."""
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(spawned(*ALONE, preexec_fn=limited(64, 64)))
+
+            def asked(cmd, source, host="127.0.0.1", port=0):
+                sock = dial(server.port, source=source)
+                support.negotiate(sock)
+                rep = support.ask(sock, cmd, host, port).rep
+                (stack.callback if rep == Rep.SUCCEEDED else lambda close: close())(sock.close)
+                return rep
+
+            self.assertEqual([asked(Cmd.UDP_ASSOCIATE, "127.0.0.1") for _ in range(5)],
+                             [Rep.SUCCEEDED] * 4 + [Rep.GENERAL_FAILURE])
+            server.wait_line("rep=GENERAL_FAILURE .*why='max-sessions 16 reached'")
+            self.assertEqual(asked(Cmd.UDP_ASSOCIATE, "127.0.0.2"), Rep.SUCCEEDED)
+            self.assertEqual(asked(Cmd.CONNECT, "127.0.0.3", *stack.enter_context(target())), Rep.SUCCEEDED)
+
     def test_threads(self):
         """While no thread can be started, a client who needs one is closed, and nobody else."""
         with contextlib.ExitStack() as stack:

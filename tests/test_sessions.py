@@ -86,7 +86,7 @@ class Limits(Case):
         """One address holds all that it can get: nine tenths, and one session at the least is left to others."""
         for name, limits, taken, left in [
                 ("100", dict(maximum=100), 90, 10), ("of this process", dict(maximum_here=100), 90, 10),
-                ("both", dict(maximum=100, maximum_here=50), 50, 0), ("40", dict(maximum=40), 36, 4),
+                ("both", dict(maximum=100, maximum_here=50), 45, 5), ("40", dict(maximum=40), 36, 4),
                 ("10", dict(maximum=10), 9, 1), ("5", dict(maximum=5), 4, 1), ("2", dict(maximum=2), 1, 1),
                 ("1", dict(maximum=1), 1, 0)]:
             with self.subTest(name):
@@ -120,16 +120,28 @@ class Limits(Case):
         self.assertRaisesRegex(Full, "reached by 2001:db8::/64", self.admit, live, "2001:db8::2", net)
 
     def test_a_session_that_grows(self):
-        live = Sessions(10)
+        """Its weight is of this process's descriptors, and it stays one session."""
+        live = Sessions(12, maximum_here=20)
         session, = self.admitted(live, 1)
-        live.grow(session, 5)
-        self.assertEqual((live._counts.of(session.origin), live._counts.live(), len(live)), (5, 5, 1))
-        self.assertEqual(len(self.admitted(live, 9)), 4, "with it, nine tenths are taken")
-        self.assertRaisesRegex(Full, "^max-sessions 10 reached$", live.grow, session, 6)
-        live.grow(session, 2)
-        self.assertEqual(len(self.admitted(live, 9)), 3)
-        live.remove(session)
-        self.assertEqual((live._counts.of(session.origin), live._counts.live()), (7, 7))
+        live.grow(session, 9)
+        self.assertEqual((live._counts.of(session.origin), live._counts.live(), len(live)), (1, 1, 1))
+        self.assertEqual(len(self.admitted(live, 20)), 8, "and three places are left to a newcomer")
+        self.assertRaisesRegex(Full, "^max-sessions 12 reached$", live.grow, session, 10)
+        newcomer, = self.admitted(live, 1, "192.0.2.2")
+        live.grow(newcomer, sessions.HEAVIEST)
+        self.assertRaises(Full, self.admit, live, "192.0.2.3")
+        live.grow(session, 8)
+        self.admit(live, "192.0.2.3")
+        self.assertRaises(Full, self.admit, live, "192.0.2.3")
+
+    def test_a_session_that_grows_takes_the_places_of_silent_ones(self):
+        live = Sessions(maximum_here=20)
+        session, = self.admitted(live, 1)
+        silent = [self.admit(live, "192.0.2.%d" % number) for number in range(2, 21)]
+        self.assertRaises(Full, live.grow, session, 3)
+        self.now += 5
+        live.grow(session, 3)
+        self.assertEqual([self.shut(one) for one in silent], [True] * 2 + [False] * 17)
 
 
 class Eviction(Case):
@@ -216,9 +228,11 @@ class Eviction(Case):
         self.assertTrue(len(live))
         for session in live:
             self.assertEqual([live.remove(session), live.remove(session)], [True, False])
-        table = live._counts._shared.table
-        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving, live._weight),
+        table = live._counts._table
+        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving, live._weights.live()),
                          (0, 0, 0, 0, 0))
+        for waiting in (live._silent, live._greeted):
+            self.assertEqual((waiting._of, waiting._by_number, waiting._most), ({}, {}, 0))
 
 
 class Deadline(Case):

@@ -1,8 +1,11 @@
 """Fair shares: the last tenth is for those that hold little."""
+import random
 import threading
 import unittest
+from collections import Counter
 
-from socks5.net.shares import ANY_PORT, Ports, Share, Tally
+from socks5.net.shares import ANY_PORT, ByOwner, Ports, Share, Tally
+from socks5.server.counters import Shared
 
 
 def taken(share, owner, number=1):
@@ -63,6 +66,35 @@ class ShareTest(unittest.TestCase):
         self.assertGreaterEqual(sum(counts), 900)
 
 
+class ByOwnerTest(unittest.TestCase):
+    def test_against_a_slow_one(self):
+        rng = random.Random(1)
+        for _ in range(20):
+            quick, slow = ByOwner(), {}
+            for number in range(300):
+                owner = "owner %d" % rng.randrange(1, 9)
+                mine = [thing for thing, whose in slow.items() if whose == owner]
+                if rng.random() < 0.5:
+                    quick.add(owner, number)
+                    slow[number] = owner
+                elif mine:
+                    thing = rng.choice(mine)
+                    quick.discard(owner, thing)
+                    del slow[thing]
+                else:
+                    quick.discard(owner, number)                # is not there: nothing happens
+                self.assertEqual(quick.oldest(owner), next((n for n, whose in slow.items() if whose == owner), None))
+                found, counts = quick.oldest(), Counter(slow.values())
+                if not slow:
+                    self.assertIsNone(found)
+                    continue
+                self.assertEqual(counts[slow[found]], max(counts.values()))
+                self.assertEqual(found, min(n for n, whose in slow.items() if whose == slow[found]))
+            for thing, owner in slow.items():
+                quick.discard(owner, thing)
+            self.assertEqual((quick._of, quick._by_number, quick._most, quick.oldest()), ({}, {}, 0, None))
+
+
 class PortsTest(unittest.TestCase):
     def test_any_port_is_never_scarce(self):
         self.assertTrue(all(ANY_PORT.take("one", 4) for _ in range(1000)))
@@ -78,6 +110,16 @@ class PortsTest(unittest.TestCase):
         ports.give_back("newcomer", 4)
         self.assertEqual([ports.take("late", version) for version in (4, 6)], [True, False])
         self.assertEqual((sorted(ports), str(ports)), (list(range(5000, 5010)), "ports 5000-5009"))
+
+    def test_over_all_processes_until_one_dies(self):
+        shared = Shared(2)
+        rows = [shared.row(0), shared.row(1)]
+        here, there = (Ports((5000, 5009), 1, lambda ip, row=row: row.of_thing("udp-ports %d" % ip)) for row in rows)
+        self.assertEqual([taken(ports._shares[4], "greedy") for ports in (here, there)], [9, 0])
+        self.assertTrue(there.take("greedy", 6), "IPv6 has ports of its own")
+        self.assertTrue(there.take("newcomer", 4))
+        rows[0].clear()
+        self.assertEqual((taken(there._shares[4], "greedy"), rows[1].of_thing("udp-ports 4").of("newcomer")), (8, 1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """supervisor.py and alone.py: real processes, one or several on the same listeners, and real signals."""
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -186,6 +187,25 @@ class Processes(unittest.TestCase):
                 other.sendall(ANYBODY)
                 self.assertEqual(reader_of(other)(2), b"\x05\x00")
 
+    def test_one_address_cannot_take_the_ports_of_all_until_a_worker_dies(self):
+        low = free_ports(10)
+        quick = "from socks5.process import supervisor\nsupervisor.RESTART_MOST_S = 0.1"
+        with script(quick) as command, self.crew("--bind-ports", "%d-%d" % (low, low + 9), "--udp-ports",
+                                                 "%d-%d" % (low, low + 9), count=2, script=command) as (server, _pids):
+            for turn in range(2):
+                with contextlib.ExitStack() as stack:
+                    def asked(cmd, source="127.0.0.1"):
+                        sock = stack.enter_context(dial(server.port, source=source))
+                        negotiate(sock)
+                        return ask(sock, cmd, "127.0.0.1", 0).rep
+
+                    for cmd, share in ((Cmd.BIND, 9), (Cmd.UDP_ASSOCIATE, 4)):
+                        with self.subTest(cmd.name, turn=turn):
+                            self.assertEqual([asked(cmd) for _ in range(share + 2)].count(Rep.SUCCEEDED), share)
+                            self.assertEqual([asked(cmd, "127.0.0.%d" % number) for number in (2, 3)],
+                                             [Rep.SUCCEEDED, Rep.GENERAL_FAILURE])
+                    self.replace_all(server)
+
     def test_sigterm_drains_and_a_tunnel_may_finish(self):
         with target() as echo, self.crew("--drain-timeout", "20") as (server, _pids):
             with connect_through(server.port, *echo) as tunnel:
@@ -232,6 +252,17 @@ class Processes(unittest.TestCase):
         with self.crew() as (server, _pids):
             server.signal(signal.SIGHUP)
             wait_until(lambda: sum("INFO reloaded " in line for line in server.log) == 3, "three lines")
+
+
+def free_ports(number):
+    """The first of so many ports, below those that the kernel gives to sockets without a port."""
+    while True:
+        low = random.randrange(20000, 30000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(low, low + number):
+                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                    stack.enter_context(socket.socket(socket.AF_INET, kind)).bind(("", port))
+            return low
 
 
 def links(pid):

@@ -20,7 +20,7 @@ from socks5.protocol.trace import DOWN, UP, Story, Trace
 from socks5.protocol.fields import BytesReader
 from socks5.server import tracing
 from socks5.protocol.facts import Facts
-from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
+from socks5.protocol.messages import LAYOUTS, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, need, read_to_end, run_cli, running, spawned,
                            target, wait_until)
 
@@ -75,7 +75,7 @@ class Shown(unittest.TestCase):
                 self.assertIn(way, blocks[0].split("\n")[0])
                 self.assertRegex(blocks[0].split("\n")[0], r"%s.*\(RFC 19\d\d section \d\)$" % type(message).__name__)
                 shown = rows(blocks[0])
-                self.assertEqual([name for name, _ in shown], [field.name for field in type(message).LAYOUT])
+                self.assertEqual([name for name, _ in shown], [field.name for field in LAYOUTS[type(message)]])
                 if not isinstance(message, Login):
                     self.assertEqual(bytes.fromhex("".join(digits for _, digits in shown)), message.pack())
 

@@ -130,6 +130,16 @@ class Rule:
         return self == Rule(False, self.where, self.line, anywhere=self.anywhere)
 
 
+class Known(Dict[object, List[IP]]):
+    """What these rules have allowed, by client, user and destination: any key will do. Bounded: a full one begins anew,
+    so that putting takes the same time whatever is asked for."""
+
+    def put(self, key: object, addresses: List[IP]) -> None:
+        if len(self) >= VERDICTS:
+            self.clear()
+        self[key] = addresses
+
+
 @dataclass(frozen=True)
 class Rules:
     """The rules in force. Never changes: a reload makes new Rules. Raises ConfigError with file:line."""
@@ -137,6 +147,7 @@ class Rules:
     config: Config
     path: str = field(init=False)
     rules: Tuple[Rule, ...] = field(init=False)
+    known: Known = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         path = self.config.rules
@@ -144,6 +155,7 @@ class Rules:
         object.__setattr__(self, "path", path or "default rules")
         object.__setattr__(self, "rules", tuple(parse_lines(lines, self.path)))
         object.__setattr__(self, "judge", lru_cache(VERDICTS)(self.judge))
+        object.__setattr__(self, "known", Known())
         opener = self.opener()
         if path and opener and not self.config.open:
             raise ConfigError("%s: lets in everybody who reaches %s; add 'from CIDR' or 'user NAME' to this rule, or "
@@ -151,10 +163,10 @@ class Rules:
 
     def __getstate__(self) -> Dict[str, object]:
         """For another process: without what is remembered."""
-        return {name: value for name, value in vars(self).items() if name != "judge"}
+        return {name: value for name, value in vars(self).items() if name not in ("judge", "known")}
 
     def __setstate__(self, state: Dict[str, object]) -> None:
-        vars(self).update(state, judge=lru_cache(VERDICTS)(self.judge))
+        vars(self).update(state, judge=lru_cache(VERDICTS)(self.judge), known=Known())
 
     def __len__(self) -> int:
         return len(self.rules)

@@ -15,7 +15,7 @@ from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.poller import WRITE, SelectPoll, new_poll
-from ..net.addresses import family_of, IP, text_of
+from ..net.addresses import IP, family_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: saves a system call
@@ -30,8 +30,32 @@ def connect(addresses: Sequence[IP], port: int, timeout_s: float,
     The time limit for all addresses together is timeout_s (0: none). Raises RequestRefused with the REP of the most
     specific failure, or ConnectionResetError if `client` resets its connection.
     """
-    with _Race(port, timeout_s, client) as race:
-        return race.run(interleave(addresses))
+    began, first, *others = monotonic(), *interleave(addresses)
+    sock, error = dial(first, port)
+    if sock and not error:                              # nearly always, where it is near
+        return sock, first
+    with _Race(port, timeout_s, client, began) as race:
+        race.note(first, sock, error)
+        return race.run(others)
+
+
+def dial(address: IP, port: int) -> Tuple[Optional[socket.socket], int]:
+    """Start to connect. Returns a non-blocking socket, and the errno: 0 if it is connected at once, as on loopback, one
+    of IN_PROGRESS if it may be soon; without a socket, why it failed."""
+    try:
+        sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
+    except OSError as exc:                              # out of descriptors, or unknown address family
+        return None, exc.errno or errno.EIO
+    if not NONBLOCK:
+        sock.setblocking(False)
+    target = str(address), port
+    error = sock.connect_ex(target)
+    if error == errno.EINPROGRESS and NONBLOCK:         # loopback has answered by now: a second call on Linux tells,
+        error = sock.connect_ex(target)                 # and costs less than poll()
+    if not error or error in IN_PROGRESS:
+        return sock, error
+    sock.close()
+    return None, error
 
 
 def interleave(addresses: Sequence[IP]) -> List[IP]:
@@ -47,11 +71,12 @@ def interleave(addresses: Sequence[IP]) -> List[IP]:
 class _Race:
     """The pending attempts to connect, and the failures of the others."""
 
-    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket]) -> None:
+    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket], began: float) -> None:
         self.port = port
         self.client = client
-        self.began = monotonic()
-        self.deadline = self.began + timeout_s if timeout_s else float("inf")
+        self.began = began
+        self.next_start = began                         # of an attempt
+        self.deadline = began + timeout_s if timeout_s else float("inf")
         self.pending: Dict[int, Tuple[socket.socket, IP]] = {}
         self.failures: List[Tuple[OSError, str]] = []
         self.poll: Union[select.poll, SelectPoll, None] = None      # made for the first pending attempt
@@ -64,15 +89,10 @@ class _Race:
             sock.close()
 
     def run(self, addresses: Sequence[IP]) -> Connected:
+        """Wait for the attempts that are noted, and start others."""
         waiting: Deque[IP] = deque(addresses)
         while waiting or self.pending:
-            known = len(self.failures)
-            if waiting:
-                winner = self.start(waiting.popleft())
-                if winner:
-                    return winner
-            delay_s = ATTEMPT_DELAY_S if len(self.failures) == known else 0.0       # it failed immediately
-            next_start = monotonic() + delay_s if waiting else float("inf")
+            next_start = self.next_start if waiting else float("inf")
             while self.pending:
                 winner, failed = self.wait(min(next_start, self.deadline))
                 if winner:
@@ -82,34 +102,27 @@ class _Race:
                     raise self.refusal(OSError(errno.ETIMEDOUT, ""))
                 if waiting and (failed or now >= next_start):
                     break
+            if waiting:
+                address = waiting.popleft()
+                sock, error = dial(address, self.port)
+                if sock and not error:
+                    return sock, address
+                self.note(address, sock, error)
         raise self.refusal()
 
-    def start(self, address: IP) -> Optional[Connected]:
-        """Start one attempt. Returns the socket if it is connected immediately, as on loopback."""
-        try:
-            sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
-        except OSError as exc:                          # out of descriptors, or unknown address family
-            self.failed(address, exc)
-            return None
-        if not NONBLOCK:
-            sock.setblocking(False)
-        target = text_of(address), self.port
-        error = sock.connect_ex(target)
-        if error == errno.EINPROGRESS and NONBLOCK:     # loopback has answered by now: a second call on Linux tells,
-            error = sock.connect_ex(target)             # and costs less than poll()
-        if not error:
-            return sock, address
-        if error not in IN_PROGRESS:
-            sock.close()
+    def note(self, address: IP, sock: Optional[socket.socket], error: int) -> None:
+        """Take over what dial() has started, or remember why it failed."""
+        if sock is None:
             self.failed(address, OSError(error, os.strerror(error)))
-            return None
+            self.next_start = monotonic()
+            return
         if self.poll is None:
             self.poll = new_poll()
             if self.client is not None:                 # no events: poll() always reports a reset, but not a FIN,
                 self.poll.register(self.client.fileno(), 0)     # which may be a half-close
         self.pending[sock.fileno()] = sock, address
         self.poll.register(sock.fileno(), WRITE)
-        return None
+        self.next_start = monotonic() + ATTEMPT_DELAY_S
 
     def wait(self, until: float) -> Tuple[Optional[Connected], bool]:
         """Wait for an attempt to connect or fail, at most `until`. Returns the connection and whether one failed."""

@@ -11,7 +11,7 @@ import os
 import socket
 import struct
 import sys
-from queue import Empty, SimpleQueue
+from threading import Condition
 from typing import Any, Counter, Iterable, List, Optional, Sequence, Tuple
 
 from ..protocol.errors import name_of
@@ -38,23 +38,23 @@ class Buffers:
     def __init__(self, size: int, most: int = max(4, min(os.cpu_count() or 1, 32))) -> None:
         self.size = size
         self.most = most
-        self._free: "SimpleQueue[Optional[Buffer]]" = SimpleQueue()
-        for _ in range(most):
-            self._free.put(None)                        # allocated when it is first needed
+        self._free: List[Optional[Buffer]] = [None] * most      # None: allocated when it is first needed
+        self._returned = Condition()
 
     def take(self) -> Buffer:
-        try:
-            free = self._free.get(timeout=BUFFER_WAIT_S)
-        except Empty:                                   # others are stuck: a trace to a full pipe, a fork amid a burst
-            free = None
+        with self._returned:
+            # If none comes, others are stuck: a trace to a full pipe, a fork amid a burst.
+            free = self._free.pop() if self._returned.wait_for(lambda: self._free, BUFFER_WAIT_S) else None
         if free:
             return free
         buffer = bytearray(self.size)
         return buffer, memoryview(buffer)
 
     def give_back(self, buffer: Buffer) -> None:
-        if self._free.qsize() < self.most:
-            self._free.put(buffer)
+        with self._returned:
+            if len(self._free) < self.most:
+                self._free.append(buffer)
+                self._returned.notify()
 
 
 def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = ()) -> socket.socket:

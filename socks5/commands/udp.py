@@ -17,7 +17,7 @@ from collections import Counter
 from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple, TypeVar
 
-from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, subscriber, text_of
+from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, subscriber
 from ..net.lookups import Busy, Names, Waiting
 from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
@@ -66,7 +66,7 @@ class Association:
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
                  rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None) -> None:
         self.control = control
-        self.client = text_of(client)
+        self.client = str(client)
         self.owner = subscriber(client)
         self.ports = ports
         self.names = names
@@ -103,7 +103,7 @@ class Association:
         try:
             for version in set(versions):
                 self._take(version, versions.count(version))
-            inside = bound(family_of(here), text_of(here), self.ports, sockaddr[2:] if here.version == 6 else ())
+            inside = bound(family_of(here), str(here), self.ports, sockaddr[2:] if here.version == 6 else ())
             for family in families:
                 self._open_toward(family)
             return inside
@@ -337,7 +337,7 @@ class Association:
                 reason = "not allowed"
                 continue
             try:
-                route = self._socket_toward(address), (text_of(address), port)
+                route = self._socket_toward(address), (str(address), port)
                 route[0].sendto(datagram.data, route[1])
             except OSError as exc:
                 reason = name_of(exc)

@@ -9,6 +9,8 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import NamedTuple, Sequence, Tuple, Union
 
+from ..protocol.fields import IPv4, IPv6
+
 IP = Union[IPv4Address, IPv6Address]
 Sockaddr = Tuple[Union[str, int], ...]
 
@@ -21,12 +23,13 @@ class Endpoint(NamedTuple):
 
     def __str__(self) -> str:
         """192.0.2.1:80 or [2001:db8::1]:80"""
-        return ("%s:%d" if self.ip.version == 4 else "[%s]:%d") % (text_of(self.ip), self.port)
+        return ("%s:%d" if isinstance(self.ip, IPv4Address) else "[%s]:%d") % (self.ip, self.port)
 
 
 def unmapped(address: IP) -> IP:
     """The IPv4 address inside an IPv4-mapped one, else the address itself.             RFC 4291 §2.5.5.2"""
-    return getattr(address, "ipv4_mapped", None) or address
+    mapped = isinstance(address, IPv6Address) and address.ipv4_mapped
+    return IPv4(int(mapped)) if mapped else address
 
 
 def endpoint_of(sockaddr: Sockaddr) -> Endpoint:
@@ -42,7 +45,8 @@ def ip_of(sockaddr: Sockaddr) -> IP:
 @lru_cache(maxsize=4096)
 def ip_in(text: Union[str, int]) -> IP:
     """Remembered, because the same few come with every connection, and reading one takes longer than finding it."""
-    return unmapped(ip_address(str(text).partition("%")[0]))
+    bare = str(text).partition("%")[0]
+    return unmapped(IPv6(bare) if ":" in bare else IPv4(bare))
 
 
 def advertised(addresses: Sequence[str], here: IP) -> IP:
@@ -67,13 +71,7 @@ def _origin_in(text: Union[str, int]) -> str:
 
 
 def family_of(address: IP) -> int:
-    return socket.AF_INET if address.version == 4 else socket.AF_INET6
-
-
-@lru_cache(maxsize=4096)
-def text_of(address: IP) -> str:
-    """As the socket calls want it. Remembered: ipaddress takes its time to write one."""
-    return str(address)
+    return socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
 
 
 def is_here(address: IP) -> bool:

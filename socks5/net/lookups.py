@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import errno
 import socket
-from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from collections import deque
+from threading import Condition, Lock, Thread
 from time import monotonic
-from typing import Callable, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar
+from typing import Callable, Deque, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused, name_of, rep_of
@@ -60,7 +60,10 @@ class Names:
         self._queues: Dict[str, Dict[bytes, None]] = {}                 # by client, in order
         self._turns: Tuple[Dict[str, None], ...] = tuple({} for _ in range(PER_CLIENT))     # by how many it holds
         self._idle = 0                                                  # threads that nothing is meant for
-        self._work: "SimpleQueue[bytes]" = SimpleQueue()
+        # Names for idle threads. SimpleQueue.get(timeout=...) could wait for ever where several threads call it:
+        # seen in CPython 3.8, 3.11 and 3.12.
+        self._work: Deque[bytes] = deque()
+        self._news = Condition(self._lock)
 
     # ---- for one request ------------------------------------------------------------------------------------------
 
@@ -101,7 +104,7 @@ class Names:
         except OSError as exc:
             raise RequestRefused(rep_of(exc), "%s is not looked up: %s" % (text(name), name_of(exc))) from None
         if not answers:
-            why = "%s did not resolve within %.3g s" % (text(name), deadline - began)
+            why = "%s did not resolve within %g s" % (text(name), round(deadline - began, 2))
             raise RequestRefused(Rep.HOST_UNREACHABLE, why)
         return answers[0]
 
@@ -203,7 +206,8 @@ class Names:
         for name in iter(self._next, None):
             if self._idle:
                 self._idle -= 1
-                self._work.put(name)
+                self._work.append(name)
+                self._news.notify()
                 continue
             try:
                 Thread(target=self._serve, args=(name,), name="names", daemon=True).start()
@@ -226,17 +230,18 @@ class Names:
 
     # ---- the lookup threads ---------------------------------------------------------------------------------------
 
-    def _serve(self, name: Optional[bytes]) -> None:
-        while True:
-            while name:
-                name = self._look_up(name)
-            try:
-                name = self._work.get(timeout=REST_S)
-            except Empty:
-                with self._lock:
-                    if self._idle:                      # else a name for this thread is on its way
-                        self._idle -= 1
-                        return
+    def _serve(self, name: bytes) -> None:
+        more: Optional[bytes] = name
+        while more:
+            more = self._look_up(more) or self._rest()
+
+    def _rest(self) -> Optional[bytes]:
+        """Wait for a name that is meant for this thread; None when none has come in REST_S."""
+        with self._lock:
+            if self._news.wait_for(lambda: self._work, REST_S):
+                return self._work.popleft()
+            self._idle -= 1
+            return None
 
     def _look_up(self, name: bytes) -> Optional[bytes]:
         """Look up, tell those that wait for it, and take the next."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import socket
 from functools import lru_cache
-from ipaddress import ip_address
 from typing import NamedTuple, Sequence
 
 from ..protocol.codes import Rep
@@ -40,9 +39,9 @@ def normalise(host: Host) -> Host:
         return unmapped(host)
     name = host
     try:
-        address = ip_address(name.decode("ascii"))
-        if "%" not in str(address):             # a scope would choose one of our interfaces
-            return unmapped(address)
+        spelled = name.decode("ascii")
+        if "%" not in spelled:                  # a scope would choose one of our interfaces
+            return ip_in(spelled)
     except ValueError:                          # UnicodeDecodeError is one
         pass
     ascii_name = name

@@ -1,20 +1,30 @@
 """Fair shares of what is scarce (ports, places, kernel pipes): no address takes all of it.
 
 The last tenth is kept for owners that hold less than a tenth. A newcomer is served while one owner holds all the rest,
-and one owner alone still gets nine tenths. An owner is what addresses.subscriber() gives. Any thread may call.
+and one owner alone still gets nine tenths. An owner is what addresses.subscriber() gives. Any thread may call; Tally,
+ByOwner and fits() leave locking to the caller.
 """
 from __future__ import annotations
 
 from threading import Lock
-from typing import Callable, Dict, Iterator, Optional, Tuple
+from typing import Callable, Dict, Generic, Iterator, Optional, Protocol, Tuple, TypeVar
 
 from ..config import each_port
 
+T = TypeVar("T")
 TENTH = 10
 
 
+class Counter(Protocol):
+    """Counts what each owner holds. One that several processes share: server/counters.py."""
+
+    def add(self, owner: str, change: int) -> None: ...
+    def live(self) -> int: ...                      # what all hold together
+    def of(self, owner: str) -> int: ...
+
+
 class Tally:
-    """Counts what each owner holds, in this process."""
+    """The Counter of one process."""
 
     def __init__(self) -> None:
         self._all = 0
@@ -35,25 +45,36 @@ class Tally:
         return self._held.get(owner, 0)
 
 
+def fits(total: float, counter: Counter, owner: str, more: int, least: int = 1, freed: int = 0) -> bool:
+    """Whether there are `more` for the owner: they are left, and not kept for owners that hold less than a tenth.
+
+    least   how many are kept if a tenth is less: what a newcomer needs at once
+    freed   how many of those that are counted will be given back at once
+    """
+    kept = max(least, total // TENTH) if total > least else 0
+    left = total - counter.live() + freed - more
+    return left >= kept or left >= 0 and counter.of(owner) + more <= kept
+
+
 class Share:
     """A number of equal things, of which owners take some and give them back.
 
     total   how many there are
-    least   how many are kept for newcomers if a tenth is less: what one of them needs at once
-    tally   what counts them; another one with these three methods may count over several processes
+    least   as in fits()
+    tally   counts them. Where it is shared by processes, two that take the last ones in the same moment may both get
+            them: then one finds that there is none.
     """
 
-    def __init__(self, total: int, least: int = 1, tally: Optional[Tally] = None) -> None:
+    def __init__(self, total: int, least: int = 1, tally: Optional[Counter] = None) -> None:
         self.total = total
-        self.kept = max(least, total // TENTH) if total > least else 0
-        self._tally = tally or Tally()
+        self.least = least
+        self._tally: Counter = tally or Tally()
         self._lock = Lock()
 
     def take(self, owner: str, number: int = 1) -> bool:
         """Take `number` of them, or none: whether the owner has got them. Never waits."""
         with self._lock:
-            left = self.total - self._tally.live() - number
-            if left < 0 or (left < self.kept and self._tally.of(owner) * TENTH >= self.total):
+            if not fits(self.total, self._tally, owner, number, self.least):
                 return False
             self._tally.add(owner, number)
             return True
@@ -63,19 +84,57 @@ class Share:
             self._tally.add(owner, -number)
 
 
+class ByOwner(Generic[T]):
+    """Things by owner, to find the oldest of the owner that has most. Everything takes constant time."""
+
+    def __init__(self) -> None:
+        self._of: Dict[str, Dict[T, None]] = {}                 # of each owner, in the order in which they came
+        self._by_number: Dict[int, Dict[str, None]] = {}        # owners, by how many they have
+        self._most = 0
+
+    def add(self, owner: str, thing: T) -> None:
+        mine = self._of.setdefault(owner, {})
+        self._recount(owner, len(mine), len(mine) + 1)
+        mine[thing] = None
+
+    def discard(self, owner: str, thing: T) -> None:
+        mine = self._of.get(owner, {})
+        if thing in mine:
+            self._recount(owner, len(mine), len(mine) - 1)
+            del mine[thing]
+            if not mine:
+                del self._of[owner]
+
+    def _recount(self, owner: str, before: int, after: int) -> None:
+        if after:
+            self._by_number.setdefault(after, {})[owner] = None
+            self._most = max(self._most, after)
+        if before:
+            del self._by_number[before][owner]
+            if not self._by_number[before]:
+                del self._by_number[before]
+                if before == self._most:                        # so `after`, one less, is the most; or there is none
+                    self._most = after
+
+    def oldest(self, owner: str = "") -> Optional[T]:
+        """The oldest of this owner; without one, of the owner that has most. None where there is none."""
+        owner = owner or next(iter(self._by_number.get(self._most, ())), "")
+        return next(iter(self._of.get(owner, ())), None)
+
+
 class Ports:
     """The ports of --bind-ports or --udp-ports, and fair shares of them. IPv4 and IPv6 have the same numbers twice.
 
     range   as config.port_range gives it; () is any port, of which there are enough for all
     need    how many one client needs at once
-    share   makes a Share: once for IPv4, once for IPv6
+    tally   makes the Counter of an IP version: 4 or 6
     """
 
     def __init__(self, ports: Tuple[int, ...] = (), need: int = 1,
-                 share: Callable[[int, int], Share] = Share) -> None:
+                 tally: Callable[[int], Counter] = lambda version: Tally()) -> None:
         self.range = ports
         total = ports[1] - ports[0] + 1 if ports else 0
-        self._shares = {version: share(total, need) for version in (4, 6)} if ports else {}
+        self._shares = {version: Share(total, need, tally(version)) for version in (4, 6)} if ports else {}
 
     def __iter__(self) -> Iterator[int]:
         """The ports to try, in this order."""

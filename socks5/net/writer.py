@@ -135,7 +135,8 @@ class Writer:
             batch += [queue.get() for _ in range(min(queue.qsize(), BATCH))]
             items = [item for item in batch if item is not STOP]
             self._write_all(self._blocks(items))
-            self._tell_lost()
+            if self._lost:
+                self._tell_lost()
             if len(items) < len(batch) and self._ended():
                 return
             del batch, items                # while it waits, nothing keeps a record alive

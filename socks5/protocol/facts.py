@@ -7,15 +7,24 @@ values (JSON) takes them with get(). Runs in any thread.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from enum import Enum
-from typing import Any, Dict, Union
+from functools import lru_cache
+from typing import Any, Dict, List, Tuple, Union
 
 from .fields import text
 
 NOTHING = "-"                       # stands in the text for a fact that there is not
+KEY = re.compile(r"%\((\w+)\)")
 FREE = {"why"}                      # keys whose values are sentences
 LEVELS = {level: logging.getLevelName(level) for level in range(10, 60, 10)}
+
+
+@lru_cache(maxsize=256)
+def positional(line: str) -> Tuple[str, List[str]]:
+    """A line without its keys, and the keys in their order: "up=%(up)d" is "up=%d" and ["up"]."""
+    return KEY.sub("%", line), KEY.findall(line)
 
 
 class Facts(Dict[str, Any]):
@@ -28,6 +37,11 @@ class Facts(Dict[str, Any]):
         str             as it is if it is one word, else 'quoted'; under "why" always 'quoted'
         anything else   str() of it         an Endpoint, an Address
     """
+
+    def fill(self, line: str) -> str:
+        """line % self, in half the time: `%` is quicker with a tuple than with a dict."""
+        pattern, keys = positional(line)
+        return pattern % tuple([self[key] for key in keys])
 
     def __getitem__(self, key: str) -> Union[str, int, float]:
         value = dict.__getitem__(self, key)

@@ -1,13 +1,12 @@
-"""The fields of a message. A LAYOUT lists them in the RFC's order, both for parsing and for the trace.
+"""The fields of a message. A Layout lists them in the RFC's order, both for parsing and for the trace.
 
 `read(n)` returns exactly n bytes or raises EOFError. No parser reads beyond its message. RFC 1928 section 5.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
-from typing import Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple, Union
 
 from .codes import Atyp, Rep
 from .errors import ProtocolError, RequestRefused
@@ -17,6 +16,40 @@ Raw = Dict[str, bytes]
 Host = Union[IPv4Address, IPv6Address, bytes]     # bytes: a domain name as received
 ADDRESS_BYTES = {0x01: 4, 0x04: 16}               # by ATYP, RFC 1928 §5
 DOMAINNAME = int(Atyp.DOMAINNAME)
+
+
+class IPv4(IPv4Address):
+    """An IPv4Address that knows its hash and its text, which the base works out anew whenever they are asked for."""
+
+    __slots__ = ("hash", "text")
+
+    def __init__(self, address: object) -> None:
+        super().__init__(address)
+        self.hash = super().__hash__()
+        self.text = super().__str__()
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class IPv6(IPv6Address):
+    """The same for IPv6."""
+
+    __slots__ = ("hash", "text")
+
+    def __init__(self, address: object) -> None:
+        super().__init__(address)
+        self.hash = super().__hash__()
+        self.text = super().__str__()
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class BytesReader:
@@ -37,8 +70,7 @@ class BytesReader:
         return self.data[self.at:]
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """One field of a message.
 
     name    the RFC's name, unique in its message
@@ -53,15 +85,6 @@ class Field:
     means: Callable[[bytes], str]
     must: Optional[int] = None
     secret: bool = False
-
-    def take(self, read: ReadExactly, earlier: Raw) -> bytes:
-        size, must = self.size, self.must
-        if size is None:
-            return take_address(read, earlier["ATYP"][0])
-        raw = read(earlier[size][0] if isinstance(size, str) else size)
-        if must is not None and raw[0] != must:
-            raise ProtocolError("%s 0x%02x, expected 0x%02x" % (self.name, raw[0], must))
-        return raw
 
     def words(self, raw: Raw) -> str:
         """Describe the value of this field in words."""
@@ -90,31 +113,39 @@ def host_of(atyp: int, packed: bytes) -> Host:
     """The host in the bytes from take_address. Cached: a lookup is faster than a new object."""
     if atyp == DOMAINNAME:
         return packed[1:]
-    return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
+    return IPv4(packed) if len(packed) == 4 else IPv6(packed)
+
+
+def pieces(layout: Layout, read: ReadExactly, raw: Raw) -> Iterator[Field]:
+    """Read one message. Yields each field once its bytes are in `raw`, before the next one is read."""
+    for field in layout:
+        size = field.size
+        if size is None:
+            raw[field.name] = take_address(read, raw["ATYP"][0])
+        else:
+            raw[field.name] = read(raw[size][0] if isinstance(size, str) else size)
+        yield field
 
 
 def split(layout: Layout, read: ReadExactly) -> Raw:
     """Read one message. Returns the raw bytes of each field by its name."""
     raw: Raw = {}
-    for field in layout:
-        raw[field.name] = field.take(read, raw)
+    for field in pieces(layout, read, raw):
+        must = field.must
+        if must is not None and raw[field.name][0] != must:
+            raise ProtocolError("%s 0x%02x, expected 0x%02x" % (field.name, raw[field.name][0], must))
     return raw
 
 
 def dissect(layout: Layout, message: bytes) -> Iterator[Tuple[Field, bytes, str]]:
-    """Yield each field of a message, its bytes and their meaning. Stops where the message is cut short."""
-    read = BytesReader(message)
+    """Yield each field of a message, its bytes and their meaning. Stops where the message is cut short. A wrong VER is
+    shown, too."""
     raw: Raw = {}
-    for field in layout:
-        start = read.at
-        try:
-            field.take(read, raw)
-        except (EOFError, RequestRefused):
-            return
-        except ProtocolError:
-            pass                                # a wrong VER is shown, too
-        raw[field.name] = message[start:read.at]
-        yield field, raw[field.name], field.words(raw)
+    try:
+        for field in pieces(layout, BytesReader(message), raw):
+            yield field, raw[field.name], field.words(raw)
+    except (EOFError, RequestRefused):
+        return
 
 
 def text(name: bytes) -> str:

@@ -1,7 +1,7 @@
-"""Every message of SOCKS5 as a frozen dataclass with parse() and pack(). No socket, no thread, no decision.
+"""Every message of SOCKS5 as a NamedTuple with parse() and pack(). No socket, no thread, no decision.
 
-Each message has one LAYOUT, the RFC's table of fields as data (fields.py). parse() reads the fields in the RFC's order,
-and the trace (trace.py) shows a message by the same LAYOUT, so the two always agree.
+Each message has one Layout, the RFC's table of fields as data (fields.py). parse() reads the fields in the RFC's order,
+and the trace (trace.py) shows a message by the same Layout, so the two always agree.
 
 A parser never reads beyond its message: bytes that a client sends after its request stay unread, for the tunnel.
 
@@ -9,10 +9,9 @@ RFC 1928 sections 3 to 7, RFC 1929. All integers are in network order (big-endia
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address
-from typing import ClassVar
+from typing import Any, Callable, Dict, NamedTuple
 
 from .codes import METHOD_RANGES, Atyp, Cmd, Method, Rep, phrase
 from .errors import RequestRefused
@@ -35,6 +34,7 @@ AUTH_VERSION = Field("VER", 1, lambda raw: "version %d of the username/password 
                      must=AUTH_VER)
 RESERVED = Field("RSV", 1, lambda raw: "reserved")
 ATYP = Field("ATYP", 1, lambda raw: phrase(Atyp, raw[0]))
+IPV4, IPV6 = bytes([Atyp.IPV4]), bytes([Atyp.IPV6])
 PORT_BYTES = 2
 BY_NUMBER = {int(cmd): cmd for cmd in Cmd}         # much faster than Cmd(number)
 
@@ -46,8 +46,7 @@ def _address(prefix: str) -> Layout:
 
 # ---- addresses, RFC 1928 §5 --------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """The host and port of a request, reply or datagram.                               RFC 1928 §5
 
         | ATYP | ADDR | PORT |     octets: 1 variable 2
@@ -70,19 +69,14 @@ class Address:
             if not 1 <= len(self.host) <= 255:
                 raise ValueError("a name has 1 to 255 bytes, not %d" % len(self.host))
             return bytes([Atyp.DOMAINNAME, len(self.host)]) + self.host + port
-        return bytes([Atyp.IPV4 if self.host.version == 4 else Atyp.IPV6]) + self.host.packed + port
+        return (IPV4 if isinstance(self.host, IPv4Address) else IPV6) + self.host.packed + port
 
     def __str__(self) -> str:
         """192.0.2.1:80, [2001:db8::1]:80 or 'example.com':80. Safe to log: a name is quoted."""
-        return "%s:%d" % (host_text(self.host), self.port)
-
-
-@lru_cache(maxsize=4096)
-def host_text(host: Host) -> str:
-    """The host as text. Cached: the log line of one session has three hosts."""
-    if isinstance(host, bytes):
-        return text(host)
-    return str(host) if host.version == 4 else "[%s]" % host
+        host = self.host
+        if isinstance(host, bytes):
+            return "%s:%d" % (text(host), self.port)
+        return ("%s:%d" if isinstance(host, IPv4Address) else "[%s]:%d") % (host, self.port)
 
 
 UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply
@@ -90,39 +84,41 @@ UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply
 
 # ---- the method negotiation, RFC 1928 §3 -------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Greeting:
+GREETING: Layout = (
+    VERSION, Field("NMETHODS", 1, lambda raw: "%d method(s) follow" % raw[0]),
+    Field("METHODS", "NMETHODS", lambda raw: ", ".join(_method(raw[i:i + 1]) for i in range(len(raw))) or "none"))
+
+
+class Greeting(NamedTuple):
     """Client: the authentication methods that it supports.                              RFC 1928 §3
 
         | VER | NMETHODS | METHODS |     octets: 1 1 0..255
     """
 
     methods: bytes
-    LAYOUT: ClassVar[Layout] = (
-        VERSION, Field("NMETHODS", 1, lambda raw: "%d method(s) follow" % raw[0]),
-        Field("METHODS", "NMETHODS", lambda raw: ", ".join(_method(raw[i:i + 1]) for i in range(len(raw))) or "none"))
 
     @classmethod
     def parse(cls, read: ReadExactly) -> Greeting:
-        return cls(split(cls.LAYOUT, read)["METHODS"])
+        return cls(split(GREETING, read)["METHODS"])
 
     def pack(self) -> bytes:
         return bytes([VER, len(self.methods)]) + self.methods
 
 
-@dataclass(frozen=True)
-class Selection:
+SELECTION: Layout = (VERSION, Field("METHOD", 1, _method))
+
+
+class Selection(NamedTuple):
     """Server: the selected method, or X'FF' if none is acceptable.                      RFC 1928 §3
 
         | VER | METHOD |     octets: 1 1
     """
 
     method: int
-    LAYOUT: ClassVar[Layout] = (VERSION, Field("METHOD", 1, _method))
 
     @classmethod
     def parse(cls, read: ReadExactly) -> Selection:
-        return cls(split(cls.LAYOUT, read)["METHOD"][0])
+        return cls(split(SELECTION, read)["METHOD"][0])
 
     def pack(self) -> bytes:
         return bytes([VER, self.method])
@@ -130,8 +126,13 @@ class Selection:
 
 # ---- username/password, RFC 1929 ---------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Login:
+LOGIN: Layout = (
+    AUTH_VERSION, Field("ULEN", 1, lambda raw: "%s bytes of UNAME" % raw[0]), Field("UNAME", "ULEN", text),
+    Field("PLEN", 1, lambda raw: "%s bytes of PASSWD" % raw[0], secret=True),
+    Field("PASSWD", "PLEN", lambda raw: "", secret=True))
+
+
+class Login(NamedTuple):
     """Client: user name and password.                                                   RFC 1929 §2
 
         | VER | ULEN | UNAME | PLEN | PASSWD |     octets: 1 1 1..255 1 1..255
@@ -139,14 +140,10 @@ class Login:
 
     uname: bytes
     passwd: bytes
-    LAYOUT: ClassVar[Layout] = (
-        AUTH_VERSION, Field("ULEN", 1, lambda raw: "%s bytes of UNAME" % raw[0]), Field("UNAME", "ULEN", text),
-        Field("PLEN", 1, lambda raw: "%s bytes of PASSWD" % raw[0], secret=True),
-        Field("PASSWD", "PLEN", lambda raw: "", secret=True))
 
     @classmethod
     def parse(cls, read: ReadExactly) -> Login:
-        raw = split(cls.LAYOUT, read)
+        raw = split(LOGIN, read)
         return cls(raw["UNAME"], raw["PASSWD"])
 
     def pack(self) -> bytes:
@@ -157,20 +154,21 @@ class Login:
         return "Login(uname=%r, passwd=...)" % self.uname
 
 
-@dataclass(frozen=True)
-class LoginStatus:
+LOGIN_STATUS: Layout = (
+    AUTH_VERSION, Field("STATUS", 1, lambda raw: "failure, the connection closes" if raw[0] else "success"))
+
+
+class LoginStatus(NamedTuple):
     """Server: X'00' is success; any other status is failure, and the server closes.     RFC 1929 §2
 
         | VER | STATUS |     octets: 1 1
     """
 
     status: int
-    LAYOUT: ClassVar[Layout] = (
-        AUTH_VERSION, Field("STATUS", 1, lambda raw: "failure, the connection closes" if raw[0] else "success"))
 
     @classmethod
     def parse(cls, read: ReadExactly) -> LoginStatus:
-        return cls(split(cls.LAYOUT, read)["STATUS"][0])
+        return cls(split(LOGIN_STATUS, read)["STATUS"][0])
 
     def pack(self) -> bytes:
         return bytes([AUTH_VER, self.status])
@@ -178,8 +176,11 @@ class LoginStatus:
 
 # ---- request and reply, RFC 1928 §4 and §6 -----------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Request:
+REQUEST: Layout = (
+    VERSION, Field("CMD", 1, lambda raw: phrase(Cmd, raw[0])), RESERVED) + _address("DST")
+
+
+class Request(NamedTuple):
     """Client: a command and its destination.                                            RFC 1928 §4
 
         | VER | CMD | RSV | ATYP | DST.ADDR | DST.PORT |     octets: 1 1 1 1 variable 2
@@ -187,13 +188,11 @@ class Request:
 
     cmd: Cmd
     dst: Address
-    LAYOUT: ClassVar[Layout] = (
-        VERSION, Field("CMD", 1, lambda raw: phrase(Cmd, raw[0])), RESERVED) + _address("DST")
 
     @classmethod
     def parse(cls, read: ReadExactly) -> Request:
         """Raises RequestRefused: X'07' for an unknown CMD, after reading all of it; X'08' for an unknown ATYP."""
-        raw = split(cls.LAYOUT, read)           # RSV other than X'00' is tolerated
+        raw = split(REQUEST, read)           # RSV other than X'00' is tolerated
         try:
             return cls(BY_NUMBER[raw["CMD"][0]], Address.of(raw, "DST.ADDR", "DST.PORT"))
         except KeyError:
@@ -203,8 +202,11 @@ class Request:
         return bytes([VER, self.cmd, 0x00]) + self.dst.pack()
 
 
-@dataclass(frozen=True)
-class Reply:
+REPLY: Layout = (
+    VERSION, Field("REP", 1, lambda raw: phrase(Rep, raw[0])), RESERVED) + _address("BND")
+
+
+class Reply(NamedTuple):
     """Server: the result of the request. BIND has two replies.                          RFC 1928 §6
 
         | VER | REP | RSV | ATYP | BND.ADDR | BND.PORT |     octets: 1 1 1 1 variable 2
@@ -212,13 +214,11 @@ class Reply:
 
     rep: int
     bnd: Address = UNSPECIFIED
-    LAYOUT: ClassVar[Layout] = (
-        VERSION, Field("REP", 1, lambda raw: phrase(Rep, raw[0])), RESERVED) + _address("BND")
 
     @classmethod
     def parse(cls, read: ReadExactly) -> Reply:
         """`rep` is a plain int where the RFC assigns no meaning to it."""
-        raw = split(cls.LAYOUT, read)
+        raw = split(REPLY, read)
         rep = raw["REP"][0]
         return cls(Rep(rep) if rep <= Rep.ADDRESS_TYPE_NOT_SUPPORTED else rep, Address.of(raw, "BND.ADDR", "BND.PORT"))
 
@@ -228,8 +228,14 @@ class Reply:
 
 # ---- datagrams, RFC 1928 §7 --------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Datagram:
+DATAGRAM: Layout = (
+    Field("RSV", 2, lambda raw: "reserved"),
+    Field("FRAG", 1, lambda raw: "stands alone" if not raw[0] else "fragment %d%s" % (
+        raw[0] & 0x7F, ", the last of its sequence" if raw[0] & 0x80 else "")),
+) + _address("DST")
+
+
+class Datagram(NamedTuple):
     """A UDP datagram between client and relay, in either direction.                     RFC 1928 §7
 
         | RSV | FRAG | ATYP | DST.ADDR | DST.PORT | DATA |     octets: 2 1 1 variable 2 variable
@@ -238,19 +244,44 @@ class Datagram:
     dst: Address
     data: bytes
     frag: int = 0
-    LAYOUT: ClassVar[Layout] = (
-        Field("RSV", 2, lambda raw: "reserved"),
-        Field("FRAG", 1, lambda raw: "stands alone" if not raw[0] else "fragment %d%s" % (
-            raw[0] & 0x7F, ", the last of its sequence" if raw[0] & 0x80 else "")),
-    ) + _address("DST")
 
     @classmethod
     def parse(cls, datagram: bytes) -> Datagram:
         """Parse a whole datagram; DATA is the rest after the header. Raises EOFError when it ends inside the header,
         RequestRefused X'08' for an unknown ATYP."""
         read = BytesReader(datagram)
-        raw = split(cls.LAYOUT, read)           # RSV other than X'0000' is tolerated
+        raw = split(DATAGRAM, read)           # RSV other than X'0000' is tolerated
         return cls(Address.of(raw, "DST.ADDR", "DST.PORT"), read.rest(), raw["FRAG"][0])
 
     def pack(self) -> bytes:
         return bytes([0x00, 0x00, self.frag]) + self.dst.pack() + self.data
+
+
+# ---- to clients that speak another protocol ----------------------------------------------------------------------
+
+SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
+HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
+             b"This is a SOCKS5 proxy, not an HTTP proxy or web server.\n"
+             b"Point the program at it with socks5h://HOST:PORT (curl: --socks5-hostname HOST:PORT;\n"
+             b"Firefox: Settings, Network Settings, SOCKS Host, SOCKS v5, Proxy DNS when using SOCKS v5).\n")
+
+
+# ---- all of them -------------------------------------------------------------------------------------------------
+
+LAYOUTS: Dict[type, Layout] = {
+    Greeting: GREETING, Selection: SELECTION, Login: LOGIN, LoginStatus: LOGIN_STATUS, Request: REQUEST, Reply: REPLY,
+    Datagram: DATAGRAM}
+MOST_BYTES = 262            # of a Greeting or a Request
+
+
+def parse_whole(kind: Any, data: bytes) -> Any:
+    """kind.parse() for bytes that are one whole message and nothing else; EOFError for less or more than that."""
+    read = BytesReader(data)
+    message = kind.parse(read)
+    if read.rest():
+        raise EOFError("more than one message")
+    return message
+
+
+# Remembered, because clients say the same again and again. Not for a Login: its password would stay in memory.
+whole: Callable[[Any, bytes], Any] = lru_cache(maxsize=4096)(parse_whole)

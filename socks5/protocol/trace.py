@@ -1,7 +1,7 @@
 """Explain every message of a session as it passes, field by field: its bytes, its name and what it says.
 
 A Story turns the messages of one session into blocks of lines, each of which begins with the session's number, and
-hands each block to a callable. It walks over the same LAYOUT that the messages are parsed with, so it cannot show
+hands each block to a callable. It walks over the same Layout that the messages are parsed with, so it cannot show
 another protocol than the one that is spoken. Passwords are masked; payload is counted, not shown.
 
 Opens and writes nothing: server/tracing.py does. Runs in the thread that serves the session.
@@ -14,7 +14,7 @@ from .codes import Atyp, Cmd, Rep
 from .errors import SocksError
 from .facts import NOTHING
 from .fields import ReadExactly, dissect
-from .messages import Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
+from .messages import LAYOUTS, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 M = TypeVar("M", Greeting, Login, Request)
 Sent = Union[Selection, LoginStatus, Reply, bytes]
@@ -148,7 +148,7 @@ class Story:
 
     def datagram(self, way: str, raw: bytes, address: Sockaddr) -> None:
         """Show one between the client, at `address`, and its UDP association; `way` is UP or DOWN."""
-        shown = sum(len(piece) for _, piece, _ in dissect(Datagram.LAYOUT, raw))
+        shown = sum(len(piece) for _, piece, _ in dissect(LAYOUTS[Datagram], raw))
         self.show(way, Datagram, raw, ["DATA: %d bytes, %s %s" % (
             len(raw) - shown, "from" if way == UP else "to", "%s port %s" % address[:2])])
 
@@ -187,7 +187,7 @@ class Story:
 def explained(kind: Type[Message], raw: bytes) -> Iterator[Tuple[str, Optional[bytes], str]]:
     """Yield name, bytes and meaning of each field of a message; for the bytes of a secret None."""
     before = b""
-    for field, piece, words in dissect(kind.LAYOUT, raw):
+    for field, piece, words in dissect(LAYOUTS[kind], raw):
         if field.secret:
             yield field.name, None, "not shown"
         else:

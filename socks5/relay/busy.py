@@ -1,59 +1,92 @@
-"""A busy tunnel in a thread of its own, which waits for its two sockets alone and moves the bytes through kernel pipes.
+"""Relay one tunnel in the calling thread, which waits for its two sockets alone.
 
-Where there is only select(), every tunnel is relayed so from the start to its end.
+`relay_first` is for the first moments of every tunnel, in the thread that has served its client until then: most
+connections are short, and to hand one over costs as much as to relay a few bytes. `relay_busy` is for a tunnel with
+much to move, in a thread of its own: it sends the bytes through kernel pipes (splice.py).
 """
 from __future__ import annotations
 
 from time import monotonic
+from typing import Tuple
 
 from ..net.poller import new_poll
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel
 
+FIRST_S = 0.005                     # how long a tunnel that has just been made is waited for at a time,
+FIRST_TURNS = 16                    # and how often
 QUIET_S = 0.5                       # how often a busy tunnel is looked at:
 QUIET_BYTES = 256 * 1024            # one that moved less in that time is quiet again and gives its kernel pipes back
 
 
-def relay_alone(tunnel: Tunnel, until_quiet: bool) -> None:
-    """Relay one tunnel in the calling thread until it has ended, is aborted or, if wished, is quiet again.
+class Turns:
+    """Waits for the events of one tunnel, and has it handle them."""
+
+    def __init__(self, tunnel: Tunnel) -> None:
+        self._tunnel = tunnel
+        self._poll = new_poll()
+        self._sides = {tunnel.client.fileno(): CLIENT, tunnel.remote.fileno(): REMOTE}
+        self._watched = (UNREGISTERED, UNREGISTERED)
+        self.look = True                # whether it may want other events than before
+
+    def turn(self, wait_s: float) -> bool:
+        """Wait for events, and handle them. False when there were none in wait_s.
+
+        Raises OSError when poll() or select() takes no more."""
+        if self.look:
+            self._watch(self._tunnel.interest())
+        self.look = False
+        ready = self._poll.poll(wait_s * 1000)
+        now = monotonic()
+        for fd, events in ready:
+            self.look = self._tunnel.handle(self._sides[fd], events, now) or self.look
+            if self._tunnel.ended:
+                break
+        return bool(ready)
+
+    def _watch(self, wanted: Tuple[int, int]) -> None:
+        for fd, before, after in zip(self._sides, self._watched, wanted):
+            if before == UNREGISTERED != after:
+                self._poll.register(fd, after)
+            elif after == UNREGISTERED != before:
+                self._poll.unregister(fd)
+            elif before != after:
+                self._poll.modify(fd, after)
+        self._watched = wanted
+
+
+def relay_first(tunnel: Tunnel) -> None:
+    """Relay until the tunnel has ended, is aborted, quiet or busy, or has had its turns."""
+    turns = Turns(tunnel)
+    for _ in range(FIRST_TURNS):
+        if not turns.turn(FIRST_S) or tunnel.ended or tunnel.aborted or tunnel.busy():
+            return
+
+
+def relay_busy(tunnel: Tunnel, until_quiet: bool) -> None:
+    """Relay until the tunnel has ended, is aborted or, if wished, is quiet again.
 
     A direction with much to move goes through a kernel pipe where there is one.
     """
     for sock in (tunnel.client, tunnel.remote):
         if sock.gettimeout() != 0:
             sock.setblocking(False)
-    poll = new_poll()
-    sides = {tunnel.client.fileno(): CLIENT, tunnel.remote.fileno(): REMOTE}
-    watched = (UNREGISTERED, UNREGISTERED)
-    look = True
+    turns = Turns(tunnel)
     look_back_at, moved = monotonic() + QUIET_S, tunnel.moved()
     while not tunnel.ended and not tunnel.aborted:
-        if look:
+        if turns.look:
             for pipe in (tunnel.up, tunnel.down):
                 if pipe.full and not pipe.held:
                     pipe.use_kernel()
-            wanted = tunnel.interest()
-            for fd, before, after in zip(sides, watched, wanted):
-                if before == UNREGISTERED != after:
-                    poll.register(fd, after)
-                elif after == UNREGISTERED != before:
-                    poll.unregister(fd)
-                elif before != after:
-                    poll.modify(fd, after)
-            watched = wanted
-        ready = poll.poll(QUIET_S * 1000)
+        turns.turn(QUIET_S)
         now = monotonic()
-        look = False
-        for fd, events in ready:
-            look = tunnel.handle(sides[fd], events, now) or look
-            if tunnel.ended:
+        if now < look_back_at:
+            continue
+        look_back_at = now + QUIET_S            # a few bytes now and then must not keep a thread and a kernel pipe
+        before, moved = moved, tunnel.moved()
+        if moved - before < QUIET_BYTES:
+            tunnel.up.leave_kernel()
+            tunnel.down.leave_kernel()
+            if until_quiet:
                 return
-        if now >= look_back_at:                 # a few bytes now and then must not keep a thread and a kernel pipe
-            before, moved = moved, tunnel.moved()
-            if moved - before < QUIET_BYTES:
-                tunnel.up.leave_kernel()
-                tunnel.down.leave_kernel()
-                if until_quiet:
-                    return
-            look_back_at = now + QUIET_S
-            if now >= tunnel.deadline():
-                tunnel.expire()
+        if not tunnel.ended and now >= tunnel.deadline():
+            tunnel.expire()

@@ -3,9 +3,10 @@
 An event loop in the classic form: wait for events, let each tunnel move its bytes, then close what has ended. An idle
 tunnel is two descriptors and a few small objects: no thread, no buffer, no timer of its own. A tunnel that turns busy
 is lent to a thread of its own, which waits for its two sockets alone and sends the bytes through a kernel pipe; when it
-is quiet again the loop takes it back. Where there is only select(), each tunnel has such a thread from the start.
+is quiet again the loop takes it back. The first moments of a tunnel are relayed in the thread that brings it, and where
+there is only select(), all of them.
 
-Any thread may call `adopt`, `watch`, `call_soon` and `stop`; everything else runs in the loop's thread, which alone
+Any thread may call `relay`, `watch`, `call_soon` and `stop`; everything else runs in the loop's thread, which alone
 closes sockets that it has registered. So no event can name a descriptor that was closed and used again: closing comes
 after the batch of events in which the tunnel ended.
 """
@@ -17,24 +18,25 @@ import select
 import socket
 import threading
 from collections import deque
+from functools import partial
 from time import monotonic, sleep
 from typing import Any, Callable, Deque, Dict, List, Set, Tuple
 
 from ..net.poller import BATCH, READ, new_poller
 from . import splice
-from .busy import QUIET_S, relay_alone
+from .busy import QUIET_S, relay_busy, relay_first
 from .pipe import DONTWAIT
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel
 from .watch import Bell, Watch
 
-SWEEP_S = 1.0                       # how late a time limit may be noticed
+SWEEP_S = 1.0                       # how late a time limit may be noticed; no wait is longer
 MAX_LENT = splice.MAX_PIPES         # threads of busy tunnels at a time; further ones stay in the loop
-FAR_S = 3600.0                      # no wait is longer
 MANY = hasattr(select, "poll")      # whether one thread can wait for thousands of descriptors
 
 
 class Loop:
-    """`ended(tunnel)` is called once for every tunnel, in the loop's thread, when it is over: then close it.
+    """`ended(tunnel)` is called once for every tunnel when it is over, in the loop's thread or in that of relay(): then
+    close it.
 
     `failed()` is called inside of an except block, for an exception that cost a tunnel its life: a bug of ours.
     """
@@ -47,8 +49,9 @@ class Loop:
         self._tunnels: Set[Tunnel] = set()
         self._over: List[Tunnel] = []                           # to be closed after this batch
         self._calls: Deque[Callable[[], object]] = deque()
-        self._lent = 0
-        self._gate = threading.Lock()                           # held while a tunnel comes in, and to list them all
+        self._lent = 0                                          # to threads of their own
+        self._first = 0                                         # still in the threads that brought them
+        self._gate = threading.Lock()                           # held while a tunnel comes in or leaves such a thread
         self._stopping = ""                                     # why, once it is to stop: nothing comes in then
         self._sweep_at = 0.0
         self._process = os.getpid()
@@ -66,8 +69,9 @@ class Loop:
 
     # ---- for any thread -------------------------------------------------------------------------------------------
 
-    def adopt(self, tunnel: Tunnel) -> None:
-        """Take over a tunnel and both of its sockets. Raises OSError, and has not taken them, when that cannot be."""
+    def relay(self, tunnel: Tunnel) -> None:
+        """Relay the first moments of a tunnel, and have the loop go on with it. Both sockets are the loop's from here
+        on. Raises OSError, and has not taken them, when that cannot be."""
         self._check_process()
         tunnel.moved_at = monotonic()
         for sock in (tunnel.client, tunnel.remote):
@@ -75,18 +79,29 @@ class Loop:
                 sock.setblocking(False)
         with self._gate:
             self._check_open()
-            self._tunnels.add(tunnel)               # before it is registered: it may end at once
-            first = len(self._tunnels) == 1
-            try:
-                if MANY:
+            tunnel.lent = True
+            self._tunnels.add(tunnel)
+            alone = not self._first
+            self._first += 1
+        if not MANY:
+            self._borrow(tunnel, partial(relay_busy, until_quiet=False))
+        elif alone:                                 # several threads would fight for the interpreter's lock
+            self._borrow(tunnel, relay_first)
+        with self._gate:
+            self._first -= 1
+            tunnel.lent = False
+            if not tunnel.ended:
+                try:
                     self._register(tunnel)
-                else:
-                    self._calls.append(lambda: self._lend(tunnel))
-            except OSError:
+                except OSError as exc:
+                    tunnel.end("server", exc.strerror or str(exc))
+            over = tunnel.ended
+            if over:
                 self._tunnels.discard(tunnel)
-                raise
-        if first or not MANY:                       # without tunnels the loop waits for hours, not for time limits
-            self._bell.ring()
+        if over:
+            self._close_tunnel(tunnel)
+        if self._stopping:
+            self._bell.ring()                       # the loop waits for this thread
 
     def _check_process(self) -> None:
         """Raises OSError in a forked child: it has no thread for this loop, and shares the parent's epoll."""
@@ -148,7 +163,7 @@ class Loop:
         with self._gate:
             self._stopping = self._stopping or "the relay loop failed"
         self._abort_each(self._stopping)
-        while self._lent:                           # after a failure only: _serve() waits for them
+        while self._lent or self._first:            # after a failure only: _serve() waits for them
             self._run_calls()
             sleep(QUIET_S / 10)
         self._close_ended()
@@ -162,8 +177,8 @@ class Loop:
     def _serve(self) -> None:
         poll, watched = self._poller.poll, self._watched
         subject: Any = None
-        while not self._stopping or self._lent or self._calls:
-            ready = poll(SWEEP_S if self._tunnels else FAR_S, BATCH)
+        while not self._stopping or self._lent or self._first or self._calls:
+            ready = poll(SWEEP_S, BATCH)
             now = monotonic()
             for fd, events in ready:
                 try:
@@ -222,31 +237,35 @@ class Loop:
         """End the tunnels whose deadline has passed."""
         with self._gate:
             tunnels = list(self._tunnels)
-        for tunnel in tunnels:
-            if not tunnel.lent and not tunnel.ended and tunnel.deadline() <= now:
-                tunnel.expire()
-                self._look_at(tunnel)
+        late = [tunnel for tunnel in tunnels if tunnel.deadline() <= now]
+        with self._gate:
+            for tunnel in late:
+                if not tunnel.lent and not tunnel.ended:
+                    tunnel.expire()
+                    self._look_at(tunnel)
         self._sweep_at = now + SWEEP_S
 
     def _close_ended(self) -> None:
         over, self._over = self._over, []
         for tunnel in over:
             self._tunnels.discard(tunnel)
-            try:
-                self._ended(tunnel)
-            except Exception:
-                self._failed()
+            self._close_tunnel(tunnel)
+
+    def _close_tunnel(self, tunnel: Tunnel) -> None:
+        try:
+            self._ended(tunnel)
+        except Exception:
+            self._failed()
 
     def _abort_each(self, why: str) -> None:
-        with self._gate:
-            tunnels = list(self._tunnels)
-        for tunnel in tunnels:
-            self._abort(tunnel, why)
+        with self._gate:                            # a lent tunnel must not be closed meanwhile
+            for tunnel in self._tunnels:
+                self._abort(tunnel, why)
 
     def _abort(self, tunnel: Tunnel, why: str) -> None:
         if tunnel.ended:
             return
-        if tunnel.lent:                             # its thread sees it within QUIET_S, and is woken for that
+        if tunnel.lent:                             # its thread is woken, and sees it
             tunnel.aborted = why
             for sock in (tunnel.client, tunnel.remote):
                 try:
@@ -272,7 +291,7 @@ class Loop:
         except (OSError, ValueError) as exc:        # ValueError: a socket that is closed already
             for fd in done:
                 self._poller.unregister(fd)
-            raise OSError(getattr(exc, "errno", None) or errno.EBADF, str(exc)) from None
+            raise exc if isinstance(exc, OSError) else OSError(errno.EBADF, str(exc)) from None
         tunnel.watched = wanted
         self._watched.update({client: (tunnel, CLIENT), remote: (tunnel, REMOTE)})
 
@@ -303,28 +322,32 @@ class Loop:
             except (OSError, KeyError):             # closed by its owner before its time
                 pass
 
-    # ---- busy tunnels ---------------------------------------------------------------------------------------------
+    # ---- tunnels in threads of their own --------------------------------------------------------------------------
 
-    def _lend(self, tunnel: Tunnel) -> None:
-        """Give it a thread of its own, and take it back when there is none to be had."""
-        tunnel.lent = True
-        self._lent += 1
+    def _borrow(self, tunnel: Tunnel, relay: Callable[[Tunnel], None]) -> None:
+        """Relay a lent tunnel in the calling thread, which closes nothing."""
         try:
-            threading.Thread(target=self._relay_alone, args=(tunnel,), name="busy tunnel", daemon=True).start()
-        except (RuntimeError, MemoryError) as exc:
-            if not MANY:
-                tunnel.end("server", "no thread: %s" % exc)
-            self._take_back(tunnel)
-
-    def _relay_alone(self, tunnel: Tunnel) -> None:
-        """What the thread of a busy tunnel does. It closes nothing."""
-        try:
-            relay_alone(tunnel, until_quiet=MANY)
+            relay(tunnel)
         except OSError as exc:                          # poll() or select() takes no more
             tunnel.end("server", exc.strerror or str(exc))
         except Exception:
             self._failed()
             tunnel.end("server", "a bug of the server")
+        if tunnel.aborted and not tunnel.ended:
+            tunnel.end(tunnel.aborted)
+
+    def _lend(self, tunnel: Tunnel) -> None:
+        """Give a busy tunnel a thread of its own, and take it back when there is none to be had."""
+        tunnel.lent = True
+        self._lent += 1
+        try:
+            threading.Thread(target=self._relay_busy, args=(tunnel,), name="busy tunnel", daemon=True).start()
+        except (RuntimeError, MemoryError):
+            self._take_back(tunnel)
+
+    def _relay_busy(self, tunnel: Tunnel) -> None:
+        """The thread of a busy tunnel."""
+        self._borrow(tunnel, partial(relay_busy, until_quiet=True))
         self.call_soon(lambda: self._take_back(tunnel))
 
     def _take_back(self, tunnel: Tunnel) -> None:

@@ -1,5 +1,5 @@
-"""How many sessions there are, in all server processes together: what caps that hold over all of them go by. And the
-Meter, which the server tells what else may be counted."""
+"""How many sessions and ports are in use, in all server processes together: the limits that hold over all go by it. And
+the Meter, which the server tells what else may be counted."""
 from __future__ import annotations
 
 import mmap
@@ -7,20 +7,29 @@ from typing import Any, Hashable
 
 
 class Counts:
-    """How many sessions there are, in all and of an origin: this process's own, and what the others have."""
+    """How many there are of one thing, in all and of an origin. This process adds; the sums are those of all processes.
 
-    def __init__(self, shared: Shared, row: int) -> None:
+    `what` is one of Shared.THINGS. Only one thread at a time may add to the same Counts.
+    """
+
+    def __init__(self, shared: Shared, row: int, what: str = "sessions") -> None:
         self._shared = shared
+        self._row = row
         self._at = row * Shared.ROW
+        self._table = shared.tables[what]
+
+    def of_thing(self, what: str) -> Counts:
+        """This process's counts of another thing."""
+        return Counts(self._shared, self._row, what)
 
     def number(self) -> int:
         """For one more session: one that no other has, in any process, nor had in one that has ended. From 1."""
-        given = self._shared.table[self._at + Shared.GIVEN]
-        self._shared.table[self._at + Shared.GIVEN] = (given + 1) % (1 << 32)
-        return 1 + self._at // Shared.ROW + given * self._shared.rows
+        given = self._table[self._at + Shared.GIVEN]
+        self._table[self._at + Shared.GIVEN] = (given + 1) % (1 << 32)
+        return 1 + self._row + given * self._shared.rows
 
     def add(self, origin: Hashable, change: int) -> None:
-        table, place = self._shared.table, self._at + self._place(origin)
+        table, place = self._table, self._at + self._place(origin)
         table[self._at + Shared.LIVE] += change
         table[place] += change
 
@@ -31,14 +40,16 @@ class Counts:
         return self._sum(self._place(origin))
 
     def clear(self) -> int:
-        """The process has died: how many sessions it had."""
-        lost = int(self._shared.table[self._at + Shared.LIVE])
-        for place in (Shared.LIVE, *range(Shared.GIVEN + 1, Shared.ROW)):
-            self._shared.table[self._at + place] = 0
+        """The process has died: it holds nothing any more, of any thing. How many sessions it had."""
+        lost = int(self._table[self._at + Shared.LIVE])
+        for table in self._shared.tables.values():
+            given = table[self._at + Shared.GIVEN]
+            table[self._at:self._at + Shared.ROW] = memoryview(bytes(4 * Shared.ROW)).cast("I")
+            table[self._at + Shared.GIVEN] = given
         return lost
 
     def _sum(self, place: int) -> int:
-        return sum(self._shared.table[place::Shared.ROW])
+        return sum(self._table[place::Shared.ROW])
 
     @staticmethod
     def _place(origin: Hashable) -> int:
@@ -49,20 +60,22 @@ class Counts:
 class Shared:
     """Counters in memory that forked processes share. Each writes to its own row, and reads the sum of all."""
 
-    LIVE, GIVEN = 0, 1              # how many sessions, how many numbers: a row begins with these
+    LIVE, GIVEN = 0, 1              # how many there are, how many numbers were given: a row begins with these
     ORIGINS = 16384
     ROW = 2 + ORIGINS
+    THINGS = ("sessions", "bind-ports 4", "bind-ports 6", "udp-ports 4", "udp-ports 6")     # ports by IP version
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.table = memoryview(mmap.mmap(-1, 4 * rows * self.ROW)).cast("I")
+        # The system gives memory to what was written to only.
+        self.tables = {what: memoryview(mmap.mmap(-1, 4 * rows * self.ROW)).cast("I") for what in self.THINGS}
 
     def row(self, which: int) -> Counts:
         return Counts(self, which)
 
     def given(self) -> int:
         """How many sessions have been admitted, in all processes."""
-        return sum(self.table[self.GIVEN::self.ROW])
+        return sum(self.tables["sessions"][self.GIVEN::self.ROW])
 
 
 class Meter:

@@ -33,12 +33,14 @@ from ..protocol.codes import Cmd, Method, Rep
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
-from ..protocol.messages import UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection
+from ..protocol.messages import (
+    HTTP_HELP, MOST_BYTES, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
+    Selection, whole)
 from ..protocol.trace import M, Sent
 from ..relay.tunnel import Tunnel
 from .counters import Meter
-from .inbox import Inbox, Outbox, linger
-from .sessions import Session, Sessions
+from .inbox import ClosedOnError, Inbox, Outbox, linger
+from .sessions import HEAVIEST, Full, Session, Sessions
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +48,6 @@ LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever
 ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
 NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 TOLD = 10                   # rules that one association may name in the log
-
-SOCKS4_REFUSAL = bytes([0x00, 0x5B]) + bytes(6)     # request rejected or failed
-HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
-             b"This is a SOCKS5 proxy, not an HTTP proxy or web server.\n"
-             b"Point the program at it with socks5h://HOST:PORT (curl: --socks5-hostname HOST:PORT;\n"
-             b"Firefox: Settings, Network Settings, SOCKS Host, SOCKS v5, Proxy DNS when using SOCKS v5).\n")
 
 
 class Service:
@@ -92,6 +88,7 @@ class Handler(StreamRequestHandler):
         self.rfile = self.inbox = Inbox(self.connection)
         self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
+        self.debug = log.isEnabledFor(logging.DEBUG)
 
     @cached_property
     def wfile(self) -> Outbox:                                  # type: ignore[override]
@@ -108,8 +105,9 @@ class Handler(StreamRequestHandler):
             try:
                 request = self.take(Request)                    # §4
                 self.server.sessions.negotiated(session)
-                session.cmd, session.dst = request.cmd.name, request.dst
-                session.step("request", cmd=session.cmd, dst=request.dst)
+                session.cmd, session.dst = request.cmd.word, request.dst
+                if self.debug:
+                    session.step("request", cmd=session.cmd, dst=request.dst)
                 COMMANDS[request.cmd](self, request.dst)        # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
                 session.ended_by, session.why = "refused", exc.why
@@ -125,8 +123,22 @@ class Handler(StreamRequestHandler):
     def take(self, kind: Type[M]) -> M:
         """The client's next message."""
         record = self.session.record
-        parse = partial(self.story.take, kind) if self.story else kind.parse
-        return record.take(kind, parse, self.inbox) if record else parse(self.inbox.read_exactly)
+        return record.take(kind, self.parse, self.inbox) if record else self.parse(kind)
+
+    def parse(self, kind: Type[M]) -> M:
+        """Nearly always the message is all that has come, and has come before."""
+        message: M
+        if self.story:
+            message = self.story.take(kind, self.inbox.read_exactly)
+        elif kind is Login or len(self.inbox.peek()) > MOST_BYTES:
+            message = kind.parse(self.inbox.read_exactly)
+        else:
+            try:
+                message = whole(kind, self.inbox.held)
+                self.inbox.held = b""
+            except EOFError:                                    # it is in pieces, or more has come behind it
+                message = kind.parse(self.inbox.read_exactly)
+        return message
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
@@ -146,7 +158,8 @@ class Handler(StreamRequestHandler):
         self.session.greeted = True
         methods = self.server.methods
         method = users.choose(offered, methods)
-        self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
+        if self.debug:
+            self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
         self.send(Selection(method))
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
@@ -185,7 +198,8 @@ class Handler(StreamRequestHandler):
             self.send(LoginStatus(0x01))
             raise ProtocolError("wrong user name or password" if verdict is Verdict.WRONG else
                                 "too many logins are tried: the password was not looked at")
-        session.step("login", user=login.uname)
+        if self.debug:
+            session.step("login", user=login.uname)
         self.send(LoginStatus(0x00))
         return login.uname
 
@@ -203,10 +217,8 @@ class Handler(StreamRequestHandler):
     # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
 
     def connect(self, dst: Address) -> None:
-        host, session = self.authorized(Cmd.CONNECT, dst), self.session
-        deadline = self.deadline()
-        found = self.lookup(deadline, host)
-        addresses = self.not_ourselves(dst.port, self.permitted(Cmd.CONNECT, host, dst.port, found))
+        session, deadline = self.session, self.deadline()
+        addresses = self.not_ourselves(dst.port, self.reachable(dst, deadline))
         remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection)
         with ClosedOnError(remote):
             session.reached = Endpoint(ip, dst.port)
@@ -239,6 +251,10 @@ class Handler(StreamRequestHandler):
         verdict = self.server.rules.foresee(self.asker(Cmd.UDP_ASSOCIATE))
         if not verdict.allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+        try:
+            self.server.sessions.grow(session, HEAVIEST)
+        except Full as exc:
+            raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
         self.told: Set[str] = set()             # rules that a line in the log has named
         with Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                          self.server.names, self.permits_datagram, lambda: self.server.rules,
@@ -255,8 +271,8 @@ class Handler(StreamRequestHandler):
             session.why, session.notes = session.why or association.why, association.summary()
 
     def relay(self, remote: socket.socket) -> None:
-        """Hand the tunnel over to the relay loop, which owns both sockets from here on. What the client sent behind
-        its request goes first."""
+        """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
+        What the client sent behind its request goes first."""
         config = self.server.config
         if self.timeout is not None:
             self.connection.settimeout(None)
@@ -285,6 +301,19 @@ class Handler(StreamRequestHandler):
             if not verdict.allowed:
                 raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
         return host
+
+    def reachable(self, dst: Address, deadline: float) -> List[IP]:
+        """The addresses of a CONNECT's destination that this client may reach. Raises RequestRefused. What was allowed
+        is remembered for an address, and for as long as these rules are in force; for a name it is looked up anew."""
+        known = self.server.rules.known
+        key = self.session.client.ip, self.session.user, dst
+        addresses = known.get(key)
+        if addresses is None:
+            host = self.authorized(Cmd.CONNECT, dst)
+            addresses = self.permitted(Cmd.CONNECT, host, dst.port, self.lookup(deadline, host))
+            if not isinstance(host, bytes):
+                known.put(key, addresses)
+        return addresses
 
     def permitted(self, cmd: Cmd, host: Host, port: int, addresses: Sequence[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Raises RequestRefused X'02' when there is none."""
@@ -328,7 +357,7 @@ class Handler(StreamRequestHandler):
     # ---- §6: answers ----------------------------------------------------------------------------------------------
 
     def reply(self, rep: Rep, bnd: Optional[Endpoint] = None) -> None:
-        self.session.rep = rep.name
+        self.session.rep = rep.word
         self.send(Reply(rep, Address(*bnd) if bnd else UNSPECIFIED))
         self.server.meter.replied(self.session)
 
@@ -356,20 +385,6 @@ class LoginWait(Wait):
 def name_in(host: Host) -> Optional[bytes]:
     """The name in a normalised host; None for an address."""
     return host if isinstance(host, bytes) else None
-
-
-class ClosedOnError:
-    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
-        if kind:
-            self.sock.close()
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {

@@ -8,9 +8,8 @@ from __future__ import annotations
 import io
 import socket
 from time import monotonic
-from typing import Any, Callable, Dict, List, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
-from ..protocol.fields import ReadExactly
 from ..protocol.messages import Login
 from ..protocol.trace import M, Sent
 
@@ -102,11 +101,11 @@ class Record:
         self.up = self.down = 0
         self.udp: Dict[Tuple[str, str], int] = {}
 
-    def take(self, kind: Type[M], parse: Callable[[ReadExactly], M], inbox: Inbox) -> M:
+    def take(self, kind: Type[M], parse: Callable[[Type[M]], M], inbox: Inbox) -> M:
         """The client's next message, parsed by `parse`."""
         start = len(inbox.heard) - len(inbox.held)
         try:
-            return parse(inbox.read_exactly)
+            return parse(kind)
         finally:
             raw = inbox.heard[start:len(inbox.heard) - len(inbox.held)]
             if kind is Login:
@@ -115,6 +114,20 @@ class Record:
 
     def sent(self, message: Sent) -> None:
         self.messages.append((monotonic(), type(message), message))
+
+
+class ClosedOnError:
+    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+        if kind:
+            self.sock.close()
 
 
 class Outbox(io.BufferedIOBase):

@@ -29,7 +29,7 @@ from ..relay.loop import Loop
 from ..relay.tunnel import Tunnel
 from ..relay.watch import peek
 from . import acceptors, tracing
-from .counters import Counts, Meter
+from .counters import Counts, Meter, Shared
 from .handler import ANONYMOUS, BY_PASSWORD, Handler, Service
 from .sessions import Full, Session, Sessions, Teller
 from .table import Table
@@ -83,21 +83,23 @@ class Server(ThreadingTCPServer, Service):
 
     def __init__(self, config: Optional[Config] = None, RequestHandlerClass: Callable[..., Any] = Handler,
                  bind_and_activate: bool = True, *, listeners: Sequence[socket.socket] = (),
-                 counts: Optional[Counts] = None, access: Optional[Tuple[Users, Rules]] = None,
-                 meter: Optional[Meter] = None) -> None:
-        """Several processes share `listeners`, which are open, and `counts`. `access` was read before."""
+                 counts: Optional[Counts] = None, access: Optional[Tuple[Users, Rules]] = None) -> None:
+        """`listeners` are open already where several processes share them, and `counts` what these know of one
+        another's sessions and ports; `access` is read already."""
         self.config = config or Config()
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = tracing.opened(self.config.trace)
         self.names = Names()
-        self.bind_ports = Ports(self.config.bind_ports)
-        self.udp_ports = Ports(self.config.udp_ports, need=2)       # one towards the client, one towards the remotes
+        self.counts = counts or Shared(1).row(0)
+        self.bind_ports = Ports(self.config.bind_ports, 1, lambda ip: self.counts.of_thing("bind-ports %d" % ip))
+        # Two at once: one towards the client, one towards the remotes.
+        self.udp_ports = Ports(self.config.udp_ports, 2, lambda ip: self.counts.of_thing("udp-ports %d" % ip))
         self.methods = dict(BY_PASSWORD if self.users else ANONYMOUS)
         net_listeners.raise_descriptor_limit()
-        self.sessions = Sessions(self.config.max_sessions or float("inf"), self.config.handshake_timeout,
-                                 self.config.max_per_client, self.config.max_negotiating, counts,
-                                 float("inf") if self.config.max_sessions else net_listeners.session_limit())
-        self.table, self.meter = Table(), meter or Meter()
+        limits = self.config.handshake_timeout, self.config.max_per_client, self.config.max_negotiating
+        self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, self.counts,
+                                 max(self.config.max_sessions, net_listeners.session_limit()))
+        self.table, self.meter = Table(), Meter()
         self._wakeup, self._waker = socket.socketpair()
         self._stopping = threading.Event()
         self._stopped = threading.Event()
@@ -324,17 +326,17 @@ class Server(ThreadingTCPServer, Service):
             return self._loop
 
     def relay(self, tunnel: Tunnel) -> None:
-        """Hand a tunnel over. Raises OSError, and has not, when the loop cannot take it."""
+        """Relay a tunnel, the first moments in this thread. Raises OSError when the loop cannot take it."""
         session: Session = tunnel.session
         session.tunnel = tunnel
         try:
-            self.relay_loop().adopt(tunnel)
+            self.relay_loop().relay(tunnel)
         except BaseException:
             session.tunnel = None
             raise
 
     def _tunnel_ended(self, tunnel: Tunnel) -> None:
-        """In the relay loop's thread."""
+        """In the relay loop's thread, or in its handler's."""
         session: Session = tunnel.session
         session.up, session.down = tunnel.up.total, tunnel.down.total
         session.ended_by, session.why = tunnel.ended_by, tunnel.why

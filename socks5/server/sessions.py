@@ -11,12 +11,12 @@ import logging
 import queue
 import socket
 import threading
-from collections import Counter
 from time import monotonic
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 from ..commands.udp import Association
 from ..net.addresses import Endpoint
+from ..net.shares import ByOwner, Tally, fits
 from ..protocol.facts import Facts
 from ..protocol.messages import Address
 from ..relay.tunnel import Tunnel
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 GRACE_S = 1.0           # a newcomer is not evicted before
 NO_LIMIT = float("inf")
 MAX_LEAVING = 32        # evicted sessions that still hold a descriptor, one of the spare ones
+HEAVIEST = 3            # the weight of a UDP association: its connection, up to three UDP sockets, and what wakes it
 
 
 class Session:
@@ -68,7 +69,7 @@ class Session:
         self.extended_s = 0.0                       # so much longer than others may its handshake take
         self.greeted = False                        # its greeting is here: it speaks SOCKS5
         self.leaving = False                        # evicted, and its thread has not noticed yet
-        self.weight = 1                             # how many sessions it counts as
+        self.weight = 1                             # how many pairs of descriptors it may take
         self.story: Any = None                      # the trace of this session
         self.record: Optional[Record] = None        # of its handshake, for the status page
 
@@ -108,9 +109,8 @@ class Session:
 
     def step(self, word: str, **facts: object) -> None:
         """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
-        if log.isEnabledFor(logging.DEBUG):
-            said = Facts(client=self.client, **facts)
-            log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
+        said = Facts(client=self.client, **facts)
+        log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
 
 
 class Full(Exception):
@@ -124,12 +124,13 @@ class Full(Exception):
 class Sessions:
     """The live sessions, by their client's socket.
 
-    maximum          sessions at once in all processes; and `maximum_here`, in this one. The last tenth is kept for
+    maximum          sessions at once, in all processes
+    maximum_here     in this process, each with its weight: pairs of descriptors. Of both, the last tenth is kept for
                      origins that hold less than a tenth, so that a newcomer is served while one address holds the rest
-    per_origin       sessions at once of one origin, 0 for any number
-    negotiating_max  sessions before their request. Beyond it, and when the maximum is reached, a connection that has
-                     not sent a greeting is evicted (if there is none, one in mid-login): the oldest of the origin that
-                     has most of these
+    per_origin       sessions at once of one origin, in all processes; 0 for any number
+    negotiating_max  sessions before their request, in this process. Beyond it, and when a maximum is reached, a
+                     connection that has not sent a greeting is evicted (if there is none, one in mid-login): the oldest
+                     of the origin that has most of these
     """
 
     def __init__(self, maximum: float = NO_LIMIT, handshake_s: float = 0, per_origin: int = 0,
@@ -141,9 +142,11 @@ class Sessions:
         self.handshake_s = handshake_s
         self._lock = threading.Lock()
         self._counts = counts or Shared(1).row(0)
+        self._weights = Tally()                             # of all live sessions here, by origin
         self._live: Dict[socket.socket, Session] = {}
         self._negotiating: Dict[Session, None] = {}         # in the order in which they came
-        self._weight = 0                                    # of all live sessions
+        self._silent: ByOwner[Session] = ByOwner()          # of these, by origin, those without a greeting
+        self._greeted: ByOwner[Session] = ByOwner()         # and the others: see _evict()
         self._leaving = 0
         self._closed = False
 
@@ -176,60 +179,71 @@ class Sessions:
                 raise Full("max-per-client", "%d reached by %s" % (self.per_origin, session.origin))
             if 0 < self.negotiating_max <= len(self._negotiating):
                 self._evict()
-            if self._full(session.origin, 1):
-                # In the place of another origin's session it would still have more than its share: then one of its own.
-                own = session.origin if self._full(session.origin, 1, freed=1) else ""
-                if self._leaving >= MAX_LEAVING or not self._evict(own):
-                    raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
+            self._find_place(session.origin, 1, 1)
             session.number = self._counts.number()
             self._live[sock] = session
-            self._weight += 1
             self._counts.add(session.origin, 1)
+            self._weights.add(session.origin, 1)
             self._negotiating[session] = None
+            self._silent.add(session.origin, session)
         return session
 
-    def _full(self, origin: str, more: int, freed: int = 0) -> bool:
-        """Whether `more` would be too many, of all or of this origin's share, when `freed` others have left."""
-        leaving = min(self._leaving, MAX_LEAVING) + freed
-        here, shared = self._weight - leaving, self.maximum < NO_LIMIT
-        everywhere = self._counts.live() - leaving if shared else 0
-        if here + more > self.maximum_here or shared and everywhere + more > self.maximum:
-            return True
-        limit, used = (self.maximum, everywhere) if shared else (self.maximum_here, here)
-        if limit == NO_LIMIT or used + more <= limit - max(1, limit // 10):
-            return False
-        return limit > 1 and self._counts.of(origin) + more > max(1, limit // 10)
-
     def grow(self, session: Session, weight: int) -> None:
-        """The session takes as many descriptors as `weight` ordinary ones. Raises Full."""
+        """The session will take as many descriptors as `weight` ordinary ones. Raises Full."""
         with self._lock:
             more = weight - session.weight
-            if self._full(session.origin, more):
-                raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
+            if more > 0:
+                self._find_place(session.origin, 0, more)
             session.weight = weight
-            self._weight += more
-            self._counts.add(session.origin, more)
+            self._weights.add(session.origin, more)
+
+    def _find_place(self, origin: str, sessions: int, weight: int) -> None:
+        """Evict others until there is a place for so many more. Raises Full."""
+        # In the place of another origin's session it would still have more than its share: then one of its own.
+        own = "" if self._fits(origin, sessions, weight, freed=weight) else origin
+        for _ in range(weight):
+            if self._fits(origin, sessions, weight):
+                return
+            if self._leaving >= MAX_LEAVING or not self._evict(own):
+                raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
+
+    def _fits(self, origin: str, sessions: int, weight: int, freed: int = 0) -> bool:
+        """Whether there is a place for so many more of this origin, when `freed` others have left."""
+        freed += min(self._leaving, MAX_LEAVING)
+        return ((self.maximum == NO_LIMIT or not sessions
+                 or fits(self.maximum, self._counts, origin, sessions, freed=freed))
+                and (self.maximum_here == NO_LIMIT
+                     or fits(self.maximum_here, self._weights, origin, weight, HEAVIEST, freed)))
 
     def _evict(self, origin: str = "") -> bool:
-        """Shut down one session that is still negotiating (of this origin, if one is given), unless all are new."""
-        waiting = [session for session in self._negotiating if origin in ("", session.origin)]
-        candidates = [session for session in waiting if not session.greeted] or waiting
-        if not candidates:
+        """Shut down one session that is still negotiating (of this origin, if one is given), unless it is new.
+
+        Sessions become `greeted` without a word to us, and are sorted out here when one is about to be evicted."""
+        victim = self._silent.oldest(origin)
+        while victim and victim.greeted:
+            self._silent.discard(victim.origin, victim)
+            self._greeted.add(victim.origin, victim)
+            victim = self._silent.oldest(origin)
+        victim = victim or self._greeted.oldest(origin)
+        if not victim or monotonic() - victim.started < GRACE_S:
             return False
-        busiest, _count = Counter(session.origin for session in candidates).most_common(1)[0]
-        victim = next(session for session in candidates if session.origin == busiest)
-        if monotonic() - victim.started < GRACE_S:
-            return False
-        del self._negotiating[victim]
+        self._settle(victim)
         victim.leaving = True
         self._leaving += 1
         self._shut(victim, "evicted")
         return True
 
+    def _settle(self, session: Session) -> None:
+        """It is not negotiating any more."""
+        if session in self._negotiating:
+            del self._negotiating[session]
+            self._silent.discard(session.origin, session)
+            self._greeted.discard(session.origin, session)
+
     def negotiated(self, session: Session) -> None:
         """The request is here: the handshake's deadline no longer holds."""
         with self._lock:
-            self._negotiating.pop(session, None)
+            self._settle(session)
 
     def end(self, session: Session) -> bool:
         """From now on its facts are final, and its socket is the caller's. False if another thread was faster."""
@@ -244,10 +258,10 @@ class Sessions:
         with self._lock:
             if self._live.pop(session.sock, None) is None:
                 return False
-            self._negotiating.pop(session, None)
+            self._settle(session)
             self._leaving -= session.leaving
-            self._weight -= session.weight
-            self._counts.add(session.origin, -session.weight)
+            self._counts.add(session.origin, -1)
+            self._weights.add(session.origin, -session.weight)
         return True
 
     # ---- ending them ----------------------------------------------------------------------------------------------
@@ -260,7 +274,7 @@ class Sessions:
         with self._lock:
             for session in list(itertools.takewhile(lambda session: session.started <= since, self._negotiating)):
                 if session.started + session.extended_s <= since:
-                    del self._negotiating[session]
+                    self._settle(session)
                     self._shut(session, "handshake timeout")
 
     def extend(self, session: Session, seconds: float) -> None:
