@@ -14,7 +14,7 @@ import time
 import unittest
 from unittest import mock
 
-from socks5 import client
+from socks5 import client, log
 from socks5.config import Config, ConfigError
 from socks5.protocol.codes import Cmd, Rep
 from socks5.server.counters import Shared
@@ -448,6 +448,19 @@ class Words(unittest.TestCase):
     def test_the_line(self):
         self.assertEqual(line.text((10.0, 0, 1000, 5, 2), (12.0, 3000, 1000, 9, 1)),
                          "1 session   2 conn/s   up 1.5 kB/s   down 0 B/s   total 9 conn, up 3.0 kB, down 1.0 kB")
+
+    def test_the_log_erases_the_line_first(self):
+        written = []
+
+        def write(data):                                # takes six bytes at a time
+            written.append(data[:6])
+            return len(data[:6])
+
+        both = log.after(b"\r!", write)
+        self.assertEqual(both(b"abcdefgh"), 4)
+        self.assertEqual(both(b"efgh"), 4)
+        self.assertEqual(written, [b"\r!abcd", b"\r!efgh"])
+        self.assertIs(log.after(b"", write), write)
 
     def test_sessions_given_in_all_processes(self):
         shared = Shared(2)
