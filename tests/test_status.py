@@ -472,7 +472,7 @@ class Words(unittest.TestCase):
 @unittest.skipUnless(hasattr(os, "openpty"), "this system has no terminals")
 class Terminal(unittest.TestCase):
     def server_on(self, *args, **env):
-        """What our server writes to a terminal: a function that waits for a pattern, and one that ends it."""
+        """Start our server on a terminal: (wait for a pattern in its output, end it and give all output)."""
         ours, theirs = os.openpty()
         self.addCleanup(os.close, ours)
         environ = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}

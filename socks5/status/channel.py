@@ -1,8 +1,8 @@
-"""Ask a worker: a request over a socket that is there before the fork, the answer over one that comes with it.
+"""Ask a worker: the request goes over a socket made before the fork, the answer over a socket sent with the request.
 
 The request's datagram carries one end of a fresh socket pair; the worker writes its answer there and closes it. So an
 answer ends with EOF, a worker that dies amid one leaves nothing behind for the next, and neither side waits for the
-other without a time limit. A worker that has died leaves its requests to the one that replaces it.
+other without a time limit. The requests to a worker that has died go to its replacement.
 """
 from __future__ import annotations
 
