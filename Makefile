@@ -12,7 +12,7 @@ run: ## start the server: make run ARGS="-p 1080"
 	$(PYTHON) socks5_server.py $(ARGS)
 
 test: ## run the tests: make test ARGS="-v -p test_messages.py"
-	$(PYTHON) -m unittest discover -s tests -t . $(ARGS)
+	$(PYTHON) -m tests $(ARGS)
 
 lint: need-flake8 ## check the style with flake8
 	$(PYTHON) -m flake8 socks5 socks5_server.py tests

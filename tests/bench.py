@@ -7,6 +7,10 @@ noise disturbs least. The load (bench_load.py) is Python as well, so
 with small work (conn, rr, udp) it takes its share of the CPUs: "direct", which is the load without any proxy, is the
 ceiling, and the nearer to it, the more alike all servers look.
 
+--instructions counts in place of timing: what ours takes in user space for one unit of work, by valgrind. The count is
+the same to a few percent whatever else the machine does, so that it shows what a change in the code is worth. Builds of
+Python differ.
+
 A server is direct, ours, microsocks, dante, hev or 3proxy; "ours=-w 1" is ours with options. Those that are on PATH or
 in --peers DIR are measured unless --servers tells which.
 """
@@ -43,6 +47,14 @@ LOADS = {
     "udp": Load("udp", 2, 30000, "rt/s", True, "us/rt", 1e6),
 }
 
+# With --instructions, each with this count and twice as much: the difference has no start and no end in it.
+COUNTED = {
+    "a connection, as one before": Load("conn", 1, 250, "", False, "", 1),
+    "a connection, to a new name": Load("new", 1, 250, "", False, "", 1),       # localhost has 512 spellings
+    "a round trip": Load("rr", 1, 2000, "", False, "", 1),
+    "a UDP datagram and its answer": Load("udp", 1, 2000, "", False, "", 1),
+}
+
 # ---- the servers --------------------------------------------------------------------------------------------------
 
 # name: (program, its arguments, its configuration file)
@@ -64,8 +76,10 @@ def program(name, args):
 
 
 @contextlib.contextmanager
-def serving(name, args):
-    """(port, pid) of a server, started for this and ended afterwards; (0, None) for direct. Raises Trouble."""
+def serving(name, args, *wrapper):
+    """(port, pid) of a server, started for this and ended afterwards; (0, None) for direct. Raises Trouble.
+
+    `wrapper` is the command that runs ours."""
     if name == "direct":
         yield 0, None
         return
@@ -79,7 +93,7 @@ def serving(name, args):
             file.write_text(PEERS[name][2].format(**words))
             command = [program(name, args) or PEERS[name][0], *PEERS[name][1].format(**words).split()]
         else:
-            command = [args.python, str(SCRIPT), "-p", str(port), *name.partition("=")[2].split()]
+            command = [*wrapper, args.python, str(SCRIPT), "-p", str(port), *name.partition("=")[2].split()]
         try:
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                      stderr=subprocess.DEVNULL, start_new_session=True)
@@ -91,7 +105,7 @@ def serving(name, args):
             if child.poll() is not None:
                 raise Trouble("the server died with %d" % child.returncode)
         finally:
-            end(child)
+            end(child, 60 if wrapper else 5)
 
 
 def wait_ports():
@@ -103,7 +117,7 @@ def wait_ports():
 
 
 def wait_listening(port, child):
-    for _ in range(200):
+    for _ in range(1200):                   # a minute: valgrind takes ten seconds
         with contextlib.suppress(OSError):
             dial(port).close()
             time.sleep(0.3)                 # and its other processes
@@ -114,7 +128,7 @@ def wait_listening(port, child):
     raise Trouble("did not start")
 
 
-def end(child):
+def end(child, patience_s):
     """End a server and the processes that it started: they are one group, its number is the pid of the first."""
     for number in ("SIGTERM", "SIGKILL"):
         with contextlib.suppress(OSError):
@@ -123,7 +137,7 @@ def end(child):
             else:
                 child.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(5)
+            child.wait(patience_s)
 
 
 def family(pid):
@@ -180,6 +194,36 @@ def run(works, servers, args):
                 said = str(exc)
             print("round %d of %d  %-10s %-16s %s" % (number, args.rounds, work, server, said), file=sys.stderr)
     return results
+
+
+def instructions(load, args):
+    """How many of the server's own a run takes. Raises Trouble."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "callgrind"
+        with serving("ours=-w 1", args, "valgrind", "--tool=callgrind", "--callgrind-out-file=%s" % file) as (port, _):
+            measure(load, port, lambda: None, lambda: None, args.timeout)
+        for line in file.read_text().splitlines():
+            if line.startswith(("summary:", "totals:")):
+                return int(line.split()[1])
+    raise Trouble("valgrind has counted nothing")
+
+
+def count_instructions(args):
+    if not shutil.which("valgrind"):
+        print("bench.py: --instructions needs valgrind, which is not installed", file=sys.stderr)
+        return 2
+    build = subprocess.run([args.python, "-VV"], stdout=subprocess.PIPE, text=True).stdout.strip()
+    print("%s; user instructions of a server with -w 1" % build)
+    for words, load in COUNTED.items():
+        load = load._replace(count=load.count // 20) if args.quick else load
+        try:
+            once, twice = (instructions(load._replace(count=times * load.count), args) for times in (1, 2))
+            print("  %-32s %9d" % (words, (twice - once) / load.count), flush=True)
+        except Trouble as exc:
+            print("  %-32s %9s  %s" % (words, "-", exc), flush=True)
+        if ENDING:
+            return 128 + ENDING[0]
+    return 0
 
 
 def reference(work, servers, medians, wanted):
@@ -259,6 +303,7 @@ def arguments():
     parser.add_argument("--python", metavar="PATH", default=sys.executable, help="the interpreter that runs ours")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the work: does it run at all?")
     parser.add_argument("--timeout", type=float, metavar="S", default=60, help="for one measurement (default 60)")
+    parser.add_argument("--instructions", action="store_true", help="count instructions with valgrind; nothing else")
     parser.add_argument("--rst", action="store_true", help="print the table for README.rst, too")
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 3)
@@ -279,6 +324,8 @@ def main():
     args, load = arguments(), os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _frame: ENDING.append(number))
+    if args.instructions:
+        return count_instructions(args)
     works = {work: LOADS[work] for work in args.only.split(",")}
     if args.quick:
         works = {work: load._replace(count=load.count // 20) for work, load in works.items()}

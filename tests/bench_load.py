@@ -57,7 +57,7 @@ def echo_target(pipe, _count):
             sock.close()
 
 
-conn_target = rr_target = idle_target = echo_target
+conn_target = new_target = rr_target = idle_target = echo_target
 
 
 def down_target(pipe, count, both=False):
@@ -130,12 +130,12 @@ def dial(port):
     return sock
 
 
-def ask(sock, cmd, port):
-    """Negotiate and ask for `cmd`: the port of the reply."""
+def ask(sock, cmd, port, host=b"\x01" + socket.inet_aton(HOST)):
+    """Negotiate and ask for `cmd`, `host` being ATYP and ADDR: the port of the reply."""
     sock.send(b"\x05\x01\x00")
     if exactly(sock, 2) != b"\x05\x00":
         raise Trouble("wants a password")
-    sock.send(b"\x05%c\x00\x01" % cmd + socket.inet_aton(HOST) + struct.pack("!H", port))
+    sock.send(b"\x05%c\x00%s" % (cmd, host) + struct.pack("!H", port))
     _, rep, _, atyp = exactly(sock, 4)
     bnd = exactly(sock, 18 if atyp == 4 else 6)
     if rep:
@@ -162,6 +162,17 @@ def conn_client(pipe, proxy, target, count):
             exactly(sock, 1)
             took.append(time.perf_counter() - began)
     return took
+
+
+def new_client(pipe, proxy, target, count):
+    """The same by a name that no request had before: localhost, each time in other capital letters."""
+    meet(pipe)
+    for number in range(count):
+        name = bytes(byte - 32 * (number >> at & 1) for at, byte in enumerate(b"localhost"))
+        with dial(proxy) as sock:
+            ask(sock, 1, target, b"\x03%c%s" % (len(name), name))
+            sock.send(b"x")
+            exactly(sock, 1)
 
 
 def rr_client(pipe, proxy, target, count):

@@ -1,8 +1,8 @@
 """What the tests share: servers to talk to, a SOCKS5 client made of raw bytes, ways to wait that are not sleeping."""
 import contextlib
 import ctypes
+import itertools
 import os
-import random
 import re
 import shutil
 import signal
@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "socks5_server.py"
 PATIENCE_S = 20             # for what should happen at once: long, because machines are slow
 OTHER_THREADS = 4           # of a server that is one process, beside acceptors: signals, serve_forever, relay loop, log
+PORTS = 200                 # of one test process, for free_ports(); its neighbours have others
+FIRST_PORT = 20000 + os.getpid() % 50 * PORTS
+_ports = itertools.count()
 HAS_IPV6 = False
 with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as _probe:
     _probe.bind(("::1", 0))
@@ -227,6 +230,32 @@ def read_to_end(sock):
         pieces.append(piece)
 
 
+def heard(sock, said=b""):
+    """What comes next after `said` was sent, as far as it could be; b"" for EOF and for a reset."""
+    try:
+        sock.sendall(said)
+        return sock.recv(1 << 16)
+    except ConnectionError:
+        return b""
+
+
+def echoes(tunnel, data=b"ping"):
+    """Whether `tunnel` brings back what is sent into it."""
+    tunnel.sendall(data)
+    return reader_of(tunnel)(len(data)) == data
+
+
+def refuses(port):
+    """Whether nothing listens on this port of 127.0.0.1 any more. A connection that is reset was still accepted."""
+    try:
+        dial(port).close()
+    except ConnectionRefusedError:
+        return True
+    except ConnectionError:
+        pass
+    return False
+
+
 def reset(sock):
     """Close with RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -275,14 +304,24 @@ def echo(connection):
         connection.sendall(data)
 
 
-def closed_port(host="127.0.0.1"):
-    """A port on which nobody listens: below those that the kernel gives to whoever binds to any or connects, so that
-    it is not given away before it is used, nor to who connects to it (which would find itself there)."""
+def free_ports(number, *hosts, kind=socket.SOCK_STREAM):
+    """The first of so many ports in a row that are free on all of these addresses (127.0.0.1 if none is given): below
+    those that the kernel gives to sockets that bind to any port or connect, and from a range of this process, so that
+    none is taken before it is used, nor given twice within a short time."""
     while True:
-        port = random.randrange(20000, 30000)
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock, contextlib.suppress(OSError):
-            sock.bind((host, port))
-            return port
+        low = FIRST_PORT + next(_ports) % PORTS
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for host, port in itertools.product(hosts or ["127.0.0.1"], range(low, low + number)):
+                sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind))
+                sock.bind((host, port))
+            for _ in range(1, number):
+                next(_ports)
+            return low
+
+
+def closed_port(*hosts):
+    """A port on which nothing listens, on none of these addresses."""
+    return free_ports(1, *hosts)
 
 
 # ---- waiting, counting, skipping ---------------------------------------------------------------------------------
@@ -303,6 +342,11 @@ def descriptors(pid="self"):
 
 def threads(pid="self"):
     return len(os.listdir("/proc/%s/task" % pid))
+
+
+def children(pid):
+    with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
+        return list(map(int, file.read().split()))
 
 
 def need(test, present, what):

@@ -4,21 +4,26 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import unittest
+from pathlib import Path
 
-from tests.support import PATIENCE_S, ROOT, need, wait_until
+from tests.support import PATIENCE_S, ROOT, children, need, wait_until
 
 BENCH = [sys.executable, str(ROOT / "tests" / "bench.py"), "--quick"]
 
 
-def bench(*args):
+VALGRIND = """#!/bin/sh
+echo run >>"%s/runs"
+echo "summary: $((12000 * $(grep -c run "%s/runs")))" >"${2#--callgrind-out-file=}"
+shift 2
+exec "$@"
+"""
+
+
+def bench(*args, path=os.environ.get("PATH", os.defpath)):
     return subprocess.run([*BENCH, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, text=True,
-                          encoding="utf-8", env=dict(os.environ, PYTHONIOENCODING="utf-8", COLUMNS="70"))
-
-
-def children(pid):
-    with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
-        return list(map(int, file.read().split()))
+                          encoding="utf-8", env=dict(os.environ, PYTHONIOENCODING="utf-8", COLUMNS="70", PATH=path))
 
 
 class Bench(unittest.TestCase):
@@ -35,6 +40,26 @@ class Bench(unittest.TestCase):
             with self.subTest(what):
                 self.assertRegex(done.stdout, pattern)
         self.assertLessEqual(max(len(line) for line in re.findall(".*█.*", done.stdout)), 70)
+
+    def test_counts_instructions(self):
+        """By a valgrind of our own, for which every run takes 12,000 more than the one before: a twentieth of the units
+        of each load is 12 or 100."""
+        need(self, os.name == "posix", "sh")
+        with tempfile.TemporaryDirectory() as folder:
+            valgrind = Path(folder) / "valgrind"
+            valgrind.write_text(VALGRIND.replace("%s", folder))
+            valgrind.chmod(0o755)
+            done = bench("--instructions", path=folder + os.pathsep + os.environ.get("PATH", os.defpath))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for what, figure in (("connection, as one before", 1000), ("connection, to a new name", 1000),
+                             ("round trip", 120), ("datagram and its answer", 120)):
+            with self.subTest(what):
+                self.assertRegex(done.stdout, r"%s +%d\n" % (what, figure))
+
+    def test_says_in_a_line_that_valgrind_is_missing(self):
+        done = bench("--instructions", path="/nowhere")
+        self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1))
+        self.assertIn("valgrind", done.stderr)
 
     def test_a_server_that_does_not_start_is_told_and_the_others_go_on(self):
         done = bench("--only", "rr", "--servers", "ours=--no-such-option,direct")

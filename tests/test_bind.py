@@ -1,9 +1,9 @@
 """BIND: which peers may connect, where, for how long, and what is released afterwards."""
 import contextlib
+import errno
 import ftplib
 import io
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -15,15 +15,15 @@ from unittest.mock import patch
 
 import socks5
 from socks5 import client
-from socks5.commands.bind import EARLY_BYTES, Rendezvous, any_peer, expected
+from socks5.commands.bind import EARLY_BYTES, Rendezvous, any_peer, expected, listen, our_end
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError, RequestRefused
 from socks5.net.poller import SelectPoll
+from socks5.net.shares import ANY_PORT
 from socks5.protocol.messages import Address, Reply, Request
 
-from .support import (
-    FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, ask, descriptors, dial, logging_of, need, need_program, negotiate,
-    read_to_end, reader_of, reset, running, spawned, threads, wait_until)
+from .support import (FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, ask, descriptors, dial, free_ports, logging_of, need,
+                      need_program, negotiate, read_to_end, reader_of, reset, running, spawned, threads, wait_until)
 
 LOCAL = ("127.0.0.1", 0)
 
@@ -97,9 +97,9 @@ class ExpectedPeers(unittest.TestCase):
 
     def test_IPv6(self):
         need(self, HAS_IPV6, "IPv6")
-        for name, listen in [("client on IPv6", "::1"), ("client on IPv4", "127.0.0.1"), ("dual-stack", "::")]:
-            with self.subTest(name), running(listen=(listen,), open=True) as server:
-                proxy = ("127.0.0.1", server.server_address[1]) if listen == "::" else server.server_address[:2]
+        for name, here in [("client on IPv6", "::1"), ("client on IPv4", "127.0.0.1"), ("dual-stack", "::")]:
+            with self.subTest(name), running(listen=(here,), open=True) as server:
+                proxy = ("127.0.0.1", server.server_address[1]) if here == "::" else server.server_address[:2]
                 with client.bind(proxy, ("::1", 21)) as waiting, call(waiting.bnd) as peer:
                     self.assertEqual(waiting.bnd[0], "::1")
                     sock, who = waiting.accept(PATIENCE_S)
@@ -147,6 +147,29 @@ class ExpectedPeers(unittest.TestCase):
                 client.bind(server.server_address, ("127.0.0.1", 22))
         self.assertEqual(caught.exception.rep, Rep.NOT_ALLOWED)
         self.assertEqual(asked, [["127.0.0.1"], ["0.0.0.0"], ["127.0.0.1"]])
+
+    def test_any_address_of_a_name(self):
+        found = [ip_address("127.0.0.9"), ip_address("127.0.0.2")]
+        with running() as server, patch("socks5.net.lookups.Names.resolve", return_value=found):
+            with client.bind(server.server_address, (b"peer.test", 21)) as waiting, call(waiting.bnd, "127.0.0.2"):
+                sock, who = waiting.accept(PATIENCE_S)
+                sock.close()
+        self.assertEqual(who[0], "127.0.0.2")
+
+    def test_the_first_that_can_be_reached_and_else_the_most_telling_failure(self):
+        self.assertEqual(str(our_end(None, [ip_address("255.255.255.255"), ip_address("127.0.0.2")])[0]), "127.0.0.1")
+        two = [ip_address("192.0.2.1"), ip_address("192.0.2.2")]
+        for numbers in ((errno.EHOSTUNREACH, errno.ENETUNREACH), (errno.ENETUNREACH, errno.EHOSTUNREACH)):
+            with self.subTest(numbers), patch("socks5.commands.bind.socket.socket",
+                                              side_effect=[OSError(number, "") for number in numbers]):
+                with self.assertRaises(RequestRefused) as caught:
+                    our_end(None, two)
+                self.assertEqual(caught.exception.rep, Rep.HOST_UNREACHABLE)
+
+    @unittest.skipUnless(HAS_IPV6, "no IPv6 here")
+    def test_a_listener_on_IPv6_takes_no_IPv4(self):
+        with listen(ip_address("::"), 0, ANY_PORT) as listener:
+            self.assertTrue(listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
 
 
 class Waiting(unittest.TestCase):
@@ -243,9 +266,11 @@ class Waiting(unittest.TestCase):
 
     def test_it_reads_no_more_than_it_keeps(self):
         with self.rendezvous() as (rendezvous, far, outcome):
-            far.sendall(b"x" * (EARLY_BYTES + 6000))
+            far.sendall(b"first")
+            wait_until(lambda: rendezvous.early == b"first")
+            far.sendall(b"x" * (EARLY_BYTES + 5995))
             wait_until(lambda: len(rendezvous.early) == EARLY_BYTES)
-            self.assertEqual(outcome, [])
+            self.assertEqual((outcome, rendezvous.early[:6]), ([], b"firstx"))
             call((str(rendezvous.bnd.ip), rendezvous.bnd.port)).close()
             wait_until(lambda: outcome)
             outcome[0][0].close()
@@ -310,7 +335,7 @@ class Where(unittest.TestCase):
             self.assertEqual(waiting.bnd[0], "127.0.0.1")
 
     def test_ports_from_the_range_and_no_others(self):
-        first = two_free_ports()
+        first = free_ports(2)
         with running(bind_ports=(first, first + 1)) as server, self.assertLogs("socks5", "INFO") as logs:
             with client.bind(server.server_address, LOCAL) as one, bind_from("127.0.0.2", server) as two:
                 self.assertEqual({one.bnd[1], two.bnd[1]}, {first, first + 1})
@@ -333,7 +358,7 @@ class Where(unittest.TestCase):
                         wait_until(lambda: len(server.sessions) == 1)
 
     def test_ports_that_others_have_are_none_of_ours(self):
-        first = two_free_ports()
+        first = free_ports(2)
         with socket.socket() as one, socket.socket() as two:
             for port, sock in enumerate((one, two), first):
                 sock.bind(("127.0.0.1", port))
@@ -347,7 +372,7 @@ class Where(unittest.TestCase):
                                        for line in logs.output) == 3)
 
     def test_one_address_cannot_take_all_ports(self):
-        first = two_free_ports()
+        first = free_ports(2)
         with running(bind_ports=(first, first + 1)) as server:
             with client.bind(server.server_address, LOCAL):
                 for _ in range(5):
@@ -367,16 +392,6 @@ def bind_from(source, server):
 
     with patch.object(socket.socket, "connect", connect):
         return client.bind(server.server_address, LOCAL)
-
-
-def two_free_ports():
-    """Below those from which the kernel gives ports to everybody who asks for any."""
-    while True:
-        port = random.randrange(20000, 30000)
-        with socket.socket() as one, socket.socket() as two, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            two.bind(("127.0.0.1", port + 1))
-            return port
 
 
 class RunningOut(unittest.TestCase):

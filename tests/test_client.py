@@ -88,6 +88,10 @@ class ThroughOurServer(unittest.TestCase):
                     sock.sendall(b"you")
                     self.assertEqual(peer.recv(9), b"you")
 
+    def test_a_peer_that_does_not_come_in_time(self):
+        with running(bind_timeout=2) as server, client.bind(server.server_address[:2], ("127.0.0.1", 0)) as waiting:
+            self.assertRaises(socket.timeout, waiting.accept, 0.05)
+
 
 class AgainstPreparedBytes(unittest.TestCase):
     def test_what_stands_behind_the_reply_is_the_tunnels(self):

@@ -31,17 +31,6 @@ def ips(*texts):
     return [ip_address(text) for text in texts]
 
 
-def free_port(*hosts):
-    """A port that is closed on all of these addresses."""
-    while True:
-        port = support.closed_port(hosts[0])
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for host in hosts:
-                sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-                sock.bind((host, port))
-            return port
-
-
 @contextlib.contextmanager
 def silent(host, port):
     """host:port says nothing to who connects, neither yes nor no: its backlog is full."""
@@ -168,7 +157,7 @@ class ConnectTest(unittest.TestCase):
     def test_connection_refused(self):
         for host in ["127.0.0.1", "localhost"] + ["::1"] * support.HAS_IPV6:
             with self.subTest(host):
-                rep, why = outcome(host, free_port("127.0.0.1"))
+                rep, why = outcome(host, support.closed_port("127.0.0.1"))
                 self.assertEqual(rep, Rep.CONNECTION_REFUSED)
                 self.assertIn("ECONNREFUSED", why)
 
@@ -183,7 +172,7 @@ class ConnectTest(unittest.TestCase):
                 self.assertRegex(log.why(), "does not resolve|not a name")
 
     def test_silence_is_a_time_out(self):
-        port = free_port("127.0.0.1")
+        port = support.closed_port("127.0.0.1")
         with silent("127.0.0.1", port):
             began = time.monotonic()
             rep, why = outcome("127.0.0.1", port, connect_timeout=0.3)
@@ -212,13 +201,13 @@ class ConnectTest(unittest.TestCase):
             self.assertEqual((exc.rep, exc.why.split()[1]), (Rep.ADDRESS_TYPE_NOT_SUPPORTED, "EAFNOSUPPORT"))
             with support.target() as (host, port):
                 connect(ips("2001:db8::1", host), port, support.PATIENCE_S)[0].close()
-            port = free_port("127.0.0.1")
+            port = support.closed_port("127.0.0.1")
             with silent("127.0.0.1", port):
                 exc = self.refused(ips("2001:db8::1", "127.0.0.1"), port, 0.1)
                 self.assertEqual(exc.rep, Rep.TTL_EXPIRED, "the address that could have answered tells more")
 
     def test_the_most_telling_failure_wins(self):
-        port = free_port("127.0.0.1", "127.0.0.2")
+        port = support.closed_port("127.0.0.1", "127.0.0.2")
         with silent("127.0.0.1", port):
             for addresses in (["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.1"]):
                 with self.subTest("silent and refused: %s" % addresses):
@@ -228,7 +217,7 @@ class ConnectTest(unittest.TestCase):
                     self.assertIn("127.0.0.1 silent", exc.why)
 
     def test_the_next_begins_as_soon_as_one_fails(self):
-        port = free_port("127.0.0.1", "127.0.0.2", "127.0.0.3")
+        port = support.closed_port("127.0.0.1", "127.0.0.2", "127.0.0.3")
         with support.target(host="127.0.0.3", port=port):
             addresses = ips("127.0.0.1", "127.0.0.2", "127.0.0.3")
             with self.subTest("the only one under way"), mock.patch.object(module, "ATTEMPT_DELAY_S", 60):
@@ -239,16 +228,29 @@ class ConnectTest(unittest.TestCase):
                     connect(addresses, port, support.PATIENCE_S)[0].close()
                     self.assertLess(time.monotonic() - began, 1.95)
 
+    def test_the_next_begins_as_soon_as_one_of_those_under_way_fails(self):
+        class Socket(socket.socket):
+            def connect_ex(self, where):
+                if where[0] == "127.0.0.2":
+                    module.ATTEMPT_DELAY_S = 60             # and by time alone the next would begin too late
+                return super().connect_ex(where)
+
+        port = support.closed_port("127.0.0.1", "127.0.0.2", "127.0.0.3")
+        with support.target(host="127.0.0.3", port=port), silent("127.0.0.1", port), \
+                mock.patch.object(module, "ATTEMPT_DELAY_S", 0.01), mock.patch.object(module, "NONBLOCK", 0), \
+                mock.patch.object(module.socket, "socket", Socket):         # only poll() tells of a refusal
+            connect(ips("127.0.0.1", "127.0.0.2", "127.0.0.3"), port, 5)[0].close()
+
     def test_a_dead_address_delays_a_live_one_little(self):
         """PROTOCOL: within 400 ms of the plain time, and not by giving the first choice no chance."""
         dead = "::1" if support.HAS_IPV6 else "127.0.0.2"
-        port = free_port("127.0.0.1", dead)
+        port = support.closed_port("127.0.0.1", dead)
         with support.target(port=port) as (host, _), silent(dead, port), support.running() as server:
             self.assertLess(least_delay(server, port, dead, host), 0.4)
 
     def test_the_first_that_connects_wins_and_the_others_are_closed(self):
         support.need(self, os.path.exists("/proc/self/fd"), "/proc")
-        port = free_port("127.0.0.1", "127.0.0.2", "127.0.0.3")
+        port = support.closed_port("127.0.0.1", "127.0.0.2", "127.0.0.3")
         with support.target(host="127.0.0.3", port=port) as (host, _), \
                 silent("127.0.0.1", port), silent("127.0.0.2", port):
             before = support.descriptors()
@@ -262,7 +264,7 @@ class ConnectTest(unittest.TestCase):
 
     def test_a_client_that_resets_is_connected_for_no_longer(self):
         with Log() as log, support.running(connect_timeout=600) as server:
-            port = free_port("127.0.0.1", "127.0.0.2")
+            port = support.closed_port("127.0.0.1", "127.0.0.2")
             with silent("127.0.0.1", port), silent("127.0.0.2", port), resolving("127.0.0.1", "127.0.0.2"):
                 client = support.dial(server.server_address)
                 support.negotiate(client)
@@ -273,7 +275,7 @@ class ConnectTest(unittest.TestCase):
                 self.assertEqual(log.facts[-1].get("ended"), "client")
 
     def test_a_client_that_has_said_all_is_still_connected_for(self):
-        port = free_port("127.0.0.1", "127.0.0.2")
+        port = support.closed_port("127.0.0.1", "127.0.0.2")
         with support.target(port=port) as (host, _), silent("127.0.0.2", port), support.running() as server:
             with resolving("127.0.0.2", host), support.dial(server.server_address) as client:
                 client.sendall(Greeting(bytes([Method.NO_AUTHENTICATION])).pack()
@@ -285,9 +287,11 @@ class ConnectTest(unittest.TestCase):
                 self.assertEqual(support.read_to_end(client), b"all that I have to say")
 
     def test_a_timeout_of_0_is_none(self):
-        port = free_port("127.0.0.1", "127.0.0.2")
+        port = support.closed_port("127.0.0.1", "127.0.0.2")
         with support.target(port=port) as (host, _), silent("127.0.0.2", port):
             connect(ips("127.0.0.2", host), port, 0)[0].close()
+            with resolving("127.0.0.2", host), support.running(connect_timeout=0) as server:
+                support.connect_through(server.server_address, NAME, port).close()
 
 
 class NetworkTest(support.TwoHosts, unittest.TestCase):

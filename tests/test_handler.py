@@ -13,6 +13,7 @@ from unittest import mock
 
 import socks5
 from socks5.access import throttle
+from socks5.client import associate, bind
 from socks5.server import inbox
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.fields import BytesReader
@@ -229,7 +230,8 @@ class LoginTest(Case):
 
     def test_one_try_only(self):
         wrong, right = Login(b"alice", b"wrong").pack(), Login(*ALICE).pack()
-        self.assertEqual(exchange(self.server, BY_PASSWORD + wrong + right), b"\x05\x02\x01\x01")
+        with self.logged("session client=.* user='alice' .*ended=refused"):
+            self.assertEqual(exchange(self.server, BY_PASSWORD + wrong + right), b"\x05\x02\x01\x01")
 
     def test_another_version_of_the_sub_negotiation_is_the_end(self):
         with self.logged("ended=refused why='VER 0x05"):
@@ -301,6 +303,36 @@ class Strangers(Case):
                     wait_until(lambda: len(self.server.sessions), "accepted")
                     support.reset(client)
                 self.all_gone()
+
+
+class Sockets(unittest.TestCase):
+    def test_both_ends_of_a_tunnel_send_at_once_and_notice_a_dead_peer(self):
+        seen = []
+
+        class Looks(socks5.Handler):
+            def relay(self, remote):
+                seen.extend(bool(sock.getsockopt(*option)) for sock in (self.connection, remote) for option in (
+                    (socket.IPPROTO_TCP, socket.TCP_NODELAY), (socket.SOL_SOCKET, socket.SO_KEEPALIVE)))
+                super().relay(remote)
+
+        with running(Looks) as server, target() as destination:
+            support.connect_through(server.server_address, *destination).close()
+            with bind(server.server_address, ("127.0.0.1", 0)) as waiting, \
+                    socket.create_connection(waiting.bnd, PATIENCE_S):
+                waiting.accept(PATIENCE_S)[0].close()
+        self.assertEqual(seen, [True] * 8)
+
+    def test_a_timeout_of_0_is_none(self):
+        with running(handshake_timeout=0, connect_timeout=0, bind_timeout=0, idle_timeout=0, half_closed_timeout=0,
+                     udp_idle_timeout=0, user=USERS[:1]) as server, target() as destination, \
+                mock.patch.multiple(throttle, BURST=1, INTERVAL_S=0.5):
+            exchange(server, BY_PASSWORD + Login(b"alice", b"wrong").pack())        # behind which the next has to wait
+            with associate(server.server_address, ("alice", ALICE[1])), support.connect_through(
+                    server.server_address, "localhost", destination[1], user=ALICE) as tunnel:
+                self.assertTrue(support.echoes(tunnel))
+                tunnel.shutdown(socket.SHUT_WR)
+                self.assertEqual(tunnel.recv(1), b"")
+                self.assertEqual([session.cmd for session in server.sessions if session.association], ["UDP_ASSOCIATE"])
 
 
 class Deadline(Case):

@@ -16,20 +16,16 @@ from socks5 import client
 from socks5.net import listeners
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Greeting, Request
+from socks5.relay import busy
 from socks5.server import acceptors, sessions
 from socks5.server import server as module
 from tests import support
-from tests.support import (PATIENCE_S, ROOT, address, ask, connect_through, dial, logging_of, negotiate, read_to_end,
-                           reader_of, reset, running, target, wait_until)
+from tests.support import (PATIENCE_S, ROOT, address, ask, connect_through, dial, echoes, heard, logging_of, negotiate,
+                           read_to_end, reader_of, reset, running, target, wait_until)
 
 ANYBODY = Greeting(b"\0").pack()
 HOOKS = ("server_bind server_activate get_request verify_request process_request finish_request handle_error "
          "shutdown_request close_request service_actions session_ended").split()
-
-
-def echoes(tunnel):
-    tunnel.sendall(b"ping")
-    return reader_of(tunnel)(4) == b"ping"
 
 
 class Case(unittest.TestCase):
@@ -94,8 +90,7 @@ class Hooks(Case):
 
         with running(Buggy, Server) as server, dial(server.server_address) as sock:
             sock.sendall(b"x")
-            with contextlib.suppress(ConnectionError):
-                self.assertEqual(sock.recv(1), b"")
+            self.assertEqual(heard(sock), b"")
             here = sock.getsockname()
             wait_until(lambda: any(name == "session_ended" for name, _thread in calls))
         self.assertEqual(seen, [(ZeroDivisionError, here)])
@@ -113,13 +108,24 @@ class Hooks(Case):
 
             hooks = {name: fail, "handle_error": lambda *_args: errors.append(sys.exc_info()[0])}
             with self.subTest(name), running(server_class=type("Buggy", (socks5.Server,), hooks)) as server:
-                with dial(server.server_address) as sock, contextlib.suppress(ConnectionError):
-                    sock.sendall(ANYBODY)
-                    self.assertEqual(sock.recv(1), b"")
+                with dial(server.server_address) as sock:
+                    self.assertEqual(heard(sock, ANYBODY), b"")
                 with connect_through(server.server_address, *self.echo) as tunnel:
                     self.assertTrue(echoes(tunnel))
                 self.assertEqual(errors, [ValueError])
                 wait_until(lambda: not len(server.sessions))
+
+    def test_a_hook_that_fails_when_the_session_is_there_leaves_none(self):
+        class Server(socks5.Server):
+            def process_request(self, request, client_address):
+                self.session_of(request, client_address)
+                raise KeyError("bug")
+
+        with running(server_class=Server) as server, self.assertLogs("socks5", "ERROR"), \
+                dial(server.server_address) as client:
+            client.sendall(b"\5")
+            self.assertEqual(heard(client), b"")
+            wait_until(lambda: not len(server.sessions))
 
     def test_get_request_may_wrap_the_socket_and_fail(self):
         class Wrapped(socket.socket):
@@ -136,9 +142,8 @@ class Hooks(Case):
                 return Wrapped(fileno=request.detach()), client_address
 
         with running(server_class=Server) as server:
-            with dial(server.server_address) as sock, contextlib.suppress(ConnectionError):
-                sock.sendall(ANYBODY)
-                self.assertEqual(sock.recv(1), b"")
+            with dial(server.server_address) as sock:
+                self.assertEqual(heard(sock, ANYBODY), b"")
             with connect_through(server.server_address, *self.echo) as tunnel:
                 self.assertTrue(echoes(tunnel))
                 self.assertEqual([type(session.sock) for session in server.sessions], [Wrapped])
@@ -246,8 +251,7 @@ class Hooks(Case):
             client.sendall(ANYBODY[:1])
             self.assertTrue(accepted.wait(PATIENCE_S))
         go_on.set()
-        with contextlib.suppress(ConnectionError):
-            self.assertEqual(client.recv(1), b"")
+        self.assertEqual(heard(client), b"")
         self.assertEqual(len(server.sessions), 0)
 
     def test_a_server_that_was_made_before_a_fork(self):
@@ -462,9 +466,10 @@ class SessionEnded(Case):
             def session_ended(self, session):
                 closed.append(session)
 
-        with logging_of(self) as logs, running(server_class=Server) as server:
+        with mock.patch.object(busy, "FIRST_TURNS", 0), logging_of(self) as logs, \
+                running(server_class=Server) as server:
             connect_through(server.server_address, *self.echo).close()
-            wait_until(lambda: closed)
+            wait_until(lambda: len(closed) == 2)
         self.assertEqual((len(closed), len(logs.records)), (2, 1))
 
 

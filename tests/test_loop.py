@@ -132,7 +132,12 @@ class Standing:
             before(self)
         self.tunnel = Tunnel(self.near_client, self.near_remote, early, session=self, **limits)
         if loop_module.MANY and busy.FIRST_TURNS < 100:
-            loop.relay(self.tunnel)
+            try:
+                loop.relay(self.tunnel)
+            except OSError:
+                for sock in (self.client, self.near_client, self.remote, self.near_remote):
+                    sock.close()
+                raise
         else:                           # the calling thread relays it to its end
             threading.Thread(target=loop.relay, args=(self.tunnel,), daemon=True).start()
 

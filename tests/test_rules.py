@@ -15,7 +15,8 @@ from socks5.config import Config, ConfigError
 from socks5.net.addresses import unmapped
 from socks5.access.rules import ALL_PORTS, LOCAL as LOCAL_NETWORKS, Asker, Rule, Rules, inside
 from socks5.protocol.messages import Datagram, Reply
-from tests.support import (HAS_IPV6, PATIENCE_S, address, ask, closed_port, connect_through, dial, echo, need,
+from socks5.server.handler import TOLD
+from tests.support import (HAS_IPV6, PATIENCE_S, address, ask, closed_port, connect_through, dial, echo, heard, need,
                            negotiate, reader_of, run_cli, running, spawned, target, wait_until)
 
 ELSEWHERE = "192.0.2.7"
@@ -451,6 +452,39 @@ class Serving(Case):
                 peer.sendall(b"hello")
                 self.assertEqual(reader_of(client)(5), b"hello")
 
+    def test_the_port_of_a_bind_holds_for_the_peer_that_calls(self):
+        server = self.serve("deny to 127.0.0.9 port 21", "allow")
+        for port, served in ((21, False), (22, True)):
+            with self.subTest(port=port), dial(server.server_address) as client:
+                negotiate(client)
+                bnd = ask(client, Cmd.BIND, "0.0.0.0", port).bnd
+                with socket.create_connection((str(bnd.host), bnd.port), PATIENCE_S, ("127.0.0.9", 0)) as peer:
+                    if served:
+                        self.assertEqual(Reply.parse(reader_of(client)).rep, Rep.SUCCEEDED)
+                    else:
+                        self.assertEqual(peer.recv(1), b"")
+
+    def test_of_many_denied_addresses_the_first_is_told(self):
+        server = self.serve("deny to 127.0.0.2", "deny to 127.0.0.3", "allow")
+        found = [ip_address("127.0.0.3"), ip_address("127.0.0.2")]
+        with mock.patch("socks5.net.lookups.Names.resolve", return_value=found):
+            self.assertEqual(self.refusal(server, Cmd.CONNECT, b"two.example", 80),
+                             (Rep.NOT_ALLOWED, "'127.0.0.3 denied by F:2'"))
+
+    def test_an_association_names_few_rules_in_the_log(self):
+        server = self.serve(*("deny to 127.0.1.%d" % number for number in range(TOLD + 5)), "allow")
+        with self.assertLogs("socks5", "INFO") as logs, dial(server.server_address) as client, \
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            negotiate(client)
+            bnd = ask(client, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).bnd
+            for number in range(TOLD + 5):
+                sender.sendto(Datagram(address("127.0.1.%d" % number, 9), b"").pack(), (str(bnd.host), bnd.port))
+            wait_until(lambda: any(session.association and session.association.dropped["not allowed"] == TOLD + 5
+                                   for session in server.sessions))
+            client.close()
+            wait_until(lambda: not len(server.sessions))
+        self.assertEqual(sum("denied client=" in line for line in logs.output), TOLD)
+
     def test_udp_is_judged_by_datagram(self):
         server = self.serve("deny to 127.0.0.2 command udp", "deny to localhost command udp", "allow")
         sinks = []
@@ -517,9 +551,7 @@ class Serving(Case):
                         negotiate(client)
                         self.assertEqual(ask(client, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
                     else:
-                        with contextlib.suppress(ConnectionError):
-                            client.sendall(b"\5\1\0")
-                            self.assertEqual(client.recv(2), b"")
+                        self.assertEqual(heard(client, b"\5\1\0"), b"")
                         self.assertRegex(logs.output[-1], r"refused client=127\.0\.0\.8:\d+ why='not in --allow-from'")
                 wait_until(lambda: logs.output)
 
@@ -527,9 +559,8 @@ class Serving(Case):
     def test_allow_from_knows_ipv4_that_comes_by_ipv6(self):
         with target() as destination, running(listen=("::",), allow_from=(ip_network("127.0.0.0/8"),)) as server:
             connect_through(server.server_address[1], *destination).close()
-            with dial(("::1", server.server_address[1])) as client, contextlib.suppress(ConnectionError):
-                client.sendall(b"\5\1\0")
-                self.assertEqual(client.recv(2), b"")
+            with dial(("::1", server.server_address[1])) as client:
+                self.assertEqual(heard(client, b"\5\1\0"), b"")
 
 
 class Reloading(Case):

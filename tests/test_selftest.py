@@ -1,4 +1,5 @@
 """selftest.py: it reports success if all checks pass, and otherwise names each check that failed."""
+import contextlib
 import logging
 import re
 import socket
@@ -10,12 +11,12 @@ from unittest import mock
 
 from socks5.server import handler
 
-from socks5 import selftest
+from socks5 import client, selftest
 from socks5.access.users import line_for
 from socks5.config import Config
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.codes import Rep
-from tests.support import HAS_IPV6, run_cli
+from tests.support import HAS_IPV6, read_to_end, run_cli, running, target
 
 PARTS = ["CONNECT to an IPv4 address", "CONNECT to an IPv6 address", "CONNECT to a name", "half-close", "BIND",
          "UDP ASSOCIATE", "UDP ASSOCIATE, in 3 fragments", "a destination that a rule denies",
@@ -99,6 +100,55 @@ class SomethingIsNot(unittest.TestCase):
             taken.listen()
             port = taken.getsockname()[1]
             self.failing({"BIND"}, bind_ports=(port, port))
+
+
+class EachCheck(unittest.TestCase):
+    """Each fails where what comes back is not what went out."""
+
+    def fails(self, check, serve=None, change=contextlib.nullcontext(), words=" instead of "):
+        with self.subTest(words), running() as server, target(serve) as echo, change:
+            with self.assertRaisesRegex(selftest.Failed, words):
+                check(selftest.Setup(server.server_address[:2], None, echo, None))
+
+    def test_tunnels(self):
+        self.fails(selftest.by_ipv4, lambda connection: connection.sendall(b"!"))
+        self.fails(selftest.by_name, lambda connection: connection.sendall(b"!"))
+        self.fails(selftest.half_close, lambda connection: connection.sendall(read_to_end(connection)[1:]))
+
+    def test_bind(self):
+        accept, here, there = client.Waiting.accept, *socket.socketpair()
+        self.addCleanup(here.close)
+        here.sendall(b"!")
+        for change in (lambda sock, who: (sock, ("192.0.2.1", 1)), lambda sock, who: (sock.close(), (there, who))[1]):
+            self.fails(selftest.bind, change=mock.patch.object(
+                client.Waiting, "accept", lambda *args: change(*accept(*args))))
+
+    def test_datagrams(self):
+        sendto, recvfrom = client.Association.sendto, client.Association.recvfrom
+        for change in (mock.patch.object(client.Association, "sendto",
+                                         lambda udp, data, *where: sendto(udp, data[1:], *where)),
+                       mock.patch.object(client.Association, "recvfrom", lambda udp: (b"", recvfrom(udp)[1]))):
+            self.fails(lambda setup: selftest.datagrams(setup, 1), change=change)
+
+    def test_refusals(self):
+        self.fails(selftest.refused_by_rule)
+        self.fails(lambda setup: selftest.refusal(setup, setup.echo, Rep.NOT_ALLOWED), words="was not refused")
+
+    def test_what_is_asked_for(self):
+        asked, sendto = [], client.Association.sendto
+
+        def count(udp, data, where, fragments):
+            asked.append(fragments)
+            sendto(udp, data, where, fragments)
+
+        refuse = mock.Mock(side_effect=RequestRefused(Rep.NOT_ALLOWED, "not here"))
+        with mock.patch.object(client.Association, "sendto", count), mock.patch.object(
+                handler.Handler, "lookup", lambda self, deadline, host: refuse() if host == b"localhost" else [host]):
+            verdicts, _ = report()
+        self.assertEqual((asked, verdicts["CONNECT to a name"]), ([1, 3], "FAILED"))
+        with mock.patch.dict(handler.COMMANDS, {handler.Cmd.CONNECT: lambda *_: refuse()}):
+            verdicts, _ = report()
+        self.assertEqual(verdicts["a closed port"], "FAILED")
 
 
 class Lacking(unittest.TestCase):

@@ -15,16 +15,8 @@ from socks5.server.counters import Shared
 from socks5.server.sessions import Full, Session, Sessions
 from socks5.net.addresses import Endpoint
 from socks5.protocol.messages import Address
-from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, logging_of, negotiate, reader_of, running,
-                           target, text_of, wait_until)
-
-
-def closed(client):
-    """Whether the server has closed it, by FIN or RST."""
-    try:
-        return client.recv(1) == b""
-    except ConnectionError:
-        return True
+from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, heard, logging_of, negotiate, reader_of,
+                           running, target, text_of, wait_until)
 
 
 def gone(clients):
@@ -33,6 +25,24 @@ def gone(clients):
     for client in clients:
         poll.register(client, select.POLLIN)
     return len(poll.poll(0))
+
+
+class State(unittest.TestCase):
+    def test_each(self):
+        def tunnel(up=False, down=False, ended=False, aborted=""):
+            return mock.Mock(up=mock.Mock(done=up), down=mock.Mock(done=down), ended=ended, aborted=aborted)
+
+        for expected, facts in (
+                ("negotiating", {}), ("connecting", {"cmd": "CONNECT"}), ("connecting", {"cmd": "BIND"}),
+                ("waiting", {"cmd": "BIND", "rep": "SUCCEEDED"}), ("relaying", {"tunnel": tunnel()}),
+                ("relaying", {"association": mock.Mock()}), ("half-closed", {"tunnel": tunnel(up=True)}),
+                ("half-closed", {"tunnel": tunnel(down=True)}), ("closing", {"tunnel": tunnel(ended=True)}),
+                ("closing", {"tunnel": tunnel(aborted="server stopped")}), ("closing", {"ended_by": "evicted"})):
+            with self.subTest(expected, facts=facts):
+                session = Session(Endpoint(ip_address("192.0.2.1"), 1), "192.0.2.1", None)
+                for name, value in facts.items():
+                    setattr(session, name, value)
+                self.assertEqual(session.state(), expected)
 
 
 class Case(unittest.TestCase):
@@ -229,8 +239,8 @@ class Eviction(Case):
         for session in live:
             self.assertEqual([live.remove(session), live.remove(session)], [True, False])
         table = live._counts._table
-        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving, live._weights.live()),
-                         (0, 0, 0, 0, 0))
+        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving,
+                          live._weights.live()), (0, 0, 0, 0, 0))
         for waiting in (live._silent, live._greeted):
             self.assertEqual((waiting._of, waiting._by_number, waiting._most), ({}, {}, 0))
 
@@ -338,9 +348,8 @@ class Serving(unittest.TestCase):
             with connect_through(server.server_address, *destination), \
                     connect_through(server.server_address, *destination):
                 for _ in range(3):
-                    with dial(server.server_address) as third, contextlib.suppress(ConnectionError):
-                        third.sendall(b"\5\1\0")
-                        self.assertTrue(closed(third))
+                    with dial(server.server_address) as third:
+                        self.assertEqual(heard(third, b"\5\1\0"), b"")
                 with dial(server.server_address, source="127.0.0.2") as other:
                     negotiate(other)
                     self.assertEqual(ask(other, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)

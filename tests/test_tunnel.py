@@ -281,7 +281,7 @@ class Play:
             assert sink.oob == [mark for mark in end.marks if mark < len(sink.sent)], "urgent data"
             assert sink.fin == pipe.done or tunnel.ended or sink.dead, "EOF is passed on at once"
             assert len(pipe.chunk) <= max(KERNEL, self.early), "more than one read in hand"
-            assert pipe.held or not pipe.chunk, "keeps what it has delivered"
+            assert pipe.held or isinstance(pipe.chunk, bytes) and not pipe.chunk, "keeps what it has delivered"
         assert tunnel.ended == (tunnel.up.done and tunnel.down.done or bool(tunnel.why))
         assert tunnel.ended_by or not tunnel.ended
 

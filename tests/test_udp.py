@@ -3,7 +3,6 @@ import contextlib
 import gc
 import itertools
 import os
-import random
 import resource
 import socket
 import struct
@@ -29,9 +28,8 @@ from socks5.net.poller import SelectPoll
 from socks5.protocol.messages import Datagram
 
 from .support import (
-    FAR, HAS_IPV6, NEAR, OTHER_THREADS, PATIENCE_S, TwoHosts, address, ask, closed_port, descriptors, dial, need,
-    need_program,
-    negotiate, reset, running, spawned, threads, wait_until)
+    FAR, HAS_IPV6, NEAR, OTHER_THREADS, PATIENCE_S, TwoHosts, address, ask, closed_port, descriptors, dial,
+    free_ports, need, need_program, negotiate, reset, running, spawned, threads, wait_until)
 
 MOST = 65507                        # of a UDP datagram over IPv4: 65,535 less the headers
 IP_RECVERR = 11                     # linux/in.h
@@ -280,6 +278,22 @@ class Bursts(unittest.TestCase):
 
                     wait_until(ended)
                     self.assertEqual(association.ended_by, "idle")
+
+    def test_what_could_not_be_sent_is_not_counted_and_keeps_nothing_alive(self):
+        with udp_socket() as there, self.association(idle_s=0.5) as (association, sock, run):
+            run()
+            whole = Datagram(address(*there.getsockname()), b"hello").pack()
+            sock.send(whole)
+            mapped = there.recvfrom(100)[1]
+            with patch("socks5.commands.udp.send", lambda *_: 0):
+                sock.send(whole)                                    # of the header that is remembered
+
+                def ended():
+                    there.sendto(b"an answer", mapped)
+                    return association.ended_by
+
+                wait_until(ended)
+            self.assertEqual((association.ended_by, association.up, association.down), ("idle", 5, 0))
 
     def test_what_is_remembered_is_bounded(self):
         with patch("socks5.commands.udp.REMEMBERED", 2), contextlib.ExitStack() as stack:
@@ -602,19 +616,6 @@ class NamesOfRemotes(unittest.TestCase):
             wait_until(lambda: not lookups(), "they end")
 
 
-@contextlib.contextmanager
-def free_ports(number):
-    """The first of this many ports that are free, below those that the kernel gives to sockets without a port."""
-    while True:
-        low = random.randrange(20000, 30000)
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(low, low + number):
-                stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)).bind(("", port))
-            stack.close()
-            yield low
-            return
-
-
 class OurSide(unittest.TestCase):
     def refused(self, server, source="127.0.0.1"):
         """Why an association from this address is refused with X'01'."""
@@ -624,11 +625,13 @@ class OurSide(unittest.TestCase):
             control.connect(server.server_address)
             negotiate(control)
             self.assertEqual(ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).rep, Rep.GENERAL_FAILURE)
+            control.close()
             wait_until(lambda: any("cmd=UDP_ASSOCIATE" in line for line in logs.output))
         return logs.output[-1].rpartition("why=")[2]
 
     def test_ports(self):
-        with free_ports(6) as low, running(udp_ports=(low, low + 5)) as server, udp_socket() as there:
+        low = free_ports(6, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        with running(udp_ports=(low, low + 5)) as server, udp_socket() as there:
             for turn in range(3):                                   # what has ended leaves its ports
                 with contextlib.ExitStack() as stack:
                     seen = []
@@ -648,12 +651,14 @@ class OurSide(unittest.TestCase):
                 wait_until(lambda: not len(server.sessions))
 
     def test_no_association_without_a_port_towards_the_remotes(self):
-        with free_ports(1) as port, running(udp_ports=(port, port)) as server:
+        port = free_ports(1, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        with running(udp_ports=(port, port)) as server:
             for _ in range(3):
                 self.assertIn("no UDP socket in ports %d-%d" % (port, port), self.refused(server))
 
     def test_a_port_that_something_else_has(self):
-        with free_ports(2) as low, running(udp_ports=(low, low + 1)) as server, remote() as where:
+        low = free_ports(2, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        with running(udp_ports=(low, low + 1)) as server, remote() as where:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
                 other.bind(("", low))
                 for _ in range(3):
@@ -662,7 +667,8 @@ class OurSide(unittest.TestCase):
                 exchange(self, udp, where)
 
     def test_what_comes_before_the_clients_first_datagram(self):
-        with free_ports(2) as low, running(udp_ports=(low, low + 1)) as server, remote() as where:
+        low = free_ports(2, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        with running(udp_ports=(low, low + 1)) as server, remote() as where:
             with session_line(self, server) as line:
                 with associated(server) as udp, udp_socket() as early:
                     outside = low + 1 if udp.relay[1] == low else low
@@ -717,7 +723,8 @@ class TheEnd(unittest.TestCase):
                     wait_until(lambda: not associations(), "it is gone")
 
     def test_one_that_was_refused_leaves_nothing_either(self):
-        with no_collector(), free_ports(1) as port, running(udp_ports=(port, port)) as server:
+        port = free_ports(1, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        with no_collector(), running(udp_ports=(port, port)) as server:
             with self.assertRaises(ProxyError):
                 client.associate(server.server_address)
             wait_until(lambda: not any(isinstance(thing, Association) for thing in gc.get_objects()))

@@ -15,7 +15,7 @@ from time import monotonic
 from unittest import mock
 
 from socks5.access import passwords, throttle
-from socks5.access.logins import Logins, origin_of
+from socks5.access.logins import Logins, Verdict, origin_of
 from socks5.access.passwords import Hash, Wait
 from socks5.access.users import Users, choose
 from socks5.protocol.codes import Cmd, Method, Rep
@@ -430,6 +430,50 @@ class Guessing(Quiet):
             with self.subTest((one, other)):
                 origins = [origin_of(ip_address(text), subscriber(ip_address(text))) for text in (one, other)]
                 self.assertEqual(origins[0] == origins[1], together)
+
+
+class Equal(unittest.TestCase):
+    """The same login several times at once, as a browser does it."""
+
+    class Wait(Wait):
+        def __init__(self, seconds):
+            super().__init__(seconds)
+            self.paused = threading.Event()
+
+        def pause(self, seconds):
+            self.paused.set()
+            super().pause(seconds)
+
+    def judged(self, *others):
+        """The verdicts of a first login, which is being checked, and of these others; how many checks there were."""
+        made, checking, go, checks, verdicts = Logins(), threading.Event(), threading.Event(), [], {}
+
+        def check(*_):
+            checks.append(1)
+            checking.set()
+            return go.wait(PATIENCE_S)
+
+        def judge(wait):
+            verdicts[wait] = made.judge("192.0.2.1", b"bob", b"x", check, wait)
+
+        waits = [self.Wait(PATIENCE_S), *others]
+        threads = [threading.Thread(target=judge, args=(wait,), daemon=True) for wait in waits]
+        for thread in threads:
+            thread.start()
+            self.assertTrue(checking.wait(PATIENCE_S))
+        for wait in others:
+            wait_until(lambda: wait.paused.is_set() or wait in verdicts)
+        go.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        return [verdicts.get(wait) for wait in waits], len(checks)
+
+    def test_one_check_is_enough_for_all(self):
+        waits = [self.Wait(PATIENCE_S - 1) for _ in range(5)]
+        self.assertEqual(self.judged(*waits), ([Verdict.RIGHT] * 6, 1))
+
+    def test_one_that_has_no_time_left_is_deferred(self):
+        self.assertEqual(self.judged(self.Wait(0)), ([Verdict.RIGHT, Verdict.DEFERRED], 1))
 
 
 class Many(Quiet):

@@ -56,6 +56,12 @@ class Logins:
         if not self.lock.file:
             self.lock.file = lock_file()
 
+    def unshare(self) -> None:
+        """Close what share() has opened: the processes have ended."""
+        if self.lock.file:
+            self.lock.file.close()
+            self.lock.file = None
+
     # ---- passwords that were right --------------------------------------------------------------------------------
 
     def knows(self, proof: bytes) -> bool:

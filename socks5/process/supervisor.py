@@ -68,6 +68,10 @@ class Supervisor(Control):
             self.start_at[COMPANION] = 0.0
         self.backoff_s = RESTART_S
 
+    def close(self) -> None:
+        super().close()
+        self.access[0].logins.unshare()
+
     # ---- Control asks ---------------------------------------------------------------------------------------------
 
     def running(self) -> bool:

@@ -198,8 +198,7 @@ class Handler(StreamRequestHandler):
             self.send(LoginStatus(0x01))
             raise ProtocolError("wrong user name or password" if verdict is Verdict.WRONG else
                                 "too many logins are tried: the password was not looked at")
-        if self.debug:
-            session.step("login", user=login.uname)
+        session.step("login", user=login.uname)
         self.send(LoginStatus(0x00))
         return login.uname
 

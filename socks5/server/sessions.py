@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 GRACE_S = 1.0           # a newcomer is not evicted before
 NO_LIMIT = float("inf")
 MAX_LEAVING = 32        # evicted sessions that still hold a descriptor, one of the spare ones
-HEAVIEST = 3            # the weight of a UDP association: its connection, up to three UDP sockets, and what wakes it
+HEAVIEST = 3            # the weight of a UDP association: the connection, up to three sockets, one or two to wake it
 
 
 class Session:

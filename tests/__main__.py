@@ -1,0 +1,119 @@
+"""Run the test files in several processes at once; say at the end what was skipped, why, and how long it took.
+
+    python3 -m tests [-p PATTERN] [options of unittest, such as -v, -f and -k]
+
+`python3 -m unittest discover` runs the same tests one after the other. Here, a test also fails if it leaves a thread or
+a descriptor behind, or forgets to close a file or a socket.
+"""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+AT_ONCE = 2 * (os.cpu_count() or 1)     # tests wait more than they compute
+LEAVING_S = 10                          # for threads that end by themselves, but later
+LONGEST = {"test_supervisor.py", "test_fuzz.py"}        # they begin first, the others by size
+FOLDER = Path(__file__).resolve().parent
+
+
+# ---- one file, in a process of its own ---------------------------------------------------------------------------
+
+class Result(unittest.TextTestResult):
+    """A test that leaves something behind has failed. Where a class has a server for all of its tests, its own
+    setUpClass(), only what was forgotten is looked at."""
+
+    def startTest(self, test):
+        self.before = set(threading.enumerate()), open_descriptors()
+        self.forgotten = []
+        warnings.showwarning = self.warned
+        super().startTest(test)
+
+    def stopTest(self, test):
+        if not hasattr(test, "setUpClass") or test.setUpClass.__func__ is unittest.TestCase.setUpClass.__func__:
+            deadline = time.monotonic() + LEAVING_S
+            while self.left() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self.forgotten += self.left()
+        if self.forgotten:
+            try:
+                raise AssertionError("left behind: " + ", ".join(self.forgotten))
+            except AssertionError:
+                self.addFailure(test, sys.exc_info())
+        super().stopTest(test)
+
+    def addSkip(self, test, reason):
+        super().addSkip(test, reason)
+        self.stream.writeln("skipped %s: %s" % (test.id(), reason))
+
+    def left(self):
+        threads, descriptors = self.before
+        return [str(thread) for thread in set(threading.enumerate()) - threads] + [
+            "descriptor %s, %s" % found for found in open_descriptors() - descriptors]
+
+    def warned(self, message, category, *_args):
+        if category is ResourceWarning:
+            self.forgotten.append(str(message))
+
+
+def open_descriptors():
+    """{(number, what it is)}; nothing where there is no /proc."""
+    found = set()
+    for number in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+        try:
+            found.add((number, os.readlink("/proc/self/fd/" + number)))
+        except OSError:                 # the one by which the folder was read
+            pass
+    return found
+
+
+def run_one(name, options):
+    unittest.main(module=None, argv=["tests", "tests." + name, *options],
+                  testRunner=unittest.TextTestRunner(resultclass=Result, verbosity=2, warnings="always"))
+
+
+# ---- all files ---------------------------------------------------------------------------------------------------
+
+def run_file(path, options):
+    """(file, whether all is well, what it printed)"""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        status = subprocess.call([sys.executable, "-m", "tests", "--only", path.stem, *options],
+                                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=FOLDER.parent)
+        output.seek(0)
+        return path, status in (0, 5), output.read()        # 5: no test has the name that -k asks for
+
+
+def run_all(pattern, verbose, options):
+    began = time.monotonic()
+    paths = sorted(FOLDER.glob(pattern), key=lambda path: (path.name not in LONGEST, -path.stat().st_size))
+    failed, skipped, tests = [], [], 0
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for done in as_completed([pool.submit(run_file, path, options) for path in paths]):
+            path, well, output = done.result()
+            ran, seconds = re.findall(r"^Ran (\d+) tests? in (.*)s$", "Ran 0 tests in 0s\n" + output, re.MULTILINE)[-1]
+            print("%-24s %4s tests in %7s s  %s" % (path.name, ran, seconds, "ok" if well else "FAILED"), flush=True)
+            if verbose or not well:
+                print(output, flush=True)
+            tests += int(ran)
+            failed += [] if well else [path.name]
+            skipped += re.findall(r"^skipped .*: .*$", output, re.MULTILINE)
+    print("\n".join(skipped))
+    print("%d tests, %d skipped, in %.0f s, %d files at once: %s" % (
+        tests, len(skipped), time.monotonic() - began, AT_ONCE, "FAILED in " + ", ".join(failed) if failed else "OK"))
+    return bool(failed or not tests)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python3 -m tests", usage=__doc__, allow_abbrev=False)
+    parser.add_argument("-p", "--pattern", default="test_*.py")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("--only")
+    known, rest = parser.parse_known_args()
+    sys.exit(run_one(known.only, rest) if known.only else run_all(known.pattern, known.verbose, rest))
