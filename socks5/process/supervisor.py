@@ -68,10 +68,6 @@ class Supervisor(Control):
             self.start_at[COMPANION] = 0.0
         self.backoff_s = RESTART_S
 
-    def close(self) -> None:
-        super().close()
-        self.access[0].logins.unshare()
-
     # ---- Control asks ---------------------------------------------------------------------------------------------
 
     def running(self) -> bool:
@@ -180,6 +176,7 @@ class Supervisor(Control):
         for worker in self.workers.values():
             worker.outbox.sock.close()
         super().close()
+        self.access[0].logins.unshare()
 
 
 def how_it_died(status: int) -> str:

@@ -107,7 +107,8 @@ class Record:
         try:
             return parse(kind)
         finally:
-            raw = inbox.heard[start:len(inbox.heard) - len(inbox.held)]
+            held = len(inbox.held)
+            raw = inbox.heard[start:-held] if held else inbox.heard[start:]
             if kind is Login:
                 raw = raw[:2 + raw[1]] if len(raw) > 1 else raw
             self.messages.append((monotonic(), kind, raw))

@@ -60,6 +60,7 @@ ROW = len(PLACES)
 # Looked up once, for what comes with every session.
 UP, DOWN = PLACES["bytes", "up"], PLACES["bytes", "down"]
 HANDSHAKE, CONNECTED = PLACES["handshake", BUCKETS[0]], PLACES["connect", BUCKETS[0]]
+HANDSHAKE_SUM, CONNECTED_SUM = PLACES["handshake", SUM], PLACES["connect", SUM]
 ENDED = {("" if command == NONE else command, "" if rep == NONE else rep): PLACES["session", command + " " + rep]
          for command in COMMANDS for rep in REPS}
 SUCCEEDED, CONNECT = Rep.SUCCEEDED.name, Cmd.CONNECT.name
@@ -117,13 +118,18 @@ class Meter(counters.Meter):
         session.record = Record()
 
     def replied(self, session: Session) -> None:
-        messages = session.record.messages if session.record else []
-        if len(messages) > 1 and messages[-2][1] is Request:        # the first reply
-            asked, said = messages[-2][0], messages[-1][0]
-            with self._lock:
-                self._time(HANDSHAKE, asked - session.started)
-                if session.rep == SUCCEEDED and session.cmd == CONNECT:
-                    self._time(CONNECTED, said - asked)
+        messages, table = session.record.messages if session.record else [], self._table
+        if len(messages) < 2 or messages[-2][1] is not Request:     # not the first reply
+            return
+        asked, said = messages[-2][0], messages[-1][0]
+        seconds = asked - session.started
+        with self._lock:
+            table[HANDSHAKE + bisect_left(BOUNDS_S, seconds)] += 1
+            table[HANDSHAKE_SUM] += int(seconds * 1e6)
+            if session.rep == SUCCEEDED and session.cmd == CONNECT:
+                seconds = said - asked
+                table[CONNECTED + bisect_left(BOUNDS_S, seconds)] += 1
+                table[CONNECTED_SUM] += int(seconds * 1e6)
 
     def udp(self, session: Session, association: Association) -> None:
         if session.record:
@@ -183,11 +189,6 @@ class Meter(counters.Meter):
     def _add(self, what: str, which: str, known: Tuple[str, ...]) -> None:
         with self._lock:
             self._table[PLACES[what, which if which in known else OTHER]] += 1
-
-    def _time(self, first: int, seconds: float) -> None:
-        """`first` is the place of the first bucket; the sum stands behind the last."""
-        self._table[first + bisect_left(BOUNDS_S, seconds)] += 1
-        self._table[first + len(BUCKETS)] += max(0, int(seconds * 1e6))
 
     def _count_udp(self, record: Record, association: Association) -> None:
         """The association's own thread may be counting on: what is missed now comes with the next call."""
