@@ -35,6 +35,8 @@
         loop          the thread that relays every quiet tunnel of the process
     commands/         what a client can ask for
         connect       CONNECT: Happy Eyeballs over the destination's addresses (RFC 8305)
+        dialogue      the client's side of the protocol, towards another proxy
+        upstream      CONNECT, BIND and UDP ASSOCIATE through another proxy
         bind          BIND: listen for the one peer that the client expects
         udp           UDP ASSOCIATE: relay datagrams
         datagrams     many datagrams in few system calls

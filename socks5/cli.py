@@ -13,9 +13,9 @@ from typing import Any, Dict, NoReturn, Optional, Sequence
 from . import __version__, log as logs, selftest
 from .access.check import report, warnings
 from .access.users import line_for
-from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+from .config import GROUPS, SAME, Config, ConfigError, from_environment, long_flag, open_file, options, parse
 from .net import listeners as listening
-from .net.addresses import IP, Endpoint, endpoint_of
+from .net.addresses import IP, Endpoint, endpoint_of, is_here
 from .process import files, signals, supervisor as workers
 from .process.alone import Alone
 from .server import tracing
@@ -97,7 +97,7 @@ def read_file(path: str) -> Dict[str, Any]:
     """The options of an INI file. Raises ConfigError with the file, and the line where the parser knows it."""
     ini = configparser.ConfigParser(interpolation=None, default_section="")     # else [DEFAULT] would count for nothing
     try:
-        with open(path, encoding="utf-8-sig") as file:      # Windows editors put a BOM in front
+        with open_file("--config", path, "utf-8-sig", "strict") as file:    # Windows editors put a BOM in front
             ini.read_file(file)
     except OSError as exc:
         raise ConfigError("--config %s: %s" % (path, exc.strerror)) from None
@@ -126,6 +126,7 @@ def serve(config: Config, live: bool) -> int:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
         tracing.check(config.trace)
         beside.check(config)
+        check_out(config.out)
         listeners = listening.open_all(config.listen, config.port)
         pages = listening.open_all(config.status[:1], config.status[1]) if config.status else []
     except ConfigError as exc:
@@ -159,6 +160,13 @@ def first_command(config: Config, where: Endpoint) -> str:
     host = where if not where.ip.is_unspecified else Endpoint(LOOPBACK[where.ip.version], where.port)
     user = "-U NAME:PASSWORD " if config.needs_password() else ""
     return "curl %s--socks5-hostname %s https://example.com/" % (user, str(host))
+
+
+def check_out(addresses: Sequence[str]) -> None:
+    """Raise ConfigError when an address of --out is not one of this machine."""
+    for text in addresses:
+        if text != SAME and not is_here(ip_address(text)):
+            raise ConfigError("--out %s: not an address of this machine" % text)
 
 
 def self_test(config: Config) -> int:

@@ -14,24 +14,22 @@ All calls block the calling thread. The proxy resolves names. `timeout` is one d
 the proxy to its reply; None: no limit. Every failure is an OSError: ProxyError with the REP if the proxy refused,
 socket.timeout, or an error of the connection to the proxy. A name that fits into no message is a ValueError.
 
-No read goes beyond a reply: the bytes after it belong to the tunnel. RFC 1928, RFC 1929.
+What is said to the proxy is in commands/dialogue.py. RFC 1928, RFC 1929.
 """
 from __future__ import annotations
 
 import selectors
 import socket
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from time import monotonic
-from typing import Callable, List, Optional, Tuple, TypeVar, Union
+from ipaddress import ip_address
+from typing import List, Optional, Tuple, Union
 
-from .protocol.codes import Cmd, Method, Rep, phrase
-from .protocol.errors import ProtocolError, ProxyError, RequestRefused
-from .protocol.fields import ReadExactly
-from .protocol.messages import UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
+from .commands.dialogue import Deadline, Dialogue
+from .protocol.codes import Cmd
+from .protocol.errors import ProxyError, RequestRefused
+from .protocol.messages import UNSPECIFIED, Address, Datagram
 
 HostPort = Tuple[str, int]
 User = Tuple[Union[str, bytes], Union[str, bytes]]      # name and password; str is sent as UTF-8
-M = TypeVar("M")
 
 TIMEOUT_S = 30.0                    # a proxy may take 10 s to resolve a name, and 10 s to connect
 DATAGRAM_BYTES = 1 << 16            # larger than any datagram
@@ -56,7 +54,9 @@ def bind(proxy: HostPort, expected_peer: HostPort = ("0.0.0.0", 0), user: Option
     """Ask `proxy` to listen for expected_peer. 0.0.0.0 means any peer; most proxies ignore the port."""
     session = _Session(proxy, user, timeout)
     try:
-        return Waiting(session, session.ask(Cmd.BIND, address(*expected_peer)))
+        bnd = session.ask(Cmd.BIND, address(*expected_peer))
+        session.hand_over()
+        return Waiting(session, bnd)
     except BaseException:
         session.sock.close()
         raise
@@ -154,7 +154,7 @@ class Association:
 
         Raises ProxyError when the proxy has ended the association, socket.timeout after the time of settimeout().
         """
-        deadline = _Deadline(self.timeout)
+        deadline = Deadline(self.timeout)
         while True:
             ready = [key.fileobj for key, _ in self._selector.select(deadline.left())]
             if self.sock in ready:
@@ -196,34 +196,21 @@ def _host_port(bnd: Address) -> HostPort:
     return bnd.host.decode("utf-8", "backslashreplace") if isinstance(bnd.host, bytes) else str(bnd.host), bnd.port
 
 
-class _Deadline:
-    def __init__(self, timeout: Optional[float]) -> None:
-        self.at = None if timeout is None else monotonic() + timeout
-
-    def left(self) -> Optional[float]:
-        """The seconds left, for settimeout(). Raises socket.timeout if none are left."""
-        if self.at is None:
-            return None
-        left = self.at - monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        return left
-
-
 class _Session:
     """An authenticated connection to the proxy. All its steps share one deadline."""
 
     def __init__(self, proxy: HostPort, user: Optional[User], timeout: Optional[float]) -> None:
-        self.deadline = _Deadline(timeout)
-        self.sock = self._dial(proxy)
+        deadline = Deadline(timeout)
+        self.sock = _dial(proxy, deadline)
         try:
-            self._negotiate(user)
+            self._dialogue = Dialogue(self.sock, deadline)
+            self._dialogue.negotiate(user and (_bytes(user[0]), _bytes(user[1])))
         except BaseException:
             self.sock.close()
             raise
 
     def restart(self, timeout: Optional[float]) -> None:
-        self.deadline = _Deadline(timeout)
+        self._dialogue.deadline = Deadline(timeout)
 
     def hand_over(self) -> socket.socket:
         self.sock.settimeout(None)
@@ -231,65 +218,27 @@ class _Session:
 
     def ask(self, cmd: Cmd, dst: Address) -> HostPort:
         """Send a request. Returns BND of its first reply."""
-        self._send(Request(cmd, dst).pack())
-        return self.reply()
+        return _host_port(self._dialogue.reachable(self._dialogue.ask(cmd, dst)))
 
     def reply(self) -> HostPort:
-        """Read a reply. Returns BND; instead of 0.0.0.0 or :: it has the address of the proxy."""
-        reply = self._take(Reply.parse)
-        if reply.rep != Rep.SUCCEEDED:
-            raise ProxyError("the proxy answered X'%02X', %s" % (reply.rep, phrase(Rep, reply.rep)), int(reply.rep))
-        host, port = _host_port(reply.bnd)
-        if isinstance(reply.bnd.host, (IPv4Address, IPv6Address)) and reply.bnd.host.is_unspecified:
-            host = self.sock.getpeername()[0]
-        return host, port
+        """Read the next reply. Returns BND."""
+        return _host_port(self._dialogue.reachable(self._dialogue.reply()))
 
-    def _dial(self, proxy: HostPort) -> socket.socket:
-        failures: List[OSError] = []
-        for family, kind, protocol, _, sockaddr in socket.getaddrinfo(*proxy, type=socket.SOCK_STREAM):
-            sock = socket.socket(family, kind, protocol)
-            try:
-                sock.settimeout(self.deadline.left())
-                sock.connect(sockaddr)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return sock
-            except OSError as exc:
-                failures.append(exc)
-                sock.close()
-        raise failures[-1]
 
-    def _negotiate(self, user: Optional[User]) -> None:
-        """RFC 1928 §3, RFC 1929. The password is only sent to a proxy that asks for it."""
-        offered = [Method.NO_AUTHENTICATION, Method.USERNAME_PASSWORD] if user else [Method.NO_AUTHENTICATION]
-        login = Login(*(part.encode() if isinstance(part, str) else part for part in user)).pack() if user else b""
-        self._send(Greeting(bytes(offered)).pack())
-        method = self._take(Selection.parse).method
-        if method not in offered:
-            raise ProxyError("the proxy accepts no offered method" + ("" if user else "; it may require a password"))
-        if method == Method.USERNAME_PASSWORD:
-            self._send(login)
-            if self._take(LoginStatus.parse).status:
-                raise ProxyError("the proxy refused the user name or password")
+def _bytes(part: Union[str, bytes]) -> bytes:
+    return part.encode() if isinstance(part, str) else part
 
-    def _send(self, message: bytes) -> None:
-        self.sock.settimeout(self.deadline.left())
-        self.sock.sendall(message)
 
-    def _take(self, parse: Callable[[ReadExactly], M]) -> M:
-        """Read one message. Raises ProxyError if the proxy closes first, or sends no SOCKS5."""
+def _dial(proxy: HostPort, deadline: Deadline) -> socket.socket:
+    failures: List[OSError] = []
+    for family, kind, protocol, _, sockaddr in socket.getaddrinfo(*proxy, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
         try:
-            return parse(self._read)
-        except EOFError:
-            raise ProxyError("the proxy closed the connection") from None
-        except (ProtocolError, RequestRefused) as exc:      # RequestRefused: an unknown ATYP
-            raise ProxyError("not a SOCKS5 proxy: %s" % exc) from None
-
-    def _read(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            self.sock.settimeout(self.deadline.left())
-            piece = self.sock.recv(size - len(data))
-            if not piece:
-                raise EOFError
-            data += piece
-        return data
+            sock.settimeout(deadline.left())
+            sock.connect(sockaddr)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as exc:
+            failures.append(exc)
+            sock.close()
+    raise failures[-1]

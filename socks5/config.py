@@ -5,14 +5,24 @@ the three. Values are parsed from text and checked before anything listens. Time
 """
 from __future__ import annotations
 
+import os
 import random
+import re
+import stat
 from dataclasses import Field, dataclass, field, fields
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple, TypeVar, Union
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import (
+    Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, TextIO, Tuple, TypeVar, Union)
+from urllib.parse import unquote_to_bytes
 
 N = TypeVar("N", int, float)
 Network = Union[IPv4Network, IPv6Network]
 MAX_S = 2000000             # 23 days: poll() counts milliseconds in 31 bits
+SAME = "same"               # of --out
+DIRECT = "direct"           # in a rule: not through an upstream
+DEFAULT_UPSTREAM = "upstream"           # the name of an upstream without one: rules that name none lead there
+UPSTREAM = re.compile(r"(?:([A-Za-z0-9_-]{1,64})=)?socks5h?://(?:([^@/\s]*)@)?"
+                      r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]{1,253})):([0-9]{1,5})/?", re.ASCII)
 GROUPS = ("listening", "access", "outgoing", "limits", "running", "watching")
 
 
@@ -97,6 +107,21 @@ def own_address(text: str) -> str:
     return text
 
 
+def out_address(text: str) -> str:
+    """Parse an IP address of ours to connect from, or "same"."""
+    if text == SAME:
+        return text
+    try:
+        here = ip_address(text)
+        usable = "%" not in text and not (here.is_unspecified or here.is_loopback or here.is_link_local
+                                          or here.is_multicast)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("%r is neither 'same' nor an IP address from which other hosts can be reached" % text)
+    return str(getattr(here, "ipv4_mapped", None) or here)
+
+
 def network(text: str) -> Network:
     """Parse an IP address or a CIDR network. A network of IPv4-mapped addresses becomes the IPv4 network."""
     try:
@@ -136,6 +161,47 @@ def credentials(text: str) -> Tuple[str, str]:
     return name, password
 
 
+class Upstream(NamedTuple):
+    """A SOCKS5 proxy through which we reach destinations. Its password is not shown."""
+
+    name: str
+    host: str                                   # an IP address or a name
+    port: int
+    user: Optional[Tuple[bytes, bytes]] = None
+
+    def __str__(self) -> str:
+        return "upstream %s (%s)" % (self.name, ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def upstream(text: str) -> Upstream:
+    """Parse [NAME=]socks5://[USER:PASSWORD@]HOST:PORT. USER and PASSWORD may have bytes as %XX, as in any URL."""
+    found = UPSTREAM.fullmatch(text)
+    problem = "not [NAME=]socks5://[USER:PASSWORD@]HOST:PORT"           # the text may hold a password
+    if not found:
+        raise ValueError(problem)
+    name, login, bracketed, host, number = found.groups()
+    try:
+        if bracketed:
+            IPv6Address(bracketed)
+        elif host.replace(".", "").isdigit():
+            IPv4Address(host)
+        at = port(number)
+    except ValueError:
+        raise ValueError(problem) from None
+    if name == DIRECT or not at:
+        raise ValueError("an upstream is not called %s" % DIRECT if at else problem)
+    user = None
+    if login is not None:
+        pair = [unquote_to_bytes(part.encode("utf-8", "surrogateescape")) for part in login.split(":", 1)]
+        if len(pair) < 2 or not all(1 <= len(part) <= 255 for part in pair):
+            raise ValueError("%s, with 1 to 255 bytes each of USER and PASSWORD" % problem)
+        user = pair[0], pair[1]
+    return Upstream(name or DEFAULT_UPSTREAM, bracketed or host, at, user)
+
+
 def option(default: Any, flags: str, kind: Callable[[str], Any], group: str, help: str, *, metavar: str = "",
            why: str = "", many: bool = False, secret: bool = False, bare: str = "") -> Any:
     """Make a field of Config. `flags` are those of the command line, the long one last. `why` is the reason for the
@@ -169,6 +235,14 @@ class Config:
         "", "--rules", path, "access", metavar="FILE", help="authorize by the rules in FILE; SIGHUP reads it again")
     open: bool = option(
         False, "--open", bool, "access", help="permit an open proxy: any client, without a password")
+    out: Tuple[str, ...] = option(
+        (), "--out", out_address, "outgoing", metavar="ADDRESS|same", many=True,
+        help="address of this machine to connect from, one each for IPv4 and IPv6; same: the one that the client "
+             "connected to")
+    upstream: Tuple[Upstream, ...] = option(
+        (), "--upstream", upstream, "outgoing", metavar="[NAME=]URL", many=True, secret=True,
+        help="connect through the SOCKS5 proxy at socks5://[USER:PASSWORD@]HOST:PORT; with NAME=, only where --rules "
+             "say via NAME; or set SOCKS5_UPSTREAM=[NAME=]URL,...")
     advertise: Tuple[str, ...] = option(
         (), "--advertise", own_address, "outgoing", metavar="ADDRESS", many=True,
         help="address in replies to BIND and UDP ASSOCIATE, for a server behind NAT; one each for IPv4 and IPv6")
@@ -232,9 +306,18 @@ class Config:
         """Raise ConfigError for a combination that is impossible, or an open proxy without --open."""
         if not self.listen:
             raise ConfigError("--listen: no address")
+        if self.udp_ports and self.udp_ports[0] == self.udp_ports[1]:
+            raise ConfigError("--udp-ports %d: an association needs two ports, one towards the client and one towards "
+                              "the remotes" % self.udp_ports[0])
         names = [name for name, _ in self.user]
         if len(set(names)) < len(names):
             raise ConfigError("--user: a name is given twice")
+        proxies = [upstream.name for upstream in self.upstream]
+        if len(set(proxies)) < len(proxies):
+            raise ConfigError("--upstream: a name is given twice, or more than one has none")
+        for kind in (4, 6):
+            if sum(text != SAME and ip_address(text).version == kind for text in self.out) > 1:
+                raise ConfigError("--out: more than one IPv%d address" % kind)
         beyond = self.beyond()
         if beyond and not (self.needs_password() or self.clients_limited() or self.rules or self.open):
             raise ConfigError(
@@ -254,12 +337,45 @@ class Config:
         """The listening addresses that are not loopback."""
         return [text for text in self.listen if not ip_address(text.partition("%")[0]).is_loopback]
 
+    def upstream_of(self, via: Optional[str]) -> Optional[Upstream]:
+        """The upstream to which a rule with this `via` leads; None: we connect ourselves. KeyError if there is none."""
+        by_name: Dict[Optional[str], Upstream] = {upstream.name: upstream for upstream in self.upstream}
+        return by_name.get(DEFAULT_UPSTREAM) if via is None else None if via == DIRECT else by_name[via]
+
     def needs_password(self) -> bool:
         return bool(self.user or self.users)
 
     def clients_limited(self) -> bool:
         """Whether --allow-from excludes any client; a /0 does not."""
         return bool(self.allow_from) and all(net.prefixlen for net in self.allow_from)
+
+
+def open_file(flag: str, path: str, encoding: str = "utf-8", errors: str = "surrogateescape") -> TextIO:
+    """Open the file that an option names, for reading. Raises ConfigError, also for what is not a regular file: reading
+    a FIFO or a terminal could take for ever, and a reload could not read it again."""
+    def never_waits(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+
+    try:
+        file = open(path, encoding=encoding, errors=errors, opener=never_waits)
+    except OSError as exc:
+        raise ConfigError("%s %s: %s" % (flag, path, exc.strerror)) from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ConfigError("%s %s: not a regular file" % (flag, path))
+    return file
+
+
+def read_lines(flag: str, path: str) -> List[str]:
+    """The lines of a file that says who may do what. Raises ConfigError, also when all users of this machine may write
+    it."""
+    try:
+        with open_file(flag, path) as file:
+            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
+                raise ConfigError("%s %s: others can write this file (chmod o-w)" % (flag, path))
+            return file.read().split("\n")
+    except OSError as exc:
+        raise ConfigError("%s %s: %s" % (flag, path, exc.strerror)) from None
 
 
 def options() -> List["Field[Any]"]:
@@ -287,7 +403,12 @@ def parse(item: "Field[Any]", texts: Sequence[str], where: str) -> Any:
 
 
 def from_environment(environ: Mapping[str, str]) -> Dict[str, Any]:
-    """Parse SOCKS5_USERS=NAME:PASSWORD,...: unlike --user, `ps` does not show it to other users."""
-    texts = [text for text in environ.get("SOCKS5_USERS", "").split(",") if text]
-    users = next(item for item in fields(Config) if item.name == "user")
-    return {"user": parse(users, texts, "SOCKS5_USERS")} if texts else {}
+    """Parse SOCKS5_USERS=NAME:PASSWORD,... and SOCKS5_UPSTREAM=[NAME=]URL,...: unlike --user and --upstream, `ps` does
+    not show them to other users."""
+    values = {}
+    for name, variable in (("user", "SOCKS5_USERS"), ("upstream", "SOCKS5_UPSTREAM")):
+        texts = [text for text in environ.get(variable, "").split(",") if text]
+        if texts:
+            item = next(item for item in fields(Config) if item.name == name)
+            values[name] = parse(item, texts, variable)
+    return values

@@ -30,7 +30,7 @@ TIMEOUT_S = 10.0                # for one step, which takes milliseconds on loop
 BULK = bytes(range(256)) * 256  # 64 KiB
 FEW_SESSIONS = 1000             # a lower limit is reported
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
-LEFT_OUT = ("advertise",)               # options that refer to other machines
+LEFT_OUT = ("advertise", "out")               # options that refer to other machines
 
 Check = Callable[["Setup"], str]
 
@@ -116,8 +116,8 @@ def serving(config: Config, name: str, port: int) -> Iterator[HostPort]:
     """Run a server in a thread. Its first rules permit this user to reach loopback, except 127.0.0.3 at `port`."""
     who = "user %s " % name if config.needs_password() else ""
     with Server(config) as server:
-        first = parse_lines(["deny %sto 127.0.0.3 port %d" % (who, port), "allow %sto 127.0.0.0/8" % who,
-                            "allow %sto ::1" % who], "self-test")
+        first = parse_lines(["deny %sto 127.0.0.3 port %d" % (who, port), "allow %sto 127.0.0.0/8 via direct" % who,
+                            "allow %sto ::1 via direct" % who], "self-test")
         object.__setattr__(server.rules, "rules", (*first, *server.rules.rules))     # although Rules is frozen
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

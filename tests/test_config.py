@@ -5,7 +5,7 @@ import unittest
 from ipaddress import ip_network
 
 from socks5 import config
-from socks5.config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+from socks5.config import GROUPS, Config, ConfigError, Upstream, from_environment, long_flag, options, parse
 
 # For each kind of value: a text, and what it stands for. No default of any option is among them.
 SAMPLES = {
@@ -17,6 +17,8 @@ SAMPLES = {
     config.port_range: ("7000-7009", (7000, 7009)),
     config.address: ("::1", "::1"),
     config.own_address: ("192.0.2.7", "192.0.2.7"),
+    config.out_address: ("same", "same"),
+    config.upstream: ("up=socks5://al:s%3Acret@[::1]:1081", Upstream("up", "::1", 1081, (b"al", b"s:cret"))),
     config.network: ("192.0.2.0/24", ip_network("192.0.2.0/24")),
     config.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
     config.path: ("/no/such/file", "/no/such/file"),
@@ -33,6 +35,15 @@ WRONG = {
     config.address: ("", "x", "256.0.0.1", "127.0.0.1:80", "[::1]", "::1/64", "127.1", "127.0.0.1%lo", "%lo",
                      "example.com"),
     config.own_address: ("", "x", "0.0.0.0", "::", "fe80::1%lo", "192.0.2.0/24", "example.com"),
+    config.out_address: ("", "x", "Same", "0.0.0.0", "::", "127.0.0.1", "::1", "fe80::1", "fe80::1%lo", "169.254.1.1",
+                         "224.0.0.1", "192.0.2.0/24", "192.0.2.1,192.0.2.2", "example.com"),
+    config.upstream: ("", "x", "192.0.2.1:1080", "http://192.0.2.1:1080", "socks5://192.0.2.1",
+                      "socks5://192.0.2.1:0",
+                      "socks5://192.0.2.1:65536", "socks5://192.0.2.256:1080", "socks5://::1:1080",
+                      "socks5://[::x]:1080",
+                      "socks5://:1080", "socks5://a b:1080", "socks5://alice@h:1080", "socks5://:x@h:1080",
+                      "socks5://alice:@h:1080", "socks5://a:b@c@h:1080", "direct=socks5://h:1080", "a b=socks5://h:1",
+                      "socks5://" + "a" * 256 + ":x@h:1", "socks5://h:1080/path"),
     config.network: ("", "x", "192.0.2.1/24", "192.0.2.0/33", "::/129", "example.com", "192.0.2.0-192.0.2.9"),
     config.credentials: ("", ":", "alice", "alice:", ":secret", "a" * 256 + ":x", "x:" + "a" * 256,
                          "\u20ac" * 86 + ":x"),
@@ -158,11 +169,34 @@ class Parse(unittest.TestCase):
             with self.subTest(name):
                 self.assertEqual(config.credentials(text), pair)
 
+    def test_upstreams(self):
+        for text, upstream in (
+                ("socks5://192.0.2.1:1080", Upstream("upstream", "192.0.2.1", 1080)),
+                ("socks5h://proxy.example:9050/", Upstream("upstream", "proxy.example", 9050)),
+                ("of-fice=socks5://a%40b:c%2Cd%ff@h_1:1", Upstream("of-fice", "h_1", 1, (b"a@b", b"c,d\xff"))),
+                ("socks5://al:with:colon@[::1]:1", Upstream("upstream", "::1", 1, (b"al", b"with:colon"))),
+                ("socks5://\u20ac:\udcff@h:1", Upstream("upstream", "h", 1, (b"\xe2\x82\xac", b"\xff")))):
+            with self.subTest(text):
+                self.assertEqual(config.upstream(text), upstream)
+                self.assertNotIn("with:colon", repr(Config(upstream=(upstream,))) + repr(upstream) + str(upstream))
+
+    def test_the_upstream_of_a_rule(self):
+        plain, office = config.upstream("socks5://192.0.2.1:1080"), config.upstream("office=socks5://192.0.2.2:1080")
+        both = Config(upstream=(plain, office))
+        self.assertEqual([both.upstream_of(via) for via in (None, "upstream", "office", "direct")],
+                         [plain, plain, office, None])
+        self.assertIsNone(Config(upstream=(office,)).upstream_of(None))
+        self.assertRaises(KeyError, both.upstream_of, "other")
+        for twice in ((plain, plain), (office, office)):
+            self.assertRaisesRegex(ConfigError, "^--upstream: a name is given twice", Config, upstream=twice)
+
     def test_a_password_is_never_shown(self):
-        for text in ("s3cret", ":s3cret", "s3cret:", "a" * 256 + ":s3cret", "alice:" + "s3cret" * 50):
+        for name, text in [("user", text) for text in (
+                "s3cret", ":s3cret", "s3cret:", "a" * 256 + ":s3cret", "alice:" + "s3cret" * 50)] + [
+                ("upstream", "socks5://al:s3cret" + rest) for rest in ("", "@h", "@h:0", "@h:x", "@h@h:1080", "@:1")]:
             with self.subTest(text[-20:]):
                 with self.assertRaises(ConfigError) as caught:
-                    parse(option_named("user"), [text], "here")
+                    parse(option_named(name), [text], "here")
                 self.assertNotIn("s3cret", str(caught.exception))
 
     def test_garbage_raises_nothing_else(self):
@@ -199,6 +233,11 @@ class Environment(unittest.TestCase):
                              ("alice:secret,", {"user": (("alice", "secret"),)})):
             with self.subTest(text):
                 self.assertEqual(from_environment({} if text is None else {"SOCKS5_USERS": text}), values)
+
+    def test_upstreams(self):
+        self.assertEqual(from_environment({"SOCKS5_UPSTREAM": "socks5://h:1,b=socks5://c:d@i:2,"}), {
+            "upstream": (Upstream("upstream", "h", 1), Upstream("b", "i", 2, (b"c", b"d")))})
+        self.assertRaisesRegex(ConfigError, "^SOCKS5_UPSTREAM: not ", from_environment, {"SOCKS5_UPSTREAM": "s3cret"})
 
     def test_wrong_ones_are_named_and_not_shown(self):
         for text in ("s3cret", "alice:s3cret,bob", ":s3cret"):
@@ -238,6 +277,15 @@ class WholeConfig(unittest.TestCase):
         for listen in ("127.0.0.1", "127.8.9.10", "::1", "::1%lo"):
             with self.subTest(listen):
                 self.assertEqual(Config(listen=(listen,)).listen, (listen,))
+
+    def test_one_out_address_for_each_ip_version(self):
+        for out in (("same",), ("192.0.2.1", "2001:db8::1"), ("same", "192.0.2.1", "2001:db8::1")):
+            with self.subTest(out):
+                self.assertEqual(Config(out=out).out, out)
+        for out, version in ((("192.0.2.1", "192.0.2.2"), 4), (("2001:db8::1", "same", "2001:db8::2"), 6)):
+            with self.subTest(out), self.assertRaisesRegex(ConfigError, "^--out: more than one IPv%d add" % version):
+                Config(out=out)
+        self.assertEqual(config.out_address("::ffff:192.0.2.1"), "192.0.2.1")
 
     def test_no_address(self):
         with self.assertRaises(ConfigError) as caught:

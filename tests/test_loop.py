@@ -18,6 +18,7 @@ from unittest import mock
 from socks5.net import poller as poller_module
 from socks5.net.listeners import tune
 from socks5.net.poller import EpollPoller, PollPoller, SelectPoll
+from socks5.net.shares import Share
 from socks5.relay import busy, splice
 from socks5.relay import loop as loop_module
 from socks5.relay.loop import Loop
@@ -192,7 +193,7 @@ class LoopTest(unittest.TestCase):
         for standing in self.standing:
             standing.client.close()
             standing.remote.close()
-        self.assertEqual((len(self.loop), splice.KernelPipe.live, splice.parked), (0, 0, 0))
+        self.assertEqual((len(self.loop), splice.PIPES.live(), splice.parked), (0, 0, 0))
         self.assertEqual(set(self.ends.values()) - {1}, set(), "ended() once for every tunnel")
         self.assertEqual(len(self.ends), len(self.standing))
 
@@ -280,7 +281,7 @@ class EveryDriver:
         digest = hashlib.sha256()
         for _ in range(2):
             digest.update(read_exactly(standing.client, 2 * MIB))
-            wait_until(lambda: not splice.KernelPipe.live, "given back")
+            wait_until(lambda: not splice.PIPES.live(), "given back")
             wait_until(lambda: not standing.tunnel.lent or not loop_module.MANY, "taken back")
         count, digest = read_hashed(standing.client, digest)
         sender.join(PATIENCE_S)
@@ -480,7 +481,7 @@ class LentTest(LoopTest):
                 standing.remote.sendall(NOISE)
                 self.assertEqual(read_exactly(standing.client, MIB), NOISE)
             self.assertTrue(standing.tunnel.lent)
-            wait_until(lambda: not standing.tunnel.lent and not splice.KernelPipe.live, "taken back")
+            wait_until(lambda: not standing.tunnel.lent and not splice.PIPES.live(), "taken back")
             standing.echo()
 
     def test_a_few_bytes_now_and_then_keep_no_thread(self):
@@ -511,7 +512,8 @@ class LentTest(LoopTest):
 
     def test_stalled_tunnels_hold_little_memory(self):
         before = splice.parked
-        with mock.patch.object(splice, "MAX_PARKED", MIB // 2), mock.patch.object(loop_module, "MAX_LENT", 2):
+        self.loop._threads = Share(3)
+        with mock.patch.object(splice, "MAX_PARKED", MIB // 2):
             held = []
             for _ in range(12):
                 standing, _thread = self.busy()
@@ -523,20 +525,31 @@ class LentTest(LoopTest):
 
     def test_more_busy_tunnels_than_may_be_lent(self):
         """The others stay in the loop, and a small one beside them is served."""
-        with mock.patch.object(loop_module, "MAX_LENT", 1):
-            standings = [self.tunnel() for _ in range(3)]
-            senders = [send_hashed(standing.remote, 10 * MIB) for standing in standings]
-            results = {}
-            readers = [threading.Thread(target=lambda s=s: results.update({s: read_hashed(s.client)}), daemon=True)
-                       for s in standings]
-            for reader in readers:
-                reader.start()
-            small = self.tunnel()
-            for _ in range(20):
-                small.echo()
-            for thread in (*senders, *readers):
-                thread.join(PATIENCE_S)
-            self.assertEqual([results[s] for s in standings], [(10 * MIB, s.digest.hexdigest()) for s in senders])
+        self.loop._threads = Share(1)
+        standings = [self.tunnel() for _ in range(3)]
+        senders = [send_hashed(standing.remote, 10 * MIB) for standing in standings]
+        results = {}
+        readers = [threading.Thread(target=lambda s=s: results.update({s: read_hashed(s.client)}), daemon=True)
+                   for s in standings]
+        for reader in readers:
+            reader.start()
+        small = self.tunnel()
+        for _ in range(20):
+            small.echo()
+        for thread in (*senders, *readers):
+            thread.join(PATIENCE_S)
+        self.assertEqual([results[s] for s in standings], [(10 * MIB, s.digest.hexdigest()) for s in senders])
+
+    def test_one_address_cannot_take_all_threads_and_kernel_pipes(self):
+        self.loop._threads = Share(3)
+        for _ in range(2):
+            self.busy(self.tunnel(owner="192.0.2.1"))
+        third = self.tunnel(owner="192.0.2.1")
+        send_hashed(third.remote, 10 * MIB)
+        read_exactly(third.client, 5 * MIB)
+        self.assertFalse(third.tunnel.lent)
+        self.busy(self.tunnel(owner="192.0.2.2"))
+        read_exactly(third.client, 5 * MIB)
 
     def test_no_thread_to_lend_it_to(self):
         standing = self.tunnel()

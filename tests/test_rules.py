@@ -120,7 +120,9 @@ class Reading(Case):
                 ("allow to 2001:db8::g", "is not an address or a network"),
                 ("allow to a..b", "'a..b' is neither an address nor a name"),
                 ("allow to *.example.com", "is neither an address nor a name"),
-                ("allow to .", "is neither an address nor a name"),
+                ("allow to ..", "is neither an address nor a name"),
+                ("allow via office", "no --upstream is called 'office'"),
+                ("deny via direct", "'via' belongs to an allow"),
                 ("allow to \u00fc..a", "is neither an address nor a name"),
                 ('allow to ""', "is neither an address nor a name"),
                 ("allow port x", "'x' is not a port"),
@@ -142,6 +144,16 @@ class Reading(Case):
     def test_no_file(self):
         with self.assertRaisesRegex(ConfigError, r"^--rules /nowhere/at/all: No such file or directory$"):
             Rules(Config(rules="/nowhere/at/all"))
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
+    def test_what_is_not_a_regular_file_is_refused_at_once(self):
+        fifo = self.path.with_name("fifo")
+        os.mkfifo(str(fifo), 0o600)
+        for path in (str(fifo), os.devnull):
+            with self.assertRaisesRegex(ConfigError, "^--rules %s: not a regular file$" % path):
+                Rules(Config(rules=path))
+        with self.assertRaisesRegex(ConfigError, "^--rules .*: Is a directory$"):
+            Rules(Config(rules=str(self.path.parent)))
 
     @unittest.skipUnless(os.name == "posix", "elsewhere files have no such mode")
     def test_who_can_write_it_makes_our_rules(self):

@@ -10,6 +10,7 @@ import socket
 import unittest
 from unittest import mock
 
+from socks5.net.shares import Share
 from socks5.relay import splice
 from tests.support import PATIENCE_S, descriptors, reset
 
@@ -27,7 +28,7 @@ class SpliceTest(unittest.TestCase):
         self.sink, self.reader = self.pair()
         self.source.setblocking(False)
         self.sink.setblocking(False)
-        self.live = splice.KernelPipe.live
+        self.live = splice.PIPES.live()
         self.descriptors = descriptors()
         self.addCleanup(self.nothing_is_left)
 
@@ -42,7 +43,7 @@ class SpliceTest(unittest.TestCase):
         return near, far
 
     def nothing_is_left(self):
-        self.assertEqual((splice.KernelPipe.live, descriptors()), (self.live, self.descriptors))
+        self.assertEqual((splice.PIPES.live(), descriptors()), (self.live, self.descriptors))
 
     def pipe(self):
         pipe = splice.KernelPipe()
@@ -193,7 +194,7 @@ class Bytes(SpliceTest):
 class Descriptors(SpliceTest):
     def test_each_has_two_of_its_own_that_no_child_inherits(self):
         pipe = splice.KernelPipe()
-        self.assertEqual((splice.KernelPipe.live, descriptors()), (self.live + 1, self.descriptors + 2))
+        self.assertEqual((splice.PIPES.live(), descriptors()), (self.live + 1, self.descriptors + 2))
         self.assertEqual([os.get_inheritable(fd) for fd in (pipe._out, pipe._into)], [False, False])
         pipe.close()
         self.nothing_is_left()
@@ -204,14 +205,17 @@ class Descriptors(SpliceTest):
         self.assertGreaterEqual(splice.fcntl.fcntl(pipe._into, get_size), splice.PIPE_BYTES)
 
     def test_so_many_and_no_more(self):
-        with mock.patch.object(splice, "MAX_PIPES", self.live + 3):
+        with mock.patch.object(splice, "PIPES", Share(4)):      # the last one is for another owner
+            before = descriptors()
             pipes = [splice.KernelPipe() for _ in range(3)]
             for _ in range(2):
                 with self.assertRaises(OSError) as caught:
                     splice.KernelPipe()
                 self.assertEqual(caught.exception.errno, errno.EMFILE)
-            self.assertEqual((splice.KernelPipe.live, descriptors()), (self.live + 3, self.descriptors + 6))
-            pipes.pop().close()
+            self.assertEqual((splice.PIPES.live(), descriptors()), (3, before + 6))
+            pipes.append(splice.KernelPipe("newcomer"))
+            for _ in range(2):
+                pipes.pop().close()
             pipes.append(splice.KernelPipe())       # one went, one may come
             for pipe in pipes:
                 pipe.close()

@@ -142,7 +142,7 @@ class KernelPipe:
 
     live = 0
 
-    def __init__(self):
+    def __init__(self, owner):
         self.data = b""
         KernelPipe.live += 1
 

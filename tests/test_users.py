@@ -180,6 +180,16 @@ class Files(FileCase):
         with self.subTest("no file"), self.assertRaisesRegex(ConfigError, "^--users /none: No such file or directory$"):
             Users(Config(users="/none"))
 
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
+    def test_what_is_not_a_regular_file_is_refused_at_once(self):
+        fifo = self.path.with_name("fifo")
+        os.mkfifo(str(fifo), 0o600)
+        for path in (str(fifo), os.devnull):
+            with self.assertRaisesRegex(ConfigError, "^--users %s: not a regular file$" % path):
+                Users(Config(users=path))
+        with self.assertRaisesRegex(ConfigError, "^--users .*: Is a directory$"):
+            Users(Config(users=str(self.path.parent)))
+
     @unittest.skipUnless(os.name == "posix", "elsewhere files have no such mode")
     def test_a_file_that_others_can_write(self):
         self.write(self.line("bob", b"x"))

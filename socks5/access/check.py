@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import List
+from typing import List, Tuple
 
 from .users import Users
-from ..config import Config
+from ..config import DEFAULT_UPSTREAM, Config
 from .rules import Rules
 from ..protocol.fields import text
 from ..protocol.messages import Address
@@ -25,10 +25,28 @@ def report(config: Config) -> List[str]:
     lines.append("rules: %s, the first that matches decides" % (config.rules or "the default ones"))
     lines += ["  %s" % ascii(rule.line)[1:-1] for rule in rules.rules]
     lines.append("  and what none of them matches is denied")
+    if config.bind_ports:
+        lines.append("BIND: %d clients at a time by --bind-ports" % number_of(config.bind_ports))
+    if config.udp_ports:
+        lines.append("UDP ASSOCIATE: %d clients at a time by --udp-ports" % (number_of(config.udp_ports) // 2))
+    lines += ways(config, rules)
     for rule in rules.rules:
         if rule.user is not None and rule.user not in users.names:
             lines.append("warning: %s: there is no user %s" % (rule.where, text(rule.user)))
     return lines + ["warning: %s" % warning for warning in warnings(config, rules)]
+
+
+def ways(config: Config, rules: Rules) -> List[str]:
+    """Where what is allowed goes."""
+    if not config.upstream:
+        return []
+    lines = ["%s%s" % (upstream, ", as user %s" % text(upstream.user[0]) if upstream.user else "")
+             for upstream in config.upstream]
+    lines.append("an allow without via goes %s" % (
+        "via %s" % DEFAULT_UPSTREAM if config.upstream_of(None) else "directly to the destination"))
+    named = {rule.via for rule in rules.rules}
+    return lines + ["warning: no rule says via %s" % upstream.name for upstream in config.upstream
+                    if upstream.name not in named and upstream.name != DEFAULT_UPSTREAM]
 
 
 def warnings(config: Config, rules: Rules) -> List[str]:
@@ -39,6 +57,10 @@ def warnings(config: Config, rules: Rules) -> List[str]:
     reached = ", ".join(listener(where, config.port) for where in config.beyond())
     which = " (%s: %s)" % (opener.where, ascii(opener.line)[1:-1]) if config.rules else ""
     return ["open proxy: everybody who reaches %s is let in without a password%s" % (reached, which)]
+
+
+def number_of(ports: Tuple[int, ...]) -> int:
+    return ports[1] - ports[0] + 1
 
 
 def listener(where: str, port: int) -> str:

@@ -7,23 +7,23 @@ not allowed by ruleset).
 """
 from __future__ import annotations
 
-import os
 import re
-import stat
 from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_network
-from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..protocol.codes import Cmd
-from ..config import Config, ConfigError, Network, network
+from ..config import DIRECT, Config, ConfigError, Network, Upstream, network, read_lines
+from ..protocol.fields import Host
 
 IP = Union[IPv4Address, IPv6Address]
 
 COMMANDS = {"connect": Cmd.CONNECT, "bind": Cmd.BIND, "udp": Cmd.UDP_ASSOCIATE}
 ALL_PORTS = (0, 65535)
 VERDICTS = 4096             # cached: 1 MB
-GRAMMAR = "allow|deny [user NAME] [from CIDR] [to CIDR|name|.suffix|any] [port N|N-M] [command connect|bind|udp]"
+GRAMMAR = "allow|deny [user NAME] [from CIDR] [to CIDR|name|.suffix|any] [port N|N-M] " \
+          "[command connect|bind|udp] [via NAME|direct]"
 WORD = re.compile(r'"([^"]*)"|(\S+)')
 PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 NAME = re.compile(rb"\.?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
@@ -45,6 +45,8 @@ deny to ff01::/16
 deny to ff02::/16
 allow to any
 """
+# With an upstream, names are left to it: the denied addresses above are those that this machine itself must not reach.
+NAMES_TO_UPSTREAM = "allow to ."
 # Loopback, unspecified and link-local addresses (169.254.169.254 gives out a cloud machine's credentials), and at the
 # end of each family the multicast addresses of the same scope: RFC 5771 §4, RFC 4291 §2.7.
 LOCAL: Tuple[Network, ...] = tuple(map(ip_network, (
@@ -75,7 +77,8 @@ class Asker(NamedTuple):
 
 class Verdict(NamedTuple):
     allowed: bool
-    where: str                  # file:line, or what else decided
+    where: str                          # file:line, or what else decided
+    upstream: Optional[Upstream] = None     # through which it is allowed; None: we connect ourselves
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,11 @@ class Rule:
     user: Optional[bytes] = None
     source: Optional[Network] = None
     network: Optional[Network] = None
-    name: Optional[bytes] = None            # in lower case; .suffix matches the suffix and all names that end with it
+    name: Optional[bytes] = None            # in lower case; .suffix matches itself and all that end with it, "." all
     anywhere: bool = False                  # the line has "to any"
     ports: Tuple[int, int] = ALL_PORTS
     cmd: Optional[Cmd] = None
+    via: Optional[str] = None               # an upstream's name, or "direct"; None: the default
 
     def concerns(self, asker: Asker) -> bool:
         return ((self.cmd is None or self.cmd == asker.cmd) and (self.user is None or self.user == asker.user)
@@ -151,11 +155,14 @@ class Rules:
 
     def __post_init__(self) -> None:
         path = self.config.rules
-        lines = read_lines(path) if path else DEFAULT.strip().split("\n")
+        lines = read_lines("--rules", path) if path else default_lines(self.config)
         object.__setattr__(self, "path", path or "default rules")
         object.__setattr__(self, "rules", tuple(parse_lines(lines, self.path)))
         object.__setattr__(self, "judge", lru_cache(VERDICTS)(self.judge))
         object.__setattr__(self, "known", Known())
+        for rule in self.rules:
+            if rule.via not in (None, DIRECT, *(upstream.name for upstream in self.config.upstream)):
+                raise ConfigError("%s: no --upstream is called %s" % (rule.where, ascii(rule.via)))
         opener = self.opener()
         if path and opener and not self.config.open:
             raise ConfigError("%s: lets in everybody who reaches %s; add 'from CIDR' or 'user NAME' to this rule, or "
@@ -201,8 +208,40 @@ class Rules:
             if rule.concerns(asker):
                 for one in addresses[-1:] if rule.allow else addresses:
                     if rule.covers(one, port, name, exposed):
-                        return Verdict(rule.allow, rule.where)
+                        return self.verdict(rule)
         return Verdict(False, "%s: no rule allows it" % self.path)
+
+    def verdict(self, rule: Rule) -> Verdict:
+        return Verdict(rule.allow, rule.where, self.config.upstream_of(rule.via) if rule.allow else None)
+
+    def judge_name(self, asker: Asker, port: int, name: bytes) -> Optional[Verdict]:
+        """Judge a name that an upstream resolves. None: we have to, for a rule "to CIDR" or to connect ourselves."""
+        for rule in self.rules:
+            if not (rule.concerns(asker) and rule.ports[0] <= port <= rule.ports[1]
+                    and (rule.name is None or is_name(rule.name, name))):
+                continue
+            verdict = self.verdict(rule)
+            return None if rule.network is not None or verdict.allowed and not verdict.upstream else verdict
+        return Verdict(False, "%s: no rule allows it" % self.path)
+
+    def first_way(self, asker: Asker, addresses: Sequence[IP], port: int,
+                  name: Optional[bytes]) -> Tuple[Optional[Upstream], List[IP]]:
+        """Where the first of the allowed `addresses` leads, and all of them that lead there."""
+        if not self.config.upstream:
+            return None, list(addresses)
+        ways = [self.judge(asker, address, port, name).upstream for address in addresses]
+        return ways[0], [address for address, way in zip(addresses, ways) if way == ways[0]]
+
+    def way_of(self, asker: Asker, address: Optional[IP], port: int, host: Host) -> Optional[Upstream]:
+        """Through which upstream something allowed goes. Without an address: is the name `host` left to an upstream?"""
+        name = host if isinstance(host, bytes) else None
+        verdict = self.judge(asker, address, port, name) if address else self.judge_name(asker, port, name or b"")
+        return verdict.upstream if verdict else None
+
+    def upstreams(self, asker: Asker) -> List[Optional[Upstream]]:
+        """Where the rules may lead this asker, each once; None stands for connections of our own."""
+        rules = (rule for rule in self.rules if rule.allow and rule.concerns(asker))
+        return list(dict.fromkeys(self.config.upstream_of(rule.via) for rule in rules))
 
     def foresee(self, asker: Asker, port: Optional[int] = None, name: Optional[bytes] = None) -> Verdict:
         """Judge before a name is resolved: denied is final, allowed means that judge() has to decide."""
@@ -228,21 +267,18 @@ def is_local(address: IP) -> bool:
 def is_name(pattern: bytes, name: bytes) -> bool:
     """Whether a rule's name or .suffix matches this name. Upper and lower case are the same: RFC 4343."""
     name = name.lower().rstrip(b".")
-    return name == pattern.lstrip(b".") or pattern.startswith(b".") and name.endswith(pattern)
+    return name == pattern.lstrip(b".") or pattern.startswith(b".") and name.endswith(pattern) or pattern == b"."
+
+
+def default_lines(config: Config) -> List[str]:
+    """The rules without a file."""
+    lines = DEFAULT.strip().split("\n")
+    if config.upstream_of(None):
+        lines.insert(next(at for at, line in enumerate(lines) if line.startswith("deny")), NAMES_TO_UPSTREAM)
+    return lines
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
-
-def read_lines(path: str) -> List[str]:
-    """The lines of the file. Raises ConfigError, also when all users of this machine may write it."""
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
-                raise ConfigError("--rules %s: others can write this file (chmod o-w)" % path)
-            return file.read().split("\n")
-    except OSError as exc:
-        raise ConfigError("--rules %s: %s" % (path, exc.strerror)) from None
-
 
 def parse_lines(lines: Iterable[str], path: str) -> Iterator[Rule]:
     for number, line in enumerate(lines, 1):
@@ -279,6 +315,8 @@ def parse_rule(words: List[str], where: str) -> Rule:
         if key in keys[:at]:
             raise ValueError("%r stands here twice" % key)
         facts.update(PARTS[key](values[at]))
+    if verb == "deny" and "via" in keys:
+        raise ValueError("'via' belongs to an allow")
     rule = Rule(verb == "allow", where, " ".join(words), **facts)       # type: ignore[arg-type]
     net = rule.network
     if rule.allow and net and net.prefixlen and inside(net.network_address) != net.network_address:
@@ -289,6 +327,8 @@ def parse_rule(words: List[str], where: str) -> Rule:
 def part_to(text: str) -> Dict[str, object]:
     if text == "any":
         return {"anywhere": True}
+    if text == ".":
+        return {"name": b"."}
     last = text.rstrip(".").rpartition(".")[2]
     if "/" in text or ":" in text or last.isdigit():                # no name's last label is a number: RFC 1123 §2.1
         return {"network": network(text)}
@@ -318,4 +358,4 @@ def part_command(text: str) -> Dict[str, object]:
 PARTS: Dict[str, Callable[[str], Dict[str, object]]] = {
     "user": lambda text: {"user": text.encode("utf-8", "surrogateescape")},
     "from": lambda text: {"source": None if text == "any" else network(text)},
-    "to": part_to, "port": part_port, "command": part_command}
+    "to": part_to, "port": part_port, "command": part_command, "via": lambda text: {"via": text}}

@@ -2,10 +2,13 @@
 
 An origin is an IPv4 address or an IPv6 /64; all of 127.0.0.0/8 and ::1 are one. The rule:
 
-1. An origin has BURST looks at once and one more every INTERVAL_S, which makes fewer than 1,000 in any hour.
+1. An origin has BURST looks at once and one more every INTERVAL_S.
 2. A user name has NAME_BURST looks and one more every NAME_INTERVAL_S from all origins together, fewer than 10,000.
 3. A right password costs no look, and gives back what wrong ones for the same user from the same origin have cost.
-4. A password that was right from the same origin within a day needs no look: it is let in at once.
+4. A password that was right from the same origin within a day needs no look: it is let in at once. Where there is no
+   look, this tells a guesser as much as a look would. So a wrong password for such a user is then counted as a miss, of
+   the user and of the origin; where misses have run out, rule 5 holds for all. Looks and misses of an origin are fewer
+   than 1,000 in any hour.
 5. Attempts without a look wait: the next look goes to the newest of them, after a user's third failure to other users
    first; the end of the handshake's time, or PENDING others, defer an attempt, which then was never looked at.
 
@@ -24,13 +27,12 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from .shared import Lock, Table, digest
 
-BURST, INTERVAL_S = 10, 3.65                # 10 + 3600 / 3.65 = 996 an hour; a right password is looked at within 5 s
+BURST, INTERVAL_S = 10, 4.2                 # 10 + 3600 / 4.2 = 867 an hour; a right password is looked at within 5 s
+MISSES, MISSES_INTERVAL_S = 60, 60.0        # of an origin: 60 + 3600 / 60 = 120 an hour
+MISS_BURST, MISS_INTERVAL_S = 20, 120.0     # of one user from there: guessing at one costs the other users little
 NAME_BURST, NAME_INTERVAL_S = 900, 0.4      # 900 + 3600 / 0.4 = 9,900 an hour
 KNOWN_S = 86400.0                           # how long a success lets the same password in at once
 FRESH_S = 60.0                              # a success this young is not written again
-# Rule 4 would let an attacker at the user's own address try passwords as fast as it can connect: so wrong ones are
-# compared with the one that is known only so often; beyond that all attempts for this user from there take rule 5.
-MISS_BURST, MISS_INTERVAL_S = 100, 1.0
 REPEATED = 3                                # failures of a user from an origin: people mistype
 QUIET_S = 60.0                              # an origin without a failure for so long is not guessing
 
@@ -75,16 +77,25 @@ class Throttle:
         self._origins = Table(ORIGINS, "ddddd")
         self._names = Table(NAMES, "ddddd")
         self._pairs = Table(PAIRS, "d")             # full, as if the origin's looks were this user's alone
-        self._good = Table(GOOD, "d16sd")           # when it was right, the proof, full for wrong ones
+        self._good = Table(GOOD, "d16sd")           # when it was right, the proof, full of this user's misses
+        self._misses = Table(ORIGINS, "d")          # full, of an origin
         self._pending: Dict[bytes, List[Attempt]] = {}      # in this process, by origin
 
     def is_known(self, attempt: Attempt) -> bool:
         """Whether this password was right from this origin within a day: then it takes no look. Takes no lock."""
         good, now = self._good.get(attempt.pair), self._clock()
-        attempt.known = (good is not None and not attempt.compared and now - good[0] <= KNOWN_S
-                         and missing(good[2], MISS_BURST, MISS_INTERVAL_S, now) <= 0
+        attempt.known = (good is not None and not attempt.compared and self._may_miss(attempt, good, now)
                          and hmac.compare_digest(good[1], attempt.proof))
         return attempt.known
+
+    def _may_miss(self, attempt: Attempt, good: Tuple[Any, ...], now: float) -> bool:
+        """Whether an attempt may be compared with the password that was right, which may be a miss."""
+        if now - good[0] > KNOWN_S or missing(good[2], MISS_BURST, MISS_INTERVAL_S, now) > 0:
+            return False
+        if not attempt.origin:
+            attempt.find_limits()
+        full, = self._misses.get(attempt.origin) or (0.0,)
+        return missing(full, MISSES, MISSES_INTERVAL_S, now) <= 0
 
     def ask(self, attempt: Attempt) -> Optional[float]:
         """0 when the password is to be looked at now, else in how many seconds to ask again; None: not at all."""
@@ -95,7 +106,6 @@ class Throttle:
             if self.is_known(attempt):
                 self._forget(attempt)
                 return 0.0
-            self._count_miss(attempt, now)
             full, = self._pairs.get(attempt.pair) or (0.0,)
             attempt.rank = int(full - now > (REPEATED - 1) * INTERVAL_S)
             wait_s = self._look(attempt, now)
@@ -103,6 +113,7 @@ class Throttle:
                 self._forget(attempt)
                 self._pairs.put(attempt.pair, max(now, full) + INTERVAL_S)
                 return 0.0
+            self._count_miss(attempt, now)
             if not attempt.waits:
                 self._wait(attempt)
             return None if attempt.dropped else wait_s
@@ -156,11 +167,13 @@ class Throttle:
     # ---- looks; under the lock ------------------------------------------------------------------------------------
 
     def _count_miss(self, attempt: Attempt, now: float) -> None:
-        """The attempt was compared with the password that was right from there, and is not that."""
+        """The attempt has to wait: so it is not the password that was right from there, if it was compared with it."""
         good = None if attempt.compared else self._good.get(attempt.pair)
-        if good and now - good[0] <= KNOWN_S and missing(good[2], MISS_BURST, MISS_INTERVAL_S, now) <= 0:
+        if good and self._may_miss(attempt, good, now):
             attempt.compared = True
             self._good.put(attempt.pair, *good[:2], max(good[2], now) + MISS_INTERVAL_S)
+            full, = self._misses.get(attempt.origin) or (0.0,)
+            self._misses.put(attempt.origin, max(full, now) + MISSES_INTERVAL_S)
 
     def _look(self, attempt: Attempt, now: float) -> float:
         """Take a look of the origin and one of the name: 0, or in how many seconds to ask again. An attempt takes its

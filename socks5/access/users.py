@@ -5,12 +5,10 @@ is known by a keyed digest from then on, in all server processes, until its line
 """
 from __future__ import annotations
 
-import os
-import stat
 from typing import Dict, Iterable, List, Optional, Set, Tuple
 
 from ..protocol.codes import Method
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, read_lines
 from .logins import Logins
 from .passwords import Hash, Wait
 from .shared import digest
@@ -34,7 +32,7 @@ class Users:
 
     def __init__(self, config: Config, before: Optional[Users] = None, lines: Optional[List[str]] = None) -> None:
         self.logins: Logins = before.logins if before else Logins()
-        self.lines = lines if lines is not None else read_lines(config.users) if config.users else []
+        self.lines = lines if lines is not None else read_lines("--users", config.users) if config.users else []
         self._needed = config.needs_password()
         self._hashes = dict(parse_lines(self.lines, config.users)) if config.users else {}
         self._text = {name: str(value).encode() for name, value in self._hashes.items()}
@@ -92,17 +90,6 @@ class Users:
             return True
         finally:
             turns.give_back(turn)
-
-
-def read_lines(path: str) -> List[str]:
-    """The lines of the users file. Raises ConfigError, also when all users of this machine may write it."""
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:
-                raise ConfigError("--users %s: others can write this file (chmod o-w)" % path)
-            return file.read().split("\n")
-    except OSError as exc:
-        raise ConfigError("--users %s: %s" % (path, exc.strerror)) from None
 
 
 def parse_lines(lines: Iterable[str], path: str) -> List[Tuple[bytes, Hash]]:

@@ -12,11 +12,11 @@ import select
 import socket
 from ipaddress import IPv4Address, IPv6Address
 from time import monotonic
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
-from ..net.addresses import advertised, endpoint_of, family_of, IP, ip_of, Sockaddr, Endpoint
+from ..net.addresses import advertised, endpoint_of, family_of, IP, ip_of, leaving, Sockaddr, Endpoint
 from ..net.listeners import tune
 from ..net.poller import READ, new_poll
 from ..net.shares import ANY_PORT, Ports
@@ -29,6 +29,7 @@ EARLY_BYTES = 1 << 16               # of data that the client sends before the p
 BACKLOG = 64                        # so that unexpected peers do not fill the queue
 DISCARD = 9                         # any port, to look up the route; nothing is sent. RFC 863
 TAKEN = {errno.EADDRINUSE, errno.EACCES}        # in use or privileged; the next port may be free
+Place = Union[Endpoint, Address]     # an Address where an upstream tells it
 LEFT = getattr(select, "POLLRDHUP", 0)          # Linux: reports a FIN without reading
 
 
@@ -51,59 +52,44 @@ def expected(host: Host, resolve: Callable[[Host], Sequence[IP]]) -> List[IP]:
     return peers
 
 
-class Rendezvous:
-    """A listener for one peer, between the two replies.
+class PeerWait:
+    """Waits for a peer between the two replies, and for the client to leave.
 
-    peers       from `expected`
-    ports       to listen on; `owner`, an addresses.subscriber, has a share of them
-    bnd         where the peer has to connect; never 0.0.0.0
+    bnd         where the peer has to connect
+    awaited     a socket that is readable when accept() is to be called
     early       the bytes that the client sent meanwhile, for the peer
-    permit      if any peer is expected: decides whether an address is allowed
+    deadline    of wait()
     unexpected  the number of unexpected peers
-
-    Raises RequestRefused: X'01' if no port is free, X'03' or similar if there is no route to the peer.
     """
 
-    def __init__(self, client: socket.socket, peers: Sequence[IP], ports: Ports = ANY_PORT,
-                 advertise: Sequence[str] = (), permit: Callable[[IP], bool] = lambda peer: True,
-                 owner: str = "") -> None:
-        self.client = client
-        self.permit = permit
-        self.peers = frozenset(peers)
-        self.any_peer = all(peer.is_unspecified for peer in peers)
-        self.early = b""
-        self.unexpected = 0
-        here, scope = our_end(client if self.any_peer else None, peers)
-        told = advertised(advertise, here)
-        anywhere: IP = IPv4Address(0) if here.version == 4 else IPv6Address(0)
-        self.version = here.version
-        self.ports = ports
-        self.owner = owner
-        if not ports.take(owner, self.version):
-            raise RequestRefused(Rep.GENERAL_FAILURE, "no port left for %s: %s" % (owner, ports))
-        try:
-            self.listener = listen(here if told == here else anywhere, scope, ports)
-        except RequestRefused:
-            ports.give_back(owner, self.version)
-            raise
-        self.bnd = Endpoint(told, self.listener.getsockname()[1])
+    awaited: socket.socket
+    deadline = float("inf")
+    unexpected = 0
+    early = b""
+    bnd: Place
 
-    def __enter__(self) -> Rendezvous:
+    def __init__(self, client: socket.socket) -> None:
+        self.client = client
+
+    def __enter__(self) -> PeerWait:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.listener.close()
-        self.ports.give_back(self.owner, self.version)
+        raise NotImplementedError
 
-    def wait(self, timeout_s: float) -> Tuple[socket.socket, Endpoint]:
+    def accept(self) -> Optional[Tuple[socket.socket, Place]]:
+        """The connection of the peer and its address; None: wait on."""
+        raise NotImplementedError
+
+    def wait(self, timeout_s: float) -> Tuple[socket.socket, Place]:
         """Wait for the expected peer. Returns its connection and address; leave the `with` then: one peer only.
 
-        Raises EOFError or OSError if the client leaves, RequestRefused X'06' after timeout_s (0: never), X'01' if no
-        descriptor is left for a peer.
+        Raises EOFError or OSError if the client leaves, RequestRefused X'06' after timeout_s (0: never), and what
+        accept() raises.
         """
-        deadline = monotonic() + timeout_s
+        deadline = self.deadline = monotonic() + (timeout_s or float("inf"))
         poll = new_poll()
-        poll.register(self.listener.fileno(), READ)
+        poll.register(self.awaited.fileno(), READ)
         poll.register(self.client.fileno(), READ)
         while True:
             left_ms = (deadline - monotonic()) * 1000 if timeout_s else None
@@ -129,8 +115,57 @@ class Rendezvous:
                 return
         raise EOFError(self.also("client left before a peer connected"))
 
+    def also(self, why: str) -> str:
+        """Add the number of unexpected peers to `why`, for the log."""
+        if not self.unexpected:
+            return why
+        note = "%d unexpected peer%s turned away" % (self.unexpected, "s" * (self.unexpected > 1))
+        return "%s; %s" % (why, note) if why else note
+
+
+class Rendezvous(PeerWait):
+    """A listener for one peer, between the two replies.
+
+    peers       from `expected`
+    ports       to listen on; `owner`, an addresses.subscriber, has a share of them
+    bnd         where the peer has to connect; never 0.0.0.0
+    out         our addresses, by --out
+    permit      if any peer is expected: decides whether an address is allowed
+
+    Raises RequestRefused: X'01' if no port is free, X'03' or similar if there is no route to the peer.
+    """
+
+    def __init__(self, client: socket.socket, peers: Sequence[IP], ports: Ports = ANY_PORT,
+                 advertise: Sequence[str] = (), permit: Callable[[IP], bool] = lambda peer: True,
+                 owner: str = "", out: Sequence[str] = ()) -> None:
+        super().__init__(client)
+        self.permit = permit
+        self.peers = frozenset(peers)
+        self.any_peer = all(peer.is_unspecified for peer in peers)
+        here, scope = our_end(client, peers, out)
+        told = advertised(advertise, here)
+        anywhere: IP = IPv4Address(0) if here.version == 4 else IPv6Address(0)
+        self.version = here.version
+        self.ports = ports
+        self.owner = owner
+        if not ports.take(owner, self.version):
+            raise RequestRefused(Rep.GENERAL_FAILURE, "no port left for %s: %s" % (owner, ports))
+        try:
+            self.awaited = self.listener = listen(here if told == here else anywhere, scope, ports)
+        except RequestRefused:
+            ports.give_back(owner, self.version)
+            raise
+        self.bnd = Endpoint(told, self.listener.getsockname()[1])
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+        self.ports.give_back(self.owner, self.version)
+
     def accept(self) -> Optional[Tuple[socket.socket, Endpoint]]:
-        """Accept one connection. Returns it if it is from the expected peer, and closes it otherwise."""
+        """Accept one connection. Returns it if it is from the expected peer, and closes it otherwise.
+
+        Raises RequestRefused X'01' if no descriptor is left for it.
+        """
         try:
             remote, sockaddr = self.listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):     # it was reset again
@@ -147,25 +182,24 @@ class Rendezvous:
             "bnd": str(self.bnd), "peer": str(peer), "expected": ",".join(map(str, self.peers))})
         return None
 
-    def also(self, why: str) -> str:
-        """Add the number of unexpected peers to `why`, for the log."""
-        if not self.unexpected:
-            return why
-        note = "%d unexpected peer%s turned away" % (self.unexpected, "s" * (self.unexpected > 1))
-        return "%s; %s" % (why, note) if why else note
 
-
-def our_end(client: Optional[socket.socket], peers: Sequence[IP]) -> Tuple[IP, int]:
-    """Our address to which `client` connected, or else on the route to the first reachable peer; and its IPv6 scope.
+def our_end(client: Optional[socket.socket], peers: Sequence[IP], out: Sequence[str] = ()) -> Tuple[IP, int]:
+    """Our address for the peer to connect to, and its IPv6 scope: by --out; else on the route to the first reachable
+    peer, or for any peer the one to which `client` connected (None: no peer is "any", and `out` is empty).
 
     Raises RequestRefused X'03' or similar if there is no route to any of `peers`.
     """
-    if client:
-        return split(client.getsockname())
+    here, scope = split(client.getsockname()) if client else (peers[0], 0)
+    if all(peer.is_unspecified for peer in peers):
+        chosen = leaving(out, here, here.version)
+        return (chosen, 0) if chosen else (here, scope)
     failures: List[OSError] = []
     for peer in peers:
         try:
             with socket.socket(family_of(peer), socket.SOCK_DGRAM) as probe:
+                source = leaving(out, here, peer)
+                if source:
+                    probe.bind((str(source), 0))
                 probe.connect((str(peer), DISCARD))         # sends nothing; the kernel chooses our address
                 return split(probe.getsockname())
         except OSError as exc:

@@ -9,37 +9,43 @@ import errno
 import os
 import select
 import socket
+import sys
 from collections import deque
 from time import monotonic
-from typing import Deque, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.poller import WRITE, SelectPoll, new_poll
 from ..net.addresses import IP, family_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
+# Linux: bind() takes an address only, and connect() the port, which then need not be free for all destinations. ip(7)
+LATE_PORT = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24 if sys.platform.startswith("linux") else 0)
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: saves a system call
 IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}        # the last one on Windows
 Connected = Tuple[socket.socket, IP]
+Source = Callable[[IP], Optional[IP]]
 
 
 def connect(addresses: Sequence[IP], port: int, timeout_s: float,
-            client: Optional[socket.socket] = None) -> Connected:
+            client: Optional[socket.socket] = None, source: Optional[Source] = None) -> Connected:
     """Connect to the first of `addresses` that answers. Returns a non-blocking socket and the address.
+
+    source(address) is our own address for the connection to `address`; None: the system chooses.
 
     The time limit for all addresses together is timeout_s (0: none). Raises RequestRefused with the REP of the most
     specific failure, or ConnectionResetError if `client` resets its connection.
     """
     began, first, *others = monotonic(), *interleave(addresses)
-    sock, error = dial(first, port)
+    sock, error = dial(first, port, source)
     if sock and not error:                              # nearly always, where it is near
         return sock, first
-    with _Race(port, timeout_s, client, began) as race:
+    with _Race(port, timeout_s, client, began, source) as race:
         race.note(first, sock, error)
         return race.run(others)
 
 
-def dial(address: IP, port: int) -> Tuple[Optional[socket.socket], int]:
+def dial(address: IP, port: int, source: Optional[Source] = None) -> Tuple[Optional[socket.socket], int]:
     """Start to connect. Returns a non-blocking socket, and the errno: 0 if it is connected at once, as on loopback, one
     of IN_PROGRESS if it may be soon; without a socket, why it failed."""
     try:
@@ -48,6 +54,13 @@ def dial(address: IP, port: int) -> Tuple[Optional[socket.socket], int]:
         return None, exc.errno or errno.EIO
     if not NONBLOCK:
         sock.setblocking(False)
+    ours = source(address) if source else None
+    if ours:
+        try:
+            bind(sock, ours)
+        except OSError as exc:                          # the address is not ours any more
+            sock.close()
+            return None, exc.errno or errno.EIO
     target = str(address), port
     error = sock.connect_ex(target)
     if error == errno.EINPROGRESS and NONBLOCK:         # loopback has answered by now: a second call on Linux tells,
@@ -56,6 +69,16 @@ def dial(address: IP, port: int) -> Tuple[Optional[socket.socket], int]:
         return sock, error
     sock.close()
     return None, error
+
+
+def bind(sock: socket.socket, source: IP) -> None:
+    """Have `sock` connect from this address of ours. Raises OSError."""
+    if LATE_PORT:
+        try:
+            sock.setsockopt(socket.IPPROTO_IP, LATE_PORT, 1)
+        except OSError:                                 # before Linux 4.2
+            pass
+    sock.bind((str(source), 0))
 
 
 def interleave(addresses: Sequence[IP]) -> List[IP]:
@@ -71,10 +94,12 @@ def interleave(addresses: Sequence[IP]) -> List[IP]:
 class _Race:
     """The pending attempts to connect, and the failures of the others."""
 
-    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket], began: float) -> None:
+    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket], began: float,
+                 source: Optional[Source]) -> None:
         self.port = port
         self.client = client
         self.began = began
+        self.source = source
         self.next_start = began                         # of an attempt
         self.deadline = began + timeout_s if timeout_s else float("inf")
         self.pending: Dict[int, Tuple[socket.socket, IP]] = {}
@@ -104,7 +129,7 @@ class _Race:
                     break
             if waiting:
                 address = waiting.popleft()
-                sock, error = dial(address, self.port)
+                sock, error = dial(address, self.port, self.source)
                 if sock and not error:
                     return sock, address
                 self.note(address, sock, error)

@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 from threading import Condition
-from typing import Any, Counter, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Counter, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
 from ..protocol.errors import name_of
 
@@ -25,6 +25,9 @@ BUFFER_WAIT_S = 1.0             # for a shared buffer, before one more is alloca
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # saves a system call where it exists
 LINUX = sys.platform.startswith("linux")
 SOL_UDP, UDP_SEGMENT = 17, 103                          # linux/udp.h; the socket module has no names for them
+REMEMBERED = 512                # headers each way, of one association
+K = TypeVar("K")
+V = TypeVar("V")
 Buffer = Tuple[bytearray, memoryview]                   # and a view of the whole of it
 
 
@@ -61,6 +64,7 @@ def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = (
     """A non-blocking UDP socket at `host` ("": any) and the first of `ports` that is free; of an IPv6 `host`, `scope`
     is the rest of its sockaddr. Raises OSError, EADDRINUSE when no port is free."""
     sock = socket.socket(family, socket.SOCK_DGRAM | NONBLOCK)
+    taken: Optional[OSError] = None
     try:
         if not NONBLOCK:
             sock.setblocking(False)
@@ -71,7 +75,6 @@ def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = (
                 pass
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        taken: Optional[OSError] = None
         for port in ports:
             try:
                 sock.bind((host, port, *scope))
@@ -84,6 +87,8 @@ def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = (
     except OSError:
         sock.close()
         raise
+    finally:
+        taken = None                                    # or it and this frame would be a cycle
 
 
 def segments(sock: socket.socket) -> bool:
@@ -110,3 +115,11 @@ def send(sock: socket.socket, run: List[memoryview], address: Any, dropped: "Cou
         except OSError as exc:
             dropped[name_of(exc)] += 1
     return sent
+
+
+def remember(table: Dict[K, V], key: K, value: V) -> V:
+    """Put it in, and return it; the oldest goes when the table is full."""
+    while len(table) >= REMEMBERED:
+        del table[next(iter(table))]
+    table[key] = value
+    return value

@@ -1,13 +1,10 @@
 """UDP ASSOCIATE: relay the datagrams of one association, in the thread of the handler of its TCP connection.
 
-One socket faces the client. One for each address family faces the remotes, so that all of them see the client at the
-same port, and any remote may answer (endpoint-independent mapping, RFC 4787 section 4.1). One poll loop serves all
-sockets. A datagram that cannot be relayed is dropped and counted by reason.
+One socket faces the client, one for each address family the remotes: all of them see the client at the same port, and
+any may answer (endpoint-independent mapping, RFC 4787 section 4.1). What cannot be relayed is dropped and counted.
 
-Headers are remembered, each with the socket and address that it stands for, so that the next datagram to the same
-destination is neither parsed nor judged again; a change of the rules clears that. Datagrams are received into buffers
-that all associations of the process share, and are sent as slices of them: an association holds none between two turns
-of its loop. RFC 1928 section 7.
+Headers are remembered with the socket and address that they stand for, so that the next datagram to the same place is
+neither parsed nor judged again; a change of the rules clears that. All associations share buffers. RFC 1928 section 7.
 """
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ import errno
 import socket
 from collections import Counter
 from time import monotonic
-from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple
 
-from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, subscriber
+from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, leaving, subscriber
 from ..net.lookups import Busy, Names, Waiting
 from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
@@ -27,16 +24,16 @@ from ..protocol.errors import RequestRefused, name_of, rep_of
 from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
-from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, send
+from ..config import Upstream
+from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, remember, send
 from .fragments import Fragments
+from .upstream import Link, Links
 
-Route = Tuple[socket.socket, Sockaddr]
+Route = Tuple[socket.socket, Sockaddr, int]          # the number of header bytes that go along: to an upstream, all
+Way = Callable[[Optional[IP], int, Host], Optional[Upstream]]
 OnDatagram = Callable[[str, bytes, Sockaddr], None]
-K = TypeVar("K")
-V = TypeVar("V")
 
 HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, ATYP, 16 of IPv6, port
-REMEMBERED = 512                # headers each way
 FORGET_S = 30.0                 # how long a name stands for the same address
 FOREVER = float("inf")
 BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
@@ -53,9 +50,11 @@ class Association:
     rules        what `permit` judges by: when that is another object than before, everything is judged again
     on_datagram  called with trace.UP or trace.DOWN, each datagram between client and association, and the client's
                  socket address
+    out          our addresses towards the remotes, by --out
+    links        associations with upstreams, whose sockets we read; the caller closes them
+    way          through which upstream does a datagram go? None: we send it; without an address: we resolve the name
     bnd          where the client is to send its datagrams
-    up, down     payload bytes relayed
-    datagrams    how many were: [up, down]
+    up, down     payload bytes relayed, and `datagrams`: [up, down]
     dropped      datagrams that were not, by reason
     ended_by     "client" or "idle"; `why` is the error that ended it, or ""
 
@@ -64,7 +63,9 @@ class Association:
 
     def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
-                 rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None) -> None:
+                 rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None,
+                 out: Sequence[str] = (), links: Optional[Links] = None,
+                 way: Optional[Way] = None) -> None:
         self.control = control
         self.client = str(client)
         self.owner = subscriber(client)
@@ -73,9 +74,10 @@ class Association:
         self.permit = permit
         self.rules = rules
         self.on_datagram = on_datagram
+        self.out = out
+        self.links, self.way = Links() if links is None else links, way
         self._judged_by = rules()
-        self.up = self.down = 0
-        self.datagrams = [0, 0]
+        self.up, self.down, self.datagrams = 0, 0, [0, 0]
         self.dropped: Counts[str] = Counter()
         self.ended_by = self.why = ""
         self._peer: Any = None                              # the client's socket address, once its port is known
@@ -92,6 +94,11 @@ class Association:
         self._inside = self._open(control.getsockname())
         self._watch(control)
         self._watch(self._inside)
+        self._linked: Dict[int, Link] = {}                  # by each of their two descriptors
+        for link in self.links.values():
+            for sock in (link.sock, link.control):
+                self._linked[sock.fileno()] = link
+                self._watch(sock)
         self.bnd = Endpoint(advertised(advertise, ip_of(control.getsockname())), self._inside.getsockname()[1])
 
     def _open(self, sockaddr: Sockaddr) -> socket.socket:
@@ -120,7 +127,8 @@ class Association:
         self._taken += [version] * number
 
     def _open_toward(self, family: int) -> socket.socket:
-        sock = self._toward[family] = bound(family, "", self.ports)
+        source = leaving(self.out, ip_of(self.control.getsockname()), 4 if family == socket.AF_INET else 6)
+        sock = self._toward[family] = bound(family, str(source) if source else "", self.ports)
         self._outside[sock.fileno()] = sock
         self._watch(sock)
         return sock
@@ -176,6 +184,8 @@ class Association:
                     self._from_remote(self._outside[fd], buffer, view)
                 elif fd == self.control.fileno():
                     self._from_control()
+                elif fd in self._linked:
+                    self._from_link(self._linked[fd], fd, view)
                 else:
                     self._from_names()
         finally:
@@ -187,10 +197,8 @@ class Association:
 
     def summary(self) -> str:
         """What was dropped, in words; "" if nothing was."""
-        counts = self.losses()
-        return "dropped: " + ", ".join("%d %s" % (n, reason) for reason, n in counts.most_common()) if counts else ""
-
-    # ---- one turn of the loop, for each kind of socket --------------------------------------------------------------
+        words = ", ".join("%d %s" % (n, reason) for reason, n in self.losses().most_common())
+        return words and "dropped: " + words
 
     def _from_control(self) -> None:
         try:
@@ -204,7 +212,7 @@ class Association:
     def _from_client(self, buffer: bytearray, view: memoryview) -> None:
         """Receive a burst from the client and send it on. A header that is the same as before is not parsed again."""
         receive, routes, on_datagram = self._inside.recvfrom_into, self._routes, self.on_datagram
-        header, start, length, at = b"", DATAGRAM_BYTES, 0, 0
+        header, start, skip, length, at = b"", DATAGRAM_BYTES, 0, 0, 0
         run: List[memoryview] = []
         route = to = None
         for _ in range(BURST):
@@ -225,17 +233,18 @@ class Association:
                 start = 10 if buffer[at + 3] == 0x01 else 22 if buffer[at + 3] == 0x04 else 7 + buffer[at + 4]
                 header = bytes(view[at:at + start])
                 route = routes.get(header) if size >= start else None
+                skip = start - route[2] if route else 0
                 if not route:
                     start = DATAGRAM_BYTES
                     self._up(run, to)                       # in the order in which they came
                     run = []
                     self._look_at(bytes(view[at:at + size]), sender)
                     continue
-            if run and (size - start != length or route is not to):
+            if run and (size - skip != length or route is not to):
                 self._up(run, to)
                 run = []
-            run.append(view[at + start:at + size])
-            to, length, at = route, size - start, at + size
+            run.append(view[at + skip:at + size])
+            to, length, at = route, size - skip, at + size
             if at > BURST_BYTES:
                 break
         self._up(run, to)
@@ -244,7 +253,7 @@ class Association:
         if run and to:
             sent = send(to[0], run, to[1], self.dropped)
             self.datagrams[0] += sent
-            self.up += sent * len(run[0])
+            self.up += sent * (len(run[0]) - to[2])
 
     def _from_remote(self, sock: socket.socket, buffer: bytearray, view: memoryview) -> None:
         """Receive a burst from remotes and send it to the client, each datagram behind the header of its sender."""
@@ -264,7 +273,8 @@ class Association:
                 self._down(run, length)
                 run = []
             if sender != before:
-                header = headers.get(sender) or self._header_of(sender)
+                header = headers.get(sender) or remember(
+                    headers, sender, Datagram(Address(*endpoint_of(sender)), b"").pack())
                 before, room = sender, len(header)
             buffer[body - room:body] = header
             run.append(view[body - room:body + size])
@@ -272,6 +282,13 @@ class Association:
             if at > BURST_BYTES:
                 break
         self._down(run, length)
+
+    def _from_link(self, link: Link, fd: int, view: memoryview) -> None:
+        if fd == link.sock.fileno():
+            for run, length in link.receive(view, self.dropped):
+                self._down(run, length)
+        elif not link.alive():
+            self.ended_by, self.why = "remote", "%s ended the association" % str(link.upstream)
 
     def _down(self, run: List[memoryview], length: int) -> None:
         if run and not self._peer:
@@ -288,8 +305,6 @@ class Association:
     def _from_names(self) -> None:
         for (datagram, host), answer in self._waiting.take() if self._waiting else ():
             self._send(datagram, host, answer.addresses)
-
-    # ---- datagrams with a new header --------------------------------------------------------------------------------
 
     def _look_at(self, raw: bytes, sender: Sockaddr) -> None:
         """Parse a datagram of the client, and send it, or let it wait for its name or its other fragments."""
@@ -323,6 +338,10 @@ class Association:
         if not self.permit(None, datagram.dst.port, host):
             self.dropped["not allowed"] += 1
             return None
+        upstream = self.way and self.way(None, datagram.dst.port, host)
+        if upstream:
+            self._send_through(upstream, datagram, host)
+            return None
         if not self._waiting:
             self._waiting = Waiting(self.names, self.owner)
             self._watch(self._waiting.wakeup)
@@ -336,8 +355,12 @@ class Association:
             if not self.permit(address, port, host):
                 reason = "not allowed"
                 continue
+            upstream = self.way and self.way(address, port, host)
+            if upstream:
+                self._send_through(upstream, datagram, address)
+                return
             try:
-                route = self._socket_toward(address), (str(address), port)
+                route = self._socket_toward(address), (str(address), port), 0
                 route[0].sendto(datagram.data, route[1])
             except OSError as exc:
                 reason = name_of(exc)
@@ -347,6 +370,20 @@ class Association:
             remember(self._routes, Datagram(datagram.dst, b"").pack(), route)
             return
         self.dropped[reason] += 1
+
+    def _send_through(self, upstream: Upstream, datagram: Datagram, host: Host) -> None:
+        """Send it to an upstream, and so from now on what has its header, unless that names another host."""
+        try:
+            header, route = self.links[upstream.name].send(datagram, host)
+        except KeyError:
+            self.dropped["for upstream %s, which relays none" % upstream.name] += 1
+        except OSError as exc:
+            self.dropped[name_of(exc)] += 1
+        else:
+            self.datagrams[0] += 1
+            self.up += len(datagram.data)
+            if host == datagram.dst.host:
+                remember(self._routes, header, route)
 
     def _socket_toward(self, remote: IP) -> socket.socket:
         """Our socket of the remote's family, opened when it is first needed. Raises OSError when there can be none."""
@@ -360,15 +397,3 @@ class Association:
                 self.ports.give_back(self.owner, remote.version)
                 raise
         return sock
-
-    def _header_of(self, sender: Sockaddr) -> bytes:
-        header = Datagram(Address(*endpoint_of(sender)), b"").pack()
-        remember(self._headers, sender, header)
-        return header
-
-
-def remember(table: Dict[K, V], key: K, value: V) -> None:
-    """Put it in; the oldest goes when the table is full."""
-    while len(table) >= REMEMBERED:
-        del table[next(iter(table))]
-    table[key] = value

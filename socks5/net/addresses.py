@@ -7,7 +7,9 @@ from __future__ import annotations
 import socket
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from typing import NamedTuple, Sequence, Tuple, Union
+from typing import NamedTuple, Optional, Sequence, Tuple, Union
+
+from ..config import SAME
 
 from ..protocol.fields import IPv4, IPv6
 
@@ -52,6 +54,26 @@ def ip_in(text: Union[str, int]) -> IP:
 def advertised(addresses: Sequence[str], here: IP) -> IP:
     """What a peer is to connect to: of the configured `addresses` the one of `here`'s family, else `here` itself."""
     return next((address for address in map(ip_address, addresses) if address.version == here.version), here)
+
+
+def leaving(out: Sequence[str], here: IP, remote: Union[IP, int]) -> Optional[IP]:
+    """Our address for a connection to `remote`, by --out; None: the system chooses.
+
+    `remote` may be 4 or 6, for any host of that IP version. "same" in `out` is `here`, the address that the client
+    connected to. A loopback address reaches loopback only, and a connection to loopback does not leave this machine:
+    neither is mixed with other addresses. A link-local address is of no use without its scope.
+    """
+    if isinstance(remote, int):
+        version, inside = remote, False
+    elif remote.is_unspecified:                         # from an address of ours it would lead there, not to loopback
+        return None
+    else:
+        version, inside = remote.version, remote.is_loopback
+    for text in out:
+        address = here if text == SAME else ip_in(text)
+        if address.version == version and address.is_loopback == inside and not address.is_link_local:
+            return address
+    return None
 
 
 def subscriber(address: IP) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import socket
 from functools import lru_cache
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused
@@ -54,6 +54,11 @@ def normalise(host: Host) -> Host:
     if letters > 253 or not ASCII_NAME.fullmatch(ascii_name):
         raise RequestRefused(Rep.HOST_UNREACHABLE, "not a name to look up: %s" % text(name))
     return ascii_name
+
+
+def name_in(host: Host) -> Optional[bytes]:
+    """The name in a normalised host; None for an address."""
+    return host if isinstance(host, bytes) else None
 
 
 class Answer(NamedTuple):

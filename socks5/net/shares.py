@@ -83,6 +83,10 @@ class Share:
         with self._lock:
             self._tally.add(owner, -number)
 
+    def live(self) -> int:
+        """How many are taken."""
+        return self._tally.live()
+
 
 class ByOwner(Generic[T]):
     """Things by owner, to find the oldest of the owner that has most. Everything takes constant time."""

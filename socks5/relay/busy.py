@@ -76,7 +76,7 @@ def relay_busy(tunnel: Tunnel, until_quiet: bool) -> None:
         if turns.look:
             for pipe in (tunnel.up, tunnel.down):
                 if pipe.full and not pipe.held:
-                    pipe.use_kernel()
+                    pipe.use_kernel(tunnel.owner)
         turns.turn(QUIET_S)
         now = monotonic()
         if now < look_back_at:

@@ -23,6 +23,7 @@ from time import monotonic, sleep
 from typing import Any, Callable, Deque, Dict, List, Set, Tuple
 
 from ..net.poller import BATCH, READ, new_poller
+from ..net.shares import Share
 from . import splice
 from .busy import QUIET_S, relay_busy, relay_first
 from .pipe import DONTWAIT
@@ -50,6 +51,7 @@ class Loop:
         self._over: List[Tunnel] = []                           # to be closed after this batch
         self._calls: Deque[Callable[[], object]] = deque()
         self._lent = 0                                          # to threads of their own
+        self._threads = Share(MAX_LENT)                         # for busy tunnels
         self._first = 0                                         # still in the threads that brought them
         self._gate = threading.Lock()                           # held while a tunnel comes in or leaves such a thread
         self._stopping = ""                                     # why, once it is to stop: nothing comes in then
@@ -212,7 +214,7 @@ class Loop:
             self._over.append(tunnel)
             self._unregister(tunnel)
             return
-        if tunnel.busy() and self._lent < MAX_LENT and splice.available:
+        if tunnel.busy() and splice.available and self._threads.take(tunnel.owner):
             self._unregister(tunnel)
             self._lend(tunnel)
             return
@@ -353,6 +355,8 @@ class Loop:
     def _take_back(self, tunnel: Tunnel) -> None:
         tunnel.lent = False
         self._lent -= 1
+        if MANY:                                        # else all are lent, whatever their number
+            self._threads.give_back(tunnel.owner)
         if tunnel.aborted and not tunnel.ended:
             tunnel.end(tunnel.aborted)
         if tunnel.ended:

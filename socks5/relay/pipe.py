@@ -156,13 +156,13 @@ class Pipe:
         if self.parked and not self.held:
             self._unpark()
 
-    def use_kernel(self) -> None:
-        """Send the bytes through a kernel pipe from now on, if there is one to be had. Nothing is in hand, and neither
+    def use_kernel(self, owner: str = "") -> None:
+        """Send the bytes through a kernel pipe from now on, if the owner can have one. Nothing is in hand, and neither
         socket blocks: splice() has no flag for that."""
         self.full = 0
         if self.kernel is None and splice.available:
             try:
-                self.kernel = splice.KernelPipe()
+                self.kernel = splice.KernelPipe(owner)
             except OSError:
                 pass
 

@@ -10,6 +10,8 @@ import os
 import threading
 from typing import Any
 
+from ..net.shares import Share
+
 try:
     import fcntl
 except ImportError:                     # Windows
@@ -27,6 +29,7 @@ F_SETPIPE_SZ = 1031                     # fcntl has the name from Python 3.10 on
 MOVE_NONBLOCK = 0x01 | 0x02             # SPLICE_F_MOVE, SPLICE_F_NONBLOCK: a full or empty pipe is EAGAIN
 
 
+PIPES = Share(MAX_PIPES)                # of this process
 parked = 0                              # bytes that were taken back from kernel pipes and are not delivered yet
 _lock = threading.Lock()
 
@@ -46,15 +49,13 @@ class KernelPipe:
     when their tunnels stalled is at most MAX_PARKED, MAX_PIPES times PIPE_BYTES, and FRUGAL_BYTES for each.
     """
 
-    __slots__ = ("held", "_out", "_into")
-    live = 0                            # of this process
+    __slots__ = ("held", "_owner", "_out", "_into")
 
-    def __init__(self) -> None:
-        """Raises OSError when there is none: MAX_PIPES reached, no descriptors, the user's pipe memory used up."""
-        with _lock:
-            if KernelPipe.live >= MAX_PIPES:
-                raise OSError(errno.EMFILE, "%d kernel pipes in use" % KernelPipe.live)
-            KernelPipe.live += 1
+    def __init__(self, owner: str = "") -> None:
+        """Raises OSError when there is none: no descriptors, the owner's share or the user's pipe memory used up."""
+        if not PIPES.take(owner):
+            raise OSError(errno.EMFILE, "no kernel pipe left for %s" % owner)
+        self._owner = owner
         self.held = 0
         self._out = self._into = -1
         try:
@@ -91,5 +92,4 @@ class KernelPipe:
             if fd != -1:
                 os.close(fd)
         self._out = self._into = -1
-        with _lock:
-            KernelPipe.live -= 1
+        PIPES.give_back(self._owner)

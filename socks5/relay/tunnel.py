@@ -25,6 +25,7 @@ class Tunnel:
     """A client, a remote, and a Pipe for each direction. Both sockets are the owner's, who closes them by close().
 
     session         whatever the owner wants to find again
+    owner           the client's share of kernel pipes and threads is counted by this: see net/shares.py
     up, down        client to remote, remote to client
     idle_s          seconds without a byte after which the tunnel ends, 0 for never; half_closed_s after the first EOF
     moved_at        when a byte was last moved, by time.monotonic()
@@ -37,13 +38,14 @@ class Tunnel:
     why             the error that ended it, or ""
     """
 
-    __slots__ = ("session", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched",
+    __slots__ = ("session", "owner", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched",
                  "hung_up", "lent", "aborted", "ended", "ended_by", "why")
 
     def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", idle_s: float = 0,
-                 half_closed_s: float = 0, session: Any = None) -> None:
+                 half_closed_s: float = 0, session: Any = None, owner: str = "") -> None:
         """`early` is what the client has sent behind its request."""
         self.session = session
+        self.owner = owner
         self.client = client
         self.remote = remote
         self.up = Pipe(client, remote, "client", "remote", early)

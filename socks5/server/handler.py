@@ -12,41 +12,39 @@ from functools import cached_property, partial
 from ipaddress import IPv4Address
 from socketserver import StreamRequestHandler
 from time import monotonic
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Type
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
 
 from ..access import users
 from ..access.logins import Verdict, origin_of as login_origin
-from ..access.passwords import Wait
 from ..access.rules import Asker, Rules
 from ..access.users import Users
-from ..commands.bind import Rendezvous, any_peer, expected
-from ..commands.connect import connect
+from ..commands.bind import PeerWait, Rendezvous, any_peer, expected
+from ..commands.connect import Source, connect
 from ..commands.udp import Association
-from ..config import Config
-from ..net.addresses import IP, Endpoint, endpoint_of, is_here
+from ..commands.upstream import Chain, Links
+from ..config import Config, Upstream
+from ..net.addresses import IP, Endpoint, endpoint_of, ip_of, is_here, leaving
 from ..net.listeners import tune
-from ..net.poller import new_poll
 from ..net.lookups import Names
-from ..net.resolver import normalise
+from ..net.resolver import name_in, normalise
 from ..net.shares import Ports
 from ..protocol.codes import Cmd, Method, Rep
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
 from ..protocol.messages import (
-    HTTP_HELP, MOST_BYTES, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
-    Selection, whole)
+    HTTP_HELP, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
+    Selection)
 from ..protocol.trace import M, Sent
 from ..relay.tunnel import Tunnel
 from .counters import Meter
-from .inbox import ClosedOnError, Inbox, Outbox, linger
+from .inbox import ClosedOnError, Inbox, LoginWait, Outbox, linger
 from .sessions import HEAVIEST, Full, Session, Sessions
 
 log = logging.getLogger(__name__)
 
+Way = Tuple[Optional[Upstream], Sequence[Host]]
 LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever
-ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
-NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 TOLD = 10                   # rules that one association may name in the log
 
 
@@ -126,19 +124,7 @@ class Handler(StreamRequestHandler):
         return record.take(kind, self.parse, self.inbox) if record else self.parse(kind)
 
     def parse(self, kind: Type[M]) -> M:
-        """Nearly always the message is all that has come, and has come before."""
-        message: M
-        if self.story:
-            message = self.story.take(kind, self.inbox.read_exactly)
-        elif kind is Login or len(self.inbox.peek()) > MOST_BYTES:
-            message = kind.parse(self.inbox.read_exactly)
-        else:
-            try:
-                message = whole(kind, self.inbox.held)
-                self.inbox.held = b""
-            except EOFError:                                    # it is in pieces, or more has come behind it
-                message = kind.parse(self.inbox.read_exactly)
-        return message
+        return self.story.take(kind, self.inbox.read_exactly) if self.story else self.inbox.take(kind)
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
@@ -217,37 +203,57 @@ class Handler(StreamRequestHandler):
 
     def connect(self, dst: Address) -> None:
         session, deadline = self.session, self.deadline()
-        addresses = self.not_ourselves(dst.port, self.reachable(dst, deadline))
-        remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection)
+        if self.server.config.upstream:
+            host = self.authorized(Cmd.CONNECT, dst)
+            upstream, hosts = self.way(Cmd.CONNECT, host, dst.port, partial(self.lookup, deadline))
+            if upstream:
+                self.connect_through(self.chain(upstream, deadline), hosts, dst.port)
+                return
+        else:
+            hosts = self.reachable(dst, deadline)
+        addresses = self.not_ourselves(dst.port, hosts)         # type: ignore[arg-type]    # no name is among them
+        remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection, self.source())
         with ClosedOnError(remote):
             session.reached = Endpoint(ip, dst.port)
             try:
                 tune(remote)
-                bnd = endpoint_of(remote.getsockname())
+                here = endpoint_of(remote.getsockname())
             except OSError as exc:                              # reset already; Linux leaves that to the tunnel
                 raise RequestRefused(rep_of(exc), "reset by the destination at once") from None
-            self.reply(Rep.SUCCEEDED, bnd)
+            self.reply(Rep.SUCCEEDED, here)
+            self.relay(remote)
+
+    def connect_through(self, chain: Chain, hosts: Sequence[Host], port: int) -> None:
+        remote, bnd = chain.connect(hosts, port)
+        with ClosedOnError(remote):
+            self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
+            self.reply(Rep.SUCCEEDED, bnd)                      # the upstream's own end: what the destination sees
             self.relay(remote)
 
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
-        host = self.authorized(Cmd.BIND, dst)
-        peers = self.permitted(Cmd.BIND, host, dst.port, expected(host, partial(self.lookup, self.deadline())))
-        permit = partial(self.permits_caller, dst.port)
-        with Rendezvous(self.connection, peers, self.server.bind_ports, config.advertise, permit,
-                        session.origin) as rendezvous:
-            self.reply(Rep.SUCCEEDED, rendezvous.bnd)           # the first: where we listen
-            remote, peer = rendezvous.wait(config.bind_timeout)
+        host, deadline, permit = self.authorized(Cmd.BIND, dst), self.deadline(), partial(self.permits_caller, dst.port)
+        upstream, peers = self.way(Cmd.BIND, host, dst.port, partial(expected, resolve=partial(self.lookup, deadline)))
+        waiting: PeerWait
+        if upstream:
+            waiting = self.chain(upstream, deadline).bind(peers[0], dst.port, permit)
+        else:
+            waiting = Rendezvous(self.connection, peers, self.server.bind_ports,    # type: ignore[arg-type]
+                                 config.advertise, permit, session.origin, config.out)
+        with waiting:
+            self.reply(Rep.SUCCEEDED, waiting.bnd)              # the first: where we listen, or the upstream
+            remote, peer = waiting.wait(config.bind_timeout)
         with ClosedOnError(remote):                             # the listener is closed: one peer only
-            session.reached, session.notes = peer, rendezvous.also("")
-            self.inbox.held += rendezvous.early
+            session.reached, session.notes = peer, waiting.also("via %s" % upstream.name if upstream else "")
+            self.inbox.held += waiting.early
             self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
             self.relay(remote)
 
     def udp_associate(self, dst: Address) -> None:
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
         config, session = self.server.config, self.session
-        verdict = self.server.rules.foresee(self.asker(Cmd.UDP_ASSOCIATE))
+        asker = self.asker(Cmd.UDP_ASSOCIATE)
+        verdict = self.server.rules.foresee(asker)
         if not verdict.allowed:
             raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
         try:
@@ -255,9 +261,11 @@ class Handler(StreamRequestHandler):
         except Full as exc:
             raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
         self.told: Set[str] = set()             # rules that a line in the log has named
-        with Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
-                         self.server.names, self.permits_datagram, lambda: self.server.rules,
-                         self.story.datagram if self.story else None) as association:
+        way = (lambda *what: self.server.rules.way_of(asker, *what)) if config.upstream else None
+        links = Links(self.chain, self.server.rules.upstreams(asker), self.deadline()) if config.upstream else Links()
+        with links, Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
+                                self.server.names, self.permits_datagram, lambda: self.server.rules,
+                                self.story.datagram if self.story else None, config.out, links, way) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
             try:
@@ -267,7 +275,7 @@ class Handler(StreamRequestHandler):
                 self.server.meter.udp(session, association)
                 session.association = None                      # which refers to us, and we to the session
             session.ended_by = session.ended_by or association.ended_by
-            session.why, session.notes = session.why or association.why, association.summary()
+            session.why, session.notes = session.why or association.why, links.also(association.summary())
 
     def relay(self, remote: socket.socket) -> None:
         """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
@@ -276,11 +284,16 @@ class Handler(StreamRequestHandler):
         if self.timeout is not None:
             self.connection.settimeout(None)
         self.server.relay(Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout,
-                                 config.half_closed_timeout, self.session))
+                                 config.half_closed_timeout, self.session, self.session.origin))
 
     def deadline(self) -> float:
         """When --connect-timeout is over, which begins now: with the lookup."""
         return monotonic() + (self.server.config.connect_timeout or float("inf"))
+
+    def source(self) -> Optional[Source]:
+        """By --out, the address from which we connect to a given one."""
+        out = self.server.config.out
+        return partial(leaving, out, ip_of(self.connection.getsockname())) if out else None
 
     def lookup(self, deadline: float, host: Host) -> Sequence[IP]:
         """The addresses of a normalised host. Raises RequestRefused; ConnectionResetError when the client has left."""
@@ -338,6 +351,19 @@ class Handler(StreamRequestHandler):
             raise RequestRefused(Rep.NOT_ALLOWED, "%s is this proxy itself" % addresses[0])
         return others
 
+    def way(self, cmd: Cmd, host: Host, port: int, resolve: Callable[[Host], Sequence[IP]]) -> Way:
+        """Through which upstream, if any, and to what: permitted addresses, or a name that no rule needs resolved."""
+        asker, rules, name = self.asker(cmd), self.server.rules, name_in(host)
+        verdict = rules.judge_name(asker, port, name) if name and self.server.config.upstream else None
+        if verdict and name:
+            if not verdict.allowed:
+                raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+            return verdict.upstream, [name]
+        return rules.first_way(asker, self.permitted(cmd, host, port, resolve(host)), port, name)
+
+    def chain(self, upstream: Upstream, deadline: float) -> Chain:
+        return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.server_address[1])
+
     def permits_caller(self, port: int, peer: IP) -> bool:
         """For a BIND that accepts any peer: may this one connect?"""
         return self.server.rules.judge(self.asker(Cmd.BIND), peer, port).allowed
@@ -355,35 +381,10 @@ class Handler(StreamRequestHandler):
 
     # ---- §6: answers ----------------------------------------------------------------------------------------------
 
-    def reply(self, rep: Rep, bnd: Optional[Endpoint] = None) -> None:
+    def reply(self, rep: Rep, bnd: Union[Endpoint, Address, None] = None) -> None:
         self.session.rep = rep.word
-        self.send(Reply(rep, Address(*bnd) if bnd else UNSPECIFIED))
+        self.send(Reply(rep, Address(*bnd) if isinstance(bnd, Endpoint) else bnd or UNSPECIFIED))
         self.server.meter.replied(self.session)
-
-
-class LoginWait(Wait):
-    """The wait of a login: as long as the handshake has left, and watching for the client to leave."""
-
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
-        session, handshake_s = handler.session, handler.server.config.handshake_timeout or NO_TIMEOUT_S
-        left_s = session.started + session.extended_s + handshake_s - monotonic()
-        super().__init__(left_s - min(ANSWER_S, handshake_s / 10))
-
-    def pause(self, seconds: float) -> None:
-        """Raises EOFError when the connection is reset or shut down. A FIN may be a half-close, and is waited for."""
-        poll = new_poll()
-        poll.register(self.handler.connection.fileno(), 0)      # a hang-up and an error are reported unasked
-        if poll.poll(max(seconds, 0.0) * 1000):
-            raise EOFError("client left while its login waited")
-
-    def extend(self, seconds: float) -> None:
-        self.handler.server.sessions.extend(self.handler.session, seconds)
-
-
-def name_in(host: Host) -> Optional[bytes]:
-    """The name in a normalised host; None for an address."""
-    return host if isinstance(host, bytes) else None
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {

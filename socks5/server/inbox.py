@@ -10,9 +10,13 @@ import socket
 from time import monotonic
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
-from ..protocol.messages import Login
+from ..access.passwords import Wait
+from ..net.poller import new_poll
+from ..protocol.messages import MOST_BYTES, Login, whole
 from ..protocol.trace import M, Sent
 
+ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
+NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
 LINGER_BYTES = 1 << 16      # and how much of it
@@ -43,6 +47,17 @@ class Inbox(io.BufferedIOBase):
             held = self.held = held + data
         self.held = held[size:]
         return held[:size]
+
+    def take(self, kind: Type[M]) -> M:
+        """The next message. Nearly always it is all that has come, and has come before."""
+        if kind is not Login and len(self.peek()) <= MOST_BYTES:
+            try:
+                message: M = whole(kind, self.held)
+                self.held = b""
+                return message
+            except EOFError:                        # it is in pieces, or more has come behind it
+                pass
+        return kind.parse(self.read_exactly)
 
     def peek(self, size: int = 1) -> bytes:
         """What is in hand, or else what comes next, without taking it; b"" at the end."""
@@ -117,20 +132,6 @@ class Record:
         self.messages.append((monotonic(), type(message), message))
 
 
-class ClosedOnError:
-    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
-        if kind:
-            self.sock.close()
-
-
 class Outbox(io.BufferedIOBase):
     """The handler's wfile, as StreamRequestHandler has it: unbuffered, and write() sends all."""
 
@@ -159,3 +160,37 @@ def linger(sock: socket.socket) -> None:
             left -= received
     except OSError:                             # a time-out, or gone: nothing more to wait for
         pass
+
+
+class ClosedOnError:
+    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
+        if kind:
+            self.sock.close()
+
+
+class LoginWait(Wait):
+    """The wait of a login: as long as the handshake has left, and watching for the client to leave."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+        session, handshake_s = handler.session, handler.server.config.handshake_timeout or NO_TIMEOUT_S
+        left_s = session.started + session.extended_s + handshake_s - monotonic()
+        super().__init__(left_s - min(ANSWER_S, handshake_s / 10))
+
+    def pause(self, seconds: float) -> None:
+        """Raises EOFError when the connection is reset or shut down. A FIN may be a half-close, and is waited for."""
+        poll = new_poll()
+        poll.register(self.handler.connection.fileno(), 0)      # a hang-up and an error are reported unasked
+        if poll.poll(max(seconds, 0.0) * 1000):
+            raise EOFError("client left while its login waited")
+
+    def extend(self, seconds: float) -> None:
+        self.handler.server.sessions.extend(self.handler.session, seconds)

@@ -12,7 +12,7 @@ import queue
 import socket
 import threading
 from time import monotonic
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from ..commands.udp import Association
 from ..net.addresses import Endpoint
@@ -36,7 +36,7 @@ class Session:
 
     number      unlike any other session's, also in other processes
     origin      what shares one limit: an IPv4 address, an IPv6 /64
-    reached     the address that answered (CONNECT) or called (BIND)
+    reached     the address that answered (CONNECT; the upstream's, if there is one) or called (BIND)
     rep         the name of the last reply's REP
     up, down    bytes from the client and to it, once the session is over; `moved` knows them before
     ended_by    "client", "remote", or the reason why we ended it; `why` is the error behind it
@@ -57,7 +57,7 @@ class Session:
         self.user: Optional[bytes] = None
         self.cmd = ""                               # until the request is there
         self.dst: Optional[Address] = None
-        self.reached: Optional[Endpoint] = None
+        self.reached: Union[Endpoint, Address, None] = None
         self.rep = ""
         self.tunnel: Optional[Tunnel] = None
         self.association: Optional[Association] = None
