@@ -6,7 +6,6 @@ the three. Values are parsed from text and checked before anything listens. Time
 from __future__ import annotations
 
 import os
-import random
 import re
 import stat
 from dataclasses import Field, dataclass, field, fields
@@ -68,18 +67,6 @@ def port_range(text: str) -> Tuple[int, ...]:
     if not 1 <= ports[0] <= ports[1] <= 65535:
         raise ValueError("%r is not a range of ports A-B within 1 to 65535" % text)
     return ports
-
-
-def each_port(ports: Tuple[int, ...]) -> Iterator[int]:
-    """Yield every port of a port_range once. The first one is random, so that clients seldom try the same port at once.
-    Without a range, yield 0: the system then chooses a free port."""
-    if not ports:
-        yield 0
-        return
-    size = ports[1] - ports[0] + 1
-    start = random.randrange(size)
-    for step in range(size):
-        yield ports[0] + (start + step) % size
 
 
 def address(text: str) -> str:
@@ -325,9 +312,8 @@ class Config:
                 "socks5_server.py -l %s -p %d -u NAME:PASSWORD (or use --users FILE, --allow-from CIDR or --rules "
                 "FILE; --open permits an open proxy)" % (beyond[0], beyond[0], self.port))
         if self.status_beyond() and not (self.needs_password() or self.open):
-            raise ConfigError("--status %s: every client that reaches it could see who connects where; use a loopback "
-                              "address, or require a password by --user or --users (--open permits all)"
-                              % self.status[0])
+            raise ConfigError("--status %s: every client that reaches it could see who connects where; require a "
+                              "password by --user or --users (--open permits all)" % self.status[0])
 
     def status_beyond(self) -> bool:
         """Whether the status page is to be reached from other machines."""
