@@ -11,7 +11,7 @@ import stat
 from dataclasses import Field, dataclass, field, fields
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import (
-    Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, TextIO, Tuple, TypeVar, Union)
+    Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, TextIO, Tuple, TypeVar, Union)
 from urllib.parse import unquote_to_bytes
 
 N = TypeVar("N", int, float)
