@@ -51,9 +51,9 @@
         datagrams     many datagrams in few system calls
         fragments     reassemble fragmented datagrams
     server/           one process
-        counters      how many sessions there are, in all processes
+        counters      how many sessions there are, in all processes; what else may be counted
         sessions      the registry of live sessions: limits, deadlines, eviction
-        inbox         what the client sends before its tunnel stands
+        inbox         what the client sends before its tunnel stands, and the record of it
         principal     the GSSAPI method: who is the client? RFC 1961
         handler       one client, like RFC 1928 sections 3 to 6
         acceptors     threads that wait in accept()
@@ -67,10 +67,20 @@
         systemd       sockets that systemd has opened, and what it is told
         identity      give up root: --run-as
         files         read users and rules again, with descriptors kept in reserve
+        companion     what the supervisor knows of the status page
         control       the main loop: stop, reload, log sessions
         worker        a worker process
         alone         one server in this process
         supervisor    start, restart and stop worker processes
+    status/           what the server does, to be looked at
+        meter         counters in shared memory, a row for each process
+        metrics       /metrics, for Prometheus
+        channel       ask a worker
+        views         sessions and handshakes as JSON
+        history       the last minutes, and the summary for the page
+        line          the line on the terminal
+        web           the HTTP server
+        beside        all of it, beside the servers
     client            the other side of the protocol
     log               formats of the log, and its handler
     selftest          the server, tried by its own client

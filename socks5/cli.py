@@ -17,14 +17,19 @@ from .access.files import open_file
 from .access.users import line_for
 from .config import GROUPS, SAME, Config, ConfigError, from_environment, long_flag, options, parse
 from .net import listeners as listening
-from .net.addresses import endpoint_of, is_here
+from .net.addresses import IP, Endpoint, endpoint_of, is_here
 from .process import files, identity, signals, supervisor as workers
 from .process.alone import Alone
 from .process.systemd import Notifier, passed_sockets
 from .server import tracing
+from .server.counters import Shared
 from .server.server import Server
+from .server.tracing import colourful
+from .status import beside
+from .status.line import ERASE
 
 EXIT_USAGE = 2
+LOOPBACK: Dict[int, IP] = {4: ip_address("127.0.0.1"), 6: ip_address("::1")}
 SECTION = "socks5"
 INI_ERRORS = {
     configparser.MissingSectionHeaderError: "the line [%s] must come first" % SECTION,
@@ -123,14 +128,16 @@ def read_file(path: str) -> Dict[str, Any]:
     return values
 
 
-def serve(config: Config, passed: Sequence[socket.socket] = ()) -> int:
+def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = False) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status. `passed` are listening
-    sockets that systemd has opened."""
+    sockets that systemd has opened; `live`: with a line on the terminal that shows what is going on."""
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
         check_out(config.out)
         who = identity.look_up(config.run_as) if config.run_as else None
+        beside.check(config)
         listeners = list(passed) or listening.bind_all(config.listen, config.port)
+        pages = listening.open_all(config.status[:1], config.status[1]) if config.status else []
         if who:                                             # a low port is bound; from here on what is opened is its
             become(who, config)
         tracing.check(config.trace)
@@ -146,11 +153,20 @@ def serve(config: Config, passed: Sequence[socket.socket] = ()) -> int:
     def ready() -> None:                                    # a reader of this line may send a signal at once
         for listener in listeners:
             say("listening on %s" % str(endpoint_of(listener.getsockname())))
+        for page in pages:
+            say("status on http://%s/" % str(endpoint_of(page.getsockname())))
+        if colourful(sys.stdout):
+            say("try it: " + first_command(config, endpoint_of(listeners[0].getsockname())))
 
     count, notifier = workers.number(config.workers), Notifier(os.environ)
+    shared, companion = Shared(count), None
+    if pages or live:
+        companion = beside.Status(config, shared, listeners, pages, sys.stderr.fileno() if live else None)
     if count > 1:
-        return workers.Supervisor(config, listeners, count, access, notifier=notifier).run(ready)
-    return Alone(Server(config, listeners=listeners, access=access), access, notifier).run(ready)
+        return workers.Supervisor(config, listeners, count, access, notifier=notifier, companion=companion,
+                                  shared=shared).run(ready)
+    server = Server(config, listeners=listeners, access=access, counts=shared.row(0))
+    return Alone(server, access, notifier, companion).run(ready)
 
 
 def become(who: identity.Identity, config: Config) -> None:
@@ -162,6 +178,13 @@ def become(who: identity.Identity, config: Config) -> None:
     trouble = identity.unreadable(config)
     if trouble:
         logging.getLogger(__name__).warning("--run-as %s: SIGHUP will not be able to read %s", config.run_as, trouble)
+
+
+def first_command(config: Config, where: Endpoint) -> str:
+    """What a newcomer types to see the proxy work."""
+    host = where if not where.ip.is_unspecified else Endpoint(LOOPBACK[where.ip.version], where.port)
+    user = "-U NAME:PASSWORD " if config.needs_password() else ""
+    return "curl %s--socks5-hostname %s https://example.com/" % (user, str(host))
 
 
 def check_out(addresses: Sequence[str]) -> None:
@@ -232,8 +255,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     testing = "self_test" in args
     level = (logging.DEBUG if "verbose" in args else logging.CRITICAL if testing else
              logging.WARNING if "quiet" in args else logging.INFO)
-    handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""))
+    live = level == logging.INFO and not config.trace and sys.stderr is not None and colourful(sys.stderr)
+    handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""),
+                           ERASE if live else b"")
     try:
-        return self_test(config) if testing else serve(config, passed)
+        return self_test(config) if testing else serve(config, passed, live)
     finally:
         handler.close()                                     # writes what is queued

@@ -5,12 +5,11 @@ the three. Values are parsed from text and checked before anything listens. Time
 """
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import Field, dataclass, field, fields
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import (
-    Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union)
+    Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union)
 from urllib.parse import unquote_to_bytes
 
 N = TypeVar("N", int, float)
@@ -69,18 +68,6 @@ def port_range(text: str) -> Tuple[int, ...]:
     return ports
 
 
-def each_port(ports: Tuple[int, ...]) -> Iterator[int]:
-    """Yield every port of a port_range once. The first one is random, so that clients seldom try the same port at once.
-    Without a range, yield 0: the system then chooses a free port."""
-    if not ports:
-        yield 0
-        return
-    size = ports[1] - ports[0] + 1
-    start = random.randrange(size)
-    for step in range(size):
-        yield ports[0] + (start + step) % size
-
-
 def address(text: str) -> str:
     """Parse an IP address to listen on. An IPv6 address may have a scope: fe80::1%eth0."""
     if text == "localhost":
@@ -129,6 +116,15 @@ def network(text: str) -> Network:
         raise ValueError("%s is not an address or a network: %s" % (ascii(text), exc)) from None
     mapped = isinstance(net, IPv6Network) and net.prefixlen >= 96 and net.network_address.ipv4_mapped
     return IPv4Network((mapped, net.prefixlen - 96)) if mapped else net
+
+
+def endpoint(text: str) -> Tuple[str, int]:
+    """Parse ADDRESS:PORT, an IPv6 address in brackets: [::1]:9180."""
+    host, colon, digits = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or (":" in bare) != (bare != host):
+        raise ValueError("%r is not ADDRESS:PORT, as in 127.0.0.1:9180 or [::1]:9180" % text)
+    return address(bare), port(digits)
 
 
 def path(text: str) -> str:
@@ -322,6 +318,9 @@ class Config:
     log_format: str = option(
         "text", "--log-format", log_format, "watching", metavar="text|json",
         help="text, or a JSON object for each line")
+    status: Tuple[Any, ...] = option(
+        (), "--status", endpoint, "watching", metavar="ADDRESS:PORT",
+        help="serve a status page, /metrics, /sessions and /healthz over HTTP")
     trace: str = option(
         "", "--trace", path, "watching", metavar="FILE", bare="-",
         help="write each message, field by field, to stderr or FILE")
@@ -348,6 +347,13 @@ class Config:
                 "--listen %s: every client that reaches it could use this proxy; require a password, as in: python "
                 "socks5_server.py -l %s -p %d -u NAME:PASSWORD (or use --users FILE, --allow-from CIDR or --rules "
                 "FILE; --open permits an open proxy)" % (beyond[0], beyond[0], self.port))
+        if self.status_beyond() and not (self.needs_password() or self.open):
+            raise ConfigError("--status %s: every client that reaches it could see who connects where; require a "
+                              "password by --user or --users (--open permits all)" % self.status[0])
+
+    def status_beyond(self) -> bool:
+        """Whether the status page is to be reached from other machines."""
+        return bool(self.status) and not ip_address(self.status[0].partition("%")[0]).is_loopback
 
     def beyond(self) -> List[str]:
         """The listening addresses that clients elsewhere reach: those that are not loopback; all of them through a load

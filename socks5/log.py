@@ -13,7 +13,7 @@ import time
 from enum import Enum
 from typing import Any, Callable, Dict, Optional, Tuple
 
-from .net.writer import CLOSE_S, PIPE_BUF, Writer, writing_to
+from .net.writer import CLOSE_S, PIPE_BUF, Write, Writer, writing_to
 from .protocol.facts import Facts, FactsRecord, positional
 from .protocol.messages import Address
 
@@ -65,23 +65,33 @@ class Handler(logging.Handler):
         super().close()
 
 
-def install(level: int, kind: str, stream: Any, journal: str) -> logging.Handler:
+def install(level: int, kind: str, stream: Any, journal: str, before: bytes = b"") -> logging.Handler:
     """Have the package's logger write to `stream` (None or closed: to nothing). Gives the handler, to be closed at the
     end. The root logger is left alone: it belongs to a program that embeds the package.
 
     kind      "text" or "json"
     journal   $JOURNAL_STREAM
+    before    written in front of each chunk: erases the line that renews itself on a terminal
     """
     handler: logging.Handler = logging.NullHandler()
     if not getattr(stream, "closed", stream is None):
-        handler = Handler(writing_to(stream), formatter(kind, descriptor_of(stream), journal))
+        handler = Handler(after(before, writing_to(stream)), formatter(kind, descriptor_of(stream), journal))
     log = logging.getLogger("socks5")
-    for before in log.handlers[:]:
-        log.removeHandler(before)
+    for former in log.handlers[:]:
+        log.removeHandler(former)
     log.addHandler(handler)
     log.propagate = False
     log.setLevel(level)
     return handler
+
+
+def after(before: bytes, write: Write) -> Write:
+    """A `write` that writes `before` first, in the same call."""
+    def both(data: bytes) -> Optional[int]:
+        done = write(before + data)
+        return None if done is None else max(done - len(before), 0)
+
+    return both if before else write
 
 
 def descriptor_of(stream: Any) -> Optional[int]:

@@ -6,6 +6,7 @@ from ipaddress import ip_network
 
 from socks5 import config
 from socks5.config import GROUPS, Config, ConfigError, Upstream, from_environment, long_flag, options, parse
+from socks5.net import shares
 
 # For each kind of value: a text, and what it stands for. No default of any option is among them.
 SAMPLES = {
@@ -26,6 +27,7 @@ SAMPLES = {
     config.log_format: ("json", "json"),
     config.service: ("sockd@proxy.example.org", "sockd@proxy.example.org"),
     config.protection: ("integrity", "integrity"),
+    config.endpoint: ("[::1]:9180", ("::1", 9180)),
 }
 WRONG = {
     bool: ("", "maybe", "2", "y", "yes no"),
@@ -54,6 +56,8 @@ WRONG = {
     config.log_format: ("", "xml", "JSON", "text json"),
     config.service: ("", "@", "@host", "sockd@", "a b", "a\tb", "sockd@a@b", "sockd/host", "a\0b"),
     config.protection: ("", "none", "Clear", "selective", "2"),
+    config.endpoint: ("", "9180", ":9180", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "::1:9180", "[127.0.0.1]:9180",
+                      "[::1]", "host:9180", "127.0.0.1:65536"),
 }
 
 
@@ -220,13 +224,13 @@ class EachPort(unittest.TestCase):
     def test_every_port_once(self):
         for ports in ((7000, 7000), (7000, 7009), (1, 65535)):
             with self.subTest(ports):
-                self.assertEqual(sorted(config.each_port(ports)), list(range(ports[0], ports[1] + 1)))
+                self.assertEqual(sorted(shares.each_port(ports)), list(range(ports[0], ports[1] + 1)))
 
     def test_any_free_one(self):
-        self.assertEqual(list(config.each_port(())), [0])
+        self.assertEqual(list(shares.each_port(())), [0])
 
     def test_not_always_the_same_first(self):
-        self.assertGreater(len({next(config.each_port((1, 65535))) for _ in range(20)}), 1)
+        self.assertGreater(len({next(shares.each_port((1, 65535))) for _ in range(20)}), 1)
 
 
 class Environment(unittest.TestCase):

@@ -17,6 +17,9 @@ def report(config: Config) -> List[str]:
     """The lines of the description. Raises ConfigError, with file:line for an error in a file."""
     users, rules = Users(config), Rules(config)
     lines = ["would listen on %s" % listener(where, config.port) for where in config.listen]
+    if config.status:
+        who = "a password" if config.status_beyond() and not config.open else "no password"
+        lines.append("status would be on http://%s/, with %s" % (listener(*config.status), who))
     lines.append("clients: %s" % clients(config))
     if config.gssapi:
         lines.append("GSSAPI: users with a ticket for %s, the keys are in %s, protection at least %s" % (

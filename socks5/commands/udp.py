@@ -1,13 +1,10 @@
 """UDP ASSOCIATE: relay the datagrams of one association, in the thread of the handler of its TCP connection.
 
-One socket faces the client. One for each address family faces the remotes, so that all of them see the client at the
-same port, and any remote may answer (endpoint-independent mapping, RFC 4787 section 4.1). One poll loop serves all
-sockets. A datagram that cannot be relayed is dropped and counted by reason.
+One socket faces the client, one for each address family the remotes: all of them see the client at the same port, and
+any may answer (endpoint-independent mapping, RFC 4787 section 4.1). What cannot be relayed is dropped and counted.
 
-Headers are remembered, each with the socket and address that it stands for, so that the next datagram to the same
-destination is neither parsed nor judged again; a change of the rules clears that. Datagrams are received into buffers
-that all associations of the process share, and are sent as slices of them: an association holds none between two turns
-of its loop. RFC 1928 section 7.
+Headers are remembered with the socket and address that they stand for, so that the next datagram to the same place is
+neither parsed nor judged again; a change of the rules clears that. All associations share buffers. RFC 1928 section 7.
 """
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ from math import inf
 from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple
 
-from ..net.addresses import (
-    Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, leaving, subscriber)
+from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, leaving, subscriber
 from ..net.lookups import Busy, Names, Waiting
 from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
@@ -61,7 +57,7 @@ class Association:
     way          through which upstream does a datagram go? None: we send it; without an address: we resolve the name
     envelope     that of the client's datagrams, if they have one
     bnd          where the client is to send its datagrams
-    up, down     payload bytes relayed
+    up, down     payload bytes relayed, and `datagrams`: [up, down]
     dropped      datagrams that were not, by reason
     ended_by     "client" or "idle"; `why` is the error that ended it, or ""
 
@@ -84,7 +80,7 @@ class Association:
         self.out = out
         self.links, self.way = Links() if links is None else links, way
         self._judged_by = rules()
-        self.up = self.down = 0
+        self.up, self.down, self.datagrams = 0, 0, [0, 0]
         self.dropped: Counts[str] = Counter()
         self.ended_by = self.why = ""
         self._peer: Any = None                              # the client's socket address, once its port is known
@@ -200,12 +196,14 @@ class Association:
         finally:
             BUFFERS.give_back((buffer, view))
 
+    def losses(self) -> Counts[str]:
+        """How many datagrams were dropped, by reason."""
+        return self.dropped + Counter({"fragment": self._fragments.dropped})
+
     def summary(self) -> str:
         """What was dropped, in words; "" if nothing was."""
-        counts = self.dropped + Counter({"fragment": self._fragments.dropped})
-        return "dropped: " + ", ".join("%d %s" % (n, reason) for reason, n in counts.most_common()) if counts else ""
-
-    # ---- one turn of the loop, for each kind of socket --------------------------------------------------------------
+        words = ", ".join("%d %s" % (n, reason) for reason, n in self.losses().most_common())
+        return words and "dropped: " + words
 
     def _from_control(self) -> None:
         try:
@@ -258,7 +256,9 @@ class Association:
 
     def _up(self, run: List[memoryview], to: Optional[Route]) -> None:
         if run and to:
-            self.up += send(to[0], run, to[1], self.dropped) * (len(run[0]) - to[2])
+            sent = send(to[0], run, to[1], self.dropped)
+            self.datagrams[0] += sent
+            self.up += sent * (len(run[0]) - to[2])
 
     def _from_remote(self, sock: socket.socket, buffer: bytearray, view: memoryview) -> None:
         """Receive a burst from remotes and send it to the client, each datagram behind the header of its sender."""
@@ -278,7 +278,8 @@ class Association:
                 self._down(run, length)
                 run = []
             if sender != before:
-                header = headers.get(sender) or self._header_of(sender)
+                header = headers.get(sender) or remember(
+                    headers, sender, Datagram(Address(*endpoint_of(sender)), b"").pack())
                 before, room = sender, len(header)
             buffer[body - room:body] = header
             run.append(view[body - room:body + size])
@@ -302,14 +303,13 @@ class Association:
             if self.on_datagram and sent == len(run):
                 for datagram in run:
                     self.on_datagram(DOWN, bytes(datagram), self._peer)
+            self.datagrams[1] += sent
             self.down += sent * length
             self._moved = self._moved or sent > 0
 
     def _from_names(self) -> None:
         for (datagram, host), answer in self._waiting.take() if self._waiting else ():
             self._send(datagram, host, answer.addresses)
-
-    # ---- datagrams with a new header --------------------------------------------------------------------------------
 
     def _look_at(self, raw: bytes, sender: Sockaddr) -> None:
         """Parse a datagram of the client, and send it, or let it wait for its name or its other fragments."""
@@ -370,6 +370,7 @@ class Association:
             except OSError as exc:
                 reason = name_of(exc)
                 continue
+            self.datagrams[0] += 1
             self.up += len(datagram.data)
             remember(self._routes, Datagram(datagram.dst, b"").pack(), route)
             return
@@ -384,6 +385,7 @@ class Association:
         except OSError as exc:
             self.dropped[name_of(exc)] += 1
         else:
+            self.datagrams[0] += 1
             self.up += len(datagram.data)
             if host == datagram.dst.host:
                 remember(self._routes, header, route)
@@ -400,6 +402,3 @@ class Association:
                 self.ports.give_back(self.owner, remote.version)
                 raise
         return sock
-
-    def _header_of(self, sender: Sockaddr) -> bytes:
-        return remember(self._headers, sender, Datagram(Address(*endpoint_of(sender)), b"").pack())

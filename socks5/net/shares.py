@@ -6,13 +6,24 @@ ByOwner and fits() leave locking to the caller.
 """
 from __future__ import annotations
 
+import random
 from threading import Lock
 from typing import Callable, Dict, Generic, Iterator, Optional, Protocol, Tuple, TypeVar
 
-from ..config import each_port
-
 T = TypeVar("T")
 TENTH = 10
+
+
+def each_port(ports: Tuple[int, ...]) -> Iterator[int]:
+    """Yield every port of a port_range once. The first one is random, so that clients seldom try the same port at once.
+    Without a range, yield 0: the system then chooses a free port."""
+    if not ports:
+        yield 0
+        return
+    size = ports[1] - ports[0] + 1
+    start = random.randrange(size)
+    for step in range(size):
+        yield ports[0] + (start + step) % size
 
 
 class Counter(Protocol):

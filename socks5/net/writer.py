@@ -109,6 +109,7 @@ class Writer:
         self._thread: Optional[threading.Thread] = None
         self._paused = False
         self._lost = 0
+        self.lost = 0                       # in all
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
@@ -124,6 +125,7 @@ class Writer:
     def _lose(self, count: int) -> None:
         with self._lock:
             self._lost += count
+            self.lost += count
 
     def _run(self) -> None:
         """The thread."""
@@ -237,6 +239,11 @@ def writing_to(stream: Any) -> Write:
 def write_text(stream: Any, data: bytes) -> None:
     stream.write(data.decode("ascii"))
     stream.flush()
+
+
+def lost_in_all() -> int:
+    """How many items all writers of this process have lost."""
+    return sum(writer.lost for writer in list(WRITERS))
 
 
 # ---- os.fork(), from wherever it is called -----------------------------------------------------------------------

@@ -9,6 +9,7 @@ import threading
 from typing import List, Optional
 
 from ..server.server import Server
+from .companion import Companion
 from .control import Control
 from .files import Access
 from .orders import Order
@@ -21,8 +22,9 @@ log = logging.getLogger(__name__)
 class Alone(Control):
     """Serves in a thread until SIGTERM or SIGINT has ended it."""
 
-    def __init__(self, server: Server, access: Access, notifier: Optional[Notifier] = None) -> None:
-        super().__init__(server.config, access, notifier)
+    def __init__(self, server: Server, access: Access, notifier: Optional[Notifier] = None,
+                 companion: Optional[Companion] = None) -> None:
+        super().__init__(server.config, access, notifier, companion)
         self.server = server
         server.relay_loop()                     # what serving takes is there before it is said to listen
         self._hurry = threading.Event()
@@ -38,9 +40,12 @@ class Alone(Control):
     def work(self) -> None:
         if not self._started and not self.stops:
             self._started = True
+            self.companion.attend(self.server, 0)
+            self.companion.start(self.access)
             self._thread.start()                # blocks the same signals as this one
 
     def tell(self, order: Order) -> None:
+        self.companion.obey(order, self.access)
         obey(self.server, self._hurry, order, self.access)
 
     def prove_alive(self) -> None:

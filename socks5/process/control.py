@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Callable, Iterable, List, Optional, Set
 
 from ..config import Config, ConfigError
+from .companion import Companion
 from .files import Access, Exhausted, Files, read_access
 from .orders import Order
 from .signals import Signals
@@ -28,10 +29,12 @@ class Control:
     To be overridden: running(), tell(), kill(), and where there is something to do: work(), due(), unsent().
     """
 
-    def __init__(self, config: Config, access: Access, notifier: Optional[Notifier] = None) -> None:
+    def __init__(self, config: Config, access: Access, notifier: Optional[Notifier] = None,
+                 companion: Optional[Companion] = None) -> None:
         self.config = config
         self.notifier = notifier or Notifier()
         self.access = access                    # in force, whatever is in the files by now
+        self.companion = companion or Companion()
         self.signals = Signals()
         self.files = Files(config, lambda config: read_access(config, self.access))
         self.stops = 0                          # how often it was asked for
@@ -48,14 +51,16 @@ class Control:
             ready()
             self.notifier.ready("serving")
             while self.running():
-                due = min([self._reload_at, self._kill_at, self._alive_at, *self.due()])
+                due = min([self._reload_at, self._kill_at, self._alive_at, self.companion.due(), *self.due()])
                 orders = self.signals.wait(due - monotonic(), self.unsent())
                 self.end(orders)
                 self.work()
                 self.obey(orders)
+                self.companion.work()
                 if monotonic() >= self._alive_at:
                     self._alive_at = monotonic() + self.notifier.watchdog_s
                     self.prove_alive()
+            self.companion.close()
         self.close()
         return self.status
 

@@ -17,6 +17,7 @@ from ..net import listeners as listening
 from ..server.counters import Shared
 from ..server.server import Server
 from . import worker as child
+from .companion import Companion
 from .control import Control
 from .files import Access
 from .orders import Order, Outbox, pack
@@ -28,6 +29,7 @@ MOST_BY_DEFAULT = 4             # beyond this a proxy is bound by its network, a
 RESTART_S = 0.1                 # before a dead worker is replaced; doubles while they keep dying
 RESTART_MOST_S = 5.0
 STEADY_S = 10.0                 # a worker that lived so long did not die of its start
+COMPANION = -1                  # in the place of a row: the process of the companion, which is no worker
 
 MakeServer = Callable[..., Server]
 
@@ -54,24 +56,23 @@ class Supervisor(Control):
     """Keeps `count` workers running until SIGTERM or SIGINT has ended them all."""
 
     def __init__(self, config: Config, listeners: Sequence[socket.socket], count: int, access: Access,
-                 make: MakeServer = Server, notifier: Optional[Notifier] = None) -> None:
-        super().__init__(config, access, notifier)
+                 make: MakeServer = Server, notifier: Optional[Notifier] = None,
+                 companion: Optional[Companion] = None, shared: Optional[Shared] = None) -> None:
+        super().__init__(config, access, notifier, companion)
         self.listeners = listeners
         self.make = make
-        self.shared = Shared(count)
+        self.shared = shared or Shared(count)
         access[0].logins.share()
         self.workers: Dict[int, Worker] = {}            # by pid
         self.start_at: Dict[int, float] = dict.fromkeys(range(count), 0.0)     # by row, of those that do not run
+        if self.companion.wanted:
+            self.start_at[COMPANION] = 0.0
         self.backoff_s = RESTART_S
-
-    def close(self) -> None:
-        super().close()
-        self.access[0].logins.unshare()
 
     # ---- Control asks ---------------------------------------------------------------------------------------------
 
     def running(self) -> bool:
-        return bool(self.workers) or not self.stops
+        return any(worker.row != COMPANION for worker in self.workers.values()) or not self.stops
 
     def due(self) -> List[float]:
         return list(self.start_at.values())
@@ -100,15 +101,16 @@ class Supervisor(Control):
 
     def kill(self) -> None:
         """Kill first, report afterwards: the log may be slow."""
-        for pid in self.workers:
+        pids = [pid for pid, worker in self.workers.items() if worker.row != COMPANION]
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        for pid in self.workers:
+        for pid in pids:
             log.error("worker %d did not stop in time and was killed", pid)
 
     # ---- workers come and go --------------------------------------------------------------------------------------
 
     def start(self, row: int) -> None:
-        """Fork a worker. Signals are blocked meanwhile: see Signals."""
+        """Fork a worker, or the companion. Signals are blocked meanwhile: see Signals."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -117,35 +119,67 @@ class Supervisor(Control):
                 ours.close()
                 raise
             if not pid:
-                self.become_worker(row, theirs, ours)
+                self.become_child(row, theirs, ours)
             self.workers[pid] = Worker(row, pid, Outbox(ours))
+            if row != COMPANION:
+                self.companion.started(row, pid)
 
-    def become_worker(self, row: int, channel: socket.socket, ours: socket.socket) -> None:
+    def become_child(self, row: int, channel: socket.socket, ours: socket.socket) -> None:
         """In the child; never returns."""
         def make() -> Server:
             self.files.close()
             self.notifier.close()
-            return self.make(self.config, listeners=self.listeners, counts=self.shared.row(row), access=self.access)
+            server = self.make(self.config, listeners=self.listeners, counts=self.shared.row(row), access=self.access)
+            self.companion.attend(server, row)
+            return server
+
+        def accompany() -> None:
+            self.files.close()
+            self.notifier.close()
+            listening.close_all(self.listeners)
+            self.companion.start(self.access)
+            self.companion.wait(channel)
 
         outboxes = [other.outbox.sock for other in self.workers.values()]
-        child.become(make, channel, [ours, *self.signals.sockets, *outboxes])
+        supervisors = [ours, *self.signals.sockets, *outboxes]
+        if row == COMPANION:
+            child.end_after(accompany, supervisors)
+        child.become(make, channel, supervisors)
 
     def reap(self) -> None:
-        """Take note of the workers that died, and have them replaced."""
+        """Take note of the processes that died, and have them replaced."""
         for pid in list(self.workers):
             done, status = os.waitpid(pid, os.WNOHANG)
             if not done:
                 continue
             worker = self.workers.pop(pid)
             worker.outbox.sock.close()
-            lost = self.shared.row(worker.row).clear()
             if not self.stops:
                 steady = monotonic() - worker.started > STEADY_S
                 self.backoff_s = RESTART_S if steady else min(self.backoff_s * 2, RESTART_MOST_S)
                 self.start_at[worker.row] = monotonic() + self.backoff_s
-            if status or not self.stops:
-                log.error("worker_died pid=%(pid)d how=%(how)s sessions=%(lost)d",
-                          {"pid": pid, "how": how_it_died(status), "lost": lost})
+            self.report(worker, status)
+
+    def report(self, worker: Worker, status: int) -> None:
+        facts = {"pid": worker.pid, "how": how_it_died(status)}
+        if worker.row == COMPANION:
+            if not self.stops:
+                log.error("status_died pid=%(pid)d how=%(how)s", facts)
+            return
+        lost = self.shared.row(worker.row).clear()
+        self.companion.ended(worker.row)
+        if status or not self.stops:
+            log.error("worker_died pid=%(pid)d how=%(how)s sessions=%(lost)d", dict(facts, lost=lost))
+
+    def close(self) -> None:
+        """The companion goes last: it tells until then that the server drains."""
+        for pid in self.workers:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for worker in self.workers.values():
+            worker.outbox.sock.close()
+        super().close()
+        self.access[0].logins.unshare()
 
 
 def how_it_died(status: int) -> str:

@@ -55,15 +55,23 @@ def listen(server: Server, hurry: threading.Event, channel: socket.socket) -> No
 
 def become(make: Callable[[], Server], channel: socket.socket, supervisors: Iterable[socket.socket]) -> NoReturn:
     """In the child, after the fork: be a worker, and end the process. `supervisors` are the sockets to close."""
+    def work() -> None:
+        server = make()
+        hurry = threading.Event()
+        threading.Thread(target=listen, args=(server, hurry, channel), daemon=True).start()
+        serve(server, hurry)
+
+    end_after(work, supervisors)
+
+
+def end_after(work: Callable[[], None], supervisors: Iterable[socket.socket]) -> NoReturn:
+    """In the child, after the fork: do the work, and end the process."""
     status = 1
     try:
         signals.ignore()
         for sock in supervisors:
             sock.close()
-        server = make()
-        hurry = threading.Event()
-        threading.Thread(target=listen, args=(server, hurry, channel), daemon=True).start()
-        serve(server, hurry)
+        work()
         status = 0
     except BaseException:
         log.exception("worker %d cannot go on", os.getpid())

@@ -8,7 +8,7 @@ Opens and writes nothing: server/tracing.py does. Runs in the thread that serves
 """
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple, Type, TypeVar, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Type, TypeVar, Union
 
 from .codes import Atyp, Cmd, Rep
 from .errors import SocksError
@@ -147,13 +147,11 @@ class Story:
 
     def explain(self, reply: Reply, why: str) -> List[str]:
         """What a reply means to the client, in plain words."""
+        notes = meaning(reply, self.cmd, self.replies)
         if reply.rep != Rep.SUCCEEDED:
-            words = REASONS.get(Rep(reply.rep), "")
-            return [self.trace.paint(BAD, "that is: " + words)] + (["why: " + why] if why else [])
-        meanings = MEANING_OF_BND.get(self.cmd, [])
+            return [self.trace.paint(BAD, notes[0])] + (["why: " + why] if why else [])
         self.replies += 1
-        notes = ["that is: " + meaning for meaning in meanings[self.replies - 1:self.replies]]
-        if self.cmd != Cmd.UDP_ASSOCIATE.name and self.replies == len(meanings):
+        if self.cmd != Cmd.UDP_ASSOCIATE.name and self.replies == len(MEANING_OF_BND.get(self.cmd, [])):
             notes.append(self.tunnel)
         return notes
 
@@ -181,16 +179,10 @@ class Story:
         return self.trace.paint(TITLE, "%s  %s" % (way, words))
 
     def show(self, way: str, kind: Type[Message], raw: bytes, notes: List[str], title: str = "") -> None:
-        lines, before = [self.title(way, title or TITLES.get(kind) or DATAGRAM[way])], b""
-        for field, piece, words in dissect(LAYOUTS[kind], raw):
-            if field.secret:
-                lines += self.row("**", field.name, "not shown")
-            else:
-                if field.size is None and before[0] == Atyp.DOMAINNAME:     # its length stands in front
-                    words = "%d bytes: %s" % (piece[0], words)
-                words = SENTENCES.get(field.name, "%s") % words
-                lines += self.row(piece[:SHOWN_BYTES].hex(), field.name, words, len(piece))
-            before = piece
+        lines = [self.title(way, title or TITLES.get(kind) or DATAGRAM[way])]
+        for name, piece, words in explained(kind, raw):
+            digits = "**" if piece is None else piece[:SHOWN_BYTES].hex()
+            lines += self.row(digits, name, words, len(piece or b""))
         self.tell(*lines, *("  " + note for note in notes))
 
     def row(self, digits: str, name: str, words: str, size: int = 0) -> Iterator[str]:
@@ -202,3 +194,29 @@ class Story:
                                      "" if at else words)).rstrip()
         if size > SHOWN_BYTES:
             yield "  ... and %d bytes more" % (size - SHOWN_BYTES)
+
+
+# ---- also for the status page ------------------------------------------------------------------------------------
+
+def explained(kind: Type[Message], raw: bytes) -> Iterator[Tuple[str, Optional[bytes], str]]:
+    """Yield name, bytes and meaning of each field of a message; for the bytes of a secret None."""
+    before = b""
+    for field, piece, words in dissect(LAYOUTS[kind], raw):
+        if field.secret:
+            yield field.name, None, "not shown"
+        else:
+            if field.size is None and before[0] == Atyp.DOMAINNAME:     # its length stands in front
+                words = "%d bytes: %s" % (piece[0], words)
+            yield field.name, piece, SENTENCES.get(field.name, "%s") % words
+        before = piece
+
+
+def meaning(reply: Reply, cmd: str, succeeded: int) -> List[str]:
+    """What a reply to `cmd` means to the client, in plain words; `succeeded` of those before it said so."""
+    if reply.rep != Rep.SUCCEEDED:
+        return ["that is: " + REASONS.get(Rep(reply.rep), "")]
+    meanings = MEANING_OF_BND.get(cmd, [])
+    notes = ["that is: " + words for words in meanings[succeeded:succeeded + 1]]
+    if cmd != Cmd.UDP_ASSOCIATE.name and succeeded + 1 == len(meanings):
+        notes.append(TUNNEL)
+    return notes

@@ -1,8 +1,9 @@
-"""How many sessions and ports are in use, in all server processes together: the limits that hold over all go by it."""
+"""How many sessions and ports are in use, in all server processes together: the limits that hold over all go by it. And
+the Meter, which the server tells what else may be counted."""
 from __future__ import annotations
 
 import mmap
-from typing import Hashable
+from typing import Any, Hashable
 
 
 class Counts:
@@ -71,3 +72,33 @@ class Shared:
 
     def row(self, which: int) -> Counts:
         return Counts(self, which)
+
+    def given(self) -> int:
+        """How many sessions have been admitted, in all processes."""
+        return sum(self.tables["sessions"][self.GIVEN::self.ROW])
+
+
+class Meter:
+    """Is told what happens in a server process. This one counts nothing; that of status/ does. Called by the thread in
+    which it happens, so no method may wait."""
+
+    def begin(self, session: Any) -> None:
+        """A Session was admitted."""
+
+    def replied(self, session: Any) -> None:
+        """A reply to its request was sent; session.rep has its REP."""
+
+    def udp(self, session: Any, association: Any) -> None:
+        """What an Association has done until now."""
+
+    def ended(self, session: Any) -> None:
+        """It is over, and its facts are final."""
+
+    def login(self, verdict: str) -> None:
+        """A password was tried: "right", "wrong" or "deferred"."""
+
+    def refused(self, reason: str) -> None:
+        """A connection was closed before its client was heard."""
+
+    def accept_failed(self, errno: str) -> None:
+        """accept() failed for want of descriptors or memory."""

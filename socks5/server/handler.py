@@ -33,12 +33,12 @@ from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
 from ..protocol.messages import (
-    HTTP_HELP, MOST_BYTES, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
-    Selection, whole)
+    HTTP_HELP, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection)
 from ..protocol.proxy import begins
 from ..protocol.trace import M, Sent
 from ..relay.protected import ProtectedTunnel
 from ..relay.tunnel import Tunnel
+from .counters import Meter
 from .inbox import ClosedOnError, Inbox, LoginWait, Outbox, linger
 from .principal import by_gssapi
 from .sessions import HEAVIEST, Full, Session, Sessions
@@ -57,6 +57,7 @@ class Service:
     bind_ports: Ports
     udp_ports: Ports
     sessions: Sessions
+    meter: Meter
     server_address: Any
     methods: Mapping[int, Callable[[Handler], Optional[bytes]]]     # see MethodTable
 
@@ -120,24 +121,19 @@ class Handler(StreamRequestHandler):
                 session.ended_by, session.why = "client", str(getattr(exc, "strerror", None) or exc)
 
     def take(self, kind: Type[M]) -> M:
-        """The client's next message. Nearly always it is all that has come, and has come before."""
-        message: M
-        if self.story:
-            message = self.story.take(kind, self.inbox.read_exactly)
-        elif kind not in (Greeting, Request) or len(self.inbox.peek()) > MOST_BYTES:
-            message = kind.parse(self.inbox.read_exactly)
-        else:
-            try:
-                message = whole(kind, self.inbox.held)
-                self.inbox.held = b""
-            except EOFError:                                    # it is in pieces, or more has come behind it
-                message = kind.parse(self.inbox.read_exactly)
-        return message
+        """The client's next message."""
+        record = self.session.record
+        return record.take(kind, self.parse, self.inbox) if record else self.parse(kind)
+
+    def parse(self, kind: Type[M]) -> M:
+        return self.story.take(kind, self.inbox.read_exactly) if self.story else self.inbox.take(kind)
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
         if self.story:
             self.story.sent(message, self.session.why)
+        if self.session.record:
+            self.session.record.sent(message)
         raw = message if isinstance(message, bytes) else message.pack()
         self.connection.sendall(self.envelope.seal(raw) if self.envelope else raw)
 
@@ -186,6 +182,7 @@ class Handler(StreamRequestHandler):
         login, session, known = self.take(Login), self.session, self.server.users     # a reload makes others
         verdict = known.logins.judge(login_origin(session.client.ip, session.origin), login.uname, login.passwd,
                                      known.check, LoginWait(self))
+        self.server.meter.login(verdict.value)
         if verdict is not Verdict.RIGHT:
             session.user = login.uname
             self.log_failure(verdict, login.uname)
@@ -277,6 +274,7 @@ class Handler(StreamRequestHandler):
                 association.run(config.udp_idle_timeout)
             finally:
                 session.up, session.down = association.up, association.down
+                self.server.meter.udp(session, association)
                 session.association = None                      # which refers to us, and we to the session
             session.ended_by = session.ended_by or association.ended_by
             session.why, session.notes = session.why or association.why, links.also(association.summary())
@@ -312,6 +310,7 @@ class Handler(StreamRequestHandler):
     def reply(self, rep: Rep, bnd: Union[Endpoint, Address, None] = None) -> None:
         self.session.rep = rep.word
         self.send(Reply(rep, Address(*bnd) if isinstance(bnd, Endpoint) else bnd or UNSPECIFIED))
+        self.server.meter.replied(self.session)
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {

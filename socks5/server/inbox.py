@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 import socket
 from time import monotonic
-from typing import Any, Optional, Type
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 from ..protocol.envelope import Envelope
 
 from ..access.passwords import Wait
 from ..net.poller import new_poll
+from ..protocol.messages import MOST_BYTES, Login, whole
+from ..protocol.trace import M, Sent
 
 ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
 NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
@@ -31,6 +33,7 @@ class Inbox(io.BufferedIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.held = b""
+        self.heard = b""                # all that was received; `held` is its end
         self.envelope: Optional[Envelope] = None
 
     def protect(self, envelope: Envelope) -> None:
@@ -40,17 +43,20 @@ class Inbox(io.BufferedIOBase):
 
     def feed(self, data: bytes) -> None:
         """Put bytes in hand that were read from the socket elsewhere. Raises ProtocolError."""
-        self.held += self.envelope.open(data) if self.envelope else data
+        data = self.envelope.open(data) if self.envelope else data
+        self.held += data
+        self.heard += data
 
     def _receive(self) -> bytes:
         """What comes next; b"" at the end. Raises ProtocolError for what is not encapsulated, but should be."""
         while True:
             data = self.sock.recv(READ_BYTES)
-            if not data or not self.envelope:
-                return data
-            data = self.envelope.open(data)
-            if data:
-                return data
+            if data and self.envelope:
+                data = self.envelope.open(data)
+                if not data:
+                    continue                        # a part of a message
+            self.heard += data
+            return data
 
     def readable(self) -> bool:
         return True
@@ -59,12 +65,23 @@ class Inbox(io.BufferedIOBase):
         """Exactly `size` bytes. Raises EOFError when the client closes before."""
         held = self.held
         while len(held) < size:
-            data = self._receive()       # one call a message, not one a field
+            data = self._receive()                  # one call a message, not one a field
             if not data:
                 raise EOFError("client closed")
             held = self.held = held + data
         self.held = held[size:]
         return held[:size]
+
+    def take(self, kind: Type[M]) -> M:
+        """The next message. Nearly always it is all that has come, and has come before."""
+        if kind is not Login and len(self.peek()) <= MOST_BYTES:
+            try:
+                message: M = whole(kind, self.held)
+                self.held = b""
+                return message
+            except EOFError:                        # it is in pieces, or more has come behind it
+                pass
+        return kind.parse(self.read_exactly)
 
     def peek(self, size: int = 1) -> bytes:
         """What is in hand, or else what comes next, without taking it; b"" at the end."""
@@ -100,6 +117,41 @@ class Inbox(io.BufferedIOBase):
         """Take what is in hand."""
         rest, self.held = self.held, b""
         return rest
+
+
+class Record:
+    """The messages of one handshake as they went over the wire, and what of the session was counted already. Made only
+    where a status page may ask for it; nothing of it is parsed or formatted before.
+
+    messages    when, the message's type, and its bytes if the client sent it, else the message. A Login ends after its
+                UNAME: passwords are not kept
+    counted     the session is over, and in the counters
+    up, down    bytes that are in the counters already
+    udp         what an association has done, as far as it is in the counters
+    """
+
+    __slots__ = ("messages", "counted", "up", "down", "udp")
+
+    def __init__(self) -> None:
+        self.messages: List[Tuple[float, Type[Any], Any]] = []
+        self.counted = False
+        self.up = self.down = 0
+        self.udp: Dict[Tuple[str, str], int] = {}
+
+    def take(self, kind: Type[M], parse: Callable[[Type[M]], M], inbox: Inbox) -> M:
+        """The client's next message, parsed by `parse`."""
+        start = len(inbox.heard) - len(inbox.held)
+        try:
+            return parse(kind)
+        finally:
+            held = len(inbox.held)
+            raw = inbox.heard[start:-held] if held else inbox.heard[start:]
+            if kind is Login:
+                raw = raw[:2 + raw[1]] if len(raw) > 1 else raw
+            self.messages.append((monotonic(), kind, raw))
+
+    def sent(self, message: Sent) -> None:
+        self.messages.append((monotonic(), type(message), message))
 
 
 class Outbox(io.BufferedIOBase):

@@ -1,7 +1,7 @@
 """The ThreadingTCPServer: listen, accept, limit, hand over to the relay loop, drain.
 
-Every connection gets a Handler, in the acceptor's thread or in one of its own. When its tunnel stands, the relay loop
-has it. Every session ends in one place, `end_session`.
+A Handler serves each connection, in the acceptor's thread or one of its own, until its tunnel stands; then the relay
+loop does. Every session ends in one place, `end_session`.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..protocol.facts import Facts, tell
 from ..relay.loop import Loop
 from ..relay.tunnel import Tunnel
 from . import acceptors, tracing
-from .counters import Counts, Shared
+from .counters import Counts, Meter, Shared
 from .handler import Handler, method_table
 from .newcomers import Newcomers
 from .sessions import UNKNOWN, Full, Session, Sessions, Teller
@@ -72,9 +72,8 @@ class Server(Newcomers):
     each METHOD, best first, to its sub-negotiation; request_queue_size, allow_reuse_address and timeout as in
     socketserver.
 
-    What differs from socketserver: the first argument is a Config, which has the addresses; so address_family and
-    socket_type mean nothing. `socket` is the first of several listening sockets. block_on_close is false: server_close
-    ends the sessions that are left. shutdown() may be called before serve_forever().
+    What differs from socketserver: the Config has the addresses, so address_family and socket_type mean nothing;
+    `socket` is the first of several listeners; block_on_close is false, since server_close ends what is left.
     """
 
     daemon_threads = True
@@ -100,15 +99,15 @@ class Server(Newcomers):
         limits = self.config.handshake_timeout, self.config.max_per_client, self.config.max_negotiating
         self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, self.counts,
                                  max(self.config.max_sessions, net_listeners.session_limit()))
-        self.table = Table()
+        self.table, self.meter = Table(), Meter()
         self._wakeup, self._waker = socket.socketpair()
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._stopped.set()
         self._due: Deque[Callable[[], object]] = deque()        # for serve_forever to do
         self._complained: Dict[str, float] = {}
-        self._lock = threading.Lock()
         self._loop: Optional[Loop] = None                       # made when first needed: not before a fork
+        self._lock = threading.Lock()
         self._teller = Teller(self.session_ended)
         self._acceptors = acceptors.Acceptors(self._accept_one)
         self._accepting: Optional[socket.socket] = None         # where there are no acceptors: what is ready
@@ -239,6 +238,7 @@ class Server(Newcomers):
             if exc.errno in EXHAUSTED:
                 self.complain("accept", "accept_failed errno=%(errno)s sessions=%(sessions)d",
                               Facts(errno=name_of(exc), sessions=len(self.sessions)))
+                self.meter.accept_failed(name_of(exc))
                 sleep(REST_S)
             raise
         if not listener:                                        # or it has inherited all this
@@ -247,13 +247,11 @@ class Server(Newcomers):
         return request, client_address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        if not self.config.allow_from:
+        if not self.config.allow_from or self.rules.admits(endpoint_of(client_address).ip):
             return True
-        client = endpoint_of(client_address)
-        admitted = self.rules.admits(client.ip)
-        if not admitted:
-            log.info(REFUSED, Facts(client=client, why="not in --allow-from"))
-        return admitted
+        log.info(REFUSED, Facts(client=endpoint_of(client_address), why="not in --allow-from"))
+        self.meter.refused("allow-from")
+        return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve it in this thread if it is an acceptor, else in a new one; in neither while it says nothing and many
@@ -278,8 +276,8 @@ class Server(Newcomers):
             client = endpoint_of(client_address)
             origin = UNKNOWN if self.is_balancer(client_address) else origin_of(client_address)
             session = self.sessions.admit(request, client, origin)
-            if self.trace:
-                session.story = self.trace.begin(session.number, client)
+            self.meter.begin(session)
+            session.story = self.trace and self.trace.begin(session.number, client)
         return session
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -291,6 +289,7 @@ class Server(Newcomers):
     def refuse(self, client_address: Any, about: str, why: str) -> None:
         """Say that this client is closed unheard, for want of something of ours."""
         self.complain(about, REFUSED, Facts(client=endpoint_of(client_address), why=why))
+        self.meter.refused(about)
 
     def complain(self, about: str, line: str, facts: Facts) -> None:
         """A warning that would come with every connection: once a minute is enough, for each thing it is about."""
@@ -350,6 +349,7 @@ class Server(Newcomers):
         tell(log, logging.DEBUG if health_check else logging.INFO, Session.LINE, facts)
         if session.story:
             session.story.end(facts)
+        self.meter.ended(session)
         try:
             self.close_request(session.sock)
         finally:

@@ -21,6 +21,7 @@ from ..protocol.facts import Facts
 from ..protocol.messages import Address
 from ..relay.tunnel import Tunnel
 from .counters import Counts, Shared
+from .inbox import Record
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Session:
 
     __slots__ = ("number", "client", "origin", "sock", "started", "ended_at", "user", "cmd", "dst", "reached", "rep",
                  "tunnel", "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
-                 "story", "extended_s")
+                 "story", "record", "extended_s")
 
     def __init__(self, client: Endpoint, origin: str, sock: socket.socket) -> None:
         self.number = 0                             # until it is admitted
@@ -53,7 +54,7 @@ class Session:
         self.origin = origin
         self.sock = sock
         self.started = monotonic()
-        self.ended_at = 0.0
+        self.ended_at = 0.0                         # by time.monotonic(), once it is over
         self.user: Optional[bytes] = None
         self.cmd = ""                               # until the request is there
         self.dst: Optional[Address] = None
@@ -64,7 +65,6 @@ class Session:
         self.up = 0
         self.down = 0
         self.ended_by = ""
-        self.ended_at = 0.0                         # by time.monotonic(), once it is over
         self.why = ""
         self.notes = ""
         self.extended_s = 0.0                       # so much longer than others may its handshake take
@@ -72,6 +72,7 @@ class Session:
         self.leaving = False                        # evicted, and its thread has not noticed yet
         self.weight = 1                             # how many pairs of descriptors it may take
         self.story: Any = None                      # the trace of this session
+        self.record: Optional[Record] = None        # of its handshake, for the status page
 
     # The order in which a session's facts stand in the log.
     LINE = ("session client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s reached=%(reached)s rep=%(rep)s "

@@ -1,0 +1,57 @@
+"""What the counters said, once a second, over the last minutes; and the summary for the page. Runs in a thread of the
+process that serves the page."""
+from __future__ import annotations
+
+import threading
+from collections import deque
+from time import time
+from typing import Any, Callable, Deque, Dict, List, Sequence, Tuple
+
+from .meter import LOGINS, REFUSALS, STATES, Board
+
+EVERY_S = 1.0
+KEPT = 600                      # ten minutes
+
+Sample = Tuple[float, int, int, int, int]       # Unix time, bytes up, bytes down, sessions begun, live sessions
+
+
+class History:
+    def __init__(self, board: Board, begun: Callable[[], int]) -> None:
+        self._board = board
+        self._begun = begun
+        self._samples: Deque[Sample] = deque(maxlen=KEPT)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="status history", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        self._samples.append(sample(self._board, self._begun()))
+        while not self._stop.wait(EVERY_S):
+            self._samples.append(sample(self._board, self._begun()))
+
+    def since(self, when: float) -> List[Sample]:
+        return [one for one in list(self._samples) if one[0] > when]
+
+
+def sample(board: Board, begun: int) -> Sample:
+    live = sum(board.sum("state", state) for state in STATES)
+    return round(time(), 3), board.sum("bytes", "up"), board.sum("bytes", "down"), begun, live
+
+
+def summary(board: Board, history: History, begun: int, since: float, **more: Any) -> Dict[str, Any]:
+    """What the page shows beside the sessions. `since` is the time of the last sample that it has."""
+    now, up, down, begun, live = sample(board, begun)
+    workers: Sequence[int] = [row for row in range(board.rows) if board.get(row, "pid")]
+    return dict(
+        more, now=now, started=board.started, up=up, down=down, begun=begun, live=live, workers=len(workers),
+        restarts=board.sum("restarts"), states={state: board.sum("state", state) for state in STATES},
+        logins={result: board.sum("login", result) for result in LOGINS},
+        refused={reason: board.sum("refused", reason) for reason in REFUSALS},
+        datagrams=[board.sum("datagrams", way) for way in ("up", "down")], samples=history.since(since))

@@ -1,0 +1,537 @@
+"""The status page's server: /metrics, /healthz, /sessions, who may ask, and what it counts over several processes."""
+import base64
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unittest
+from unittest import mock
+
+from socks5 import client, log
+from socks5.config import Config, ConfigError
+from socks5.protocol.codes import Cmd, Rep
+from socks5.server.counters import Shared
+from socks5.status import line, metrics, web
+from socks5.status.channel import Channel
+from socks5.status.meter import Board
+from tests.support import (
+    PATIENCE_S, ROOT, ask, closed_port, connect_through, dial, negotiate, need, need_program, read_to_end, reader_of,
+    run_cli, spawned, target, wait_until)
+
+FORKS = hasattr(os, "fork")
+
+
+def children(pid):
+    with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
+        return list(map(int, file.read().split()))
+
+
+def get(port, path, method="GET", host="127.0.0.1", **headers):
+    """(status, headers, body)"""
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read()
+
+
+def json_of(port, path):
+    status, _headers, body = get(port, path)
+    assert status == 200, (status, body)
+    return json.loads(body)
+
+
+def samples(port):
+    """Each line of /metrics as its name with labels, and its value."""
+    text = get(port, "/metrics")[2].decode()
+    return {name: float(value) for name, value in re.findall(r"^([^#\s]\S*|[^#{]\S*\{[^}]*\}) (\S+)$", text, re.M)}
+
+
+def total(port, name, **labels):
+    parts = ['%s="%s"' % pair for pair in labels.items()]
+    return sum(value for key, value in samples(port).items()
+               if key.partition("{")[0] == name and all(part in key for part in parts))
+
+
+@contextlib.contextmanager
+def status(*args, **kwargs):
+    """Our server with a status page: yields it and the page's port."""
+    with spawned("--status", "127.0.0.1:0", *args, **kwargs) as server:
+        yield server, int(server.wait_line(r"status on http://127.0.0.1:(\d+)/$", server.lines).group(1))
+
+
+class Pages(unittest.TestCase):
+    def test_sessions_and_metrics_of_one_process_and_of_several(self):
+        for count in ("1", "3") if FORKS else ("1",):
+            with self.subTest(workers=count), target() as echo, \
+                    status("-w", count, "-u", "bob:right") as (server, port), contextlib.ExitStack() as stack:
+                tunnels = [stack.enter_context(connect_through(server.port, *echo, user=(b"bob", b"right")))
+                           for _ in range(9)]
+                for tunnel in tunnels:
+                    tunnel.sendall(b"ping")
+                    self.assertEqual(reader_of(tunnel)(4), b"ping")
+                found = json_of(port, "/sessions")
+                self.assertEqual((len(found["sessions"]), found["more"]), (9, False))
+                one = found["sessions"][0]
+                self.assertEqual([one[key] for key in ("user", "command", "destination", "state", "up", "down", "rep")],
+                                 ["bob", "CONNECT", "%s:%d" % echo, "relaying", 4, 4, "SUCCEEDED"])
+                for query, number in (("user=bob", 9), ("user=eve", 0), ("client=127.0.0.0/8", 9), ("client=::1", 0),
+                                      ("command=BIND", 0), ("state=relaying&command=CONNECT", 9), ("limit=4", 4)):
+                    with self.subTest(query):
+                        found = json_of(port, "/sessions?" + query)
+                        self.assertEqual((len(found["sessions"]), found["more"]), (number, query == "limit=4"))
+                wait_until(lambda: total(port, "socks5_sessions", state="relaying") == 9, "the sweep")
+                self.assertEqual(total(port, "socks5_bytes_total", direction="up"), 36, "of live sessions")
+                for tunnel in tunnels:
+                    tunnel.close()
+                wait_until(lambda: total(port, "socks5_connections_total") == 9, "their end")
+                self.assertEqual(total(port, "socks5_bytes_total", direction="up"), 36, "and counted once")
+                self.assertEqual(total(port, "socks5_connections_total", command="CONNECT", rep="SUCCEEDED"), 9)
+                self.assertEqual(total(port, "socks5_handshake_seconds_count"), 9)
+                self.assertEqual(total(port, "socks5_connect_seconds_count"), 9)
+                self.assertEqual(total(port, "socks5_logins_total", result="right"), 9)
+                self.assertEqual(total(port, "socks5_workers"), int(count))
+                if os.path.exists("/proc/self/fd"):
+                    self.assertGreater(total(port, "socks5_open_fds"), 5)
+                wait_until(lambda: total(port, "socks5_sessions") == 0, "the sweep")
+
+    def test_a_handshake_field_by_field_and_no_password(self):
+        with status("-w", "2" if FORKS else "1", "-u", "bob:s3cret") as (server, port):
+            with dial(server.port) as sock:
+                negotiate(sock, (b"bob", b"s3cret"))
+                self.assertEqual(ask(sock, Cmd.CONNECT, "127.0.0.1", closed_port()).rep, Rep.CONNECTION_REFUSED)
+            with dial(server.port) as sock:
+                sock.sendall(b"\5\1\2" + b"\1\3eve\6wr0ng!")
+                read_to_end(sock)
+            wait_until(lambda: len(json_of(port, "/recent")) == 2)
+            wrong, refused = sorted(json_of(port, "/recent"), key=lambda one: one["user"], reverse=True)
+            self.assertEqual((wrong["user"], wrong["why"], wrong["refused"]),
+                             ("eve", "wrong user name or password", True))
+            story = json_of(port, "/sessions/%d" % refused["id"])
+            self.assertEqual([message["title"].partition(":")[0] for message in story["messages"]],
+                             ["Greeting", "Selection", "Login", "LoginStatus", "Request", "Reply"])
+            self.assertEqual([field["name"] for field in story["messages"][4]["fields"]],
+                             ["VER", "CMD", "RSV", "ATYP", "DST.ADDR", "DST.PORT"])
+            self.assertEqual(story["messages"][4]["fields"][4], {
+                "name": "DST.ADDR", "bytes": "7f000001", "means": "127.0.0.1"})
+            self.assertEqual(story["messages"][5]["notes"], ["that is: the host is there, and nothing listens on that "
+                                                             "port"])
+            login = story["messages"][2]["fields"]
+            self.assertEqual([(field["name"], field["bytes"]) for field in login[2:]],
+                             [("UNAME", "626f62"), ("PLEN", None), ("PASSWD", None)])
+            for path in ("/sessions/%d" % refused["id"], "/sessions/%d" % wrong["id"], "/recent", "/summary"):
+                text = get(port, path)[2]
+                for secret in (b"s3cret", b"s3cret".hex().encode(), b"wr0ng!", b"wr0ng!".hex().encode()):
+                    self.assertNotIn(secret, text, path)
+            self.assertEqual(get(port, "/sessions/999999")[0], 404)
+            self.assertEqual(total(port, "socks5_logins_total", result="wrong"), 1)
+
+    def test_datagrams_and_their_drops(self):
+        with status() as (server, port), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+            peer.bind(("127.0.0.1", 0))
+            peer.settimeout(PATIENCE_S)
+            with client.associate(("127.0.0.1", server.port), None, PATIENCE_S) as udp:
+                udp.settimeout(PATIENCE_S)
+                for _ in range(3):
+                    udp.sendto(b"x" * 10, peer.getsockname())
+                    _data, sender = peer.recvfrom(100)
+                peer.sendto(b"y" * 7, sender)
+                udp.recvfrom()
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as foreign:
+                    foreign.sendto(bytes(20), udp.relay)
+                wait_until(lambda: total(port, "socks5_udp_dropped_total", reason="not the client") == 1, "the sweep")
+            wait_until(lambda: total(port, "socks5_connections_total", command="UDP_ASSOCIATE") == 1)
+            self.assertEqual(total(port, "socks5_udp_datagrams_total", direction="up"), 3)
+            self.assertEqual(total(port, "socks5_udp_datagrams_total", direction="down"), 1)
+            self.assertEqual(total(port, "socks5_udp_dropped_total"), 1)
+            self.assertEqual(total(port, "socks5_bytes_total", direction="up"), 30)
+
+    def test_draining_is_said_until_the_end(self):
+        for count in ("1", "2") if FORKS else ("1",):
+            with self.subTest(workers=count), target() as echo, status("-w", count, "--drain-timeout", "60") as (
+                    server, port), connect_through(server.port, *echo) as tunnel:
+                self.assertEqual(get(port, "/healthz")[::2], (200, b"ok\n"))
+                server.signal(signal.SIGTERM)
+                wait_until(lambda: get(port, "/healthz")[::2] == (503, b"draining\n"))
+                tunnel.close()
+                server.process.wait(PATIENCE_S)
+                self.assertRaises(OSError, get, port, "/healthz")
+
+    def test_a_thousand_sessions_in_time(self):
+        with target() as echo, status("-w", "2" if FORKS else "1") as (server, port), contextlib.ExitStack() as stack:
+            for _ in range(1000):
+                stack.enter_context(connect_through(server.port, *echo))
+            wait_until(lambda: total(port, "socks5_sessions") == 1000, "the sweep")
+            times = []
+            for _ in range(10):
+                begun = time.monotonic()
+                get(port, "/metrics")
+                times.append(time.monotonic() - begun)
+            self.assertLess(min(times), 0.05)
+            self.assertEqual(len(json_of(port, "/sessions")["sessions"]), 1000)
+
+
+class Standards(unittest.TestCase):
+    def page(self):
+        board = Board(2)
+        board.put(0, "pid", "", os.getpid())
+        board.add(0, "bytes", "up", 5)
+        board.add(1, "bytes", "up", 7)
+        board.add(1, "handshake", "3", 2)
+        board.add(1, "handshake", "sum", 1500000)
+        return metrics.page(board, 3, "1.2.3")
+
+    def test_promtool_has_no_complaint(self):
+        promtool = need_program(self, "promtool")           # Debian: prometheus
+        done = subprocess.run([promtool, "check", "metrics"], input=self.page(), capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
+
+    def test_the_official_parser_reads_it(self):
+        python = os.environ.get("SOCKS5_VENV_PYTHON", "")
+        code = ("import sys, json\nfrom prometheus_client.parser import text_string_to_metric_families as parse\n"
+                "print(json.dumps([[f.name, f.type, [[s.name, s.labels, s.value] for s in f.samples]] "
+                "for f in parse(sys.stdin.read())]))")
+        done = python and subprocess.run([python, "-c", code], input=self.page(), capture_output=True, text=True)
+        need(self, done and "No module named" not in done.stderr,
+             "prometheus_client (pip install prometheus-client, for SOCKS5_VENV_PYTHON)")
+        found = {name: (kind, values) for name, kind, values in json.loads(done.stdout)}
+        self.assertEqual(found["socks5_bytes"], ("counter", [
+            ["socks5_bytes_total", {"direction": "up"}, 12.0], ["socks5_bytes_total", {"direction": "down"}, 0.0]]))
+        kind, values = found["socks5_handshake_seconds"]
+        self.assertEqual(kind, "histogram")
+        self.assertIn(["socks5_handshake_seconds_bucket", {"le": "0.005"}, 0.0], values)
+        self.assertIn(["socks5_handshake_seconds_bucket", {"le": "0.01"}, 2.0], values)
+        self.assertIn(["socks5_handshake_seconds_bucket", {"le": "+Inf"}, 2.0], values)
+        self.assertIn(["socks5_handshake_seconds_sum", {}, 1.5], values)
+        self.assertNotIn("unknown", {kind for kind, _values in found.values()})
+
+    def test_every_name_begins_with_ours_and_has_help(self):
+        text = self.page()
+        names = set(re.findall(r"^# TYPE (\S+)", text, re.M))
+        self.assertEqual(names, set(re.findall(r"^# HELP (\S+) \S", text, re.M)))
+        self.assertEqual([name for name in names if not name.startswith("socks5_")], [])
+
+
+class WhoMayAsk(unittest.TestCase):
+    def test_a_foreign_name_is_refused(self):
+        with status() as (_server, port):
+            for host, code in (("127.0.0.1:%d" % port, 200), ("localhost", 200), ("[::1]:80", 200), ("10.0.0.7", 200),
+                               ("evil.example", 421), ("evil.example:%d" % port, 421), ("127.0.0.1.evil.example", 421),
+                               ("localhost.evil.example", 421), ("[::1].evil.example", 421), ("a b", 421)):
+                for path in ("/", "/metrics", "/sessions", "/healthz"):
+                    with self.subTest(host=host, path=path):
+                        self.assertEqual(get(port, path, Host=host)[0], code)
+
+    def test_what_every_answer_says_to_a_browser(self):
+        with status() as (_server, port):
+            for path in ("/", "/metrics", "/nothing"):
+                headers = get(port, path)[1]
+                self.assertIn("default-src 'none'", headers["Content-Security-Policy"])
+                self.assertNotIn("unsafe", headers["Content-Security-Policy"])
+                self.assertEqual(headers["X-Content-Type-Options"], "nosniff")
+                self.assertNotIn("Set-Cookie", headers)
+            page = get(port, "/")[2]
+            self.assertEqual(re.findall(rb"""(?:src|href)=["']?(?:https?:)?//""", page), [], "no outside asset")
+            self.assertNotIn(b"innerHTML", page)
+
+    def test_get_and_head_only(self):
+        with status() as (_server, port):
+            for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"):
+                code, headers, _body = get(port, "/sessions", method)
+                self.assertEqual((code, headers["Allow"]), (405, "GET, HEAD"))
+            code, headers, body = get(port, "/metrics", "HEAD")
+            self.assertEqual((code, body), (200, b""))
+            self.assertGreater(int(headers["Content-Length"]), 1000)
+
+    def test_a_wrong_parameter_is_told(self):
+        with status() as (_server, port):
+            for query in ("client=x", "command=GET", "state=x", "limit=0", "limit=x", "limit=10001", "nothing=1",
+                          "&".join("a=1" for _ in range(20))):
+                with self.subTest(query):
+                    self.assertEqual(get(port, "/sessions?" + query)[0], 400)
+            self.assertEqual(get(port, "/summary?since=x")[0], 400)
+            self.assertEqual(get(port, "/sessions/x")[0], 404)
+
+    def test_requests_are_bounded(self):
+        with status() as (_server, port):
+            for raw in (b"GET / HTTP/1.1\r\nX: " + b"x" * 10000, b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\n\n",
+                        b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
+                with self.subTest(raw[:20]), dial(port) as sock, contextlib.suppress(ConnectionResetError):
+                    sock.sendall(raw)
+                    self.assertNotIn(b" 200 ", read_to_end(sock)[:20])
+            with contextlib.ExitStack() as stack:
+                silent = [stack.enter_context(dial(port)) for _ in range(web.MOST + 8)]
+                for sock in silent:
+                    sock.sendall(b"GET ")
+                closed = [sock for sock in silent[-8:] if read_or_none(sock) is None]
+                self.assertLess(len(closed), 8, "beyond MOST they are closed at once")
+            wait_until(lambda: code_of(port) == 200, "free again")
+
+    def test_beyond_loopback_only_with_a_password(self):
+        self.assertRaises(ConfigError, Config, status=("0.0.0.0", 9180))
+        self.assertRaises(ConfigError, Config, status=("::", 9180))
+        self.assertEqual(Config(status=("0.0.0.0", 9180), open=True).status[1], 9180)
+        code, _out, err = run_cli("-p", "0", "--status", "0.0.0.0:0")
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("--status 0.0.0.0", err)
+        for count in ("1", "2") if FORKS else ("1",):
+            with self.subTest(workers=count), \
+                    spawned("-w", count, "--status", "0.0.0.0:0", "-u", "bob:right") as server:
+                port = int(server.wait_line(r"status on http://0.0.0.0:(\d+)/$", server.lines).group(1))
+                for user, code in (("bob:right", 200), ("bob:wrong", 401), ("eve:right", 401), ("bob", 401), ("", 401)):
+                    with self.subTest(user):
+                        coded = "Basic " + base64.b64encode(user.encode()).decode()
+                        self.assertEqual(get(port, "/metrics", Authorization=coded)[0], code)
+                status_code, headers, _body = get(port, "/")
+                self.assertEqual((status_code, headers["WWW-Authenticate"][:5]), (401, "Basic"))
+                self.assertEqual(get(port, "/healthz")[0], 200)
+                server.wait_line(r"auth_failed client=127.0.0.1 user='eve'")
+
+    def test_check_says_where_it_would_be(self):
+        self.assertIn("status would be on http://127.0.0.1:9180/, with no password",
+                      run_cli("--check", "--status", "127.0.0.1:9180")[1])
+        self.assertIn("http://[::]:9180/, with a password", run_cli("--check", "--status", "[::]:9180", "-u", "a:b")[1])
+
+    def test_a_port_that_is_taken(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            code, _out, err = run_cli("-p", "0", "--status", "127.0.0.1:%d" % taken.getsockname()[1])
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("cannot listen", err)
+
+
+def read_or_none(sock):
+    sock.settimeout(0.3)
+    try:
+        return sock.recv(1)
+    except socket.timeout:
+        return None
+    except OSError:
+        return b""
+
+
+def code_of(port):
+    try:
+        return get(port, "/healthz")[0]
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+@unittest.skipUnless(FORKS, "this system has no fork")
+class Processes(unittest.TestCase):
+    def test_totals_agree_with_the_log_over_several_workers_and_a_killed_one(self):
+        """10,000 sessions of the issue in a tenth: what is wrong with a thousand is wrong with all."""
+        need(self, os.path.exists("/proc/self/task"), "/proc")
+        closed = closed_port()
+        with target() as echo, status("-w", "3") as (server, port):
+            def some(number):
+                for turn in range(number):
+                    if turn % 5 == 0:
+                        with contextlib.suppress(AssertionError):
+                            connect_through(server.port, "127.0.0.1", closed)
+                    else:
+                        with connect_through(server.port, *echo) as tunnel:
+                            tunnel.sendall(b"x" * (turn % 700))
+                            tunnel.shutdown(socket.SHUT_WR)
+                            read_to_end(tunnel)
+
+            def round_of(number, before):
+                threads = [threading.Thread(target=some, args=(number,)) for _ in range(4)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                wait_until(lambda: len(lines()) == before + 4 * number, "their lines")
+
+            def lines():
+                return [text for text in list(server.log) if " session client=" in text]
+
+            round_of(125, 0)
+            wait_until(lambda: total(port, "socks5_workers") == 3)
+            page = set(children(server.process.pid))
+            victim = int(server_pids(port, server)[0])
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: total(port, "socks5_worker_restarts_total") == 1
+                       and total(port, "socks5_workers") == 3, "another worker")
+            self.assertNotEqual(set(children(server.process.pid)), page)
+            round_of(125, 500)
+            logged = [re.search(r"cmd=(\S+) .* rep=(\S+) up=(\d+) down=(\d+)", text).groups() for text in lines()]
+            wait_until(lambda: total(port, "socks5_connections_total") == 1000)
+            for rep in ("SUCCEEDED", "CONNECTION_REFUSED"):
+                self.assertEqual(total(port, "socks5_connections_total", command="CONNECT", rep=rep),
+                                 sum(found[1] == rep for found in logged))
+            self.assertEqual(total(port, "socks5_bytes_total", direction="up"), sum(int(found[2]) for found in logged))
+            self.assertEqual(total(port, "socks5_bytes_total", direction="down"),
+                             sum(int(found[3]) for found in logged))
+            self.assertEqual(total(port, "socks5_sessions_total"), 1000)
+
+    def test_the_page_comes_back_when_its_process_died(self):
+        need(self, os.path.exists("/proc/self/task"), "/proc")
+        with target() as echo, status("-w", "2") as (server, port), connect_through(server.port, *echo):
+            wait_until(lambda: code_of(port) == 200)
+            page = page_pid(server, port)
+            os.kill(page, signal.SIGKILL)
+            server.wait_line(r"status_died pid=%d how=signal-9" % page)
+            wait_until(lambda: code_of(port) == 200, "another one")
+            self.assertEqual(len(json_of(port, "/sessions")["sessions"]), 1)
+            self.assertEqual(total(port, "socks5_workers"), 2)
+            server.end(signal.SIGKILL)
+            wait_until(lambda: code_of(port) is None, "it ends with its supervisor")
+
+    def test_nothing_of_it_without_the_option(self):
+        need(self, os.path.exists("/proc/self/task"), "/proc")
+        with spawned("-w", "2") as server:
+            wait_until(lambda: len(children(server.process.pid)) == 2)
+        code, out, _err = run_python("import sys, socks5.cli; print('http.server' in sys.modules)")
+        self.assertEqual((code, out.strip()), (0, "False"))
+
+    def test_a_worker_that_is_gone_costs_its_answer_only(self):
+        channel = Channel()
+        with mock.patch("socks5.status.channel.ANSWER_S", 0.05):
+            self.assertEqual(channel.ask({"what": "recent"}).read(), [], "no worker is there")
+        asked = channel.ask({"what": "recent"})
+
+        def answer(query):
+            yield b"1"
+            if query["what"] == "bug":
+                raise ValueError(query)
+            yield b"2"
+
+        worker = threading.Thread(target=channel.answer, args=(answer, lambda: None, 0.02), daemon=True)
+        worker.start()
+        self.assertEqual(asked.read(), [b"1", b"2"], "that of the worker that comes next")
+        with self.assertLogs("socks5.status.channel", "ERROR"):
+            self.assertEqual(channel.ask({"what": "bug"}).read(), [b"1"])
+        self.assertEqual(channel.ask({"what": "recent"}).read(), [b"1", b"2"])
+        channel.close()
+        worker.join(PATIENCE_S)
+        self.assertFalse(worker.is_alive())
+
+
+def server_pids(port, server):
+    """Those of the workers: all children that listen for clients."""
+    return [pid for pid in children(server.process.pid) if pid != page_pid(server, port)]
+
+
+def page_pid(server, port):
+    """The child that has the page's port open."""
+    with open("/proc/net/tcp") as file:
+        inodes = [row.split()[9] for row in file.readlines()[1:]
+                  if row.split()[1].endswith(":%04X" % port) and row.split()[3] == "0A"]
+    for pid in children(server.process.pid):
+        for fd in os.listdir("/proc/%d/fd" % pid):
+            with contextlib.suppress(OSError):
+                if os.readlink("/proc/%d/fd/%s" % (pid, fd)) == "socket:[%s]" % inodes[0]:
+                    return pid
+    return None
+
+
+def run_python(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+class Words(unittest.TestCase):
+    def test_amounts(self):
+        for size, text in ((0, "0 B"), (999, "999 B"), (999.6, "1.0 kB"), (1500, "1.5 kB"), (99960, "100 kB"),
+                           (1e6, "1.0 MB"), (12.3e9, "12.3 GB"), (1e30, "1000000000000000 PB")):
+            self.assertEqual(line.amount(size), text)
+
+    def test_the_line(self):
+        self.assertEqual(line.text((10.0, 0, 1000, 5, 2), (12.0, 3000, 1000, 9, 1)),
+                         "1 session   2 conn/s   up 1.5 kB/s   down 0 B/s   total 9 conn, up 3.0 kB, down 1.0 kB")
+
+    def test_the_log_erases_the_line_first(self):
+        written = []
+
+        def write(data):                                # takes six bytes at a time
+            written.append(data[:6])
+            return len(data[:6])
+
+        both = log.after(b"\r!", write)
+        self.assertEqual(both(b"abcdefgh"), 4)
+        self.assertEqual(both(b"efgh"), 4)
+        self.assertEqual(written, [b"\r!abcd", b"\r!efgh"])
+        self.assertIs(log.after(b"", write), write)
+
+    def test_sessions_given_in_all_processes(self):
+        shared = Shared(2)
+        for row in (0, 1, 1):
+            shared.row(row).number()
+        self.assertEqual(shared.given(), 3)
+
+
+@unittest.skipUnless(hasattr(os, "openpty"), "this system has no terminals")
+class Terminal(unittest.TestCase):
+    def server_on(self, *args, **env):
+        """Start our server on a terminal: (wait for a pattern in its output, end it and give all output)."""
+        ours, theirs = os.openpty()
+        self.addCleanup(os.close, ours)
+        environ = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", *args], stdin=theirs,
+                                   stdout=theirs, stderr=theirs, env={**environ, "TERM": "xterm", **env})
+        os.close(theirs)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        seen = bytearray()
+
+        def wait_for(pattern):
+            deadline = time.monotonic() + PATIENCE_S
+            while not re.search(pattern, seen):
+                self.assertLess(time.monotonic(), deadline, bytes(seen))
+                try:
+                    seen.extend(os.read(ours, 4096))
+                except OSError:                                 # the other end is closed
+                    self.assertRegex(bytes(seen), pattern)
+            return re.search(pattern, seen)
+
+        def end():
+            process.terminate()
+            with contextlib.suppress(OSError):
+                while True:
+                    data = os.read(ours, 4096)
+                    if not data:
+                        break
+                    seen.extend(data)
+            self.assertEqual(process.wait(PATIENCE_S), 0)
+            return bytes(seen)
+        return wait_for, end
+
+    def test_the_line_renews_itself_and_is_gone_at_the_end(self):
+        for count in ("1", "2") if FORKS else ("1",):
+            with self.subTest(workers=count), target() as echo:
+                wait_for, end = self.server_on("-w", count)
+                port = int(wait_for(rb"listening on 127.0.0.1:(\d+)\r\n").group(1))
+                wait_for(rb"try it: curl --socks5-hostname 127.0.0.1:%d " % port)
+                wait_for(rb"\r\x1b\[K0 sessions   0 conn/s ")
+                with connect_through(port, *echo) as tunnel:
+                    tunnel.sendall(b"x" * 1000)
+                    wait_for(rb"\r\x1b\[K1 session .*total 1 conn, up 1.0 kB, down")
+                wait_for(rb"\r\x1b\[K[^\n]* INFO session client=[^\n]*\r\n")
+                wait_for(rb"\r\x1b\[K0 sessions .*total 1 conn")
+                self.assertRegex(end(), rb"\r\x1b\[K(?:\r\x1b\[K[^\r]*\r\n)*$")
+
+    def test_where_it_is_not(self):
+        ends = []
+        for args, env in ((["-q"], {}), (["-v"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})):
+            wait_for, end = self.server_on("-w", "1", *args, **env)
+            wait_for(rb"listening on")
+            ends.append(end)
+        time.sleep(1.3)             # no event tells that it does not come: it would within a second
+        for end in ends:
+            self.assertNotIn(b"\x1b", end())
+        with spawned() as server:
+            server.end()
+            self.assertEqual([text for text in server.lines + server.log if "try it" in text or "\x1b" in text], [])
+
+
+if __name__ == "__main__":
+    unittest.main()
