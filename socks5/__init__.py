@@ -1,5 +1,6 @@
 """A SOCKS5 proxy server. Its modules in reading order; a folder imports only from those above it:
 
+    values            the values of options, parsed from text
     config            every option once: name, unit, default, help text
 
     protocol/         bytes to messages and back: no socket, no thread, no decision
@@ -102,9 +103,11 @@ The words of this package:
 """
 __version__ = "0.1.0"
 
+from .commands.authorize import Authorizer
 from .config import Config, ConfigError
 from .protocol.errors import ProtocolError, RequestRefused, SocksError
 from .server.handler import Handler
 from .server.server import Server
 
-__all__ = ["Config", "ConfigError", "Handler", "ProtocolError", "RequestRefused", "Server", "SocksError", "__version__"]
+__all__ = ["Authorizer", "Config", "ConfigError", "Handler", "ProtocolError", "RequestRefused", "Server", "SocksError",
+           "__version__"]

@@ -15,7 +15,8 @@ from . import __version__, log as logs, selftest
 from .access.check import report, warnings
 from .access.files import open_file
 from .access.users import line_for
-from .config import GROUPS, SAME, Config, ConfigError, from_environment, long_flag, options, parse
+from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+from .values import SAME
 from .net import listeners as listening
 from .net.addresses import IP, Endpoint, endpoint_of, is_here
 from .process import files, identity, signals, supervisor as workers

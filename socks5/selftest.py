@@ -20,7 +20,8 @@ from . import client
 from .access.rules import parse_lines
 from .client import HostPort, User
 from .commands.dialogue import Gssapi
-from .config import ANY_SERVICE, Config
+from .config import Config
+from .values import ANY_SERVICE
 from .net import listeners as listening
 from .protocol.codes import Rep
 from .protocol.errors import ProxyError

@@ -319,6 +319,11 @@ def free_ports(number, *hosts, kind=socket.SOCK_STREAM):
             return low
 
 
+def authorizing(authorizer):
+    """A Handler class whose clients are authorized by this one."""
+    return type("Handler", (socks5.Handler,), {"AuthorizerClass": authorizer})
+
+
 def closed_port(*hosts):
     """A port on which nothing listens, on none of these addresses."""
     return free_ports(1, *hosts)

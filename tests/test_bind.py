@@ -22,8 +22,9 @@ from socks5.net.poller import SelectPoll
 from socks5.net.shares import ANY_PORT
 from socks5.protocol.messages import Address, Reply, Request
 
-from .support import (FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, ask, descriptors, dial, free_ports, logging_of, need,
-                      need_program, negotiate, read_to_end, reader_of, reset, running, spawned, threads, wait_until)
+from .support import (FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, ask, authorizing, descriptors, dial, free_ports,
+                      logging_of, need, need_program, negotiate, read_to_end, reader_of, reset, running, spawned,
+                      threads, wait_until)
 
 LOCAL = ("127.0.0.1", 0)
 
@@ -133,14 +134,14 @@ class ExpectedPeers(unittest.TestCase):
     def test_rules_are_asked_about_the_expected_peer(self):
         asked = []
 
-        class Ruled(socks5.Handler):
+        class Ruled(socks5.Authorizer):
             def permitted(self, cmd, host, port, addresses):
                 asked.append(list(map(str, addresses)))
                 if port == 22:
                     raise RequestRefused(Rep.NOT_ALLOWED, "by the test")
                 return addresses
 
-        with running(Ruled) as server:
+        with running(authorizing(Ruled)) as server:
             client.bind(server.server_address, ("127.0.0.1", 21)).close()
             client.bind(server.server_address, ("0.0.0.0", 21)).close()
             with self.assertRaises(ProxyError) as caught:

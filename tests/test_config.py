@@ -4,59 +4,60 @@ import random
 import unittest
 from ipaddress import ip_network
 
-from socks5 import config
-from socks5.config import GROUPS, Config, ConfigError, Upstream, from_environment, long_flag, options, parse
+from socks5 import values
+from socks5.config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
+from socks5.values import Upstream
 from socks5.net import shares
 
 # For each kind of value: a text, and what it stands for. No default of any option is among them.
 SAMPLES = {
     bool: ("yes", True),
-    config.seconds: ("7.5", 7.5),
-    config.count: ("7", 7),
-    config.workers: ("7", 7),
-    config.port: ("7", 7),
-    config.port_range: ("7000-7009", (7000, 7009)),
-    config.address: ("::1", "::1"),
-    config.own_address: ("192.0.2.7", "192.0.2.7"),
-    config.out_address: ("same", "same"),
-    config.upstream: ("up=socks5://al:s%3Acret@[::1]:1081", Upstream("up", "::1", 1081, (b"al", b"s:cret"))),
-    config.network: ("192.0.2.0/24", ip_network("192.0.2.0/24")),
-    config.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
-    config.path: ("/no/such/file", "/no/such/file"),
-    config.user_group: ("daemon:nogroup", "daemon:nogroup"),
-    config.log_format: ("json", "json"),
-    config.service: ("sockd@proxy.example.org", "sockd@proxy.example.org"),
-    config.protection: ("integrity", "integrity"),
-    config.endpoint: ("[::1]:9180", ("::1", 9180)),
+    values.seconds: ("7.5", 7.5),
+    values.count: ("7", 7),
+    values.workers: ("7", 7),
+    values.port: ("7", 7),
+    values.port_range: ("7000-7009", (7000, 7009)),
+    values.address: ("::1", "::1"),
+    values.own_address: ("192.0.2.7", "192.0.2.7"),
+    values.out_address: ("same", "same"),
+    values.upstream: ("up=socks5://al:s%3Acret@[::1]:1081", Upstream("up", "::1", 1081, (b"al", b"s:cret"))),
+    values.network: ("192.0.2.0/24", ip_network("192.0.2.0/24")),
+    values.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
+    values.path: ("/no/such/file", "/no/such/file"),
+    values.user_group: ("daemon:nogroup", "daemon:nogroup"),
+    values.log_format: ("json", "json"),
+    values.service: ("sockd@proxy.example.org", "sockd@proxy.example.org"),
+    values.protection: ("integrity", "integrity"),
+    values.endpoint: ("[::1]:9180", ("::1", 9180)),
 }
 WRONG = {
     bool: ("", "maybe", "2", "y", "yes no"),
-    config.seconds: ("", "x", "-1", "-0.001", "nan", "-nan", "inf", "1e10", "2000001", "10s", "1,5", "0x10", "1 0"),
-    config.count: ("", "x", "-1", "1.5", "1e3", "0x10", "inf", "nan", str((1 << 31) + 1), "9" * 5000),
-    config.workers: ("", "x", "Auto", "-1", "1.5", "257", "9" * 5000),
-    config.port: ("", "x", "-1", "65536", "80.0", "http", "1080 1081", "9" * 5000),
-    config.port_range: ("", "-", "x", "0", "0-9", "9-8", "1-65536", "-5", "1-2-3", "1-x", "7,8"),
-    config.address: ("", "x", "256.0.0.1", "127.0.0.1:80", "[::1]", "::1/64", "127.1", "127.0.0.1%lo", "%lo",
+    values.seconds: ("", "x", "-1", "-0.001", "nan", "-nan", "inf", "1e10", "2000001", "10s", "1,5", "0x10", "1 0"),
+    values.count: ("", "x", "-1", "1.5", "1e3", "0x10", "inf", "nan", str((1 << 31) + 1), "9" * 5000),
+    values.workers: ("", "x", "Auto", "-1", "1.5", "257", "9" * 5000),
+    values.port: ("", "x", "-1", "65536", "80.0", "http", "1080 1081", "9" * 5000),
+    values.port_range: ("", "-", "x", "0", "0-9", "9-8", "1-65536", "-5", "1-2-3", "1-x", "7,8"),
+    values.address: ("", "x", "256.0.0.1", "127.0.0.1:80", "[::1]", "::1/64", "127.1", "127.0.0.1%lo", "%lo",
                      "example.com"),
-    config.own_address: ("", "x", "0.0.0.0", "::", "fe80::1%lo", "192.0.2.0/24", "example.com"),
-    config.out_address: ("", "x", "Same", "0.0.0.0", "::", "127.0.0.1", "::1", "fe80::1", "fe80::1%lo", "169.254.1.1",
+    values.own_address: ("", "x", "0.0.0.0", "::", "fe80::1%lo", "192.0.2.0/24", "example.com"),
+    values.out_address: ("", "x", "Same", "0.0.0.0", "::", "127.0.0.1", "::1", "fe80::1", "fe80::1%lo", "169.254.1.1",
                          "224.0.0.1", "192.0.2.0/24", "192.0.2.1,192.0.2.2", "example.com"),
-    config.upstream: ("", "x", "192.0.2.1:1080", "http://192.0.2.1:1080", "socks5://192.0.2.1",
+    values.upstream: ("", "x", "192.0.2.1:1080", "http://192.0.2.1:1080", "socks5://192.0.2.1",
                       "socks5://192.0.2.1:0",
                       "socks5://192.0.2.1:65536", "socks5://192.0.2.256:1080", "socks5://::1:1080",
                       "socks5://[::x]:1080",
                       "socks5://:1080", "socks5://a b:1080", "socks5://alice@h:1080", "socks5://:x@h:1080",
                       "socks5://alice:@h:1080", "socks5://a:b@c@h:1080", "direct=socks5://h:1080", "a b=socks5://h:1",
                       "socks5://" + "a" * 256 + ":x@h:1", "socks5://h:1080/path"),
-    config.network: ("", "x", "192.0.2.1/24", "192.0.2.0/33", "::/129", "example.com", "192.0.2.0-192.0.2.9"),
-    config.credentials: ("", ":", "alice", "alice:", ":secret", "a" * 256 + ":x", "x:" + "a" * 256,
+    values.network: ("", "x", "192.0.2.1/24", "192.0.2.0/33", "::/129", "example.com", "192.0.2.0-192.0.2.9"),
+    values.credentials: ("", ":", "alice", "alice:", ":secret", "a" * 256 + ":x", "x:" + "a" * 256,
                          "\u20ac" * 86 + ":x"),
-    config.path: ("", "a\0b"),
-    config.user_group: ("", ":", "daemon:", ":daemon", "a:b:c", "a\x7fb"),
-    config.log_format: ("", "xml", "JSON", "text json"),
-    config.service: ("", "@", "@host", "sockd@", "a b", "a\tb", "sockd@a@b", "sockd/host", "a\0b"),
-    config.protection: ("", "none", "Clear", "selective", "2"),
-    config.endpoint: ("", "9180", ":9180", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "::1:9180", "[127.0.0.1]:9180",
+    values.path: ("", "a\0b"),
+    values.user_group: ("", ":", "daemon:", ":daemon", "a:b:c", "a\x7fb"),
+    values.log_format: ("", "xml", "JSON", "text json"),
+    values.service: ("", "@", "@host", "sockd@", "a b", "a\tb", "sockd@a@b", "sockd/host", "a\0b"),
+    values.protection: ("", "none", "Clear", "selective", "2"),
+    values.endpoint: ("", "9180", ":9180", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", "::1:9180", "[127.0.0.1]:9180",
                       "[::1]", "host:9180", "127.0.0.1:65536"),
 }
 
@@ -100,7 +101,7 @@ class Options(unittest.TestCase):
             if item.name.endswith("_timeout"):
                 with self.subTest(item.name):
                     self.assertEqual((item.metadata["kind"], type(item.default), item.metadata["metavar"]),
-                                     (config.seconds, float, "S"))
+                                     (values.seconds, float, "S"))
 
     def test_defaults_are_the_designs(self):
         defaults = Config()
@@ -148,10 +149,10 @@ class Parse(unittest.TestCase):
         self.assertTrue(line.isprintable(), "not one line of text: %r" % line[:200])
 
     def test_limits(self):
-        for kind, text, value in ((config.port, "0", 0), (config.port, "65535", 65535), (config.count, "0", 0),
-                                  (config.seconds, "0", 0.0), (config.seconds, "1e3", 1000.0),
-                                  (config.seconds, "0.05", 0.05), (config.seconds, "2000000", 2e6),
-                                  (config.port_range, "1-65535", (1, 65535)), (config.port_range, "80", (80, 80))):
+        for kind, text, value in ((values.port, "0", 0), (values.port, "65535", 65535), (values.count, "0", 0),
+                                  (values.seconds, "0", 0.0), (values.seconds, "1e3", 1000.0),
+                                  (values.seconds, "0.05", 0.05), (values.seconds, "2000000", 2e6),
+                                  (values.port_range, "1-65535", (1, 65535)), (values.port_range, "80", (80, 80))):
             with self.subTest(kind.__name__, text=text):
                 self.assertEqual(kind(text), value)
 
@@ -159,13 +160,13 @@ class Parse(unittest.TestCase):
         for text, value in (("localhost", "127.0.0.1"), ("0.0.0.0", "0.0.0.0"), ("::", "::"),
                             ("fe80::1%eth0", "fe80::1%eth0"), ("::ffff:127.0.0.1", "::ffff:127.0.0.1")):
             with self.subTest(text):
-                self.assertEqual(config.address(text), value)
+                self.assertEqual(values.address(text), value)
 
     def test_networks(self):
         for text, value in (("192.0.2.7", "192.0.2.7/32"), ("::1", "::1/128"), ("0.0.0.0/0", "0.0.0.0/0"),
                             ("::/0", "::/0"), ("::ffff:192.0.2.0/120", "192.0.2.0/24"), ("::ffff:0:0/96", "0.0.0.0/0")):
             with self.subTest(text):
-                self.assertEqual(config.network(text), ip_network(value))
+                self.assertEqual(values.network(text), ip_network(value))
 
     def test_credentials(self):
         for name, text, pair in (("plain", "a:b", ("a", "b")), ("colons", "a:b:c:", ("a", "b:c:")),
@@ -174,7 +175,7 @@ class Parse(unittest.TestCase):
                                  ("255 bytes each", "a" * 255 + ":" + "b" * 255, ("a" * 255, "b" * 255)),
                                  ("85 characters, 255 bytes", "\u20ac" * 85 + ":x", ("\u20ac" * 85, "x"))):
             with self.subTest(name):
-                self.assertEqual(config.credentials(text), pair)
+                self.assertEqual(values.credentials(text), pair)
 
     def test_upstreams(self):
         for text, upstream in (
@@ -184,11 +185,11 @@ class Parse(unittest.TestCase):
                 ("socks5://al:with:colon@[::1]:1", Upstream("upstream", "::1", 1, (b"al", b"with:colon"))),
                 ("socks5://\u20ac:\udcff@h:1", Upstream("upstream", "h", 1, (b"\xe2\x82\xac", b"\xff")))):
             with self.subTest(text):
-                self.assertEqual(config.upstream(text), upstream)
+                self.assertEqual(values.upstream(text), upstream)
                 self.assertNotIn("with:colon", repr(Config(upstream=(upstream,))) + repr(upstream) + str(upstream))
 
     def test_the_upstream_of_a_rule(self):
-        plain, office = config.upstream("socks5://192.0.2.1:1080"), config.upstream("office=socks5://192.0.2.2:1080")
+        plain, office = values.upstream("socks5://192.0.2.1:1080"), values.upstream("office=socks5://192.0.2.2:1080")
         both = Config(upstream=(plain, office))
         self.assertEqual([both.upstream_of(via) for via in (None, "upstream", "office", "direct")],
                          [plain, plain, office, None])
@@ -235,11 +236,11 @@ class EachPort(unittest.TestCase):
 
 class Environment(unittest.TestCase):
     def test_users(self):
-        for text, values in ((None, {}), ("", {}), (",,", {}), ("alice:secret", {"user": (("alice", "secret"),)}),
-                             ("alice:s:1,bob:x", {"user": (("alice", "s:1"), ("bob", "x"))}),
-                             ("alice:secret,", {"user": (("alice", "secret"),)})):
+        for text, given in ((None, {}), ("", {}), (",,", {}), ("alice:secret", {"user": (("alice", "secret"),)}),
+                            ("alice:s:1,bob:x", {"user": (("alice", "s:1"), ("bob", "x"))}),
+                            ("alice:secret,", {"user": (("alice", "secret"),)})):
             with self.subTest(text):
-                self.assertEqual(from_environment({} if text is None else {"SOCKS5_USERS": text}), values)
+                self.assertEqual(from_environment({} if text is None else {"SOCKS5_USERS": text}), given)
 
     def test_upstreams(self):
         self.assertEqual(from_environment({"SOCKS5_UPSTREAM": "socks5://h:1,b=socks5://c:d@i:2,"}), {
@@ -274,11 +275,11 @@ class WholeConfig(unittest.TestCase):
                 self.assertRaises(ConfigError, Config, listen=("0.0.0.0",), allow_from=networks)
 
     def test_what_makes_a_proxy_beyond_loopback_safe(self):
-        for name, values in (("users", {"user": (("a", "b"),)}), ("a users file", {"users": "file"}),
-                             ("rules", {"rules": "file"}),
-                             ("one network", {"allow_from": (ip_network("192.0.2.0/24"),)}), ("open", {"open": True})):
+        for name, given in (("users", {"user": (("a", "b"),)}), ("a users file", {"users": "file"}),
+                            ("rules", {"rules": "file"}),
+                            ("one network", {"allow_from": (ip_network("192.0.2.0/24"),)}), ("open", {"open": True})):
             with self.subTest(name):
-                self.assertEqual(Config(listen=("::",), **values).listen, ("::",))
+                self.assertEqual(Config(listen=("::",), **given).listen, ("::",))
 
     def test_loopback_needs_nothing(self):
         for listen in ("127.0.0.1", "127.8.9.10", "::1", "::1%lo"):
@@ -292,7 +293,7 @@ class WholeConfig(unittest.TestCase):
         for out, version in ((("192.0.2.1", "192.0.2.2"), 4), (("2001:db8::1", "same", "2001:db8::2"), 6)):
             with self.subTest(out), self.assertRaisesRegex(ConfigError, "^--out: more than one IPv%d add" % version):
                 Config(out=out)
-        self.assertEqual(config.out_address("::ffff:192.0.2.1"), "192.0.2.1")
+        self.assertEqual(values.out_address("::ffff:192.0.2.1"), "192.0.2.1")
 
     def test_no_address(self):
         with self.assertRaises(ConfigError) as caught:

@@ -381,12 +381,12 @@ class Deadline(Case):
         """A target that takes longer than the handshake may: here the handler is held up until that time is over."""
         over = threading.Event()
 
-        class Slow(socks5.Handler):
+        class Slow(socks5.Authorizer):
             def permitted(self, *args):
                 over.wait(PATIENCE_S)
                 return super().permitted(*args)
 
-        with target() as destination, running(Slow, handshake_timeout=1) as server, \
+        with target() as destination, running(support.authorizing(Slow), handshake_timeout=1) as server, \
                 dial(server.server_address) as client, dial(server.server_address) as late:
             client.sendall(ANYBODY + connect_to(destination) + b"hello")
             self.assertEqual(reader_of(client)(2), b"\x05\x00")

@@ -349,10 +349,10 @@ class SessionEnded(Case):
         self.check("handshake time-out", "handshake timeout", says(ANYBODY[:1]), handshake_timeout=0.3)
         self.check("left", "client", says(ANYBODY[:1], leave=True))
 
-        class Buggy(socks5.Handler):
+        class Buggy(socks5.Authorizer):
             def permitted(self, *args):
                 return 1 // 0
-        self.check("bug", "server", says(ANYBODY + refused), Buggy)
+        self.check("bug", "server", says(ANYBODY + refused), support.authorizing(Buggy))
 
         def stays(server):
             self.stack.enter_context(dial(server.server_address)).sendall(ANYBODY[:1])

@@ -9,14 +9,14 @@ from tests import support
 PACKAGE = support.ROOT / "socks5"
 DOORS = {"__init__", "__main__"}            # of the package: test_main.py has both
 MOST_LINES = 400                            # of a module; 300 is what to aim for
-MOST_MODULES = 9                            # in a folder
+MOST_MODULES = 10                           # in a folder
 
 # DESIGN's order: a module imports from its own folder and from lines above, never from below.
-ORDER = ("config", "protocol", "access", "net", "relay", "commands", "server", "process", "status", "client", "log",
-         "selftest", "cli")
-ALONE = {"config", "protocol"}              # import nothing of ours from outside of their own line
+ORDER = ("values", "config", "protocol", "access", "net", "relay", "commands", "server", "process", "status", "client",
+         "log", "selftest", "cli")
+ALONE = {"values", "protocol"}              # import nothing of ours from outside of their own line
 SOCKETS = {"socket", "select", "selectors", "threading", "socketserver", "asyncio", "ssl"}
-WITHOUT_SOCKETS = {"config", "protocol"}
+WITHOUT_SOCKETS = {"values", "config", "protocol"}
 
 TOP_LEVEL = {"setup.cfg", "pyproject.toml", "socks5_server.py", "socks5", "tests", "Makefile", "README.rst", "LICENSE",
              ".ci", ".gitignore"}

@@ -514,13 +514,13 @@ class Package(unittest.TestCase):
         self.assertEqual(asked, ["127.0.0.1", "127.0.0.1"])
 
     def test_handler_subclass_decides_what_may_be_reached(self):
-        class Strict(socks5.Handler):
+        class Strict(socks5.Authorizer):
             def permitted(self, cmd, host, port, addresses):
                 if port == 25:
                     raise socks5.RequestRefused(Rep.NOT_ALLOWED, "no mail from here")
                 return super().permitted(cmd, host, port, addresses)
 
-        with running(Strict) as server, target() as destination:
+        with running(support.authorizing(Strict)) as server, target() as destination:
             with support.logging_of(self) as logs, dial(server.server_address) as client:
                 support.negotiate(client)
                 self.assertEqual(support.ask(client, Cmd.CONNECT, "127.0.0.1", 25), Reply(Rep.NOT_ALLOWED))
@@ -531,11 +531,11 @@ class Package(unittest.TestCase):
                 self.assertTrue(echoes(tunnel))
 
     def test_a_bug_in_a_handler_is_logged_as_one_and_ends_its_client_only(self):
-        class Buggy(socks5.Handler):
+        class Buggy(socks5.Authorizer):
             def permitted(self, cmd, host, port, addresses):
                 return addresses if port != 25 else 1 // 0
 
-        with running(Buggy) as server, target() as destination:
+        with running(support.authorizing(Buggy)) as server, target() as destination:
             with self.assertLogs("socks5", "ERROR") as logs, dial(server.server_address) as client:
                 support.negotiate(client)
                 client.sendall(Request(Cmd.CONNECT, address("127.0.0.1", 25)).pack())

@@ -28,7 +28,7 @@ from socks5.net.poller import SelectPoll
 from socks5.protocol.messages import Datagram
 
 from .support import (
-    FAR, HAS_IPV6, NEAR, OTHER_THREADS, PATIENCE_S, TwoHosts, address, ask, closed_port, descriptors, dial,
+    FAR, HAS_IPV6, NEAR, OTHER_THREADS, PATIENCE_S, TwoHosts, address, ask, authorizing, closed_port, descriptors, dial,
     free_ports, need, need_program, negotiate, reset, running, spawned, threads, wait_until)
 
 MOST = 65507                        # of a UDP datagram over IPv4: 65,535 less the headers
@@ -428,7 +428,7 @@ class Dropped(unittest.TestCase):
         self.assertIn("why='dropped: %d bad header'" % len(bad), line[0])
 
     def test_reasons(self):
-        class Strict(socks5.Handler):
+        class Strict(socks5.Authorizer):
             def permits_datagram(self, address, port, name):
                 return port != 9
 
@@ -438,7 +438,7 @@ class Dropped(unittest.TestCase):
                  ("unresolved", Datagram(address(b"127.0.0.1\0.example", 7), b"x")),
                  ("unresolved", Datagram(address(b"a..b", 7), b"x")),
                  ("unresolved", Datagram(address(b" ", 7), b"x"))]
-        with running(Strict) as server, remote() as where:
+        with running(authorizing(Strict)) as server, remote() as where:
             for reason, datagram in cases:
                 with self.subTest(reason, dst=str(datagram.dst)):
                     with session_line(self, server) as line, associated(server) as udp:
@@ -450,11 +450,11 @@ class Dropped(unittest.TestCase):
     def test_a_rule_that_changes_is_in_force_at_once(self):
         allowed = [True]
 
-        class Moody(socks5.Handler):
+        class Moody(socks5.Authorizer):
             def permits_datagram(self, address, port, name):
                 return allowed[0] or port != where[1]
 
-        with running(Moody) as server, remote() as where, remote() as other, associated(server) as udp:
+        with running(authorizing(Moody)) as server, remote() as where, remote() as other, associated(server) as udp:
             exchange(self, udp, where)
             allowed[0] = False
             server.rules = type(server.rules)(server.config)

@@ -12,7 +12,8 @@ from unittest import mock
 from socks5 import client
 from socks5.access.check import report
 from socks5.access.rules import Asker, Rules, parse_lines
-from socks5.config import Config, upstream
+from socks5.config import Config
+from socks5.values import upstream
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError
 

@@ -19,7 +19,8 @@ from socks5.access.logins import Logins, Verdict, origin_of
 from socks5.access.passwords import Hash, Wait
 from socks5.access.users import Users, choose
 from socks5.protocol.codes import Cmd, Method, Rep
-from socks5.config import Config, ConfigError, credentials
+from socks5.config import Config, ConfigError
+from socks5.values import credentials
 from socks5.net.addresses import subscriber
 from socks5.protocol.messages import Greeting, Login, LoginStatus, Reply, Request, Selection
 from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, read_to_end, reader_of, reset, run_cli,

@@ -5,7 +5,8 @@ from ipaddress import ip_address
 from typing import List, Tuple
 
 from .users import Users
-from ..config import ANY_SERVICE, DEFAULT_UPSTREAM, Config
+from ..config import Config
+from ..values import ANY_SERVICE, DEFAULT_UPSTREAM
 from .rules import Rules
 from ..protocol.fields import text
 from ..protocol.messages import Address

@@ -14,7 +14,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..protocol.codes import Cmd
-from ..config import DIRECT, Config, ConfigError, Network, Upstream, network
+from ..config import Config, ConfigError
+from ..values import DIRECT, Network, Upstream, network
 from .files import read_lines
 from ..protocol.fields import Host
 

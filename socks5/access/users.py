@@ -10,7 +10,8 @@ import stat
 from typing import TYPE_CHECKING, Dict, Iterable, List, Optional, Set, Tuple
 
 from ..protocol.codes import Method
-from ..config import ANY_SERVICE, Config, ConfigError
+from ..config import Config, ConfigError
+from ..values import ANY_SERVICE
 from ..protocol.errors import GssError
 from .files import read_lines
 from .logins import Logins

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address
 from typing import Callable, List, Optional, Sequence, Set, Tuple
 
 from ..access.rules import Asker, Rules
-from ..config import Upstream
+from ..values import Upstream
 from ..net.addresses import IP, Endpoint, is_here
 from ..net.resolver import name_in, normalise
 from ..protocol.codes import Cmd, Rep

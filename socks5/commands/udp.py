@@ -26,7 +26,7 @@ from ..protocol.errors import RequestRefused, name_of, rep_of
 from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
-from ..config import Upstream
+from ..values import Upstream
 from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, our_end, remember, send
 from .enveloped import EnvelopedSocket
 from .fragments import Fragments
@@ -42,7 +42,7 @@ BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
 
 
 class Association:
-    """The relay between one client and the remotes that it sends to.
+    """The relay between one client and the remotes that it sends to. Raises RequestRefused without a socket or port.
 
     control      the TCP connection, whose end is the association's; what arrives on it is read and ignored
     client       the client's address: datagrams are taken from there only, and from the port of the first good one
@@ -60,8 +60,6 @@ class Association:
     up, down     payload bytes relayed, and `datagrams`: [up, down]
     dropped      datagrams that were not, by reason
     ended_by     "client" or "idle"; `why` is the error that ended it, or ""
-
-    Raises RequestRefused when there is no socket or no port for it.
     """
 
     def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
@@ -96,13 +94,10 @@ class Association:
         self._poll = new_poll()
         inside = self._open(our_end(control, client))
         self._inside: Any = EnvelopedSocket(inside, envelope, self.client) if envelope else inside
-        self._watch(control)
-        self._watch(self._inside)
-        self._linked: Dict[int, Link] = {}                  # by each of their two descriptors
-        for link in self.links.values():
-            for sock in (link.sock, link.control):
-                self._linked[sock.fileno()] = link
-                self._watch(sock)
+        linked = [(sock, link) for link in self.links.values() for sock in (link.sock, link.control)]
+        self._linked = {sock.fileno(): link for sock, link in linked}
+        for sock in (control, self._inside, *(sock for sock, _link in linked)):
+            self._watch(sock)
         here = self._inside.getsockname()
         self.bnd = Endpoint(advertised(advertise, ip_of(here)), here[1])
 

@@ -10,7 +10,7 @@ import socket
 from time import monotonic
 from typing import Callable, Counter, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from ..config import Upstream
+from ..values import Upstream
 from ..net.addresses import IP, Endpoint, Sockaddr, family_of, is_here
 from ..net.listeners import tune
 from ..net.resolver import normalise

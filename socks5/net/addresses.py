@@ -9,7 +9,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
-from ..config import SAME
+from ..values import SAME
 
 from ..protocol.fields import IPv4, IPv6
 

@@ -22,7 +22,8 @@ from ..commands.bind import PeerWait, Rendezvous, expected
 from ..commands.connect import Source, connect
 from ..commands.udp import Association
 from ..commands.upstream import Chain, Links
-from ..config import Config, Upstream
+from ..config import Config
+from ..values import Upstream
 from ..net.addresses import IP, Endpoint, endpoint_of, ip_of, leaving
 from ..net.listeners import tune
 from ..net.lookups import Names
@@ -75,6 +76,7 @@ class Handler(StreamRequestHandler):
     `finish` is called when the tunnel stands, not when the session is over (that is Server.session_ended).
     """
 
+    AuthorizerClass = Authorizer                    # to be replaced where you decide what may be reached
     server: Service                                             # type: ignore[assignment]
     request: socket.socket
 
@@ -101,7 +103,8 @@ class Handler(StreamRequestHandler):
         try:
             self.negotiate()                                    # §3 METHOD, then its sub-negotiation
             server = self.server
-            self.may = Authorizer(session.client, session.user, lambda: server.rules, server.server_address[1])
+            self.may = self.AuthorizerClass(session.client, session.user, lambda: server.rules,
+                                            server.server_address[1])
             try:
                 request = self.take(Request)                    # §4
                 self.server.sessions.negotiated(session)

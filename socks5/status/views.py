@@ -10,7 +10,7 @@ from itertools import islice
 from time import monotonic, sleep
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Type
 
-from ..config import network
+from ..values import network
 from ..protocol.codes import Rep
 from ..protocol.messages import Address, Reply
 from ..protocol.trace import DOWN, SECOND_REPLY, TITLES, UP, Message, explained, meaning

@@ -27,7 +27,7 @@ from urllib.parse import parse_qsl, urlsplit
 from ..access.logins import Verdict, origin_of as login_origin
 from ..access.passwords import Wait
 from ..access.users import Users
-from ..config import network
+from ..values import network
 from ..net.addresses import endpoint_of, origin_of
 from ..protocol.codes import Cmd
 from ..protocol.facts import Facts

@@ -1,0 +1,196 @@
+"""The values of options: parse them from text. Each parser raises ValueError with the reason."""
+from __future__ import annotations
+
+import re
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Callable, NamedTuple, Optional, Tuple, TypeVar, Union
+from urllib.parse import unquote_to_bytes
+
+N = TypeVar("N", int, float)
+Network = Union[IPv4Network, IPv6Network]
+MAX_S = 2000000             # 23 days: poll() counts milliseconds in 31 bits
+ANY_SERVICE = "any"
+SAME = "same"               # of --out
+DIRECT = "direct"           # in a rule: not through an upstream
+DEFAULT_UPSTREAM = "upstream"           # the name of an upstream without one: rules that name none lead there
+UPSTREAM = re.compile(r"(?:([A-Za-z0-9_-]{1,64})=)?socks5h?://(?:([^@/\s]*)@)?"
+                      r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]{1,253})):([0-9]{1,5})/?", re.ASCII)
+
+
+def seconds(text: str) -> float:
+    return _number(float, text, MAX_S, "a number of seconds from 0 to %d" % MAX_S)
+
+
+def count(text: str) -> int:
+    return _number(int, text, 1 << 31, "a whole number from 0 to %d" % (1 << 31))
+
+
+def workers(text: str) -> int:
+    return 0 if text == "auto" else _number(int, text, 256, "a number of processes from 1 to 256, or auto")
+
+
+def port(text: str) -> int:
+    return _number(int, text, 65535, "a port from 0 to 65535")
+
+
+def _number(kind: Callable[[str], N], text: str, maximum: float, expected: str) -> N:
+    try:
+        value = kind(text)
+        if 0 <= value <= maximum:               # false for NaN
+            return value
+    except ValueError:
+        pass
+    raise ValueError("%r is not %s" % (text, expected))
+
+
+def port_range(text: str) -> Tuple[int, ...]:
+    """Parse a range of ports A-B, both included, as (A, B). A single port A gives (A, A)."""
+    low, _, high = text.partition("-")
+    try:
+        ports = int(low), int(high or low)
+    except ValueError:
+        ports = 0, 0
+    if not 1 <= ports[0] <= ports[1] <= 65535:
+        raise ValueError("%r is not a range of ports A-B within 1 to 65535" % text)
+    return ports
+
+
+def address(text: str) -> str:
+    """Parse an IP address to listen on. An IPv6 address may have a scope: fe80::1%eth0."""
+    if text == "localhost":
+        return "127.0.0.1"
+    host, percent, _scope = text.partition("%")         # Python 3.8 parses no scope
+    try:
+        usable = ip_address(host).version == 6 or not percent
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("%r is not an IP address" % text)
+    return text
+
+
+def own_address(text: str) -> str:
+    """Parse an IP address to advertise in replies."""
+    try:
+        usable = not ip_address(text).is_unspecified and "%" not in text
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("%r is not an IP address to which a peer can connect" % text)
+    return text
+
+
+def out_address(text: str) -> str:
+    """Parse an IP address of ours to connect from, or "same"."""
+    if text == SAME:
+        return text
+    try:
+        here = ip_address(text)
+        usable = "%" not in text and not (here.is_unspecified or here.is_loopback or here.is_link_local
+                                          or here.is_multicast)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("%r is neither 'same' nor an IP address from which other hosts can be reached" % text)
+    return str(getattr(here, "ipv4_mapped", None) or here)
+
+
+def network(text: str) -> Network:
+    """Parse an IP address or a CIDR network. A network of IPv4-mapped addresses becomes the IPv4 network."""
+    try:
+        net = ip_network(text)
+    except ValueError as exc:
+        raise ValueError("%s is not an address or a network: %s" % (ascii(text), exc)) from None
+    mapped = isinstance(net, IPv6Network) and net.prefixlen >= 96 and net.network_address.ipv4_mapped
+    return IPv4Network((mapped, net.prefixlen - 96)) if mapped else net
+
+
+def endpoint(text: str) -> Tuple[str, int]:
+    """Parse ADDRESS:PORT, an IPv6 address in brackets: [::1]:9180."""
+    host, colon, digits = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or (":" in bare) != (bare != host):
+        raise ValueError("%r is not ADDRESS:PORT, as in 127.0.0.1:9180 or [::1]:9180" % text)
+    return address(bare), port(digits)
+
+
+def path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("not a file name")
+    return text
+
+
+def user_group(text: str) -> str:
+    user, colon, group = text.partition(":")
+    if not user or bool(colon) != bool(group) or not text.isprintable() or ":" in group:
+        raise ValueError("%s is not USER or USER:GROUP" % ascii(text))
+    return text
+
+
+def log_format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise ValueError("%r is neither text nor json" % text)
+    return text
+
+
+def protection(text: str) -> str:
+    if text not in ("clear", "integrity", "confidentiality"):
+        raise ValueError("%r is none of clear, integrity, confidentiality" % text)
+    return text
+
+
+def service(text: str) -> str:
+    """Parse SERVICE or SERVICE@HOST; ANY_SERVICE: what the keytab has."""
+    name, _at, host = text.partition("@")
+    if not name or not text.isprintable() or set(text) & set(" /") or "@" in host or text.endswith("@"):
+        raise ValueError("%s is not SERVICE or SERVICE@HOST" % ascii(text))
+    return text
+
+
+def credentials(text: str) -> Tuple[str, str]:
+    """Parse NAME:PASSWORD, each 1 to 255 bytes. The password may contain colons.             RFC 1929 §2"""
+    name, colon, password = text.partition(":")
+    if not colon or not all(1 <= len(part.encode("utf-8", "surrogateescape")) <= 255 for part in (name, password)):
+        raise ValueError("not NAME:PASSWORD with 1 to 255 bytes each")      # the text may hold a password
+    return name, password
+
+
+class Upstream(NamedTuple):
+    """A SOCKS5 proxy through which we reach destinations. Its password is not shown."""
+
+    name: str
+    host: str                                   # an IP address or a name
+    port: int
+    user: Optional[Tuple[bytes, bytes]] = None
+
+    def __str__(self) -> str:
+        return "upstream %s (%s)" % (self.name, ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def upstream(text: str) -> Upstream:
+    """Parse [NAME=]socks5://[USER:PASSWORD@]HOST:PORT. USER and PASSWORD may have bytes as %XX, as in any URL."""
+    found = UPSTREAM.fullmatch(text)
+    problem = "not [NAME=]socks5://[USER:PASSWORD@]HOST:PORT"           # the text may hold a password
+    if not found:
+        raise ValueError(problem)
+    name, login, bracketed, host, number = found.groups()
+    try:
+        if bracketed:
+            IPv6Address(bracketed)
+        elif host.replace(".", "").isdigit():
+            IPv4Address(host)
+        at = port(number)
+    except ValueError:
+        raise ValueError(problem) from None
+    if name == DIRECT or not at:
+        raise ValueError("an upstream is not called %s" % DIRECT if at else problem)
+    user = None
+    if login is not None:
+        pair = [unquote_to_bytes(part.encode("utf-8", "surrogateescape")) for part in login.split(":", 1)]
+        if len(pair) < 2 or not all(1 <= len(part) <= 255 for part in pair):
+            raise ValueError("%s, with 1 to 255 bytes each of USER and PASSWORD" % problem)
+        user = pair[0], pair[1]
+    return Upstream(name or DEFAULT_UPSTREAM, bracketed or host, at, user)
