@@ -147,12 +147,10 @@ class Story:
 
     def explain(self, reply: Reply, why: str) -> List[str]:
         """What a reply means to the client, in plain words."""
-        notes = meaning(reply, self.cmd, self.replies)
+        notes = meaning(reply, self.cmd, self.replies, self.tunnel)
         if reply.rep != Rep.SUCCEEDED:
             return [self.trace.paint(BAD, notes[0])] + (["why: " + why] if why else [])
         self.replies += 1
-        if self.cmd != Cmd.UDP_ASSOCIATE.name and self.replies == len(MEANING_OF_BND.get(self.cmd, [])):
-            notes.append(self.tunnel)
         return notes
 
     def datagram(self, way: str, raw: bytes, address: Sockaddr) -> None:
@@ -211,12 +209,13 @@ def explained(kind: Type[Message], raw: bytes) -> Iterator[Tuple[str, Optional[b
         before = piece
 
 
-def meaning(reply: Reply, cmd: str, succeeded: int) -> List[str]:
-    """What a reply to `cmd` means to the client, in plain words; `succeeded` of those before it said so."""
+def meaning(reply: Reply, cmd: str, succeeded: int, tunnel: str = TUNNEL) -> List[str]:
+    """What a reply to `cmd` means to the client, in plain words; `succeeded` of those before it said so. `tunnel` says
+    what comes behind the last one."""
     if reply.rep != Rep.SUCCEEDED:
         return ["that is: " + REASONS.get(Rep(reply.rep), "")]
     meanings = MEANING_OF_BND.get(cmd, [])
     notes = ["that is: " + words for words in meanings[succeeded:succeeded + 1]]
     if cmd != Cmd.UDP_ASSOCIATE.name and succeeded + 1 == len(meanings):
-        notes.append(TUNNEL)
+        notes.append(tunnel)
     return notes
