@@ -23,6 +23,9 @@ from socks5.protocol.envelope import PAYLOAD_BYTES, Envelope
 from socks5.protocol.errors import GssError, ProtocolError, ProxyError
 from socks5.protocol.fields import BytesReader
 from socks5.protocol.messages import Abort, Encapsulated, Greeting, ProtectionLevel, Request, SecurityToken
+from socks5.protocol.trace import DOWN, UP
+from socks5.status import views
+from socks5.status.meter import Board, Meter
 from tests import realm
 from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, logging_of, need, need_program, negotiate,
                            read_to_end, reader_of, reset, run_cli, running, spawned, target, wait_until)
@@ -393,6 +396,25 @@ class Refused(Case):
                 self.assertEqual(ends, ["reset"])
                 wait_until(lambda: logs.output, "a line")
                 self.assertIn("ended=client why='client: ", logs.output[-1])
+
+    def test_no_token_is_kept_for_the_status_page(self):
+        server, token = self.serve(), b"\x60" * 65535
+        server.meter = Meter(Board(1), 0)
+        with target() as destination:
+            self.through(server, destination).close()
+        with dial(server.server_address) as sock:
+            sock.sendall(Greeting(bytes([Method.GSSAPI])).pack() + SecurityToken(token).pack())
+            read_to_end(sock)
+        wait_until(lambda: len(server.meter.finished) == 2)
+        for session in server.meter.finished:
+            for _when, kind, message, _came in session.record.messages:
+                self.assertLess(len(message if isinstance(message, bytes) else message.pack()), 30, kind)
+        good, bad = [views.explain(views.handshake(session))["messages"] for session in server.meter.finished]
+        both = [("SecurityToken", UP), ("SecurityToken", DOWN), ("ProtectionLevel", UP), ("ProtectionLevel", DOWN)]
+        self.assertEqual([(message["title"].partition(":")[0], message["way"]) for message in good],
+                         [("Greeting", UP), ("Selection", DOWN), *both, ("Request", UP), ("Reply", DOWN)])
+        self.assertEqual([(field["name"], field["bytes"], field["means"]) for field in bad[2]["fields"]][2:],
+                         [("LEN", "ffff", "65535 bytes of TOKEN"), ("TOKEN", None, "not shown")])
 
     def test_mutated_tokens(self):
         """Seeded: no crash, no other exception, no leak; and a message that was changed is never taken for another."""
