@@ -429,6 +429,8 @@ class Processes(unittest.TestCase):
         with self.assertLogs("socks5.status.channel", "ERROR"):
             self.assertEqual(channel.ask({"what": "bug"}).read(), [b"1"])
         self.assertEqual(channel.ask({"what": "recent"}).read(), [b"1", b"2"])
+        longest = {"what": "sessions", "user": "\xe9" * web.HEAD_BYTES}
+        self.assertEqual(channel.ask(longest).read(), [b"1", b"2"])
         channel.close()
         worker.join(PATIENCE_S)
         self.assertFalse(worker.is_alive())
