@@ -586,6 +586,15 @@ class Process(Case):
         self.assertEqual((status, out), (2, ""))
         self.assertEqual(err, "socks5-server: --keytab /no/such/file: No such file or directory\n")
 
+    def test_a_keytab_that_the_user_of_run_as_cannot_read(self):
+        need(self, os.name == "posix" and os.geteuid() == 0, "root")
+        keytab = Path(self.enter(tempfile.TemporaryDirectory()), "keytab")
+        keytab.write_bytes(ours.keytab.read_bytes())
+        keytab.chmod(0o600)
+        status, out, err = run_cli("-p", "0", "--gssapi", "any", "--keytab", keytab, "--run-as", "65534:65534")
+        self.assertEqual((status, out), (2, ""))
+        self.assertEqual(err, "socks5-server: --run-as 65534:65534: --keytab %s: Permission denied\n" % keytab)
+
 
 PYTHON_GSSAPI = '''
 import socket, struct, sys
