@@ -275,6 +275,9 @@ class WhoMayAsk(unittest.TestCase):
                     sock.sendall(b"GET ")
                 closed = [sock for sock in silent[-8:] if read_or_none(sock) is None]
                 self.assertLess(len(closed), 8, "beyond MOST they are closed at once")
+                with socket.create_connection(("127.0.0.1", port), PATIENCE_S, ("127.0.0.2", 0)) as sock:
+                    sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                    self.assertIn(b" 200 ", read_to_end(sock)[:20], "another address is served meanwhile")
             wait_until(lambda: code_of(port) == 200, "free again")
 
     def test_beyond_loopback_only_with_a_password(self):
