@@ -24,6 +24,8 @@ from socks5.protocol.errors import GssError, ProtocolError, ProxyError
 from socks5.protocol.fields import BytesReader
 from socks5.protocol.messages import Abort, Encapsulated, Greeting, ProtectionLevel, Request, SecurityToken
 from socks5.protocol.trace import DOWN, UP
+from socks5.relay.pipe import Pipe
+from socks5.relay.protected import CodingPipe
 from socks5.status import views
 from socks5.status.meter import Board, Meter
 from tests import realm
@@ -865,6 +867,25 @@ class Envelopes(unittest.TestCase):
                     self.assertTrue(read.rest().endswith(b"tail"))
         self.assertEqual(Abort().pack(), b"\1\xff")
         self.assertRaises(OverflowError, SecurityToken(bytes(65536)).pack)
+
+    def test_no_encoded_byte_counts_for_a_moment(self):
+        """The status page reads the total meanwhile; a counter that goes back is a restart for Prometheus."""
+        totals = []
+
+        class Watched(CodingPipe):
+            total = property(lambda self: totals[-1], lambda self, value: totals.append(value))
+
+        with contextlib.ExitStack() as stack:
+            near, source, sink, far = [stack.enter_context(sock) for sock in (*socket.socketpair(),
+                                                                              *socket.socketpair())]
+            sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            pipe = Watched(Pipe(source, sink, "remote", "client"), Envelope(self.Reversed()).seal, True)
+            near.sendall(bytes(16000))
+            pipe.fill()
+            while pipe.held:
+                far.recv(4096)
+                pipe.drain()
+        self.assertEqual(totals, [0, 16000])
 
     def test_every_cut(self):
         envelope = Envelope(self.Reversed())
