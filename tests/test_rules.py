@@ -5,11 +5,13 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import unittest
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from unittest import mock
 
+import socks5
 from socks5.protocol.codes import Cmd, Rep
 from socks5.config import Config, ConfigError
 from socks5.net.addresses import unmapped
@@ -552,6 +554,24 @@ class Serving(Case):
                     rep, why = self.refusal(server, Cmd.CONNECT, host, destination[1])
                     self.assertEqual(rep, Rep.NOT_ALLOWED)
                     self.assertRegex(why, r"denied by default rules:\d+'")
+
+    def test_no_port_of_ours_leads_back_into_us(self):
+        """systemd may pass sockets with several ports."""
+        mine = own_address()
+        need(self, mine, "an address that is not loopback")
+        listeners = [self.enter(socket.create_server(("0.0.0.0", 0))) for _ in range(2)]
+        ports = [listener.getsockname()[1] for listener in listeners]
+        with socks5.Server(Config(listen=("0.0.0.0",), open=True), listeners=listeners) as server:
+            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread.start()
+            try:
+                for asked, port in itertools.product(ports, ports):
+                    with self.subTest(asked=asked, port=port), dial((mine, asked)) as client:
+                        negotiate(client)
+                        self.assertEqual(ask(client, Cmd.CONNECT, mine, port).rep, Rep.NOT_ALLOWED)
+            finally:
+                server.shutdown()
+                thread.join(PATIENCE_S)
 
     def test_allow_from(self):
         destination = self.enter(target())
