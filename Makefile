@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help run test lint types coverage check bench zipapp clean
+.PHONY: help run test lint types coverage check bench soak zipapp clean
 
 help: ## list these targets
 	@echo 'make TARGET [PYTHON=python3] [ARGS="..."]'
@@ -30,6 +30,9 @@ check: lint types coverage ## run lint, types and coverage (which runs the tests
 
 bench: ## measure speed and memory
 	$(PYTHON) tests/bench.py $(ARGS)
+
+soak: ## run everything at once for minutes, and look for what is lost: make soak ARGS="--seconds 600"
+	$(PYTHON) -m tests.soak $(ARGS)
 
 # The same bytes from the same tree: files in order, dated SOURCE_DATE_EPOCH, or 1980, the first year that zip knows.
 zipapp: ## build dist/socks5_server.pyz, the whole server as one file

@@ -265,6 +265,7 @@ opened = [os.readlink("/proc/self/fd/%d" % fd) for fd in range(3, 50) if os.path
 assert not any("eventpoll" in link for link in opened), opened
 pid = os.fork()
 if not pid:
+    signal.alarm(60)
     server.serve_forever()
 where = server.server_address
 server.server_close()
@@ -276,8 +277,38 @@ with target() as echo:
 os.kill(pid, signal.SIGKILL)
 os.waitpid(pid, 0)
 """
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                              timeout=PATIENCE_S)
+        self.succeeds(script)
+
+    def test_a_fork_when_the_relay_loop_runs_already(self):
+        """The child has a loop of its own, and the parent's goes on."""
+        support.need(self, sys.platform == "linux", "fork and /proc")
+        self.succeeds("""
+import os, signal, threading
+import socks5
+from tests.support import connect_through, echoes, target
+with socks5.Server(socks5.Config(port=0)) as server, target() as echo:
+    where = server.server_address
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    with connect_through(where, *echo) as before:
+        assert echoes(before)
+        server.shutdown()
+        thread.join()
+        pid = os.fork()
+        if not pid:
+            signal.alarm(60)                            # also when the parent fails
+            server.serve_forever()
+        with connect_through(where, *echo) as tunnel:
+            assert echoes(tunnel)
+        assert echoes(before)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert echoes(before)
+""")
+
+    def succeeds(self, script):
+        done = subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", script], cwd=ROOT,
+                              capture_output=True, text=True, timeout=PATIENCE_S)    # of a fork beside threads
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
 

@@ -16,6 +16,7 @@ from socks5.net.poller import SelectPoll
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.messages import Datagram
+from socks5.server import handler
 from tests import support
 from tests.support import PATIENCE_S, wait_until
 
@@ -434,6 +435,26 @@ class Attacks(LookupCase):
                         self.assertEqual(support.ask(sock, cmd, b"hang.test", 80).rep, Rep.HOST_UNREACHABLE)
                     wait_until(lambda: not len(server.sessions))
                 self.assertRegex(logs.output[-1], r"did not resolve within 0\.\d+ s")
+
+    def test_what_the_lookup_has_taken_is_missing_when_connect_dials(self):
+        for took, left in ((0, 30.0), (23, 7.0), (40, handler.LEAST_S)):        # and never 0, which would mean no limit
+            began, passed, dialled = time.monotonic(), [], []
+
+            def getaddrinfo(host, *args, **kwargs):
+                passed.append(took)
+                return self.resolver.getaddrinfo(host, *args, **kwargs)
+
+            def connect(addresses, port, timeout_s, *args):
+                dialled.append(timeout_s)
+                raise RequestRefused(Rep.TTL_EXPIRED, "as far as this test goes")
+
+            with self.subTest(took), mock.patch("socket.getaddrinfo", getaddrinfo), \
+                    mock.patch.object(handler, "monotonic", lambda: began + sum(passed)), \
+                    mock.patch.object(handler, "connect", connect), \
+                    support.running(connect_timeout=30) as server, support.dial(server.server_address) as sock:
+                support.negotiate(sock)
+                self.assertEqual(support.ask(sock, Cmd.CONNECT, b"quick.test", 80).rep, Rep.TTL_EXPIRED)
+                self.assertEqual([round(seconds, 3) for seconds in dialled], [left])
 
 
 if __name__ == "__main__":

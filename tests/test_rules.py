@@ -339,7 +339,7 @@ class OpenProxy(Case):
                              (["deny port 25", "allow from 0.0.0.0/0"], 2),
                              (["allow from 10.0.0.0/8", "allow from ::/0"], 2), (["deny user bob", "allow"], 2),
                              (["deny port 1-2", "deny command udp", "allow command bind"], 3)):
-            why = r":%d: lets in everybody who reaches 0\.0\.0\.0; add 'from" % where
+            why = r":%d: lets in every client that reaches 0\.0\.0\.0; add 'from" % where
             with self.subTest(lines), self.assertRaisesRegex(ConfigError, why):
                 self.rules(*lines, listen=("127.0.0.1", "0.0.0.0"))
 
@@ -358,7 +358,7 @@ class OpenProxy(Case):
         everywhere = (ip_network("0.0.0.0/0"),)
         with self.assertRaisesRegex(ConfigError, "every client that reaches it"):
             Config(listen=("0.0.0.0",), allow_from=everywhere)
-        with self.assertRaisesRegex(ConfigError, "lets in everybody"):
+        with self.assertRaisesRegex(ConfigError, "lets in every client"):
             self.rules("allow", listen=("0.0.0.0",), allow_from=everywhere)
 
 

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from unittest import mock
 from pathlib import Path
 
 from socks5 import client
+from socks5.config import ConfigError
 
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.trace import DOWN, UP, Story, Trace
@@ -461,6 +463,30 @@ class Places(unittest.TestCase):
             for _ in range(2):
                 self.session(server.port)
                 server.wait_line("^.* session .*up=5 down=5")
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
+    def test_a_fifo_without_a_reader_and_one_that_comes_later(self):
+        for workers in (1, 2):
+            with self.subTest(workers=workers), tempfile.TemporaryDirectory() as folder:
+                fifo = Path(folder, "fifo")
+                os.mkfifo(str(fifo), 0o600)
+                with spawned("--trace=%s" % fifo, "-w", workers) as server:
+                    self.session(server.port)
+                    with open(str(fifo), encoding="ascii") as reader:
+                        self.assertIn(" has connected", reader.readline())
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
+    def test_the_reader_of_a_fifo_reads_no_end_at_the_start(self):
+        with tempfile.TemporaryDirectory() as folder:
+            fifo = Path(folder, "fifo")
+            os.mkfifo(str(fifo), 0o600)
+            reader = os.open(str(fifo), os.O_RDONLY | os.O_NONBLOCK)
+            self.addCleanup(os.close, reader)
+            tracing.check(str(fifo))
+            self.assertEqual(select.select([reader], [], [], 0)[0], [], "an end would be readable")
+            with mock.patch.object(os, "access", lambda *_: False), \
+                    self.assertRaisesRegex(ConfigError, "^--trace .*/fifo: Permission denied$"):
+                tracing.check(str(fifo))
 
     def test_standard_error_closed_from_the_start(self):
         need(self, os.path.exists("/bin/sh"), "/bin/sh")

@@ -56,7 +56,7 @@ class Loop:
         self._gate = threading.Lock()                           # held while a tunnel comes in or leaves such a thread
         self._stopping = ""                                     # why, once it is to stop: nothing comes in then
         self._sweep_at = 0.0
-        self._process = os.getpid()
+        self.process = os.getpid()                              # of its thread; a forked child needs a loop of its own
         self._bell = Bell()
         self._poller.register(self._bell.fileno(), READ)
         self._watched[self._bell.fileno()] = self._bell, CLIENT
@@ -105,7 +105,7 @@ class Loop:
 
     def _check_process(self) -> None:
         """Raises OSError in a forked child: it has no thread for this loop, and shares the parent's epoll."""
-        if os.getpid() != self._process:
+        if os.getpid() != self.process:
             raise OSError(errno.ECANCELED, "the relay loop belongs to another process")
 
     def _check_open(self) -> None:
@@ -136,7 +136,7 @@ class Loop:
         """End all tunnels and then the loop's thread, and wait for that. A tunnel that comes later is not taken.
 
         In a forked child it only closes the descriptors of the loop: the tunnels are the parent's."""
-        if os.getpid() != self._process:
+        if os.getpid() != self.process:
             self._close()
             return
         with self._gate:

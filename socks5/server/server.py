@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import socket
 import threading
 from collections import deque
@@ -305,8 +306,12 @@ class Server(Newcomers):
         log.warning(line, facts)
 
     def relay_loop(self) -> Loop:
-        """The relay loop of this process, started when it is first needed. Raises RuntimeError without a thread."""
+        """The relay loop of this process, started when it is first needed. A forked child does not use its parent's,
+        which has no thread there. Raises RuntimeError without a thread."""
         with self._lock:
+            if self._loop is not None and self._loop.process != os.getpid():
+                self._loop.stop("forked")                       # only closes the child's copies of its descriptors
+                self._loop = None
             if self._loop is None:
                 loop = Loop(self._tunnel_ended, partial(log.exception, "bug in the relay loop"))
                 loop.start()

@@ -4,6 +4,7 @@ Trouble there (a full disk, a reader that left or does not read) costs blocks of
 """
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -15,6 +16,7 @@ from ..net.writer import PIPE_BUF, Write, Writer, writing_to
 from ..protocol.trace import Trace
 
 STDERR = "-"                        # in the place of a file's name
+NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 BLOCK_BYTES = 1 << 16               # written at once to a file; the longest block has some 20 KiB
 
 
@@ -33,16 +35,29 @@ def opened(where: str) -> Optional[Trace]:
 
 def check(where: str) -> None:
     """Raises ConfigError where opened() would."""
-    if where not in ("", STDERR):
+    if where in ("", STDERR):
+        return
+    if not is_fifo(where):
         os.close(open_file(where))
+    elif not os.access(where, os.R_OK | os.W_OK):           # not by open and close: its reader would read an end
+        raise ConfigError("--trace %s: %s" % (where, os.strerror(errno.EACCES)))
 
 
 def open_file(path: str) -> int:
-    """For appending, and private: who talks to whom is secret."""
+    """For appending, and private: who talks to whom is secret. Does not wait for the reader of a FIFO; what a reader
+    that is not there or is slow does not take is lost, and counted."""
+    mode = os.O_RDWR if is_fifo(path) else os.O_WRONLY      # to open a FIFO only for writing takes a reader
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
+        return os.open(path, mode | os.O_CREAT | os.O_APPEND | NO_WAIT, 0o600)
     except OSError as exc:
         raise ConfigError("--trace %s: %s" % (path, exc.strerror)) from None
+
+
+def is_fifo(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def chunk_of(fd: int) -> int:
