@@ -109,12 +109,15 @@ def digest(seed, size):
 
 def bulk_target(sock):
     """Answer with what was asked for, then with the digest of what has come."""
-    seed, up, down = BULK.unpack(reader_of(sock)(BULK.size))
-    sender = threading.Thread(target=quietly, args=(send, sock, seed + 1, down))
-    sender.start()
-    found = receive(sock, up)
-    sender.join()
-    sock.sendall(found)
+    with contextlib.suppress(EOFError):                     # the client tells what it lacks
+        seed, up, down = BULK.unpack(reader_of(sock)(BULK.size))
+        sender = threading.Thread(target=quietly, args=(send, sock, seed + 1, down))
+        sender.start()
+        try:
+            found = receive(sock, up)
+        finally:
+            sender.join()
+        sock.sendall(found)
 
 
 def quietly(call, *args):
