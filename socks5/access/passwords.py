@@ -90,11 +90,14 @@ def closed(password: bytes) -> bytes:
 
 
 def derive(kind: str, cost: Tuple[int, ...], salt: bytes, password: bytes, size: int = KEY_BYTES) -> bytes:
-    """The slow hash. RFC 7914 (scrypt), RFC 8018 §5.2 (PBKDF2)."""
+    """The slow hash. RFC 7914 (scrypt), RFC 8018 §5.2 (PBKDF2). Raises MemoryError."""
     if kind == "pbkdf2":
         return hashlib.pbkdf2_hmac("sha256", password, salt, cost[0], size)
     n, r, p = cost
-    return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, dklen=size, maxmem=128 * r * (n + p + 2) + (1 << 20))
+    try:
+        return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, dklen=size, maxmem=128 * r * (n + p + 2) + (1 << 20))
+    except ValueError as exc:               # the cost was judged before: OpenSSL has said "malloc failure"
+        raise MemoryError(str(exc)) from None
 
 
 def in_new_thread(call: Callable[[], bytes]) -> bytes:
