@@ -103,8 +103,8 @@ def derive(kind: str, cost: Tuple[int, ...], salt: bytes, password: bytes, size:
 def in_new_thread(call: Callable[[], bytes]) -> bytes:
     """What call() returns or raises, run in a new thread; in this one where the system has none to give.
 
-    glibc's malloc keeps freed memory for the thread that has used it, or for the next new one: 16 MiB for each thread
-    that has computed a hash itself, 16 MiB in all for threads that end."""
+    glibc's malloc keeps what a hash has freed, 16 MiB, with the heap of the thread that computed it. A new thread gets
+    the heap of one that has ended; so there are few such heaps, however many threads serve logins."""
     results: List[bytes] = []
     errors: List[BaseException] = []
 
