@@ -14,7 +14,7 @@ from typing import Any, Dict, NoReturn, Optional, Sequence
 from . import __version__, log as logs, selftest
 from .access.check import report, warnings
 from .access.files import open_file
-from .access.users import line_for
+from .access.users import line_for, service_credentials
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
 from .values import SAME
 from .net import listeners as listening
@@ -178,8 +178,11 @@ def become(who: identity.Identity, config: Config) -> None:
     """Give up root. Raises ConfigError."""
     try:
         identity.become(who)
+        service_credentials(config)                         # the library reads the keytab for each client
     except OSError as exc:
         raise ConfigError("--run-as %s: %s" % (config.run_as, exc.strerror or exc)) from None
+    except ConfigError as exc:
+        raise ConfigError("--run-as %s: %s" % (config.run_as, exc)) from None
     trouble = identity.unreadable(config)
     if trouble:
         logging.getLogger(__name__).warning("--run-as %s: SIGHUP will not be able to read %s", config.run_as, trouble)

@@ -18,7 +18,7 @@ from socks5.cli import main
 from socks5.config import Config
 from tests.support import PATIENCE_S, SCRIPT, connect_through, run_cli, spawned, target
 
-OPEN = "warning: open proxy: everybody who reaches %s is let in without a password"
+OPEN = "warning: open proxy: every client that reaches %s is let in without a password"
 
 
 class Case(unittest.TestCase):
@@ -42,13 +42,13 @@ class Report(Case):
         rules = self.write("rules", "# office", "allow from 10.0.0.0/8 to any", "deny user bob", "allow user eve")
         everywhere = {"listen": ("0.0.0.0",), "port": 1081}
         for name, options, present, absent in (
-                ("plain", {}, ["would listen on 127.0.0.1:1080", "clients: this machine's own",
-                               "users: nobody is asked for a password",
+                ("plain", {}, ["would listen on 127.0.0.1:1080", "clients: programs on this machine",
+                               "users: none, no password is required",
                                "rules: the default ones, the first that matches decides", "  deny to 169.254.0.0/16",
                                "  and what none of them matches is denied"], ["warning"]),
                 ("addresses", {"listen": ("127.0.0.1", "::1", "fe80::1%eth0", "::"), "open": True},
                  ["would listen on 127.0.0.1:1080", "would listen on [::1]:1080", "would listen on [fe80::1%eth0]:1080",
-                  "would listen on [::]:1080", "clients: whoever reaches these addresses",
+                  "would listen on [::]:1080", "clients: every client that reaches these addresses",
                   OPEN % "[fe80::1%eth0]:1080, [::]:1080"], []),
                 ("ranges of ports", {"bind_ports": (5000, 5009), "udp_ports": (5000, 5010)},
                  ["BIND: 10 clients at a time by --bind-ports",
@@ -97,7 +97,7 @@ class CommandLine(Case):
 
     def test_starting_one_is_warned_of_as_well(self):
         with spawned("-l", "0.0.0.0", "--open") as server:
-            server.wait_line(r"WARNING open proxy: everybody who reaches 0\.0\.0\.0, any free port is let in")
+            server.wait_line(r"WARNING open proxy: every client that reaches 0\.0\.0\.0, any free port is let in")
 
     def test_2_and_the_error(self):
         bad_rules, bad_users = self.write("rules", "allow", "allow nobody"), self.write("users", "bob:secret")
@@ -108,7 +108,7 @@ class CommandLine(Case):
                 ("an option", ["-p", "x"], "-p/--port: 'x' is not a port"),
                 ("open, and not asked for", ["-l", "0.0.0.0"], "every client that reaches it could use this proxy"),
                 ("open by a rule", ["-l", "0.0.0.0", "--rules", self.write("open", "allow")],
-                 "/open:1: lets in everybody")):
+                 "/open:1: lets in every client")):
             with self.subTest(name):
                 status, out, err = run_cli("--check", *args)
                 self.assertEqual((status, out, err.count("\n")), (2, "", 1))

@@ -23,6 +23,11 @@ from socks5.protocol.envelope import PAYLOAD_BYTES, Envelope
 from socks5.protocol.errors import GssError, ProtocolError, ProxyError
 from socks5.protocol.fields import BytesReader
 from socks5.protocol.messages import Abort, Encapsulated, Greeting, ProtectionLevel, Request, SecurityToken
+from socks5.protocol.trace import DOWN, UP
+from socks5.relay.pipe import Pipe
+from socks5.relay.protected import CodingPipe
+from socks5.status import views
+from socks5.status.meter import Board, Meter
 from tests import realm
 from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, logging_of, need, need_program, negotiate,
                            read_to_end, reader_of, reset, run_cli, running, spawned, target, wait_until)
@@ -394,6 +399,25 @@ class Refused(Case):
                 wait_until(lambda: logs.output, "a line")
                 self.assertIn("ended=client why='client: ", logs.output[-1])
 
+    def test_no_token_is_kept_for_the_status_page(self):
+        server, token = self.serve(), b"\x60" * 65535
+        server.meter = Meter(Board(1), 0)
+        with target() as destination:
+            self.through(server, destination).close()
+        with dial(server.server_address) as sock:
+            sock.sendall(Greeting(bytes([Method.GSSAPI])).pack() + SecurityToken(token).pack())
+            read_to_end(sock)
+        wait_until(lambda: len(server.meter.finished) == 2)
+        for session in server.meter.finished:
+            for _when, kind, message, _came in session.record.messages:
+                self.assertLess(len(message if isinstance(message, bytes) else message.pack()), 30, kind)
+        good, bad = [views.explain(views.handshake(session))["messages"] for session in server.meter.finished]
+        both = [("SecurityToken", UP), ("SecurityToken", DOWN), ("ProtectionLevel", UP), ("ProtectionLevel", DOWN)]
+        self.assertEqual([(message["title"].partition(":")[0], message["way"]) for message in good],
+                         [("Greeting", UP), ("Selection", DOWN), *both, ("Request", UP), ("Reply", DOWN)])
+        self.assertEqual([(field["name"], field["bytes"], field["means"]) for field in bad[2]["fields"]][2:],
+                         [("LEN", "ffff", "65535 bytes of TOKEN"), ("TOKEN", None, "not shown")])
+
     def test_mutated_tokens(self):
         """Seeded: no crash, no other exception, no leak; and a message that was changed is never taken for another."""
         rng, token = random.Random(7), first_token()
@@ -563,6 +587,15 @@ class Process(Case):
         status, out, err = run_cli("--gssapi", "--keytab", "/no/such/file")
         self.assertEqual((status, out), (2, ""))
         self.assertEqual(err, "socks5-server: --keytab /no/such/file: No such file or directory\n")
+
+    def test_a_keytab_that_the_user_of_run_as_cannot_read(self):
+        need(self, os.name == "posix" and os.geteuid() == 0, "root")
+        keytab = Path(self.enter(tempfile.TemporaryDirectory()), "keytab")
+        keytab.write_bytes(ours.keytab.read_bytes())
+        keytab.chmod(0o600)
+        status, out, err = run_cli("-p", "0", "--gssapi", "any", "--keytab", keytab, "--run-as", "65534:65534")
+        self.assertEqual((status, out), (2, ""))
+        self.assertEqual(err, "socks5-server: --run-as 65534:65534: --keytab %s: Permission denied\n" % keytab)
 
 
 PYTHON_GSSAPI = '''
@@ -834,6 +867,25 @@ class Envelopes(unittest.TestCase):
                     self.assertTrue(read.rest().endswith(b"tail"))
         self.assertEqual(Abort().pack(), b"\1\xff")
         self.assertRaises(OverflowError, SecurityToken(bytes(65536)).pack)
+
+    def test_no_encoded_byte_counts_for_a_moment(self):
+        """The status page reads the total meanwhile; a counter that goes back is a restart for Prometheus."""
+        totals = []
+
+        class Watched(CodingPipe):
+            total = property(lambda self: totals[-1], lambda self, value: totals.append(value))
+
+        with contextlib.ExitStack() as stack:
+            near, source, sink, far = [stack.enter_context(sock) for sock in (*socket.socketpair(),
+                                                                              *socket.socketpair())]
+            sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            pipe = Watched(Pipe(source, sink, "remote", "client"), Envelope(self.Reversed()).seal, True)
+            near.sendall(bytes(16000))
+            pipe.fill()
+            while pipe.held:
+                far.recv(4096)
+                pipe.drain()
+        self.assertEqual(totals, [0, 16000])
 
     def test_every_cut(self):
         envelope = Envelope(self.Reversed())

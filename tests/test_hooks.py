@@ -265,6 +265,7 @@ opened = [os.readlink("/proc/self/fd/%d" % fd) for fd in range(3, 50) if os.path
 assert not any("eventpoll" in link for link in opened), opened
 pid = os.fork()
 if not pid:
+    signal.alarm(60)
     server.serve_forever()
 where = server.server_address
 server.server_close()
@@ -295,6 +296,7 @@ with socks5.Server(socks5.Config(port=0)) as server, target() as echo:
         thread.join()
         pid = os.fork()
         if not pid:
+            signal.alarm(60)                            # also when the parent fails
             server.serve_forever()
         with connect_through(where, *echo) as tunnel:
             assert echoes(tunnel)

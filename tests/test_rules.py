@@ -5,11 +5,13 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import unittest
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from unittest import mock
 
+import socks5
 from socks5.protocol.codes import Cmd, Rep
 from socks5.config import Config, ConfigError
 from socks5.net.addresses import unmapped
@@ -337,7 +339,7 @@ class OpenProxy(Case):
                              (["deny port 25", "allow from 0.0.0.0/0"], 2),
                              (["allow from 10.0.0.0/8", "allow from ::/0"], 2), (["deny user bob", "allow"], 2),
                              (["deny port 1-2", "deny command udp", "allow command bind"], 3)):
-            why = r":%d: lets in everybody who reaches 0\.0\.0\.0; add 'from" % where
+            why = r":%d: lets in every client that reaches 0\.0\.0\.0; add 'from" % where
             with self.subTest(lines), self.assertRaisesRegex(ConfigError, why):
                 self.rules(*lines, listen=("127.0.0.1", "0.0.0.0"))
 
@@ -356,7 +358,7 @@ class OpenProxy(Case):
         everywhere = (ip_network("0.0.0.0/0"),)
         with self.assertRaisesRegex(ConfigError, "every client that reaches it"):
             Config(listen=("0.0.0.0",), allow_from=everywhere)
-        with self.assertRaisesRegex(ConfigError, "lets in everybody"):
+        with self.assertRaisesRegex(ConfigError, "lets in every client"):
             self.rules("allow", listen=("0.0.0.0",), allow_from=everywhere)
 
 
@@ -552,6 +554,24 @@ class Serving(Case):
                     rep, why = self.refusal(server, Cmd.CONNECT, host, destination[1])
                     self.assertEqual(rep, Rep.NOT_ALLOWED)
                     self.assertRegex(why, r"denied by default rules:\d+'")
+
+    def test_no_port_of_ours_leads_back_into_us(self):
+        """systemd may pass sockets with several ports."""
+        mine = own_address()
+        need(self, mine, "an address that is not loopback")
+        listeners = [self.enter(socket.create_server(("0.0.0.0", 0))) for _ in range(2)]
+        ports = [listener.getsockname()[1] for listener in listeners]
+        with socks5.Server(Config(listen=("0.0.0.0",), open=True), listeners=listeners) as server:
+            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread.start()
+            try:
+                for asked, port in itertools.product(ports, ports):
+                    with self.subTest(asked=asked, port=port), dial((mine, asked)) as client:
+                        negotiate(client)
+                        self.assertEqual(ask(client, Cmd.CONNECT, mine, port).rep, Rep.NOT_ALLOWED)
+            finally:
+                server.shutdown()
+                thread.join(PATIENCE_S)
 
     def test_allow_from(self):
         destination = self.enter(target())

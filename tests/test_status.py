@@ -9,12 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
+from pathlib import Path
 from unittest import mock
 
 from socks5 import client, log
+from socks5.access.users import line_for
 from socks5.config import Config, ConfigError
 from socks5.protocol.codes import Cmd, Rep
 from socks5.server.counters import Shared
@@ -272,6 +275,9 @@ class WhoMayAsk(unittest.TestCase):
                     sock.sendall(b"GET ")
                 closed = [sock for sock in silent[-8:] if read_or_none(sock) is None]
                 self.assertLess(len(closed), 8, "beyond MOST they are closed at once")
+                with socket.create_connection(("127.0.0.1", port), PATIENCE_S, ("127.0.0.2", 0)) as sock:
+                    sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                    self.assertIn(b" 200 ", read_to_end(sock)[:20], "another address is served meanwhile")
             wait_until(lambda: code_of(port) == 200, "free again")
 
     def test_beyond_loopback_only_with_a_password(self):
@@ -293,6 +299,21 @@ class WhoMayAsk(unittest.TestCase):
                 self.assertEqual((status_code, headers["WWW-Authenticate"][:5]), (401, "Basic"))
                 self.assertEqual(get(port, "/healthz")[0], 200)
                 server.wait_line(r"auth_failed client=127.0.0.1 user='eve'")
+
+    def test_a_reload_brings_new_passwords_to_the_page(self):
+        with tempfile.TemporaryDirectory() as folder:
+            users = Path(folder, "users")
+            users.write_text(line_for("bob", b"first"))
+            users.chmod(0o600)
+            for count in ("1", "2") if FORKS else ("1",):
+                with self.subTest(workers=count), \
+                        spawned("-w", count, "--status", "0.0.0.0:0", "--users", users) as server:
+                    port = int(server.wait_line(r"status on http://0.0.0.0:(\d+)/$", server.lines).group(1))
+                    users.write_text(line_for("bob", b"second%s" % count.encode()))
+                    server.signal(signal.SIGHUP)
+                    server.wait_line(r"reloaded users=1")
+                    coded = "Basic " + base64.b64encode(b"bob:second" + count.encode()).decode()
+                    wait_until(lambda: get(port, "/metrics", Authorization=coded)[0] == 200)
 
     def test_check_says_where_it_would_be(self):
         self.assertIn("status would be on http://127.0.0.1:9180/, with no password",
@@ -411,6 +432,8 @@ class Processes(unittest.TestCase):
         with self.assertLogs("socks5.status.channel", "ERROR"):
             self.assertEqual(channel.ask({"what": "bug"}).read(), [b"1"])
         self.assertEqual(channel.ask({"what": "recent"}).read(), [b"1", b"2"])
+        longest = {"what": "sessions", "user": "\xe9" * web.HEAD_BYTES}
+        self.assertEqual(channel.ask(longest).read(), [b"1", b"2"])
         channel.close()
         worker.join(PATIENCE_S)
         self.assertFalse(worker.is_alive())

@@ -27,7 +27,7 @@ def report(config: Config) -> List[str]:
             "any service of the keytab" if config.gssapi == ANY_SERVICE else config.gssapi,
             config.keytab or "the system's keytab", config.gssapi_protection))
     if users or not config.gssapi:
-        lines.append("users: %s" % (names(users) if users else "nobody is asked for a password"))
+        lines.append("users: %s" % (names(users) if users else "none, no password is required"))
     lines.append("rules: %s, the first that matches decides" % (config.rules or "the default ones"))
     lines += ["  %s" % ascii(rule.line)[1:-1] for rule in rules.rules]
     lines.append("  and what none of them matches is denied")
@@ -62,7 +62,7 @@ def warnings(config: Config, rules: Rules) -> List[str]:
         return []
     reached = ", ".join(listener(where, config.port) for where in config.beyond())
     which = " (%s: %s)" % (opener.where, ascii(opener.line)[1:-1]) if config.rules else ""
-    return ["open proxy: everybody who reaches %s is let in without a password%s" % (reached, which)]
+    return ["open proxy: every client that reaches %s is let in without a password%s" % (reached, which)]
 
 
 def number_of(ports: Tuple[int, ...]) -> int:
@@ -78,7 +78,7 @@ def listener(where: str, port: int) -> str:
 def clients(config: Config) -> str:
     if config.allow_from:
         return "only those at %s" % ", ".join(map(str, config.allow_from))
-    return "whoever reaches these addresses" if config.beyond() else "this machine's own"
+    return "every client that reaches these addresses" if config.beyond() else "programs on this machine"
 
 
 def names(users: Users) -> str:

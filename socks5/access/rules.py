@@ -167,8 +167,8 @@ class Rules:
                 raise ConfigError("%s: no --upstream is called %s" % (rule.where, ascii(rule.via)))
         opener = self.opener()
         if path and opener and not self.config.open:
-            raise ConfigError("%s: lets in everybody who reaches %s; add 'from CIDR' or 'user NAME' to this rule, or "
-                              "say --open, if everybody may" % (opener.where, self.config.beyond()[0]))
+            raise ConfigError("%s: lets in every client that reaches %s; add 'from CIDR' or 'user NAME' to this rule, "
+                              "or use --open, if every client may" % (opener.where, self.config.beyond()[0]))
 
     def __getstate__(self) -> Dict[str, object]:
         """For another process: without what is remembered."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from ipaddress import IPv4Address
-from typing import Callable, List, Optional, Sequence, Set, Tuple
+from typing import Callable, Container, List, Optional, Sequence, Set, Tuple
 
 from ..access.rules import Asker, Rules
 from ..values import Upstream
@@ -30,14 +30,15 @@ class Authorizer:
     """Authorizes what one client asks for.
 
     rules      gives the rules in force, which a reload changes
-    own_port   where this server listens
+    own_ports  those at which this server listens
     """
 
-    def __init__(self, client: Endpoint, user: Optional[bytes], rules: Callable[[], Rules], own_port: int) -> None:
+    def __init__(self, client: Endpoint, user: Optional[bytes], rules: Callable[[], Rules],
+                 own_ports: Container[int]) -> None:
         self.client = client
         self.user = user
         self.rules = rules
-        self.own_port = own_port
+        self.own_ports = own_ports
 
     def asker(self, cmd: Cmd) -> Asker:
         return Asker(self.client.ip, self.user, cmd)
@@ -82,7 +83,7 @@ class Authorizer:
         """Those of `addresses` that do not lead back into this server, where the client would come a second time, as
         one of our own addresses: a rule "from" our network, or a limit for each client, would not know it any more.
         A client on this machine may: it gains nothing. Refused: X'02' when none is left."""
-        if port != self.own_port or self.client.ip.is_loopback:
+        if port not in self.own_ports or self.client.ip.is_loopback:
             return addresses
         others = [address for address in addresses if not is_here(address)]
         if not others:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from time import monotonic
-from typing import Callable, Counter, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Container, Counter, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..values import Upstream
 from ..net.addresses import IP, Endpoint, Sockaddr, family_of, is_here
@@ -36,18 +36,18 @@ class Chain:
     lookup      the addresses of the upstream's name, by a deadline
     source      our address towards the upstream, by --out
     deadline    of monotonic(); inf: none
-    own_port    that we listen on: the upstream must not be this server
+    own_ports   that we listen on: the upstream must not be this server
     reached     the upstream's address, once we are connected to it
     """
 
     def __init__(self, upstream: Upstream, client: socket.socket, lookup: Callable[[float, Host], Sequence[IP]],
-                 source: Optional[Source], deadline: float, own_port: int) -> None:
+                 source: Optional[Source], deadline: float, own_ports: Container[int]) -> None:
         self.upstream = upstream
         self.client = client
         self.lookup = lookup
         self.source = source
         self.deadline = deadline
-        self.own_port = own_port
+        self.own_ports = own_ports
         self.reached: Optional[Endpoint] = None
 
     def connect(self, hosts: Sequence[Host], port: int) -> Tuple[socket.socket, Address]:
@@ -106,7 +106,7 @@ class Chain:
         upstream = self.upstream
         try:
             addresses = self.lookup(self.deadline, normalise(upstream.host.encode("ascii")))
-            if upstream.port == self.own_port:
+            if upstream.port in self.own_ports:
                 addresses = [address for address in addresses if not is_here(address)]
                 if not addresses:
                     raise RequestRefused(Rep.GENERAL_FAILURE, "that is this server itself")

@@ -189,6 +189,9 @@ TOKEN: Layout = (Field("LEN", 2, lambda raw: "%s bytes of TOKEN" % _number(raw))
                  Field("TOKEN", "LEN", lambda raw: "of the GSS-API mechanism" if len(raw) > 1 else "one byte in clear"))
 
 
+HEADER_BYTES = 4                # in front of TOKEN
+
+
 class Framed(NamedTuple):
     """What the messages with a token have in common. RFC 1961 §3.4, §4.3 and §5 have the same box:
 

@@ -63,9 +63,16 @@ class CodingPipe(Pipe):
         return self.fill()
 
     def drain(self) -> None:
-        total = self.total
-        super().drain()
-        self.total = total + (0 if self.held else self.payload)
+        try:
+            sent = self.sink.send(self.chunk, DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            raise Broken(self.target, exc) from None
+        self.held -= sent
+        self.chunk = memoryview(self.chunk)[sent:] if self.held else b""
+        if not self.held:
+            self.total += self.payload          # another thread may read it at any time: encoded bytes never count
 
     def use_kernel(self, owner: str = "") -> None:
         """Not here; `full` stays, by which the next read is large."""

@@ -11,7 +11,7 @@ import socket
 from functools import cached_property, partial
 from socketserver import StreamRequestHandler
 from time import monotonic
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Type, Union
+from typing import Any, Callable, Dict, FrozenSet, Mapping, Optional, Sequence, Type, Union
 
 from ..access import users
 from ..access.logins import Verdict, origin_of as login_origin
@@ -60,6 +60,7 @@ class Service:
     sessions: Sessions
     meter: Meter
     server_address: Any
+    own_ports: FrozenSet[int]                       # of all listeners
     methods: Mapping[int, Callable[[Handler], Optional[bytes]]]     # see MethodTable
 
     def session_of(self, request: socket.socket, client_address: Any) -> Session:
@@ -103,8 +104,7 @@ class Handler(StreamRequestHandler):
         try:
             self.negotiate()                                    # §3 METHOD, then its sub-negotiation
             server = self.server
-            self.may = self.AuthorizerClass(session.client, session.user, lambda: server.rules,
-                                            server.server_address[1])
+            self.may = self.AuthorizerClass(session.client, session.user, lambda: server.rules, server.own_ports)
             try:
                 request = self.take(Request)                    # §4
                 self.server.sessions.negotiated(session)
@@ -293,7 +293,7 @@ class Handler(StreamRequestHandler):
         self.server.relay(ProtectedTunnel(tunnel, self.envelope) if self.envelope else tunnel)
 
     def chain(self, upstream: Upstream, deadline: float) -> Chain:
-        return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.server_address[1])
+        return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.own_ports)
 
     def deadline(self) -> float:
         """When --connect-timeout is over, which begins now: with the lookup."""

@@ -14,7 +14,7 @@ from ..protocol.envelope import Envelope
 
 from ..access.passwords import Wait
 from ..net.poller import new_poll
-from ..protocol.messages import MOST_BYTES, Login, whole
+from ..protocol.messages import HEADER_BYTES, MOST_BYTES, Framed, Login, whole
 from ..protocol.trace import M, Sent
 
 ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
@@ -33,7 +33,7 @@ class Inbox(io.BufferedIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.held = b""
-        self.heard = b""                # all that was received; `held` is its end
+        self.heard = b""                # what a Record needs of what was received; `held` is its end
         self.envelope: Optional[Envelope] = None
 
     def protect(self, envelope: Envelope) -> None:
@@ -123,8 +123,8 @@ class Record:
     """The messages of one handshake as they went over the wire, and what of the session was counted already. Made only
     where a status page may ask for it; nothing of it is parsed or formatted before.
 
-    messages    when, the message's type, and its bytes if the client sent it, else the message. A Login ends after its
-                UNAME: passwords are not kept
+    messages    when, the message's type, its bytes or the message itself, and whether the client sent it. A Login ends
+                after its UNAME and a message of RFC 1961 before its TOKEN: neither secrets nor 64 KiB are kept
     counted     the session is over, and in the counters
     up, down    bytes that are in the counters already
     udp         what an association has done, as far as it is in the counters
@@ -133,25 +133,28 @@ class Record:
     __slots__ = ("messages", "counted", "up", "down", "udp")
 
     def __init__(self) -> None:
-        self.messages: List[Tuple[float, Type[Any], Any]] = []
+        self.messages: List[Tuple[float, Type[Any], Any, bool]] = []
         self.counted = False
         self.up = self.down = 0
         self.udp: Dict[Tuple[str, str], int] = {}
 
     def take(self, kind: Type[M], parse: Callable[[Type[M]], M], inbox: Inbox) -> M:
         """The client's next message, parsed by `parse`."""
-        start = len(inbox.heard) - len(inbox.held)
+        inbox.heard = inbox.held                    # what came before is not needed any more
         try:
             return parse(kind)
         finally:
             held = len(inbox.held)
-            raw = inbox.heard[start:-held] if held else inbox.heard[start:]
+            raw = inbox.heard[:-held] if held else inbox.heard
             if kind is Login:
                 raw = raw[:2 + raw[1]] if len(raw) > 1 else raw
-            self.messages.append((monotonic(), kind, raw))
+            elif issubclass(kind, Framed):
+                raw = raw[:HEADER_BYTES]
+            self.messages.append((monotonic(), kind, raw, True))
 
     def sent(self, message: Sent) -> None:
-        self.messages.append((monotonic(), type(message), message))
+        kept = message.pack()[:HEADER_BYTES] if isinstance(message, Framed) else message
+        self.messages.append((monotonic(), type(message), kept, False))
 
 
 class Outbox(io.BufferedIOBase):

@@ -112,22 +112,26 @@ class Server(Newcomers):
         self._teller = Teller(self.session_ended)
         self._acceptors = acceptors.Acceptors(self._accept_one)
         self._accepting: Optional[socket.socket] = None         # where there are no acceptors: what is ready
-        self.listeners: List[socket.socket] = list(listeners)
+        self.listeners: List[socket.socket] = []
+        self.own_ports = frozenset()
         BaseServer.__init__(self, (self.config.listen[0], self.config.port), RequestHandlerClass)
         try:
             if not listeners and bind_and_activate:
                 self.server_bind()
                 self.server_activate()
             elif listeners:
-                self.socket, self.server_address = listeners[0], listeners[0].getsockname()
+                self._listen_on(list(listeners))
         except BaseException:
             self.server_close()
             raise
 
     def server_bind(self) -> None:
-        self.listeners = net_listeners.bind_all(self.config.listen, self.config.port, self.allow_reuse_address)
-        self.socket = self.listeners[0]
+        self._listen_on(net_listeners.bind_all(self.config.listen, self.config.port, self.allow_reuse_address))
+
+    def _listen_on(self, listeners: List[socket.socket]) -> None:
+        self.listeners, self.socket = listeners, listeners[0]
         self.server_address = self.socket.getsockname()
+        self.own_ports = frozenset(endpoint.port for endpoint in self.addresses)     # systemd may pass several
 
     def server_activate(self) -> None:
         net_listeners.listen_all(self.listeners, self.request_queue_size)

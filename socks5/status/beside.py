@@ -89,6 +89,7 @@ class Status(Companion, Source):
     def obey(self, order: Order, access: Any) -> None:
         if order == Order.RELOAD and access:
             for web in self._webs:
+                access[0].join(web.users)       # what another process has read comes without its Logins
                 web.users = access[0]
         elif order in (Order.STOP, Order.ABORT):
             self.draining = True

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List
 
 log = logging.getLogger(__name__)
 
-ASK_BYTES = 4096
+ASK_BYTES = 1 << 16                 # a character of the HTTP request, which has at most 8 KiB, takes up to 6 bytes
 ANSWER_BYTES = 16 << 20             # of one worker; a session takes some 200
 ANSWER_S = 2.0
 FD_BYTES = array.array("i").itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from time import time
-from typing import Any, Callable, Deque, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 from .meter import LOGINS, REFUSALS, STATES, Board
 
@@ -21,14 +21,16 @@ class History:
         self._begun = begun
         self._samples: Deque[Sample] = deque(maxlen=KEPT)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="status history", daemon=True)
+        self._thread: Optional[threading.Thread] = None
 
     def start(self) -> None:
+        # Made here: from Python 3.13 on, a Thread that was made before a fork cannot be started after it.
+        self._thread = threading.Thread(target=self._run, name="status history", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._stop.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:

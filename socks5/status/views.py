@@ -23,7 +23,7 @@ MOST = 10000                        # sessions in one answer of a worker
 RECENT = 50                         # sessions that are over, of each kind, in one answer of a worker
 AT_ONCE = 50                        # sessions between two moments in which other threads may have the interpreter
 KINDS: Dict[str, Type[Message]] = {kind.__name__: kind for kind in TITLES}
-RECEIVED = {"Greeting", "Login", "Request"}
+NOT_KEPT = {"Login": ("PLEN", "PASSWD"), "SecurityToken": ("TOKEN",), "ProtectionLevel": ("TOKEN",)}
 FOREIGN = "%d bytes that the client may understand, as this is not SOCKS5"
 
 Json = Dict[str, Any]
@@ -109,11 +109,12 @@ def facts(session: Session) -> Json:
 
 
 def handshake(session: Session) -> Json:
-    """The facts, and the messages as they are kept: seconds since accept, the type, the bytes in hex."""
+    """The facts, and the messages as they are kept: seconds since accept, the type, the bytes in hex, and whether the
+    client sent them."""
     messages = []
-    for when, kind, message in list(session.record.messages) if session.record else []:
+    for when, kind, message, came in list(session.record.messages) if session.record else []:
         raw = message if isinstance(message, bytes) else message.pack()
-        messages.append([round(when - session.started, 6), kind.__name__, raw.hex()])
+        messages.append([round(when - session.started, 6), kind.__name__, raw.hex(), came])
     return dict(facts(session), messages=messages)
 
 
@@ -141,15 +142,14 @@ def printable(chosen: str) -> str:
 def explain(session: Json) -> Json:
     """A handshake with its messages field by field, in the words of --trace."""
     shown, succeeded = [], 0
-    for seconds, kind, digits in session["messages"]:
+    for seconds, kind, digits, came in session["messages"]:
         raw = bytes.fromhex(digits)
-        way, notes, fields = (UP if kind in RECEIVED else DOWN), [], []
+        way, notes, fields = (UP if came else DOWN), [], []
         title = TITLES.get(KINDS[kind], "") if kind in KINDS else FOREIGN % len(raw)
         if kind in KINDS:
             fields = [{"name": field, "bytes": None if piece is None else piece.hex(), "means": meant}
                       for field, piece, meant in explained(KINDS[kind], raw)]
-        if kind == "Login":                             # the rest of it is not kept
-            fields += [{"name": field, "bytes": None, "means": "not shown"} for field in ("PLEN", "PASSWD")]
+        fields += [{"name": field, "bytes": None, "means": "not shown"} for field in NOT_KEPT.get(kind, ())]
         if kind == "Reply":
             reply = Reply(raw[1])
             title = SECOND_REPLY if session["command"] == "BIND" and succeeded else title

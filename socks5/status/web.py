@@ -16,7 +16,6 @@ import logging
 import pkgutil
 import re
 import socket
-import threading
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from socketserver import ThreadingTCPServer
@@ -29,6 +28,7 @@ from ..access.passwords import Wait
 from ..access.users import Users
 from ..values import network
 from ..net.addresses import endpoint_of, origin_of
+from ..net.shares import Share
 from ..protocol.codes import Cmd
 from ..protocol.facts import Facts
 from .meter import STATES
@@ -68,23 +68,24 @@ class Web(ThreadingTCPServer):
         self.source = source
         self.users = users                      # a reload brings others
         self.with_password = with_password
-        self._places = threading.BoundedSemaphore(MOST)
+        self._places = Share(MOST)              # or one address could keep health checks out
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._places.acquire(blocking=False):
+        owner = origin_of(client_address)
+        if not self._places.take(owner):
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
         except (RuntimeError, MemoryError):     # no thread
-            self._places.release()
+            self._places.give_back(owner)
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            self._places.give_back(origin_of(client_address))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("bug in the status page")
