@@ -166,8 +166,12 @@ def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = Fal
     if count > 1:
         return workers.Supervisor(config, listeners, count, access, notifier=notifier, companion=companion,
                                   shared=shared).run(ready)
-    server = Server(config, listeners=listeners, access=access, counts=shared.row(0))
-    return Alone(server, access, notifier, companion).run(ready)
+    try:
+        server = Server(config, listeners=listeners, access=access, counts=shared.row(0))
+        alone = Alone(server, access, notifier, companion)
+    except (RuntimeError, MemoryError, OSError) as exc:     # no thread, no memory, no descriptor
+        return fail("cannot start: %s" % (exc or "out of memory"))
+    return alone.run(ready)
 
 
 def become(who: identity.Identity, config: Config) -> None:

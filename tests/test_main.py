@@ -44,6 +44,18 @@ class WaysIn(unittest.TestCase):
                          list(config.GROUPS))
 
 
+class Starting(unittest.TestCase):
+    def test_no_thread_for_the_server(self):
+        script = """
+import sys, threading
+def start(thread): raise RuntimeError("can't start new thread")
+threading.Thread.start = start
+from socks5.cli import main
+sys.exit(main(["-p", "0", "-w", "1"]))"""
+        self.assertEqual(python("-c", script, cwd=str(support.ROOT)),
+                         (2, "", "socks5-server: cannot start: can't start new thread\n"))
+
+
 class Package(unittest.TestCase):
     def test_names(self):
         self.assertEqual(sorted(set(socks5.__all__)), sorted(socks5.__all__), "a name twice")

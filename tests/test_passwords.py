@@ -31,6 +31,25 @@ class Passwords(unittest.TestCase):
                 for wrong in (b"", b"Secret", b"secre", b"secret\0", b"secretx"):
                     self.assertFalse(made.matches(wrong))
 
+    def test_the_hash_is_computed_in_a_thread_that_ends(self):
+        """Or each thread that has served a login keeps the memory of a hash."""
+        ran, derive = [], passwords.derive
+
+        def noting(*args):
+            ran.append(threading.current_thread())
+            return derive(*args)
+        made = Hash.of(b"secret", *self.CHEAP[0])
+        with mock.patch.object(passwords, "derive", noting):
+            self.assertTrue(made.matches(b"secret"))
+            self.assertIsNot(ran[0], threading.current_thread())
+            self.assertFalse(ran[0].is_alive())
+            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+                self.assertTrue(made.matches(b"secret"))
+                self.assertFalse(made.matches(b"another"))
+            self.assertIs(ran[1], threading.current_thread())
+        with mock.patch.object(passwords, "derive", side_effect=MemoryError), self.assertRaises(MemoryError):
+            made.matches(b"secret")
+
     def test_known_answers(self):
         """scrypt: RFC 7914 section 12; PBKDF2-HMAC-SHA-256: the same, section 11."""
         for kind, cost, password, salt, key in (

@@ -23,8 +23,8 @@ from socks5.config import Config, ConfigError
 from socks5.values import credentials
 from socks5.net.addresses import subscriber
 from socks5.protocol.messages import Greeting, Login, LoginStatus, Reply, Request, Selection
-from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, read_to_end, reader_of, reset, run_cli,
-                           running, spawned, target, wait_until)
+from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, logging_of, read_to_end, reader_of, reset,
+                           run_cli, running, spawned, target, wait_until)
 
 ANYBODY = (Method.NO_AUTHENTICATION,)
 BY_PASSWORD = (Method.USERNAME_PASSWORD,)
@@ -352,7 +352,10 @@ class Slowly(FileCase):
     def test_a_check_that_fails_gives_its_turn_back(self):
         with mock.patch.object(passwords, "derive", side_effect=MemoryError):
             for _ in range(5):
-                self.assertRaises(MemoryError, self.people.check, b"bob", b"x")
+                self.assertIsNone(self.people.check(b"bob", b"x"))
+        with mock.patch.object(passwords, "derive", side_effect=ZeroDivisionError):
+            for _ in range(5):
+                self.assertRaises(ZeroDivisionError, self.people.check, b"bob", b"x")
         self.go.set()
         self.assertTrue(self.people.check(b"bob", b"x"))
 
@@ -517,6 +520,21 @@ class Many(Quiet):
                 Selection.parse(read)
                 statuses.append(LoginStatus.parse(read).status)
         return monotonic() - begun
+
+    def test_a_password_for_which_there_is_no_memory_was_not_looked_at(self):
+        for error in (ValueError("[digital envelope routines] malloc failure"), MemoryError()):
+            with self.subTest(error=error), running(users=str(self.path)) as server:
+                for failing, status in ((mock.patch("hashlib.scrypt", side_effect=error), 1),
+                                        (contextlib.nullcontext(), 0)):
+                    with failing, offered(server.server_address, b"u1", b"p1") as client, \
+                            logging_of(self) as logs:
+                        read = reader_of(client)
+                        Selection.parse(read)
+                        self.assertEqual(LoginStatus.parse(read).status, status)
+                        client.close()
+                        wait_until(lambda: not len(server.sessions))
+                    self.assertEqual([line.split()[1] for line in logs.output if "auth_" in line],
+                                     ["auth_deferred"] * status)
 
     def test_all_are_let_in_at_the_start_and_after_a_reload(self):
         """The slow hash takes 20 ms here, and the handshake may take 1 s: half of what 200 hashes take."""

@@ -13,7 +13,7 @@ import secrets
 import threading
 from dataclasses import dataclass
 from time import monotonic, sleep
-from typing import Callable, Dict, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 from .shared import Lock, TABLE_BYTE, try_lock, unlock
 
@@ -76,7 +76,8 @@ class Hash:
             raise ValueError("this Python has no scrypt: make the line again with --hash-password")
 
     def matches(self, password: bytes) -> bool:
-        return hmac.compare_digest(derive(self.kind, self.cost, self.salt, closed(password), len(self.key)), self.key)
+        found = in_new_thread(lambda: derive(self.kind, self.cost, self.salt, closed(password), len(self.key)))
+        return hmac.compare_digest(found, self.key)
 
     def __str__(self) -> str:
         parts = [base64.b64encode(part).decode() for part in (self.salt, self.key)]
@@ -89,11 +90,39 @@ def closed(password: bytes) -> bytes:
 
 
 def derive(kind: str, cost: Tuple[int, ...], salt: bytes, password: bytes, size: int = KEY_BYTES) -> bytes:
-    """The slow hash. RFC 7914 (scrypt), RFC 8018 §5.2 (PBKDF2)."""
+    """The slow hash. RFC 7914 (scrypt), RFC 8018 §5.2 (PBKDF2). Raises MemoryError."""
     if kind == "pbkdf2":
         return hashlib.pbkdf2_hmac("sha256", password, salt, cost[0], size)
     n, r, p = cost
-    return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, dklen=size, maxmem=128 * r * (n + p + 2) + (1 << 20))
+    try:
+        return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, dklen=size, maxmem=128 * r * (n + p + 2) + (1 << 20))
+    except ValueError as exc:               # the cost was judged before: OpenSSL has said "malloc failure"
+        raise MemoryError(str(exc)) from None
+
+
+def in_new_thread(call: Callable[[], bytes]) -> bytes:
+    """What call() returns or raises, run in a new thread; in this one where the system has none to give.
+
+    glibc's malloc keeps what a hash has freed, 16 MiB, with the heap of the thread that computed it. A new thread gets
+    the heap of one that has ended; so there are few such heaps, however many threads serve logins."""
+    results: List[bytes] = []
+    errors: List[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=run, name="slow hash", daemon=True)
+    try:
+        thread.start()
+    except (RuntimeError, MemoryError):
+        return call()
+    thread.join()
+    for error in errors:
+        raise error
+    return results[0]
 
 
 class Wait:

@@ -67,7 +67,7 @@ class Users:
         return digest(self.logins.secret, kind, *parts)
 
     def check(self, uname: bytes, passwd: bytes, wait: Optional[Wait] = None) -> Optional[bool]:
-        """Whether the password is right; None when there was no turn at the slow hash within `wait`.
+        """Whether the password is right; None when there was no turn at the slow hash within `wait`, or no memory.
 
         Compared as bytes, in a time that tells neither how much was right nor whether the name exists.
         """
@@ -97,6 +97,8 @@ class Users:
                     return False
                 logins.remember(proof)                  # before the next turn for this user, which may be the same
             return True
+        except MemoryError:                             # the password was not looked at
+            return None
         finally:
             turns.give_back(turn)
 

@@ -191,7 +191,7 @@ class Handler(StreamRequestHandler):
             self.log_failure(verdict, login.uname)
             self.send(LoginStatus(0x01))
             raise ProtocolError("wrong user name or password" if verdict is Verdict.WRONG else
-                                "too many logins are tried: the password was not looked at")
+                                "the password was not looked at: too many logins are tried, or no memory is left")
         session.step("login", user=login.uname)
         self.send(LoginStatus(0x00))
         return login.uname

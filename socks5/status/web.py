@@ -181,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
         verdict = users.logins.judge(login_origin(client, origin_of(self.client_address)), *given, users.check,
                                      Wait(HEAD_S))
         if verdict is Verdict.DEFERRED:
-            raise Refused(429, "too many logins are tried: the password was not looked at")
+            raise Refused(429, "the password was not looked at: too many logins are tried, or no memory is left")
         if verdict is Verdict.WRONG:
             log.warning("auth_failed client=%(client)s user=%(user)s", Facts(client=client, user=given[0]))
             raise Refused(401, "wrong user name or password", WWW_Authenticate=BASIC)
