@@ -3,8 +3,9 @@ import socket
 import threading
 import unittest
 
+from socks5.protocol.messages import Greeting
 from socks5.server import inbox
-from socks5.server.inbox import Inbox, linger
+from socks5.server.inbox import Inbox, Record, linger
 from tests.support import PATIENCE_S, read_to_end
 
 
@@ -32,6 +33,16 @@ class Reading(unittest.TestCase):
         self.assertEqual(self.inbox.rest(), b"ab", "what came is not lost")
         self.assertEqual([self.inbox.peek(), self.inbox.read(), self.inbox.readline()], [b""] * 3)
         self.assertRaises(EOFError, self.inbox.read_exactly, 1)
+
+    def test_bytes_are_kept_a_second_time_only_while_a_record_takes_a_message(self):
+        record, raw = Record(), Greeting(b"\0\2").pack()
+        self.theirs.sendall(raw + raw[:1])
+        self.assertEqual(self.inbox.take(Greeting).methods, b"\0\2")
+        self.assertIsNone(self.inbox.heard)
+        self.theirs.sendall(raw[1:] + b"early")
+        self.assertEqual(record.take(Greeting, self.inbox.take, self.inbox).methods, b"\0\2")
+        self.assertEqual(record.messages[0][2], raw)
+        self.assertEqual((self.inbox.heard, self.inbox.rest()), (None, b"early"))
 
     def test_as_io_promises(self):
         """What socketserver's rfile can do, and a TextIOWrapper relies on."""

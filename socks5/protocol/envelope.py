@@ -70,9 +70,9 @@ class Envelope:
         return self.context.unwrap(datagram[HEADER.size:], ordered=False)
 
     @property
-    def unfinished(self) -> bool:
-        """Whether a message has begun and is not whole: an EOF now cuts the stream off."""
-        return bool(self._begun)
+    def unfinished(self) -> int:
+        """The bytes of a message that has begun and is not whole: if there are any, an EOF cuts the stream off."""
+        return len(self._begun)
 
     @staticmethod
     def _length(data: bytes, at: int) -> int:

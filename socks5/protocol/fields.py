@@ -19,37 +19,48 @@ DOMAINNAME = int(Atyp.DOMAINNAME)
 
 
 class IPv4(IPv4Address):
-    """An IPv4Address that knows its hash and its text, which the base works out anew whenever they are asked for."""
+    """An IPv4Address that knows its hash, its text and its bytes, which the base works out anew whenever they are asked
+    for."""
 
-    __slots__ = ("hash", "text")
+    __slots__ = ("hash", "text", "raw")
 
     def __init__(self, address: object) -> None:
         super().__init__(address)
         self.hash = super().__hash__()
         self.text = super().__str__()
+        self.raw = super().packed
 
     def __hash__(self) -> int:
         return self.hash
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def packed(self) -> bytes:
+        return self.raw
 
 
 class IPv6(IPv6Address):
     """The same for IPv6."""
 
-    __slots__ = ("hash", "text")
+    __slots__ = ("hash", "text", "raw")
 
     def __init__(self, address: object) -> None:
         super().__init__(address)
         self.hash = super().__hash__()
         self.text = super().__str__()
+        self.raw = super().packed
 
     def __hash__(self) -> int:
         return self.hash
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def packed(self) -> bytes:
+        return self.raw
 
 
 class BytesReader:

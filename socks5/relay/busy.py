@@ -7,7 +7,6 @@ much to move, in a thread of its own: it sends the bytes through kernel pipes (s
 from __future__ import annotations
 
 from time import monotonic
-from typing import Tuple
 
 from ..net.poller import new_poll
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel
@@ -24,7 +23,7 @@ class Turns:
     def __init__(self, tunnel: Tunnel) -> None:
         self._tunnel = tunnel
         self._poll = new_poll()
-        self._sides = {tunnel.client.fileno(): CLIENT, tunnel.remote.fileno(): REMOTE}
+        self._client, self._remote = tunnel.client.fileno(), tunnel.remote.fileno()
         self._watched = (UNREGISTERED, UNREGISTERED)
         self.look = True                # whether it may want other events than before
 
@@ -32,33 +31,37 @@ class Turns:
         """Wait for events, and handle them. False when there were none in wait_s.
 
         Raises OSError when poll() or select() takes no more."""
+        tunnel = self._tunnel
         if self.look:
-            self._watch(self._tunnel.interest())
-        self.look = False
+            wanted, before = tunnel.interest(), self._watched
+            self._watch(self._client, before[CLIENT], wanted[CLIENT])
+            self._watch(self._remote, before[REMOTE], wanted[REMOTE])
+            self._watched, self.look = wanted, False
         ready = self._poll.poll(wait_s * 1000)
         now = monotonic()
         for fd, events in ready:
-            self.look = self._tunnel.handle(self._sides[fd], events, now) or self.look
-            if self._tunnel.ended:
-                break
+            if tunnel.handle(CLIENT if fd == self._client else REMOTE, events, now):
+                self.look = True
+                if tunnel.ended:
+                    break
         return bool(ready)
 
-    def _watch(self, wanted: Tuple[int, int]) -> None:
-        for fd, before, after in zip(self._sides, self._watched, wanted):
-            if before == UNREGISTERED != after:
-                self._poll.register(fd, after)
-            elif after == UNREGISTERED != before:
-                self._poll.unregister(fd)
-            elif before != after:
-                self._poll.modify(fd, after)
-        self._watched = wanted
+    def _watch(self, fd: int, before: int, wanted: int) -> None:
+        if wanted == before:
+            return
+        if before == UNREGISTERED:
+            self._poll.register(fd, wanted)
+        elif wanted == UNREGISTERED:
+            self._poll.unregister(fd)
+        else:
+            self._poll.modify(fd, wanted)
 
 
 def relay_first(tunnel: Tunnel) -> None:
     """Relay until the tunnel has ended, is aborted, quiet or busy, or has had its turns."""
     turns = Turns(tunnel)
     for _ in range(FIRST_TURNS):
-        if not turns.turn(FIRST_S) or tunnel.ended or tunnel.aborted or tunnel.busy():
+        if not turns.turn(FIRST_S) or tunnel.ended or tunnel.aborted or turns.look and tunnel.busy():
             return
 
 

@@ -89,19 +89,22 @@ class Loop:
             self._borrow(tunnel, partial(relay_busy, until_quiet=False))
         elif alone:                                 # several threads would fight for the interpreter's lock
             self._borrow(tunnel, relay_first)
-        with self._gate:
-            tunnel.lent = False
-            over = tunnel.ended or not self._registered(tunnel)
-            if over:
-                self._tunnels.discard(tunnel)
-            else:
-                self._first -= 1
-        if over:
+        if tunnel.ended or not self._taken_over(tunnel):
             self._close_tunnel(tunnel)
             with self._gate:
+                self._tunnels.discard(tunnel)
                 self._first -= 1                    # only now: stop() must not return before
         if self._stopping:
             self._bell.ring()                       # the loop waits for this thread
+
+    def _taken_over(self, tunnel: Tunnel) -> bool:
+        """Whether the loop goes on with a tunnel after its first moments; if not, it has ended here."""
+        with self._gate:
+            tunnel.lent = False                     # before it is registered: the loop may lend it at once
+            if not self._registered(tunnel):
+                return False
+            self._first -= 1
+            return True
 
     def _check_process(self) -> None:
         """Raises OSError in a forked child: it has no thread for this loop, and shares the parent's epoll."""

@@ -1,9 +1,10 @@
 """A tunnel whose client's side is encoded: a Pipe that decodes and one that encodes what goes through.
 
 All else is as in any tunnel: half-close, reset, backpressure, time limits, a thread of its own while it is busy. No
-kernel pipe: the bytes have to be seen. Kerberos takes some 150 us to encrypt FIRST_BYTES, and 500 us for MORE_BYTES:
-that is how long other tunnels wait for one in the relay loop, which has it only while it is quiet. Urgent data is
-passed on in line. Knows no SOCKS.
+kernel pipe: the bytes have to be seen. Kerberos takes some 150 us to encrypt or decrypt FIRST_BYTES in one message:
+that is how long other tunnels wait for one in the relay loop, which has it only while it is quiet. Messages without a
+payload cost 9 ms for as many bytes: a tunnel with such ones gets a thread of its own at once. Urgent data is passed on
+in line. Knows no SOCKS.
 """
 from __future__ import annotations
 
@@ -12,24 +13,26 @@ from typing import Callable, Optional
 from ..protocol.envelope import PAYLOAD_BYTES, Envelope
 from ..protocol.errors import ProtocolError
 from .pipe import DONTWAIT, Broken, Pipe
-from .tunnel import Tunnel
+from .tunnel import BUSY_READS, Tunnel
 
 FIRST_BYTES = 1 << 14                       # one read, and what is encoded or decoded before others are served;
-MORE_BYTES = PAYLOAD_BYTES                  # and after one that filled its buffer
+MORE_BYTES = PAYLOAD_BYTES                  # and in a thread of its own
+COSTLY_BYTES = 1 << 12                      # so much in whole messages, less than half of it payload, is busy in itself
 CUT = "the end within a message"
 
 
 class CodingPipe(Pipe):
     """A Pipe that passes on code(what it read), and whose `total` counts plain bytes that were delivered.
 
-    unfinished      says whether an EOF would cut the stream off
+    unfinished      says how many bytes are kept because their message is not whole; an EOF would cut it off
     payload         plain bytes in `chunk`; they count when all of it is delivered
+    size            of one read
     """
 
-    __slots__ = ("code", "unfinished", "encodes", "payload")
+    __slots__ = ("code", "unfinished", "encodes", "payload", "size")
 
     def __init__(self, plain: Pipe, code: Callable[[bytes], bytes], encodes: bool,
-                 unfinished: Callable[[], bool] = lambda: False) -> None:
+                 unfinished: Callable[[], int] = lambda: 0) -> None:
         """`plain` is the Pipe in whose place it is: what that has in hand is plain."""
         early = bytes(plain.chunk)
         super().__init__(plain.source, plain.sink, plain.origin, plain.target, early)
@@ -37,11 +40,11 @@ class CodingPipe(Pipe):
         self.encodes = encodes
         self.unfinished = unfinished
         self.payload = len(early)
+        self.size = FIRST_BYTES
 
     def fill(self) -> Optional[bool]:
-        size = MORE_BYTES if self.full else FIRST_BYTES
         try:
-            data = self.source.recv(size, DONTWAIT)
+            data = self.source.recv(self.size, DONTWAIT)
             if not data and self.unfinished():
                 raise OSError(0, CUT)
             coded = self.code(data) if data else b""
@@ -52,7 +55,9 @@ class CodingPipe(Pipe):
         except ProtocolError as exc:
             raise Broken(self.origin, OSError(0, str(exc))) from None
         self.done = not data
-        self.full = self.full + 1 if len(data) == size else 0
+        self.full = self.full + 1 if len(data) == self.size else 0
+        if len(coded) < len(data) // 2 and len(data) - self.unfinished() >= COSTLY_BYTES:
+            self.full = BUSY_READS
         if coded:
             self.chunk, self.held = coded, len(coded)
             self.payload = len(data if self.encodes else coded)
@@ -75,7 +80,11 @@ class CodingPipe(Pipe):
             self.total += self.payload          # another thread may read it at any time: encoded bytes never count
 
     def use_kernel(self, owner: str = "") -> None:
-        """Not here; `full` stays, by which the next read is large."""
+        """Not here, but a thread of its own may read more at a time."""
+        self.size = MORE_BYTES
+
+    def leave_kernel(self) -> None:
+        self.size = FIRST_BYTES
 
 
 class ProtectedTunnel(Tunnel):

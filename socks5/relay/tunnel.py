@@ -137,8 +137,9 @@ class Tunnel:
 
     def close(self) -> None:
         """Close the remote and what is in hand; the client's socket is closed with its session."""
-        self.up.close()
-        self.down.close()
+        for pipe in (self.up, self.down):
+            if pipe.held or pipe.kernel is not None:
+                pipe.close()
         self.remote.close()
 
     # ---- the parts ------------------------------------------------------------------------------------------------

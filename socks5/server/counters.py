@@ -86,7 +86,7 @@ class Meter:
         """A Session was admitted."""
 
     def replied(self, session: Any) -> None:
-        """A reply to its request was sent; session.rep has its REP."""
+        """A reply to its request was sent; session.rep has its REP. This and `ended`: of a session with a record."""
 
     def udp(self, session: Any, association: Any) -> None:
         """What an Association has done until now."""

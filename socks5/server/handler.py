@@ -24,7 +24,7 @@ from ..commands.udp import Association
 from ..commands.upstream import Chain, Links
 from ..config import Config
 from ..values import Upstream
-from ..net.addresses import IP, Endpoint, endpoint_of, ip_of, leaving
+from ..net.addresses import IP, Endpoint, ip_of, leaving
 from ..net.listeners import tune
 from ..net.lookups import Names
 from ..net.shares import Ports
@@ -225,10 +225,10 @@ class Handler(StreamRequestHandler):
             session.reached = Endpoint(ip, dst.port)
             try:
                 tune(remote)
-                here = endpoint_of(remote.getsockname())
+                here = remote.getsockname()
             except OSError as exc:                              # reset already; Linux leaves that to the tunnel
                 raise RequestRefused(rep_of(exc), "reset by the destination at once") from None
-            self.reply(Rep.SUCCEEDED, here)
+            self.reply(Rep.SUCCEEDED, Address(ip_of(here), here[1]))
             self.relay(remote)
 
     def connect_through(self, chain: Chain, hosts: Sequence[Host], port: int) -> None:
@@ -313,7 +313,8 @@ class Handler(StreamRequestHandler):
     def reply(self, rep: Rep, bnd: Union[Endpoint, Address, None] = None) -> None:
         self.session.rep = rep.word
         self.send(Reply(rep, Address(*bnd) if isinstance(bnd, Endpoint) else bnd or UNSPECIFIED))
-        self.server.meter.replied(self.session)
+        if self.session.record:
+            self.server.meter.replied(self.session)
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {

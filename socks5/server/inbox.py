@@ -33,7 +33,7 @@ class Inbox(io.BufferedIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.held = b""
-        self.heard = b""                # what a Record needs of what was received; `held` is its end
+        self.heard: Optional[bytes] = None          # while a Record takes a message: all that came; `held` is its end
         self.envelope: Optional[Envelope] = None
 
     def protect(self, envelope: Envelope) -> None:
@@ -45,7 +45,8 @@ class Inbox(io.BufferedIOBase):
         """Put bytes in hand that were read from the socket elsewhere. Raises ProtocolError."""
         data = self.envelope.open(data) if self.envelope else data
         self.held += data
-        self.heard += data
+        if self.heard is not None:
+            self.heard += data
 
     def _receive(self) -> bytes:
         """What comes next; b"" at the end. Raises ProtocolError for what is not encapsulated, but should be."""
@@ -55,7 +56,8 @@ class Inbox(io.BufferedIOBase):
                 data = self.envelope.open(data)
                 if not data:
                     continue                        # a part of a message
-            self.heard += data
+            if self.heard is not None:
+                self.heard += data
             return data
 
     def readable(self) -> bool:
@@ -140,12 +142,11 @@ class Record:
 
     def take(self, kind: Type[M], parse: Callable[[Type[M]], M], inbox: Inbox) -> M:
         """The client's next message, parsed by `parse`."""
-        inbox.heard = inbox.held                    # what came before is not needed any more
+        inbox.heard = inbox.held
         try:
             return parse(kind)
         finally:
-            held = len(inbox.held)
-            raw = inbox.heard[:-held] if held else inbox.heard
+            raw, inbox.heard = inbox.heard[:len(inbox.heard) - len(inbox.held)], None
             if kind is Login:
                 raw = raw[:2 + raw[1]] if len(raw) > 1 else raw
             elif issubclass(kind, Framed):

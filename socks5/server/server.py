@@ -308,6 +308,9 @@ class Server(Newcomers):
     def relay_loop(self) -> Loop:
         """The relay loop of this process, started when it is first needed. A forked child does not use its parent's,
         which has no thread there. Raises RuntimeError without a thread."""
+        loop = self._loop
+        if loop is not None and loop.process == os.getpid():
+            return loop
         with self._lock:
             if self._loop is not None and self._loop.process != os.getpid():
                 self._loop.stop("forked")                       # only closes the child's copies of its descriptors
@@ -358,7 +361,8 @@ class Server(Newcomers):
         tell(log, logging.DEBUG if health_check else logging.INFO, Session.LINE, facts)
         if session.story:
             session.story.end(facts)
-        self.meter.ended(session)
+        if session.record:
+            self.meter.ended(session)
         try:
             self.close_request(session.sock)
         finally:

@@ -145,6 +145,7 @@ class Sessions:
         self._counts = counts or Shared(1).row(0)
         self._weights = Tally()                             # of all live sessions here, by origin
         self._live: Dict[socket.socket, Session] = {}
+        self.get = self._live.get                           # get(sock): its session, or None
         self._negotiating: Dict[Session, None] = {}         # in the order in which they came
         self._silent: ByOwner[Session] = ByOwner()          # of these, by origin, those without a greeting
         self._greeted: ByOwner[Session] = ByOwner()         # and the others: see _evict()
@@ -164,9 +165,6 @@ class Sessions:
 
     def __getitem__(self, sock: socket.socket) -> Session:
         return self._live[sock]
-
-    def get(self, sock: socket.socket) -> Optional[Session]:
-        return self._live.get(sock)
 
     # ---- in and out -----------------------------------------------------------------------------------------------
 
@@ -223,13 +221,15 @@ class Sessions:
 
     def _find_place(self, origin: str, sessions: int, weight: int) -> None:
         """Evict others until there is a place for so many more. Raises Full."""
+        if self._fits(origin, sessions, weight):
+            return
         # In the place of another origin's session it would still have more than its share: then one of its own.
         own = "" if self._fits(origin, sessions, weight, freed=weight) else origin
         for _ in range(weight):
-            if self._fits(origin, sessions, weight):
-                return
             if self._leaving >= MAX_LEAVING or not self._evict(own):
                 raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
+            if self._fits(origin, sessions, weight):
+                return
 
     def _fits(self, origin: str, sessions: int, weight: int, freed: int = 0) -> bool:
         """Whether there is a place for so many more of this origin, when `freed` others have left."""
@@ -342,7 +342,7 @@ class Teller:
     def __init__(self, hook: Callable[[Session], None]) -> None:
         self._hook = hook
         self._lock = threading.Lock()
-        self._queue: "queue.Queue[Optional[Session]]" = queue.Queue()
+        self._queue: "queue.SimpleQueue[Optional[Session]]" = queue.SimpleQueue()      # asked for its size: no lock
         self._thread: Optional[threading.Thread] = None
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ import logging
 import pkgutil
 import re
 import socket
+import threading
 from http.server import BaseHTTPRequestHandler
 from ipaddress import ip_address
 from socketserver import ThreadingTCPServer
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 MOST = 32                       # connections at a time
 HEAD_S = 5.0                    # for the request, for a login that waits, and for the answer
 HEAD_BYTES = 8192
+TURN_S = 5.0                    # for others that ask for sessions, one after the other
 SESSIONS = 1000                 # in one answer, if not asked for another number
 BASIC = 'Basic realm="socks5", charset="UTF-8"'
 TEXT, JSON, HTML = "text/plain; charset=utf-8", "application/json", "text/html; charset=utf-8"
@@ -68,6 +70,7 @@ class Web(ThreadingTCPServer):
         self.source = source
         self.users = users                      # a reload brings others
         self.with_password = with_password
+        self.turn = threading.Lock()            # several answers at once would take the interpreter from traffic
         self._places = Share(MOST)              # or one address could keep health checks out
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -201,7 +204,7 @@ class Handler(BaseHTTPRequestHandler):
         return as_json(self.server.source.summary(float(query.get("since", "0"))))
 
     def recent(self, query: Dict[str, str]) -> Body:
-        return as_json(self.server.source.recent())
+        return as_json(self._in_turn(self.server.source.recent))
 
     def sessions(self, query: Dict[str, str]) -> Body:
         unknown = set(query) - {"client", "user", "command", "state", "limit"}
@@ -216,14 +219,23 @@ class Handler(BaseHTTPRequestHandler):
         limit = int(query.pop("limit", SESSIONS))
         if not 0 < limit <= MOST_SESSIONS:
             raise ValueError("limit is a number from 1 to %d" % MOST_SESSIONS)
-        return JSON, self.server.source.sessions(query, limit)
+        return JSON, self._in_turn(self.server.source.sessions, query, limit)
 
     def session(self, query: Dict[str, str]) -> Body:
         number = urlsplit(self.path).path[len("/sessions/"):]
-        found = self.server.source.session(int(number)) if re.fullmatch("[0-9]{1,18}", number) else None
+        found = self._in_turn(self.server.source.session, int(number)) if re.fullmatch("[0-9]{1,18}", number) else None
         if not found:
             raise Refused(404, "this session is not remembered")
         return as_json(found)
+
+    def _in_turn(self, ask: Callable[..., Any], *args: Any) -> Any:
+        """Ask for sessions when no other request does."""
+        if not self.server.turn.acquire(timeout=TURN_S):
+            raise Refused(503, "too many ask for sessions")
+        try:
+            return ask(*args)
+        finally:
+            self.server.turn.release()
 
 
 PATHS: Dict[str, Callable[[Handler, Dict[str, str]], Body]] = {
