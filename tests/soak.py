@@ -42,9 +42,9 @@ RESTART_S = 15                      # for a worker in the place of a killed one
 MEMORY_KIB = 10 << 10               # more than at the beginning, of a worker; issue 11 allows as much
 SUPERVISOR_KIB = 2 << 10
 LOST_DATAGRAMS = 0.001
-# glibc keeps the 16 MiB of a slow hash for the next thread that uses this heap, up to 16 heaps on 2 CPUs, unless it is
-# told to give back what is large. That is bounded, and would hide what is lost for good.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
+# Without this, glibc keeps the 16 MiB of a slow hash, and fills heaps of its own for each thread unevenly. Neither is
+# memory that we have lost, and both would hide what is.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_ARENA_MAX": "1"}
 CHUNK = 1 << 16
 BLOCK = memoryview(random.Random(1).getrandbits(8 << 20).to_bytes(1 << 20, "big") * 2)
 BULK = struct.Struct("!QQQ")        # seed, bytes up, bytes down
