@@ -210,7 +210,7 @@ def both_client(*args):
 
 
 def udp_client(pipe, proxy, target, count):
-    """Keep IN_FLIGHT datagrams on their way; those that do not come back in 3 s are lost: a server under valgrind is slow."""
+    """Keep IN_FLIGHT datagrams on their way; those that do not come back in 3 s (valgrind is slow) are lost."""
     with contextlib.ExitStack() as stack:
         sock, message, to = stack.enter_context(listen(socket.SOCK_DGRAM)), DATAGRAM, target
         if proxy:
