@@ -406,6 +406,7 @@ class Refused(Case):
         server.meter = Meter(Board(1), 0)
         with target() as destination:
             self.through(server, destination).close()
+            wait_until(lambda: server.meter.finished, "the first session has ended")
         with dial(server.server_address) as sock:
             sock.sendall(Greeting(bytes([Method.GSSAPI])).pack() + SecurityToken(token).pack())
             read_to_end(sock)
