@@ -55,7 +55,7 @@
         counters      how many sessions there are, in all processes; what else may be counted
         sessions      the registry of live sessions: limits, deadlines, eviction
         inbox         what the client sends before its tunnel stands, and the record of it
-        principal     the GSSAPI method: who is the client? RFC 1961
+        principal     authenticate a client by GSSAPI, RFC 1961
         handler       one client, like RFC 1928 sections 3 to 6
         acceptors     threads that wait in accept()
         newcomers     a connection before its handler: PROXY header, silent clients

@@ -69,8 +69,8 @@ class Config:
         False, "--open", bool, "access", help="permit an open proxy: any client, without a password")
     out: Tuple[str, ...] = option(
         (), "--out", values.out_address, "outgoing", metavar="ADDRESS|same", many=True,
-        help="address of this machine to connect from, one each for IPv4 and IPv6; same: the one that the client "
-             "connected to")
+        help="address of this machine to connect from, one each for IPv4 and IPv6; same: the local "
+             "address of the client's connection")
     upstream: Tuple[Upstream, ...] = option(
         (), "--upstream", values.upstream, "outgoing", metavar="[NAME=]URL", many=True, secret=True,
         help="connect through the SOCKS5 proxy at socks5://[USER:PASSWORD@]HOST:PORT; with NAME=, only where --rules "

@@ -51,6 +51,19 @@ BULK = struct.Struct("!QQQ")        # seed, bytes up, bytes down
 SUSPECT = ("Traceback", "bug", "lost lines", "cannot", "worker_died", "ERROR")
 
 
+@contextlib.contextmanager
+def until(stop, running):
+    """Run these threads until the block ends; `stop` tells them."""
+    for thread in running:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in running:
+            thread.join()
+
+
 class Wrong(Exception):
     """What is no excuse for: wrong bytes, a wrong password that is let in."""
 
@@ -287,15 +300,8 @@ class Soak:
     def load(self):
         stop = threading.Event()
         names = [name for name in KINDS for _ in range(self.options.clients)]
-        running = [threading.Thread(target=self.repeat, args=(name, stop), daemon=True) for name in names]
-        for thread in running:
-            thread.start()
-        try:
+        with until(stop, [threading.Thread(target=self.repeat, args=(name, stop), daemon=True) for name in names]):
             yield
-        finally:
-            stop.set()
-            for thread in running:
-                thread.join()
 
     def repeat(self, name, stop):
         while not stop.wait(self.options.rest * random.random() * 2):
@@ -321,14 +327,8 @@ class Soak:
         stop = threading.Event()
         running = [threading.Thread(target=self.every, args=(seconds, call, stop), daemon=True) for seconds, call in (
             (self.options.reload_every, self.reload), (self.options.kill_every, self.kill))]
-        for thread in running:
-            thread.start()
-        try:
+        with until(stop, running):
             yield
-        finally:
-            stop.set()
-            for thread in running:
-                thread.join()
 
     def every(self, seconds, call, stop):
         while not stop.wait(seconds):

@@ -422,7 +422,7 @@ class Serving(Case):
             self.assertEqual(self.refusal(server, Cmd.CONNECT, b"passwords.invalid", 80)[0], Rep.NOT_ALLOWED)
 
     def test_every_address_of_a_name_is_judged_and_only_what_is_allowed_is_dialled(self):
-        destination = self.enter(target(port=closed_port("127.0.0.2")))
+        destination = self.enter(target(port=closed_port("127.0.0.1", "127.0.0.2")))
         server = self.serve("deny to 127.0.0.2", "allow")
         found = [ip_address("127.0.0.2"), ip_address("127.0.0.1")]
         trap = self.enter(socket.socket())

@@ -103,8 +103,9 @@ def derive(kind: str, cost: Tuple[int, ...], salt: bytes, password: bytes, size:
 def in_new_thread(call: Callable[[], bytes]) -> bytes:
     """What call() returns or raises, run in a new thread; in this one where the system has none to give.
 
-    glibc's malloc keeps what a hash has freed, 16 MiB, with the heap of the thread that computed it. A new thread gets
-    the heap of one that has ended; so there are few such heaps, however many threads serve logins."""
+    glibc's malloc does not return the 16 MiB that a hash has freed to the system: they stay in the arena of the thread
+    that computed it. A new thread reuses the arena of a thread that has ended, so there are few such arenas, however
+    many threads serve logins. mallopt(3), malloc arena."""
     results: List[bytes] = []
     errors: List[BaseException] = []
 

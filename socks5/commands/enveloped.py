@@ -23,7 +23,7 @@ class EnvelopedSocket:
         self.fileno, self.close, self.getsockname = sock.fileno, sock.close, sock.getsockname
 
     def recvfrom_into(self, view: memoryview) -> Tuple[int, Any]:
-        """Raises OSError EBADMSG for what is no message of this client, or one that was here before."""
+        """Raises OSError EBADMSG for a datagram that is not encapsulated by this client, and for a replay."""
         size, sender = self.sock.recvfrom_into(view)
         if sender[0] != self.client:
             return 0, sender

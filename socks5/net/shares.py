@@ -27,7 +27,7 @@ def each_port(ports: Tuple[int, ...]) -> Iterator[int]:
 
 
 class Counter(Protocol):
-    """Counts what each owner holds. One that several processes share: server/counters.py."""
+    """Counts what each owner holds. server/counters.py has the implementation in shared memory, for all processes."""
 
     def add(self, owner: str, change: int) -> None: ...
     def live(self) -> int: ...                      # what all hold together

@@ -49,7 +49,7 @@ class Alone(Control):
         obey(self.server, self._hurry, order, self.access)
 
     def prove_alive(self) -> None:
-        """By the thread that serves and the relay loop's: one that hangs does not come to it."""
+        """Send WATCHDOG=1 from the relay loop, asked to by the serving thread: a hang of either stops it."""
         self.server.soon(lambda: self.server.relay_loop().call_soon(self.notifier.alive))
 
     def kill(self) -> None:

@@ -37,7 +37,7 @@ TITLES: Dict[type, str] = {
     LoginStatus: "LoginStatus: this is what I think of it (RFC 1929 section 2)",
     SecurityToken: "SecurityToken: this is for your GSS-API mechanism (RFC 1961 section 3)",
     ProtectionLevel: "ProtectionLevel: so are the messages protected (RFC 1961 section 4)",
-    Abort: "Abort: no security context, or none that suffices (RFC 1961 section 3)",
+    Abort: "Abort: the security context or its protection level is refused (RFC 1961 section 3)",
     Request: "Request: do this for me (RFC 1928 section 4)",
     Reply: "Reply: this is what came of it (RFC 1928 section 6)",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from time import monotonic
 
 from ..net.poller import new_poll
-from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel
+from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel, rewatch
 
 FIRST_S = 0.005                     # how long a tunnel that has just been made is waited for at a time,
 FIRST_TURNS = 16                    # and how often
@@ -34,8 +34,8 @@ class Turns:
         tunnel = self._tunnel
         if self.look:
             wanted, before = tunnel.interest(), self._watched
-            self._watch(self._client, before[CLIENT], wanted[CLIENT])
-            self._watch(self._remote, before[REMOTE], wanted[REMOTE])
+            rewatch(self._poll, self._client, before[CLIENT], wanted[CLIENT])
+            rewatch(self._poll, self._remote, before[REMOTE], wanted[REMOTE])
             self._watched, self.look = wanted, False
         ready = self._poll.poll(wait_s * 1000)
         now = monotonic()
@@ -45,16 +45,6 @@ class Turns:
                 if tunnel.ended:
                     break
         return bool(ready)
-
-    def _watch(self, fd: int, before: int, wanted: int) -> None:
-        if wanted == before:
-            return
-        if before == UNREGISTERED:
-            self._poll.register(fd, wanted)
-        elif wanted == UNREGISTERED:
-            self._poll.unregister(fd)
-        else:
-            self._poll.modify(fd, wanted)
 
 
 def relay_first(tunnel: Tunnel) -> None:

@@ -27,7 +27,7 @@ from ..net.shares import Share
 from . import splice
 from .busy import QUIET_S, relay_busy, relay_first
 from .pipe import DONTWAIT
-from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel
+from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel, rewatch
 from .watch import Bell, Watch
 
 SWEEP_S = 1.0                       # how late a time limit may be noticed; no wait is longer
@@ -221,9 +221,9 @@ class Loop:
             return
         wanted, before = tunnel.interest(), tunnel.watched
         if wanted != before:
-            self._rewatch(tunnel.client, before[CLIENT], wanted[CLIENT])
+            rewatch(self._poller, tunnel.client.fileno(), before[CLIENT], wanted[CLIENT])
             tunnel.watched = wanted[CLIENT], before[REMOTE]         # what is true if the next line fails
-            self._rewatch(tunnel.remote, before[REMOTE], wanted[REMOTE])
+            rewatch(self._poller, tunnel.remote.fileno(), before[REMOTE], wanted[REMOTE])
             tunnel.watched = wanted
 
     def _bug(self, fd: int, subject: Any) -> None:
@@ -306,17 +306,6 @@ class Loop:
             raise exc if isinstance(exc, OSError) else OSError(errno.EBADF, str(exc)) from None
         tunnel.watched = wanted
         self._watched.update({client: (tunnel, CLIENT), remote: (tunnel, REMOTE)})
-
-    def _rewatch(self, sock: socket.socket, before: int, wanted: int) -> None:
-        if wanted == before:
-            return
-        fd = sock.fileno()
-        if before == UNREGISTERED:
-            self._poller.register(fd, wanted)
-        elif wanted == UNREGISTERED:
-            self._poller.unregister(fd)
-        else:
-            self._poller.modify(fd, wanted)
 
     def _unregister(self, tunnel: Tunnel) -> None:
         for sock, events in zip((tunnel.client, tunnel.remote), tunnel.watched):

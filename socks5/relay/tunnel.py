@@ -172,3 +172,15 @@ class Tunnel:
         self.ended_by = self.ended_by or broken.side
         self.why = "%s: %s" % (broken.side, broken.error.strerror or broken.error)
         reset_on_close(self.client if broken.side == "remote" else self.remote)
+
+
+def rewatch(poller: Any, fd: int, before: int, wanted: int) -> None:
+    """Have a poller of net/poller.py wait for the events `wanted` in place of those `before`. Raises OSError."""
+    if wanted == before:
+        return
+    if before == UNREGISTERED:
+        poller.register(fd, wanted)
+    elif wanted == UNREGISTERED:
+        poller.unregister(fd)
+    else:
+        poller.modify(fd, wanted)

@@ -1,9 +1,9 @@
-"""A connection before it has a handler: silent clients, and load balancers that say which client it is for.
+"""A connection before it has a handler: silent clients, and the PROXY header of a load balancer.
 
-While many clients negotiate, one that says nothing costs no thread: the relay loop waits for its first byte. A load
-balancer (--proxy-protocol) sends a PROXY header in front. Until that is here, a session counts for no client. Then it
-moves to the one that the header names, which all that comes later sees: limits, rules, rate limit, log, and the filter
-of UDP. Runs in the thread that serves the connection; what says so, in the relay loop's.
+While many clients negotiate, a silent client costs no thread: the relay loop waits for its first byte. A load balancer
+(--proxy-protocol) sends a PROXY header first. Until the header has arrived, a session counts for no client. Then it
+counts for the client that the header names: limits, rules, rate limit, log and the UDP source filter use that address.
+Runs in the thread that serves the connection; methods that say so run in the relay loop's thread.
 """
 from __future__ import annotations
 

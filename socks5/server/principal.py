@@ -1,4 +1,4 @@
-"""The GSSAPI method of a Handler: who is the client, and how are its messages protected? RFC 1961."""
+"""Authenticate a client by GSSAPI, and agree on the protection level of its messages. RFC 1961."""
 from __future__ import annotations
 
 from typing import Any
