@@ -1,7 +1,7 @@
 """The log of the command line: text or JSON, priorities where the systemd journal reads it, and a thread that writes.
 
-A thread that logs only puts its record into a queue (net/writer.py); formatting and writing are the writer thread's, so
-nothing waits for who reads the log. A program that embeds the package has handlers and formatters of its own.
+A record is written at once where that cannot wait, else by a thread (net/writer.py): nothing waits for the reader of the
+log. A program that embeds the package has handlers and formatters of its own.
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from enum import Enum
 from typing import Any, Callable, Dict, Optional, Tuple
 
-from .net.writer import CLOSE_S, PIPE_BUF, Write, Writer, writing_to
+from .net.writer import CLOSE_S, PIPE_BUF, Write, Writer, nothing, writing_at_once, writing_to
 from .protocol.facts import Facts, FactsRecord, positional
 from .protocol.messages import Address
 
@@ -31,13 +31,14 @@ MARK = "| "                                                    # before its line
 class Handler(logging.Handler):
     """Puts records into a Writer's queue.
 
-    write   as net.writer.Writer takes it: os.write with a descriptor, say
+    write, at_once, release     as net.writer.Writer takes them: os.write with a descriptor, say
     """
 
-    def __init__(self, write: Callable[[bytes], Optional[int]], form: logging.Formatter) -> None:
+    def __init__(self, write: Write, form: logging.Formatter, at_once: Optional[Write] = None,
+                 release: Callable[[], object] = nothing) -> None:
         super().__init__()
         self.setFormatter(form)
-        self.writer = Writer(write, self.format, lost_line(form))
+        self.writer = Writer(write, form.format, lost_line(form), release=release, at_once=at_once)
         self.put = self.writer.put
 
     def createLock(self) -> None:
@@ -75,7 +76,9 @@ def install(level: int, kind: str, stream: Any, journal: str, before: bytes = b"
     """
     handler: logging.Handler = logging.NullHandler()
     if not getattr(stream, "closed", stream is None):
-        handler = Handler(after(before, writing_to(stream)), formatter(kind, descriptor_of(stream), journal))
+        at_once, release = writing_at_once(stream)
+        handler = Handler(after(before, writing_to(stream)), formatter(kind, descriptor_of(stream), journal),
+                          at_once and after(before, at_once), release)
     log = logging.getLogger("socks5")
     for former in log.handlers[:]:
         log.removeHandler(former)
@@ -121,7 +124,7 @@ class TextFormatter(logging.Formatter):
         self.timed = timed
 
     def format(self, record: logging.LogRecord) -> str:
-        words = printable(words_of(record))
+        words = words_of(record)
         text = "%s %s %s" % (self.formatTime(record), record.levelname, words) if self.timed else \
             "%s %s" % (record.levelname, words)
         trouble = record.exc_text or record.exc_info and self.formatException(record.exc_info)
@@ -139,11 +142,11 @@ class TextFormatter(logging.Formatter):
 
 
 def words_of(record: logging.LogRecord) -> str:
-    """The message. A plain dict of arguments is read like Facts."""
+    """The message, printable. A plain dict of arguments is read like Facts."""
     args = record.args
     if isinstance(args, dict) and args:
         return (args if isinstance(args, Facts) else Facts(args)).fill(str(record.msg))
-    return record.getMessage()
+    return printable(record.getMessage())
 
 
 def printable(text: str) -> str:

@@ -25,7 +25,8 @@ class Endpoint(NamedTuple):
 
     def __str__(self) -> str:
         """192.0.2.1:80 or [2001:db8::1]:80"""
-        return ("%s:%d" if isinstance(self.ip, IPv4Address) else "[%s]:%d") % (self.ip, self.port)
+        host = str(self.ip)
+        return ("[%s]:%d" if ":" in host else "%s:%d") % (host, self.port)
 
 
 def unmapped(address: IP) -> IP:

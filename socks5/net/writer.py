@@ -1,22 +1,27 @@
-"""Write lines to a descriptor from a thread of its own, so that no other thread waits for who reads them.
+"""Write lines to a descriptor so that no thread waits for their reader.
 
-The log and the trace use it. put() runs in any thread and only appends to a bounded queue; the writer thread makes
-text of the items and writes it, in chunks that end at a line's end and are small enough that the kernel never mixes
-them with those of another process on the same pipe (PIPE_BUF, pipe(7)).
+The log and the trace use it. put() runs in any thread. Where a write that cannot wait is possible, put() writes at
+once: to wake another thread for each line costs ten times as much as to write it. What the descriptor does not take at
+once goes into a bounded queue. A thread makes text of the queued items and writes it, in chunks that end at a line's
+end and are small enough that the kernel never mixes them with those of another process on the same pipe (PIPE_BUF,
+pipe(7)).
 
-Processes: the thread starts with the first item. os.fork() stops it before and starts it again afterwards, because a
+Processes: the thread starts with the first queued item. os.fork() stops it before and starts it again afterwards, because a
 fork copies only the thread that calls it; the child begins with an empty queue and starts a thread of its own.
 """
 from __future__ import annotations
 
 import os
 import select
+import socket
+import stat
 import threading
 import weakref
+from collections import deque
 from functools import partial
 from queue import SimpleQueue
 from time import monotonic, sleep
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Deque, Iterable, Iterator, List, Optional, Tuple
 
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)     # POSIX promises 512 at the least
 MOST_QUEUED = 10000
@@ -25,6 +30,8 @@ REST_S = 0.001                  # between batches: a busy process wakes the thre
 RETRY_S = 0.01                  # a descriptor that does not block, and is full
 PAUSE_S = 0.2                   # the longest that a fork waits for a write to end
 CLOSE_S = 1.0
+SLOW_S = 0.02                   # a disk on which a write at once takes longer
+SLOW_REST_S = 10.0              # is left to the thread for so long
 STOP = object()                 # in the queue: everything before it is written, then the thread ends
 CUT = b"...\n"
 
@@ -39,13 +46,16 @@ class Writer:
     lost         the text of the line that says how many items were lost
     chunk_bytes  the most that is given to write() at once; a longer line is cut, and ends in "..."
     release      called once, when nothing will be written any more: closes what was opened for it
+    at_once      as `write`, but never waits: it takes less, or raises. None: only the thread writes
 
     Methods that any thread may call: put, close. Those for a fork are called by it: pause, resume, after_fork.
     """
 
     def __init__(self, write: Write, render: Callable[[Any], str], lost: Callable[[int], str],
-                 chunk_bytes: int = PIPE_BUF, release: Callable[[], object] = lambda: None) -> None:
+                 chunk_bytes: int = PIPE_BUF, release: Callable[[], object] = lambda: None,
+                 at_once: Optional[Write] = None) -> None:
         self._write = write
+        self._at_once = at_once
         self._render = render
         self._lost_text = lost
         self._chunk_bytes = chunk_bytes
@@ -58,15 +68,51 @@ class Writer:
         WRITERS.add(self)
 
     def put(self, item: object) -> None:
-        """Have it written. Never waits: beyond the bound the item is dropped and counted.
+        """Have it written. Never waits: beyond the bound the item is dropped and counted."""
+        if self._at_once is None:
+            self._enqueue(item)
+            return
+        if len(self._fresh) >= self._most:
+            self._lose(1)
+            return
+        self._fresh.append(item)
+        while self._fresh and self._turn.acquire(False):    # else the thread that has the turn writes it as well
+            try:
+                self._write_fresh(self._at_once)
+            finally:
+                self._turn.release()
+
+    def _write_fresh(self, at_once: Write) -> None:
+        """Write at once, or queue, what put() was given. The order is kept: nothing is written at once while the thread
+        has something to write."""
+        while self._fresh:
+            item = self._fresh.popleft()
+            now = monotonic()
+            if self._given == self._handled and now >= self._slow_until and not (self._lost or self._torn
+                                                                                  or self._closed):
+                item = next(self._blocks((item,)))
+                if len(item) <= self._chunk_bytes:
+                    try:
+                        done = at_once(item)
+                        item = item[len(item) if done is None else done:]
+                    except Exception:           # it does not take anything now, or never will: the thread finds out
+                        pass
+                    if monotonic() - now > SLOW_S:
+                        self._slow_until = now + SLOW_REST_S
+            if item:
+                self._given += self._enqueue(item)
+
+    def _enqueue(self, item: object) -> bool:
+        """Leave it to the thread. Whether there was room.
 
         SimpleQueue is safe with and without a GIL and in signal handlers; it wakes the thread only if that waits."""
         if self._queue.qsize() >= self._most:
             self._lose(1)
-            return
+            return False
         self._queue.put(item)
         if self._thread is None:
             self._start()
+        return True
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Write what is queued, for timeout_s at the most; what comes later is dropped."""
@@ -78,6 +124,8 @@ class Writer:
             self._closed, self._most = True, 0
             self._give_up_at = monotonic() + timeout_s
             thread = self._thread
+        with self._turn:                    # nothing is being written at once
+            pass
         if thread is None:
             self._release()
         else:
@@ -105,6 +153,10 @@ class Writer:
     def after_fork(self) -> None:
         """Begin anew, in the child: what is queued is the parent's, and so is the thread."""
         self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._fresh: Deque[Any] = deque()   # given to put(), and neither written nor queued yet:
+        self._turn = threading.Lock()       # its holder does that
+        self._given = self._handled = 0     # items that the holder has queued; that the thread has written or lost
+        self._slow_until = 0.0
         self._lock = threading.RLock()      # a signal handler may log while its own thread holds it
         self._thread: Optional[threading.Thread] = None
         self._paused = False
@@ -137,6 +189,7 @@ class Writer:
             self._write_all(self._blocks(items))
             if self._lost:
                 self._tell_lost()
+            self._handled += len(items)
             if len(items) < len(batch) and self._ended():
                 return
             del batch, items                # while it waits, nothing keeps a record alive
@@ -156,6 +209,9 @@ class Writer:
 
     def _blocks(self, items: Iterable[object]) -> Iterator[bytes]:
         for item in items:
+            if type(item) is bytes:         # rendered, and perhaps written in part
+                yield item
+                continue
             try:
                 text = self._render(item)
             except Exception as exc:        # an argument that does not fit its format, say: one item, not the thread
@@ -234,6 +290,35 @@ def writing_to(stream: Any) -> Write:
         return partial(os.write, stream.fileno())
     except (OSError, ValueError, AttributeError):
         return partial(write_text, stream)
+
+
+def writing_at_once(stream: Any) -> Tuple[Optional[Write], Callable[[], object]]:
+    """An `at_once` for a text stream, and its `release`; None where there is none.
+
+    A pipe or terminal is opened once more: O_NONBLOCK of our own does not change what other programs see. A file does
+    not wait for a reader."""
+    try:
+        fd = stream.fileno()
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) or os.path.samestat(status, os.stat(os.devnull)):
+            return partial(os.write, fd), nothing
+        if stat.S_ISSOCK(status.st_mode):               # of the journal, say
+            sock = socket.socket(fileno=os.dup(fd))
+            return partial(send_at_once, sock), sock.close
+        if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
+            own = os.open("/proc/self/fd/%d" % fd, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+            return partial(os.write, own), partial(os.close, own)
+    except (OSError, ValueError, AttributeError):       # no descriptor, or no Linux, or no permission
+        pass
+    return None, nothing
+
+
+def nothing() -> None:
+    pass
+
+
+def send_at_once(sock: socket.socket, data: bytes) -> int:
+    return sock.send(data, socket.MSG_DONTWAIT)
 
 
 def write_text(stream: Any, data: bytes) -> None:

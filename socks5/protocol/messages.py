@@ -79,7 +79,8 @@ class Address(NamedTuple):
         host = self.host
         if isinstance(host, bytes):
             return "%s:%d" % (text(host), self.port)
-        return ("%s:%d" if isinstance(host, IPv4Address) else "[%s]:%d") % (host, self.port)
+        shown = str(host)
+        return ("[%s]:%d" if ":" in shown else "%s:%d") % (shown, self.port)
 
 
 UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply
