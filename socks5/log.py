@@ -1,7 +1,7 @@
 """The log of the command line: text or JSON, priorities where the systemd journal reads it, and a thread that writes.
 
-A record is written at once where that cannot wait, else by a thread (net/writer.py): nothing waits for the reader of the
-log. A program that embeds the package has handlers and formatters of its own.
+A record is written at once where that cannot wait, else by a thread (net/writer.py): nothing waits for the reader of
+the log. A program that embeds the package has handlers and formatters of its own.
 """
 from __future__ import annotations
 

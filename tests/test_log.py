@@ -10,6 +10,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from unittest import mock
 from socks5 import cli, client, log as logs
 from socks5.net import writer as writers
 from socks5.net.addresses import Endpoint
-from socks5.net.writer import PIPE_BUF, Writer, chunks, encoded
+from socks5.net.writer import PIPE_BUF, Writer, chunks, encoded, writing_at_once
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.facts import Facts, FactsRecord, tell
 from socks5.server.sessions import Session
@@ -440,6 +441,96 @@ class WriterThread(unittest.TestCase):
         self.put("b")
         self.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines, ["a", "b"])
+
+
+class AtOnce(unittest.TestCase):
+    """Lines that a descriptor takes without waiting are written by the thread that logs."""
+
+    def setUp(self):
+        self.sink = Sink()
+        self.takes = []                                     # of each line; then everything
+        self.seen = []                                      # by at_once
+        self.writer = Writer(self.sink, str, "lost=%d".__mod__, 64, at_once=self.at_once)
+        self.addCleanup(self.writer.close)
+        self.addCleanup(self.sink.may.set)
+
+    def at_once(self, data):
+        self.seen.append(data)
+        takes = self.takes.pop(0) if self.takes else len(data)
+        if isinstance(takes, Exception):
+            raise takes
+        self.sink.data += data[:takes]
+        return takes
+
+    def test_no_thread_is_woken(self):
+        for word in "abc":
+            self.writer.put(word)
+        self.assertEqual((self.sink.lines, self.sink.calls, self.writer._thread), (["a", "b", "c"], 0, None))
+
+    def test_what_is_not_taken_keeps_its_order_and_its_line(self):
+        for trouble in BlockingIOError(), OSError(errno.EIO, ""), 0, 3:
+            self.sink.data, self.seen, self.takes = b"", [], [trouble]
+            self.sink.may.clear()                           # the thread hangs,
+            for word in "first", "second", "third":
+                self.writer.put(word)
+            self.assertEqual(self.seen, [b"first\n"])       # and nothing overtakes it
+            self.sink.may.set()
+            wait_until(lambda: self.sink.lines == ["first", "second", "third"])
+            wait_until(lambda: self.writer._given == self.writer._handled)
+            self.writer.put("fourth")
+            self.assertEqual(self.seen, [b"first\n", b"fourth\n"])
+
+    def test_the_next_line_does_not_continue_half_of_one(self):
+        self.takes, self.sink.failures = [3], [OSError(errno.ENOSPC, "")]
+        self.writer.put("first")
+        wait_until(lambda: self.writer.lost)
+        self.writer.put("second")
+        self.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines[0], "fir")
+        self.assertEqual(sorted(self.sink.lines[1:]), ["lost=1", "second"])
+
+    def test_a_slow_disk_is_left_to_the_thread(self):
+        with mock.patch("socks5.net.writer.SLOW_S", -1.0):
+            self.writer.put("first")
+            self.writer.put("second")
+            self.writer.close(PATIENCE_S)
+        self.assertEqual((self.seen, self.sink.lines), ([b"first\n"], ["first", "second"]))
+
+    def test_many_threads_lose_nothing_and_keep_their_order(self):
+        self.takes = [BlockingIOError() if number % 7 == 0 else 64 for number in range(500)]
+        threads = [threading.Thread(target=lambda name=name: [
+            self.writer.put("%d %d" % (name, number)) for number in range(200)]) for name in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.writer.close(PATIENCE_S)
+        for name in range(5):
+            self.assertEqual([line for line in self.sink.lines if line.startswith("%d " % name)],
+                             ["%d %d" % (name, number) for number in range(200)])
+
+    def test_descriptors(self):
+        read, write = os.pipe()
+        ours, theirs = socket.socketpair()
+        file = tempfile.TemporaryFile("w")
+        for name, stream in (("pipe", os.fdopen(write, "w")), ("socket", ours.makefile("w")), ("file", file),
+                             ("/dev/null", open(os.devnull, "w"))):
+            with self.subTest(name), stream:
+                at_once, release = writing_at_once(stream)
+                if name == "pipe" and not sys.platform.startswith("linux"):
+                    self.assertIsNone(at_once)
+                    continue
+                self.assertEqual(at_once(b"line\n"), 5)
+                if name in ("pipe", "socket"):
+                    with self.assertRaises(BlockingIOError):
+                        while True:
+                            at_once(b"x" * PIPE_BUF)
+                    self.assertTrue(os.get_blocking(stream.fileno()), "other programs write to it as well")
+                release()
+        for end in (ours, theirs):
+            end.close()
+        os.close(read)
+        self.assertIsNone(writing_at_once(io.StringIO())[0])
 
 
 class Forks(unittest.TestCase):

@@ -1,10 +1,8 @@
 """Fair shares: the last tenth is for those that hold little."""
-import random
 import threading
 import unittest
-from collections import Counter
 
-from socks5.net.shares import ANY_PORT, ByOwner, Ports, Share, Tally
+from socks5.net.shares import ANY_PORT, Ports, Share, Tally
 from socks5.server.counters import Shared
 
 
@@ -64,35 +62,6 @@ class ShareTest(unittest.TestCase):
             thread.join()
         self.assertLessEqual(sum(counts), 1000)
         self.assertGreaterEqual(sum(counts), 900)
-
-
-class ByOwnerTest(unittest.TestCase):
-    def test_against_a_slow_one(self):
-        rng = random.Random(1)
-        for _ in range(20):
-            quick, slow = ByOwner(), {}
-            for number in range(300):
-                owner = "owner %d" % rng.randrange(1, 9)
-                mine = [thing for thing, whose in slow.items() if whose == owner]
-                if rng.random() < 0.5:
-                    quick.add(owner, number)
-                    slow[number] = owner
-                elif mine:
-                    thing = rng.choice(mine)
-                    quick.discard(owner, thing)
-                    del slow[thing]
-                else:
-                    quick.discard(owner, number)                # is not there: nothing happens
-                self.assertEqual(quick.oldest(owner), next((n for n, whose in slow.items() if whose == owner), None))
-                found, counts = quick.oldest(), Counter(slow.values())
-                if not slow:
-                    self.assertIsNone(found)
-                    continue
-                self.assertEqual(counts[slow[found]], max(counts.values()))
-                self.assertEqual(found, min(n for n, whose in slow.items() if whose == slow[found]))
-            for thing, owner in slow.items():
-                quick.discard(owner, thing)
-            self.assertEqual((quick._of, quick._by_number, quick._most, quick.oldest()), ({}, {}, 0, None))
 
 
 class PortsTest(unittest.TestCase):

@@ -1,16 +1,15 @@
 """Fair shares of what is scarce (ports, places, kernel pipes): no address takes all of it.
 
 The last tenth is kept for owners that hold less than a tenth. A newcomer is served while one owner holds all the rest,
-and one owner alone still gets nine tenths. An owner is what addresses.subscriber() gives. Any thread may call; Tally,
-ByOwner and fits() leave locking to the caller.
+and one owner alone still gets nine tenths. An owner is what addresses.subscriber() gives. Any thread may call; Tally
+and fits() leave locking to the caller.
 """
 from __future__ import annotations
 
 import random
 from threading import Lock
-from typing import Callable, Dict, Generic, Iterator, Optional, Protocol, Tuple, TypeVar
+from typing import Callable, Dict, Iterator, Optional, Protocol, Tuple
 
-T = TypeVar("T")
 TENTH = 10
 
 
@@ -38,11 +37,11 @@ class Tally:
     """The Counter of one process."""
 
     def __init__(self) -> None:
-        self._all = 0
+        self.total = 0
         self._held: Dict[str, int] = {}
 
     def add(self, owner: str, change: int) -> None:
-        self._all += change
+        self.total += change
         held = self._held.get(owner, 0) + change
         if held:
             self._held[owner] = held
@@ -50,10 +49,15 @@ class Tally:
             self._held.pop(owner, None)
 
     def live(self) -> int:
-        return self._all
+        return self.total
 
     def of(self, owner: str) -> int:
         return self._held.get(owner, 0)
+
+
+def kept(total: float, least: int = 1) -> float:
+    """How many of `total` are kept for owners that hold less than so many."""
+    return max(least, total // TENTH) if total > least else 0
 
 
 def fits(total: float, counter: Counter, owner: str, more: int, least: int = 1, freed: int = 0) -> bool:
@@ -62,9 +66,9 @@ def fits(total: float, counter: Counter, owner: str, more: int, least: int = 1, 
     least   how many are kept if a tenth is less: what a newcomer needs at once
     freed   how many of those that are counted will be given back at once
     """
-    kept = max(least, total // TENTH) if total > least else 0
+    last = kept(total, least)
     left = total - counter.live() + freed - more
-    return left >= kept or left >= 0 and counter.of(owner) + more <= kept
+    return left >= last or left >= 0 and counter.of(owner) + more <= last
 
 
 class Share:
@@ -97,44 +101,6 @@ class Share:
     def live(self) -> int:
         """How many are taken."""
         return self._tally.live()
-
-
-class ByOwner(Generic[T]):
-    """Things by owner, to find the oldest of the owner that has most. Everything takes constant time."""
-
-    def __init__(self) -> None:
-        self._of: Dict[str, Dict[T, None]] = {}                 # of each owner, in the order in which they came
-        self._by_number: Dict[int, Dict[str, None]] = {}        # owners, by how many they have
-        self._most = 0
-
-    def add(self, owner: str, thing: T) -> None:
-        mine = self._of.setdefault(owner, {})
-        self._recount(owner, len(mine), len(mine) + 1)
-        mine[thing] = None
-
-    def discard(self, owner: str, thing: T) -> None:
-        mine = self._of.get(owner, {})
-        if thing in mine:
-            self._recount(owner, len(mine), len(mine) - 1)
-            del mine[thing]
-            if not mine:
-                del self._of[owner]
-
-    def _recount(self, owner: str, before: int, after: int) -> None:
-        if after:
-            self._by_number.setdefault(after, {})[owner] = None
-            self._most = max(self._most, after)
-        if before:
-            del self._by_number[before][owner]
-            if not self._by_number[before]:
-                del self._by_number[before]
-                if before == self._most:                        # so `after`, one less, is the most; or there is none
-                    self._most = after
-
-    def oldest(self, owner: str = "") -> Optional[T]:
-        """The oldest of this owner; without one, of the owner that has most. None where there is none."""
-        owner = owner or next(iter(self._by_number.get(self._most, ())), "")
-        return next(iter(self._of.get(owner, ())), None)
 
 
 class Ports:

@@ -6,8 +6,8 @@ once goes into a bounded queue. A thread makes text of the queued items and writ
 end and are small enough that the kernel never mixes them with those of another process on the same pipe (PIPE_BUF,
 pipe(7)).
 
-Processes: the thread starts with the first queued item. os.fork() stops it before and starts it again afterwards, because a
-fork copies only the thread that calls it; the child begins with an empty queue and starts a thread of its own.
+Processes: the thread starts with the first queued item. os.fork() stops it before and starts it again afterwards,
+because a fork copies only the thread that calls it; the child begins with an empty queue and a thread of its own.
 """
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class Writer:
         self._chunk_bytes = chunk_bytes
         self._release = release
         self._most = MOST_QUEUED
-        self._torn = False                  # a line was written in part: the next one must not continue it
+        self._torn = False                  # a line was written in part: the next one must not continue it,
+        self._half = False                  # or it must, because it is the rest of that line
         self._closed = False
         self._give_up_at = float("inf")
         self.after_fork()
@@ -86,21 +87,27 @@ class Writer:
         """Write at once, or queue, what put() was given. The order is kept: nothing is written at once while the thread
         has something to write."""
         while self._fresh:
-            item = self._fresh.popleft()
-            now = monotonic()
-            if self._given == self._handled and now >= self._slow_until and not (self._lost or self._torn
-                                                                                  or self._closed):
-                item = next(self._blocks((item,)))
-                if len(item) <= self._chunk_bytes:
-                    try:
-                        done = at_once(item)
-                        item = item[len(item) if done is None else done:]
-                    except Exception:           # it does not take anything now, or never will: the thread finds out
-                        pass
-                    if monotonic() - now > SLOW_S:
-                        self._slow_until = now + SLOW_REST_S
-            if item:
-                self._given += self._enqueue(item)
+            item, now = self._fresh.popleft(), monotonic()
+            left: object = item
+            if self._given == self._handled and now >= self._slow_until and not (
+                    self._lost or self._torn or self._closed):
+                left = self._left_of(next(self._blocks((item,))), at_once)
+                if monotonic() - now > SLOW_S:
+                    self._slow_until = now + SLOW_REST_S
+            if left != b"":
+                self._given += self._enqueue(left)
+
+    def _left_of(self, line: bytes, at_once: Write) -> bytes:
+        """What the descriptor did not take at once of a line."""
+        if len(line) > self._chunk_bytes:               # it is several
+            return line
+        try:
+            done = at_once(line)
+        except Exception:                               # it takes nothing now, or never will: the thread finds out
+            return line
+        left = b"" if done is None else line[done:]
+        self._half = 0 < len(left) < len(line)
+        return left
 
     def _enqueue(self, item: object) -> bool:
         """Leave it to the thread. Whether there was room.
@@ -250,8 +257,9 @@ class Writer:
             except Exception:               # a full disk, a reader that left, a stream that was closed
                 break
             data = data[len(data) if done is None else done:]
-        if len(data) < whole:
+        if len(data) < whole or self._half:
             self._torn = bool(data)
+        self._half = False
         return not data
 
 

@@ -6,6 +6,7 @@ and used again. Any thread may call this.
 """
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
 import queue
@@ -16,7 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 from ..commands.udp import Association
 from ..net.addresses import Endpoint
-from ..net.shares import ByOwner, Tally, fits
+from ..net.shares import Tally, fits, kept
 from ..protocol.facts import Facts
 from ..protocol.messages import Address
 from ..relay.tunnel import Tunnel
@@ -29,6 +30,7 @@ GRACE_S = 1.0           # a newcomer is not evicted before
 NO_LIMIT = float("inf")
 UNKNOWN = "unknown"     # the origin of a connection from a load balancer, until its PROXY header is here
 MAX_LEAVING = 32        # evicted sessions that still hold a descriptor, one of the spare ones
+CANDIDATES = 256        # for eviction: so many of those that negotiate are looked at, the oldest ones
 HEAVIEST = 3            # the weight of a UDP association: the connection, up to three sockets, one or two to wake it
 
 
@@ -144,11 +146,11 @@ class Sessions:
         self._lock = threading.Lock()
         self._counts = counts or Shared(1).row(0)
         self._weights = Tally()                             # of all live sessions here, by origin
+        # Below it there is a place for every origin: see fits().
+        self._plenty = maximum_here - kept(maximum_here, HEAVIEST) if maximum == NO_LIMIT else 0
         self._live: Dict[socket.socket, Session] = {}
         self.get = self._live.get                           # get(sock): its session, or None
-        self._negotiating: Dict[Session, None] = {}         # in the order in which they came
-        self._silent: ByOwner[Session] = ByOwner()          # of these, by origin, those without a greeting
-        self._greeted: ByOwner[Session] = ByOwner()         # and the others: see _evict()
+        self._negotiating: Dict[Session, None] = {}         # in the order in which they came; see _settle()
         self._leaving = 0
         self._closed = False
 
@@ -170,21 +172,22 @@ class Sessions:
 
     def admit(self, sock: socket.socket, client: Endpoint, origin: str = "") -> Session:
         """A new session. Raises Full when there is no room for it."""
-        session = Session(client, origin or str(client.ip), sock)
+        origin = origin or str(client.ip)
+        session = Session(client, origin, sock)
         with self._lock:
             if self._closed:
                 raise Full("server", "stopped")
-            if session.origin != UNKNOWN and 0 < self.per_origin <= self._counts.of(session.origin):
-                raise self._too_many_of(session.origin)
+            if self.per_origin and origin != UNKNOWN and self.per_origin <= self._counts.of(origin):
+                raise self._too_many_of(origin)
             if 0 < self.negotiating_max <= len(self._negotiating):
                 self._evict()
-            self._find_place(session.origin, 1, 1)
+            if self._weights.total >= self._plenty:
+                self._find_place(origin, 1, 1)
             session.number = self._counts.number()
             self._live[sock] = session
-            self._counts.add(session.origin, 1)
-            self._weights.add(session.origin, 1)
+            self._counts.add(origin, 1)
+            self._weights.add(origin, 1)
             self._negotiating[session] = None
-            self._silent.add(session.origin, session)
         return session
 
     def move(self, session: Session, client: Endpoint, origin: str) -> None:
@@ -195,17 +198,16 @@ class Sessions:
                 return
             if 0 < self.per_origin <= self._counts.of(origin):
                 raise self._too_many_of(origin)
-            self._silent.discard(session.origin, session)   # it is not evicted in its own favour, nor counted twice
+            session.weight, weight = 0, session.weight      # it is not evicted in its own favour, nor counted twice
             self._counts.add(session.origin, -1)
-            self._weights.add(session.origin, -session.weight)
+            self._weights.add(session.origin, -weight)
             try:
-                self._find_place(origin, 1, session.weight)
+                self._find_place(origin, 1, weight)
                 session.client, session.origin = client, origin
             finally:
+                session.weight = weight
                 self._counts.add(session.origin, 1)
-                self._weights.add(session.origin, session.weight)
-                if session in self._negotiating:
-                    self._silent.add(session.origin, session)
+                self._weights.add(session.origin, weight)
 
     def _too_many_of(self, origin: str) -> Full:
         return Full("max-per-client", "%d reached by %s" % (self.per_origin, origin))
@@ -241,34 +243,31 @@ class Sessions:
                      or fits(self.maximum_here, self._weights, origin, weight, HEAVIEST, freed)))
 
     def _evict(self, origin: str = "") -> bool:
-        """Shut down one session that is still negotiating (of this origin, if one is given), unless it is new.
-
-        Sessions become `greeted` without a word to us, and are sorted out here when one is about to be evicted."""
-        victim = self._silent.oldest(origin)
-        while victim and victim.greeted:
-            self._silent.discard(victim.origin, victim)
-            self._greeted.add(victim.origin, victim)
-            victim = self._silent.oldest(origin)
-        victim = victim or self._greeted.oldest(origin)
-        if not victim or monotonic() - victim.started < GRACE_S:
+        """Shut down one session that is still negotiating (of this origin, if one is given), unless it is new."""
+        oldest = list(self._negotiating)
+        if origin:
+            oldest = [session for session in oldest if session.origin == origin]
+        oldest = [session for session in oldest[:CANDIDATES] if session.weight]
+        silent = [session for session in oldest if not session.greeted] or oldest
+        if not silent:
             return False
-        self._settle(victim)
+        [(busiest, _)] = collections.Counter(session.origin for session in silent).most_common(1)
+        victim = next(session for session in silent if session.origin == busiest)
+        if monotonic() - victim.started < GRACE_S or not self._settle(victim):
+            return False
         victim.leaving = True
         self._leaving += 1
         self._shut(victim, "evicted")
         return True
 
-    def _settle(self, session: Session) -> None:
-        """It is not negotiating any more."""
-        if session in self._negotiating:
-            del self._negotiating[session]
-            self._silent.discard(session.origin, session)
-            self._greeted.discard(session.origin, session)
+    def _settle(self, session: Session) -> bool:
+        """It is not negotiating any more. False if that was so before: of two threads, the faster one decides what
+        becomes of a session. The lock is not needed."""
+        return self._negotiating.pop(session, session) is None
 
     def negotiated(self, session: Session) -> None:
         """The request is here: the handshake's deadline no longer holds."""
-        with self._lock:
-            self._settle(session)
+        self._settle(session)
 
     def end(self, session: Session) -> bool:
         """From now on its facts are final, and its socket is the caller's. False if another thread was faster."""
@@ -297,9 +296,8 @@ class Sessions:
             return
         since = monotonic() - self.handshake_s
         with self._lock:
-            for session in list(itertools.takewhile(lambda session: session.started <= since, self._negotiating)):
-                if session.started + session.extended_s <= since:
-                    self._settle(session)
+            for session in itertools.takewhile(lambda session: session.started <= since, list(self._negotiating)):
+                if session.started + session.extended_s <= since and self._settle(session):
                     self._shut(session, "handshake timeout")
 
     def extend(self, session: Session, seconds: float) -> None:
