@@ -5,7 +5,7 @@ import errno
 import os
 import socket
 from ipaddress import ip_address
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 try:
     import resource
@@ -25,6 +25,17 @@ OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
     (socket.SOL_SOCKET, socket.SO_OOBINLINE),
 )
+
+
+class Listener(socket.socket):
+    """A listening TCP socket. accept() asks for its family and type with each connection: these are plain numbers, where
+    socket.socket looks up members of an enum."""
+
+    family = type = 0                           # type: ignore[assignment]
+
+    def __init__(self, family: int = -1, fileno: Optional[int] = None) -> None:
+        super().__init__(family, socket.SOCK_STREAM, fileno=fileno)
+        self.family, self.type = int(super().family), int(super().type)
 
 
 def tune(sock: socket.socket) -> None:
@@ -76,7 +87,7 @@ def open_one(text: str, port: int, dual: bool, reuse: bool) -> socket.socket:
     """A bound socket; an IPv6 one takes IPv4 as well if it is `dual`."""
     host, _, scope = text.partition("%")
     six = ip_address(host).version == 6
-    listener = socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
+    listener = Listener(socket.AF_INET6 if six else socket.AF_INET)
     try:
         if reuse:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
