@@ -87,24 +87,23 @@ class Writer:
         """Write at once, or queue, what put() was given. The order is kept: nothing is written at once while the thread
         has something to write."""
         while self._fresh:
-            item, now = self._fresh.popleft(), monotonic()
-            left: object = item
-            if self._given == self._handled and now >= self._slow_until and not (
-                    self._lost or self._torn or self._closed):
-                left = self._left_of(next(self._blocks((item,))), at_once)
-                if monotonic() - now > SLOW_S:
-                    self._slow_until = now + SLOW_REST_S
-            if left != b"":
-                self._given += self._enqueue(left)
+            item = self._fresh.popleft()
+            if self._given == self._handled and not (self._lost or self._torn or self._closed):
+                item = self._left_of(next(self._blocks((item,))), at_once)
+            if item != b"":
+                self._given += self._enqueue(item)
 
     def _left_of(self, line: bytes, at_once: Write) -> bytes:
         """What the descriptor did not take at once of a line."""
-        if len(line) > self._chunk_bytes:               # it is several
+        now = monotonic()
+        if len(line) > self._chunk_bytes or now < self._slow_until:     # the former is several lines
             return line
         try:
             done = at_once(line)
         except Exception:                               # it takes nothing now, or never will: the thread finds out
             return line
+        if monotonic() - now > SLOW_S:
+            self._slow_until = now + SLOW_REST_S
         left = b"" if done is None else line[done:]
         self._half = 0 < len(left) < len(line)
         return left
@@ -157,13 +156,14 @@ class Writer:
             if self._queue.qsize():
                 self._start()
 
+    _slow_until = 0.0
+
     def after_fork(self) -> None:
         """Begin anew, in the child: what is queued is the parent's, and so is the thread."""
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._fresh: Deque[Any] = deque()   # given to put(), and neither written nor queued yet:
         self._turn = threading.Lock()       # its holder does that
         self._given = self._handled = 0     # items that the holder has queued; that the thread has written or lost
-        self._slow_until = 0.0
         self._lock = threading.RLock()      # a signal handler may log while its own thread holds it
         self._thread: Optional[threading.Thread] = None
         self._paused = False
