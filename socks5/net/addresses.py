@@ -26,7 +26,7 @@ class Endpoint(NamedTuple):
     def __str__(self) -> str:
         """192.0.2.1:80 or [2001:db8::1]:80"""
         host = str(self.ip)
-        return ("[%s]:%d" if ":" in host else "%s:%d") % (host, self.port)
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
 
 def unmapped(address: IP) -> IP:

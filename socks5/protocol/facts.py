@@ -54,9 +54,7 @@ def shown(key: str, value: Any) -> Any:
     """A value as text shows it under this key."""
     kind = type(value)
     if kind is str:
-        if not value:
-            return NOTHING
-        return ascii(value) if key in FREE or not PLAIN(value) else value
+        return shown_text(value, key in FREE)
     if kind in NUMBERS:
         return value
     if value is None:
@@ -65,6 +63,12 @@ def shown(key: str, value: Any) -> Any:
         return text(value)
     word = value.name if isinstance(kind, EnumMeta) else str(value)         # faster than isinstance(value, Enum)
     return word if word.isascii() and word.isprintable() else ascii(word)
+
+
+@lru_cache(maxsize=256)
+def shown_text(value: str, free: bool) -> str:
+    """Remembered, because most of them are words of ours."""
+    return NOTHING if not value else value if PLAIN(value) and not free else ascii(value)
 
 
 class FactsRecord(logging.LogRecord):

@@ -80,7 +80,7 @@ class Address(NamedTuple):
         if isinstance(host, bytes):
             return "%s:%d" % (text(host), self.port)
         shown = str(host)
-        return ("[%s]:%d" if ":" in shown else "%s:%d") % (shown, self.port)
+        return f"[{shown}]:{self.port}" if ":" in shown else f"{shown}:{self.port}"
 
 
 UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply
