@@ -28,7 +28,7 @@ OPTIONS = (
 
 
 class Listener(socket.socket):
-    """A listening TCP socket. accept() asks for its family and type with each connection: these are plain numbers, where
+    """A listening TCP socket. accept() asks for its family and type with each connection: here they are plain numbers;
     socket.socket looks up members of an enum."""
 
     family = type = 0                           # type: ignore[assignment]
