@@ -334,17 +334,19 @@ class Signals(unittest.TestCase):
                 self.early(path, "-w", "2")
 
     def test_signals_that_come_while_modules_are_imported(self):
-        text = """
+        for way in ("runpy.run_path(%r, run_name='__main__')" % str(SCRIPT),
+                    "runpy.run_module('socks5', run_name='__main__')",
+                    "from socks5.__main__ import main; sys.exit(main())"):      # the entry point
+            text = """
 import runpy
 class Importing:
     def find_spec(self, name, path=None, target=None):
-        if name == "socks5.cli":
+        if name.startswith("socks5.") and name != "socks5.__main__":
             os.kill(os.getpid(), signal.SIGHUP), os.kill(os.getpid(), signal.SIGUSR1)
 sys.meta_path.insert(0, Importing())
-runpy.run_path(%r, run_name="__main__")
-""" % str(SCRIPT)
-        with script(text) as path:
-            self.early(path, "-w", "1")
+""" + way
+            with self.subTest(way), script(text) as path:
+                self.early(path, "-w", "1")
 
     def test_a_stop_that_comes_too_early(self):
         for number in (signal.SIGTERM, signal.SIGINT):
