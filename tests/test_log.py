@@ -441,6 +441,15 @@ class WriterThread(unittest.TestCase):
         self.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines, ["a", "b"])
 
+    def test_no_thread_can_be_started_until_the_end(self):
+        """Then the thread that closes it writes: it is the log that says why the program ends."""
+        for error in (RuntimeError("can't start new thread"), MemoryError()):
+            with self.subTest(repr(error)), mock.patch.object(threading.Thread, "start", side_effect=error):
+                self.setUp()
+                self.put("a", "b")
+                self.writer.close(PATIENCE_S)
+                self.assertEqual((self.sink.lines, self.released), (["a", "b"], [1]))
+
 
 class Forks(unittest.TestCase):
     """Of processes that have a Writer, in interpreters of their own: a fork of this one has too many threads."""

@@ -348,6 +348,19 @@ sys.meta_path.insert(0, Importing())
             with self.subTest(way), script(text) as path:
                 self.early(path, "-w", "1")
 
+    def test_a_worker_that_cannot_start_a_thread_says_so_in_one_line(self):
+        text = """
+import threading
+def start(thread): raise RuntimeError("can't start new thread")
+threading.Thread.start = start"""
+        with script(text) as path:
+            server = Spawned("-p", "0", "-w", "2", script=path)
+            try:
+                server.wait_line("cannot start: can't start new thread")
+            finally:
+                server.end(signal.SIGTERM)
+            self.assertEqual(count(server, "Traceback"), 0, server.log)
+
     def test_a_stop_that_comes_too_early(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             text = "from socks5 import cli\nold = cli.serve\ncli.serve = lambda *args: " \

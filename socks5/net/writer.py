@@ -64,12 +64,16 @@ class Writer:
         if self._queue.qsize() >= self._most:
             self._lose(1)
             return
-        self._queue.put(item)
+        try:
+            self._queue.put(item)
+        except MemoryError:
+            self._lose(1)
         if self._thread is None:
             self._start()
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Write what is queued, for timeout_s at the most; what comes later is dropped."""
+        """Write what is queued, for timeout_s at the most; what comes later is dropped. In the calling thread where the
+        system has no other to give: it is then that the log says why the program ends."""
         with self._lock:
             if self._closed:
                 return
@@ -78,10 +82,14 @@ class Writer:
             self._closed, self._most = True, 0
             self._give_up_at = monotonic() + timeout_s
             thread = self._thread
-        if thread is None:
+            queued = self._queue.qsize()
+        if thread is None and not queued:
             self._release()
+            return
+        self._queue.put(STOP)
+        if thread is None:
+            self._run()
         else:
-            self._queue.put(STOP)
             thread.join(timeout_s)
 
     # ---- a fork ---------------------------------------------------------------------------------------------------
@@ -116,11 +124,12 @@ class Writer:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None and not self._paused and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
                 try:
-                    self._thread.start()
-                except RuntimeError:        # no more threads, or the interpreter ends: the next item tries again
-                    self._thread = None
+                    thread = threading.Thread(target=self._run, name="writer", daemon=True)
+                    thread.start()
+                except (RuntimeError, MemoryError):     # no more threads, or the interpreter ends: the next item
+                    return                              # tries again
+                self._thread = thread
 
     def _lose(self, count: int) -> None:
         with self._lock:
@@ -128,13 +137,16 @@ class Writer:
             self.lost += count
 
     def _run(self) -> None:
-        """The thread."""
+        """Write until STOP: what the thread does."""
         queue = self._queue
         while True:
             batch = [queue.get()]
             batch += [queue.get() for _ in range(min(queue.qsize(), BATCH))]
             items = [item for item in batch if item is not STOP]
-            self._write_all(self._blocks(items))
+            try:
+                self._write_all(self._blocks(items))
+            except MemoryError:
+                self._lose(len(items))
             if self._lost:
                 self._tell_lost()
             if len(items) < len(batch) and self._ended():
