@@ -125,7 +125,7 @@ class Writer:
         with self._lock:
             if self._thread is None and not self._paused and not self._closed:
                 try:
-                    thread = threading.Thread(target=self._run, name="writer", daemon=True)
+                    thread = threading.Thread(target=self._run_thread, name="writer", daemon=True)
                     thread.start()
                 except (RuntimeError, MemoryError):     # no more threads, or the interpreter ends: the next item
                     return                              # tries again
@@ -136,8 +136,16 @@ class Writer:
             self._lost += count
             self.lost += count
 
+    def _run_thread(self) -> None:
+        try:
+            self._run()
+        except BaseException:               # a bug, or no memory: the next item starts another thread
+            with self._lock:
+                self._thread = None
+            raise
+
     def _run(self) -> None:
-        """Write until STOP: what the thread does."""
+        """Write until STOP."""
         queue = self._queue
         while True:
             batch = [queue.get()]
