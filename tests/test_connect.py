@@ -423,6 +423,35 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
         with resolving(support.FAR[6], support.FAR[4]):
             self.assertEqual(self.near(outcome, NAME, 80)[0], Rep.CONNECTION_REFUSED)
 
+    def test_a_peer_whose_acks_stop(self):
+        """The tunnel ends by its time limit although bytes are on their way, and the client learns that it was cut."""
+        def listen():
+            listener = socket.socket()
+            listener.bind((support.FAR[4], 0))
+            listener.listen(1)
+            listener.settimeout(support.PATIENCE_S)
+            return listener
+
+        def cut(listener):
+            with Log() as log, support.running(idle_timeout=2) as server, support.connect_through(
+                    server.server_address, *listener.getsockname()) as client, listener.accept()[0] as peer:
+                client.sendall(b"before")
+                self.assertEqual(support.reader_of(peer)(6), b"before")
+                subprocess.run(route % "add", shell=True, check=True)
+                remote = next(iter(server.sessions)).tunnel.remote
+                client.sendall(b"never acknowledged")
+                unacked = slice(24, 28)                         # tcpi_unacked of struct tcp_info
+                support.wait_until(lambda: any(remote.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)[unacked]))
+                with self.assertRaises(ConnectionResetError):
+                    client.recv(1)
+                log.why()
+                return log.facts[-1]["ended"], log.facts[-1]["up"]
+
+        route = "ip -n %s route %%s blackhole %s/32" % (self.names[1], support.NEAR[4])
+        self.addCleanup(subprocess.run, route % "del", shell=True)
+        with self.far(listen) as listener:
+            self.assertEqual(self.near(cut, listener), ("idle", len(b"before" b"never acknowledged")))
+
     def test_no_descriptor_is_left(self):
         with resolving(self.SILENT[6], self.SILENT[4], self.ABSENT[4], support.FAR[4], "198.18.1.1"):
             before = support.descriptors()
