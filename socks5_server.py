@@ -1,13 +1,11 @@
 #!/usr/bin/env python3
 """The drop-in entry: python socks5_server.py -p 1080"""
-import signal
 import sys
 
 if __name__ == "__main__":
-    if hasattr(signal, "pthread_sigmask"):          # before the imports, which take a while: it is obeyed after them
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
     try:
-        from socks5.cli import main
+        from socks5.__main__ import load
+        main = load()
     except ModuleNotFoundError as exc:              # such as Debian's python3-minimal, which has no dataclasses
         sys.stderr.write("socks5-server: no module %s: it needs the folder socks5 beside it, and all of Python's "
                          "standard library (Debian: apt install python3; python3-minimal is not enough)\n" % exc.name)

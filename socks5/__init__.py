@@ -101,13 +101,29 @@ The words of this package:
     evict             close one session, so that another can be served
     drain             stop accepting, and let sessions end within --drain-timeout
 """
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .commands.authorize import Authorizer
+    from .config import Config, ConfigError
+    from .protocol.errors import ProtocolError, RequestRefused, SocksError
+    from .server.handler import Handler
+    from .server.server import Server
+
 __version__ = "0.1.0"
-
-from .commands.authorize import Authorizer
-from .config import Config, ConfigError
-from .protocol.errors import ProtocolError, RequestRefused, SocksError
-from .server.handler import Handler
-from .server.server import Server
-
 __all__ = ["Authorizer", "Config", "ConfigError", "Handler", "ProtocolError", "RequestRefused", "Server", "SocksError",
            "__version__"]
+
+_MODULES = {"Authorizer": ".commands.authorize", "Config": ".config", "ConfigError": ".config",
+            "Handler": ".server.handler", "ProtocolError": ".protocol.errors", "RequestRefused": ".protocol.errors",
+            "Server": ".server.server", "SocksError": ".protocol.errors"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a name of the package when it is first asked for: `python -m socks5` has to hold signals back before the
+    imports, which take a while.                                                                           PEP 562"""
+    if name not in _MODULES:
+        raise AttributeError("module %r has no attribute %r" % (__name__, name))
+    value = globals()[name] = getattr(import_module(_MODULES[name], __name__), name)
+    return value

@@ -75,6 +75,24 @@ class Waiting(unittest.TestCase):
             self.acceptors.refill()
             self.assertEqual(read_to_end(later), b"done")
 
+    def test_a_thread_survives_want_of_memory(self):
+        plain, self.fails = self.acceptors._accept_one, 3
+
+        def accept_one():
+            plain()
+            if self.fails:
+                self.fails -= 1
+                raise MemoryError
+        self.acceptors._accept_one = accept_one
+        self.acceptors.serve([self.listener])
+        with mock.patch.object(threading, "excepthook") as hook, mock.patch.object(acceptors, "REST_S", 0):
+            self.acceptors.refill()
+            for _ in range(10):
+                with self.client(b"x") as client:
+                    self.assertEqual(read_to_end(client), b"done")
+            wait_until(lambda: not self.fails, "all three")
+            hook.assert_not_called()
+
     def test_a_thread_that_cannot_be_started(self):
         self.acceptors.serve([self.listener])
         self.acceptors.refill()

@@ -262,6 +262,52 @@ class ConnectTest(unittest.TestCase):
             self.refused(ips("127.0.0.1", "127.0.0.2"), port, 0.3)
             support.wait_until(lambda: support.descriptors() <= before, "nothing else is")
 
+    def test_many_silent_addresses_take_few_descriptors(self):
+        """However many addresses a name has, and fewer where the session may take no more."""
+        support.need(self, os.path.exists("/proc/self/fd"), "/proc")
+        hosts = ["127.0.1.%d" % number for number in range(1, 15)]
+        port = support.closed_port(*hosts)
+        with contextlib.ExitStack() as stack, mock.patch.object(module, "ATTEMPT_DELAY_S", 0.005):
+            for host in hosts[:-1]:
+                stack.enter_context(silent(host, port))
+            stack.enter_context(support.target(host=hosts[-1], port=port))
+            before = support.descriptors()
+            for name, allowed, most in (("enough", 1000, module.MAX_PENDING), ("four", 4, 4), ("few", 0, 2)):
+                asked, seen = [], []
+
+                def room(attempts):
+                    asked.append(attempts)
+                    return attempts <= allowed
+
+                class Socket(socket.socket):
+                    def connect_ex(self, where):
+                        if where[0] != hosts[-1]:           # the target's end counts as well
+                            seen.append(support.descriptors() - before)
+                        return super().connect_ex(where)
+
+                with self.subTest(name), mock.patch.object(module.socket, "socket", Socket):
+                    with connect(ips(*hosts), port, support.PATIENCE_S, None, None, room)[0] as sock:
+                        self.assertEqual(sock.getpeername()[0], hosts[-1])
+                    self.assertEqual(max(seen), most)
+                    self.assertEqual((asked[0], asked[-1]), (3, 1))
+
+    def test_attempts_count_as_descriptors_of_the_session(self):
+        hosts = ["127.0.1.%d" % number for number in range(1, 9)]
+        port = support.closed_port(*hosts)
+        with contextlib.ExitStack() as stack, mock.patch.object(module, "ATTEMPT_DELAY_S", 0.005):
+            fillers = [stack.enter_context(silent(host, port)) for host in hosts]
+            server = stack.enter_context(support.running())
+            stack.enter_context(resolving(*hosts))
+            client = stack.enter_context(support.dial(server.server_address))
+            support.negotiate(client)
+            client.sendall(Request(Cmd.CONNECT, support.address(NAME, port)).pack())
+            support.wait_until(lambda: [session.weight for session in server.sessions] == [5], "5 pairs")
+            for filler in fillers:                              # the kernel refuses those that wait
+                filler.close()
+            self.assertEqual(Reply.parse(support.reader_of(client)).rep, Rep.CONNECTION_REFUSED)
+            support.wait_until(lambda: not len(server.sessions), "its end")
+            self.assertEqual(server.sessions._weights.live(), 0)
+
     def test_a_client_that_resets_is_connected_for_no_longer(self):
         with Log() as log, support.running(connect_timeout=600) as server:
             port = support.closed_port("127.0.0.1", "127.0.0.2")
@@ -376,6 +422,35 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
         self.assertIn(rep, (Rep.NETWORK_UNREACHABLE, Rep.GENERAL_FAILURE), why)         # ENETUNREACH, EADDRNOTAVAIL
         with resolving(support.FAR[6], support.FAR[4]):
             self.assertEqual(self.near(outcome, NAME, 80)[0], Rep.CONNECTION_REFUSED)
+
+    def test_a_peer_whose_acks_stop(self):
+        """The tunnel ends by its time limit although bytes are on their way, and the client learns that it was cut."""
+        def listen():
+            listener = socket.socket()
+            listener.bind((support.FAR[4], 0))
+            listener.listen(1)
+            listener.settimeout(support.PATIENCE_S)
+            return listener
+
+        def cut(listener):
+            with Log() as log, support.running(idle_timeout=2) as server, support.connect_through(
+                    server.server_address, *listener.getsockname()) as client, listener.accept()[0] as peer:
+                client.sendall(b"before")
+                self.assertEqual(support.reader_of(peer)(6), b"before")
+                subprocess.run(route % "add", shell=True, check=True)
+                remote = next(iter(server.sessions)).tunnel.remote
+                client.sendall(b"never acknowledged")
+                unacked = slice(24, 28)                         # tcpi_unacked of struct tcp_info
+                support.wait_until(lambda: any(remote.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)[unacked]))
+                with self.assertRaises(ConnectionResetError):
+                    client.recv(1)
+                log.why()
+                return log.facts[-1]["ended"], log.facts[-1]["up"]
+
+        route = "ip -n %s route %%s blackhole %s/32" % (self.names[1], support.NEAR[4])
+        self.addCleanup(subprocess.run, route % "del", shell=True)
+        with self.far(listen) as listener:
+            self.assertEqual(self.near(cut, listener), ("idle", len(b"before" b"never acknowledged")))
 
     def test_no_descriptor_is_left(self):
         with resolving(self.SILENT[6], self.SILENT[4], self.ABSENT[4], support.FAR[4], "198.18.1.1"):

@@ -442,6 +442,23 @@ class WriterThread(unittest.TestCase):
         self.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines, ["a", "b"])
 
+    def test_a_thread_that_fails_has_a_successor(self):
+        with mock.patch.object(writers, "sleep", side_effect=MemoryError), \
+                mock.patch.object(threading, "excepthook") as hook:
+            self.put("a")
+            wait_until(lambda: hook.called and self.writer._thread is None)
+        self.put("b")
+        wait_until(lambda: self.sink.lines == ["a", "b"])
+
+    def test_no_thread_can_be_started_until_the_end(self):
+        """Then the thread that closes it writes: it is the log that says why the program ends."""
+        for error in (RuntimeError("can't start new thread"), MemoryError()):
+            with self.subTest(repr(error)), mock.patch.object(threading.Thread, "start", side_effect=error):
+                self.setUp()
+                self.put("a", "b")
+                self.writer.close(PATIENCE_S)
+                self.assertEqual((self.sink.lines, self.released), (["a", "b"], [1]))
+
 
 class AtOnce(unittest.TestCase):
     """Lines that a descriptor takes without waiting are written by the thread that logs."""

@@ -22,6 +22,7 @@ from socks5.net.shares import Share
 from socks5.relay import busy, splice
 from socks5.relay import loop as loop_module
 from socks5.relay.loop import Loop
+from socks5.relay.pipe import Pipe
 from socks5.relay.tunnel import Tunnel
 from tests.support import PATIENCE_S, descriptors, reset, wait_until
 
@@ -831,6 +832,26 @@ class TrapTest(LoopTest):
             client.close()
             remote.close()
         self.assertLess(used / count, 2048)
+
+    def test_a_read_allocates_no_more_than_has_come(self):
+        """A buffer for each read, allocated and shrunk to what has come, fragments the heap, which then grows."""
+        (client, near_client), (remote, near_remote) = tcp_pair(), tcp_pair()
+        for sock in (client, near_client, remote, near_remote):
+            self.addCleanup(sock.close)
+            sock.settimeout(PATIENCE_S)
+        near_remote.setblocking(False)
+        pipe = Pipe(near_client, near_remote, "client", "remote")
+        peaks = []
+        for _ in range(2):                                  # the first one makes the buffer that all share
+            client.sendall(b"data")
+            tracemalloc.start()
+            try:
+                pipe.fill()
+                peaks.append(tracemalloc.get_traced_memory()[1])
+            finally:
+                tracemalloc.stop()
+        self.assertEqual(read_exactly(remote, 8), b"datadata")
+        self.assertLess(peaks[-1], 4096)
 
     @unittest.skipUnless(os.path.exists("/proc/self/fd"), "/proc")
     def test_every_descriptor_comes_back(self):

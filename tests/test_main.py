@@ -32,7 +32,7 @@ class WaysIn(unittest.TestCase):
 
     def test_the_entry_point_of_the_package(self):
         setup = (support.ROOT / "setup.cfg").read_text(encoding="utf-8")
-        self.assertIn("socks5-server = socks5.cli:main", setup)
+        self.assertIn("socks5-server = socks5.__main__:main", setup)
         self.assertIn("version = attr: socks5.__version__", setup)
         self.assertIn("include = socks5, socks5.*", setup, "tests/ is a package, too, and not to be installed")
 

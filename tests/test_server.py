@@ -44,6 +44,16 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
+def fails_first(name, failed):
+    """That method of a Server, which has no memory when it is called first."""
+    def method(server, *args, **kwargs):
+        if name not in failed:
+            failed.append(name)
+            raise MemoryError
+        return getattr(module.Server, name)(server, *args, **kwargs)
+    return method
+
+
 @contextlib.contextmanager
 def crowd_echo():
     """An echo server for thousands of connections in one thread."""
@@ -178,15 +188,16 @@ class RunningOut(unittest.TestCase):
     def test_accept_that_fails_and_recovers(self):
         """What the system says when it has run out of something else: each ends no loop, and waits for better times."""
         plain = socket.socket.accept
-        for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED):
-            troubles = [OSError(number, os.strerror(number))] * 3
+        for number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ECONNABORTED, MemoryError):
+            troubles = [MemoryError() if number == MemoryError else OSError(number, os.strerror(number))] * 3
 
             def accept(sock):
                 with contextlib.suppress(IndexError):
                     raise troubles.pop()
                 return plain(sock)
 
-            with self.subTest(errno.errorcode[number]), mock.patch.object(socket.socket, "accept", accept), \
+            with self.subTest(errno.errorcode.get(number, number)), \
+                    mock.patch.object(socket.socket, "accept", accept), \
                     mock.patch.object(module, "sleep") as rest, \
                     support.logging_of(self) as logs, running() as server:
                 served = 0
@@ -260,6 +271,30 @@ class RunningOut(unittest.TestCase):
             with connect_through(server.server_address, *destination) as other:
                 self.assertTrue(echoes(other))
             self.assertIn("can't start new thread", logs.output[0])
+
+    def test_memory(self):
+        """A MemoryError costs one session, wherever it comes, also in what is done about another one."""
+        for names in (["verify_request"], ["finish_request"], ["session_of"], ["finish_request", "complain"],
+                      ["verify_request", "complain"]):
+            class Short(module.Server):
+                pass
+
+            failed = []
+            for name in names:
+                setattr(Short, name, fails_first(name, failed))
+            with self.subTest(names), support.logging_of(self) as logs, crowd_echo() as destination, \
+                    mock.patch.object(acceptors, "REST_S", 0), mock.patch.object(threading, "excepthook") as hook, \
+                    running(server_class=Short) as server:
+                with dial(server.server_address) as client:
+                    client.sendall(ANYBODY)
+                    self.assertFalse(heard(client))
+                for _ in range(30):                             # more than there are acceptors
+                    with connect_through(server.server_address, *destination) as tunnel:
+                        self.assertTrue(echoes(tunnel))
+                self.assertEqual(failed, names)
+                wait_until(lambda: not len(server.sessions), "no session is left")
+                hook.assert_not_called()
+                self.assertNotIn("Traceback", "".join(logs.output))
 
     def test_each_kind_of_trouble_is_told(self):
         """Once a minute each: one does not hide the other."""

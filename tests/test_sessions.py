@@ -150,6 +150,8 @@ class Limits(Case):
         silent = [self.admit(live, "192.0.2.%d" % number) for number in range(2, 21)]
         self.assertRaises(Full, live.grow, session, 3)
         self.now += 5
+        self.assertRaises(Full, live.grow, session, 3, evict=False)
+        self.assertEqual([self.shut(one) for one in silent], [False] * 19)
         live.grow(session, 3)
         self.assertEqual([self.shut(one) for one in silent], [True] * 2 + [False] * 17)
 

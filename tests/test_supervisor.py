@@ -334,17 +334,32 @@ class Signals(unittest.TestCase):
                 self.early(path, "-w", "2")
 
     def test_signals_that_come_while_modules_are_imported(self):
-        text = """
+        for way in ("runpy.run_path(%r, run_name='__main__')" % str(SCRIPT),
+                    "runpy.run_module('socks5', run_name='__main__')",
+                    "from socks5.__main__ import main; sys.exit(main())"):      # the entry point
+            text = """
 import runpy
 class Importing:
     def find_spec(self, name, path=None, target=None):
-        if name == "socks5.cli":
+        if name.startswith("socks5.") and name != "socks5.__main__":
             os.kill(os.getpid(), signal.SIGHUP), os.kill(os.getpid(), signal.SIGUSR1)
 sys.meta_path.insert(0, Importing())
-runpy.run_path(%r, run_name="__main__")
-""" % str(SCRIPT)
+""" + way
+            with self.subTest(way), script(text) as path:
+                self.early(path, "-w", "1")
+
+    def test_a_worker_that_cannot_start_a_thread_says_so_in_one_line(self):
+        text = """
+import threading
+def start(thread): raise RuntimeError("can't start new thread")
+threading.Thread.start = start"""
         with script(text) as path:
-            self.early(path, "-w", "1")
+            server = Spawned("-p", "0", "-w", "2", script=path)
+            try:
+                server.wait_line("cannot start: can't start new thread")
+            finally:
+                server.end(signal.SIGTERM)
+            self.assertEqual(count(server, "Traceback"), 0, server.log)
 
     def test_a_stop_that_comes_too_early(self):
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -89,6 +89,11 @@ class Connection:
             raise BlockingIOError
         return self.consume(self.rng.randint(1, size) if self.rng.random() < 0.3 else size)
 
+    def recv_into(self, buffer, size, flags):
+        data = self.recv(size or len(buffer), flags)
+        buffer[:len(data)] = data
+        return len(data)
+
     def available(self):
         """How much can be read before the urgent byte stops it."""
         return (self.arrived if self.mark is None else self.mark) - self.read
@@ -177,8 +182,9 @@ class KernelPipe:
 @contextlib.contextmanager
 def model():
     with contextlib.ExitStack() as stack:
-        for place, name, value in ((pipe_module, "CHUNK_BYTES", CHUNK), (splice, "KernelPipe", KernelPipe),
-                                   (splice, "available", True), (splice, "parked", 0),
+        for place, name, value in ((pipe_module, "CHUNK_BYTES", CHUNK), (pipe_module, "_buffers", []),
+                                   (splice, "KernelPipe", KernelPipe), (splice, "available", True),
+                                   (splice, "parked", 0),
                                    (Pipe, "at_mark", lambda pipe: pipe.source.at_mark())):
             stack.enter_context(mock.patch.object(place, name, value))
         yield

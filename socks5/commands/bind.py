@@ -26,6 +26,7 @@ from ..protocol.messages import Address
 log = logging.getLogger(__name__)
 
 EARLY_BYTES = 1 << 16               # of data that the client sends before the peer connects
+READ_BYTES = 4096                   # of it at a time
 BACKLOG = 64                        # so that unexpected peers do not fill the queue
 DISCARD = 9                         # any port, to look up the route; nothing is sent. RFC 863
 TAKEN = {errno.EADDRINUSE, errno.EACCES}        # in use or privileged; the next port may be free
@@ -109,7 +110,7 @@ class PeerWait:
         """Read what the client sent, up to EARLY_BYTES. Raises EOFError or OSError if it left."""
         room = EARLY_BYTES - len(self.early)
         if events & READ and room:
-            data = self.client.recv(room)
+            data = self.client.recv(min(room, READ_BYTES))
             self.early += data
             if data:
                 return

@@ -1,7 +1,8 @@
 """CONNECT: try the addresses of the destination in parallel, and use the first connection that is established.
 
 Happy Eyeballs, RFC 8305 sections 4 and 5: IPv6 and IPv4 addresses alternate, and the next attempt starts after 250 ms
-or when one fails. A reset by the client ends all attempts. Runs in the handler's thread.
+or when one fails. At most MAX_PENDING are under way: then the oldest ends first. A reset by the client ends all. Runs
+in the thread of the handler.
 """
 from __future__ import annotations
 
@@ -19,19 +20,24 @@ from ..net.poller import WRITE, SelectPoll, new_poll
 from ..net.addresses import IP, family_of
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
+MAX_PENDING = 8         # attempts at a time, each with a descriptor: a name may have any number of silent addresses,
+FREE_PENDING = 2        # and how many the caller is not asked for
 # Linux: bind() takes an address only, and connect() the port, which then need not be free for all destinations. ip(7)
 LATE_PORT = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24 if sys.platform.startswith("linux") else 0)
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: saves a system call
 IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}        # the last one on Windows
 Connected = Tuple[socket.socket, IP]
 Source = Callable[[IP], Optional[IP]]
+Room = Callable[[int], bool]
 
 
 def connect(addresses: Sequence[IP], port: int, timeout_s: float,
-            client: Optional[socket.socket] = None, source: Optional[Source] = None) -> Connected:
+            client: Optional[socket.socket] = None, source: Optional[Source] = None,
+            room: Room = lambda attempts: True) -> Connected:
     """Connect to the first of `addresses` that answers. Returns a non-blocking socket and the address.
 
     source(address) is our own address for the connection to `address`; None: the system chooses.
+    room(attempts) says whether so many may be under way; called with 1 when it is over.
 
     The time limit for all addresses together is timeout_s (0: none). Raises RequestRefused with the REP of the most
     specific failure, or ConnectionResetError if `client` resets its connection.
@@ -40,7 +46,7 @@ def connect(addresses: Sequence[IP], port: int, timeout_s: float,
     sock, error = dial(first, port, source)
     if sock and not error:                              # nearly always, where it is near
         return sock, first
-    with _Race(port, timeout_s, client, began, source) as race:
+    with _Race(port, timeout_s, client, began, source, room) as race:
         race.note(first, sock, error)
         return race.run(others)
 
@@ -95,11 +101,13 @@ class _Race:
     """The pending attempts to connect, and the failures of the others."""
 
     def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket], began: float,
-                 source: Optional[Source]) -> None:
+                 source: Optional[Source], room: Room) -> None:
         self.port = port
         self.client = client
         self.began = began
         self.source = source
+        self.room = room
+        self.asked = False                              # for room
         self.next_start = began                         # of an attempt
         self.deadline = began + timeout_s if timeout_s else float("inf")
         self.pending: Dict[int, Tuple[socket.socket, IP]] = {}
@@ -112,6 +120,8 @@ class _Race:
     def __exit__(self, *_: object) -> None:
         for sock, _address in self.pending.values():
             sock.close()
+        if self.asked:
+            self.room(1)
 
     def run(self, addresses: Sequence[IP]) -> Connected:
         """Wait for the attempts that are noted, and start others."""
@@ -128,6 +138,7 @@ class _Race:
                 if waiting and (failed or now >= next_start):
                     break
             if waiting:
+                self.make_room()
                 address = waiting.popleft()
                 sock, error = dial(address, self.port, self.source)
                 if sock and not error:
@@ -148,6 +159,21 @@ class _Race:
         self.pending[sock.fileno()] = sock, address
         self.poll.register(sock.fileno(), WRITE)
         self.next_start = monotonic() + ATTEMPT_DELAY_S
+
+    def make_room(self) -> None:
+        """For one more attempt. The oldest has had MAX_PENDING times ATTEMPT_DELAY_S, if no other failed."""
+        count = len(self.pending)
+        if count < FREE_PENDING:
+            return
+        self.asked = True
+        if count < MAX_PENDING and self.room(count + 1):
+            return
+        fd, (sock, address) = next(iter(self.pending.items()))
+        assert self.poll is not None                    # because an attempt is pending
+        self.poll.unregister(fd)
+        del self.pending[fd]
+        sock.close()
+        self.failed(address, OSError(errno.ETIMEDOUT, ""))
 
     def wait(self, until: float) -> Tuple[Optional[Connected], bool]:
         """Wait for an attempt to connect or fail, at most `until`. Returns the connection and whether one failed."""

@@ -80,6 +80,8 @@ class Writer:
         while self._fresh and self._turn.acquire(False):    # else the thread that has the turn writes it as well
             try:
                 self._write_fresh(self._at_once)
+            except MemoryError:
+                self._lose(1)
             finally:
                 self._turn.release()
 
@@ -115,13 +117,18 @@ class Writer:
         if self._queue.qsize() >= self._most:
             self._lose(1)
             return False
-        self._queue.put(item)
+        try:
+            self._queue.put(item)
+        except MemoryError:
+            self._lose(1)
+            return False
         if self._thread is None:
             self._start()
         return True
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Write what is queued, for timeout_s at the most; what comes later is dropped."""
+        """Write what is queued, for timeout_s at the most; what comes later is dropped. In the calling thread where the
+        system has no other to give: it is then that the log says why the program ends."""
         with self._lock:
             if self._closed:
                 return
@@ -130,12 +137,16 @@ class Writer:
             self._closed, self._most = True, 0
             self._give_up_at = monotonic() + timeout_s
             thread = self._thread
+            queued = self._queue.qsize()
         with self._turn:                    # nothing is being written at once
             pass
-        if thread is None:
+        if thread is None and not queued:
             self._release()
+            return
+        self._queue.put(STOP)
+        if thread is None:
+            self._run()
         else:
-            self._queue.put(STOP)
             thread.join(timeout_s)
 
     # ---- a fork ---------------------------------------------------------------------------------------------------
@@ -175,25 +186,37 @@ class Writer:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None and not self._paused and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
                 try:
-                    self._thread.start()
-                except RuntimeError:        # no more threads, or the interpreter ends: the next item tries again
-                    self._thread = None
+                    thread = threading.Thread(target=self._run_thread, name="writer", daemon=True)
+                    thread.start()
+                except (RuntimeError, MemoryError):     # no more threads, or the interpreter ends: the next item
+                    return                              # tries again
+                self._thread = thread
 
     def _lose(self, count: int) -> None:
         with self._lock:
             self._lost += count
             self.lost += count
 
+    def _run_thread(self) -> None:
+        try:
+            self._run()
+        except BaseException:               # a bug, or no memory: the next item starts another thread
+            with self._lock:
+                self._thread = None
+            raise
+
     def _run(self) -> None:
-        """The thread."""
+        """Write until STOP."""
         queue = self._queue
         while True:
             batch = [queue.get()]
             batch += [queue.get() for _ in range(min(queue.qsize(), BATCH))]
             items = [item for item in batch if item is not STOP]
-            self._write_all(self._blocks(items))
+            try:
+                self._write_all(self._blocks(items))
+            except MemoryError:
+                self._lose(len(items))
             if self._lost:
                 self._tell_lost()
             self._handled += len(items)

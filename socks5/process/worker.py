@@ -19,6 +19,10 @@ from .orders import Order, read
 log = logging.getLogger(__name__)
 
 
+class CannotStart(Exception):
+    """The system lacks what a worker needs."""
+
+
 def serve(server: Server, hurry: threading.Event) -> None:
     """Serve until server.stop(), then drain and close; `hurry` ends the drain at once."""
     with server:
@@ -56,9 +60,13 @@ def listen(server: Server, hurry: threading.Event, channel: socket.socket) -> No
 def become(make: Callable[[], Server], channel: socket.socket, supervisors: Iterable[socket.socket]) -> NoReturn:
     """In the child, after the fork: be a worker, and end the process. `supervisors` are the sockets to close."""
     def work() -> None:
-        server = make()
         hurry = threading.Event()
-        threading.Thread(target=listen, args=(server, hurry, channel), daemon=True).start()
+        try:
+            server = make()
+            threading.Thread(target=listen, args=(server, hurry, channel), daemon=True).start()
+            server.relay_loop()
+        except (RuntimeError, MemoryError, OSError) as exc:     # no thread, no memory, no descriptor
+            raise CannotStart(str(exc) or "out of memory") from None
         serve(server, hurry)
 
     end_after(work, supervisors)
@@ -73,6 +81,8 @@ def end_after(work: Callable[[], None], supervisors: Iterable[socket.socket]) ->
             sock.close()
         work()
         status = 0
+    except CannotStart as exc:
+        log.error("worker %d cannot start: %s", os.getpid(), exc)
     except BaseException:
         log.exception("worker %d cannot go on", os.getpid())
     finally:

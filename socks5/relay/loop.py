@@ -42,7 +42,7 @@ class Loop:
     `failed()` is called inside of an except block, for an exception that cost a tunnel its life: a bug of ours.
     """
 
-    def __init__(self, ended: Callable[[Tunnel], None], failed: Callable[[], None]) -> None:
+    def __init__(self, ended: Callable[[Tunnel], None], failed: Callable[[], object]) -> None:
         self._ended = ended
         self._failed = failed
         self._poller = new_poller()

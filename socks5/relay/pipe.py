@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import sys
-from typing import Optional, Union
+from typing import List, Optional, Union
 
 from . import splice
 
@@ -24,6 +24,10 @@ DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)       # spares small tunnels the c
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # SO_LINGER on, for 0 s: close() sends RST
 # ioctl(): is the next byte to be read the urgent one? Linux, then BSD and macOS: asm/sockios.h, sys/sockio.h.
 SIOCATMARK = 0x8905 if sys.platform.startswith("linux") else 0x40047307 if fcntl else 0
+
+# Receive buffers that no thread uses just now: as many as ever read at the same time. recv() would allocate CHUNK_BYTES
+# for each read and shrink that to what has come, which leaves holes in the heap: tens of MiB with glibc.
+_buffers: List[memoryview] = []
 
 
 class Broken(Exception):
@@ -75,28 +79,33 @@ class Pipe:
         if self.kernel is not None:
             return self._fill_kernel(self.kernel)
         try:
-            data = self.source.recv(CHUNK_BYTES, DONTWAIT)
+            buffer = _buffers.pop()
+        except IndexError:
+            buffer = memoryview(bytearray(CHUNK_BYTES))
+        try:
+            size = self.source.recv_into(buffer, 0, DONTWAIT)
+            try:
+                sent = self.sink.send(buffer[:size], DONTWAIT) if size else 0
+            except BlockingIOError:
+                sent = 0
+            except OSError as exc:
+                raise Broken(self.target, exc) from None
+            if sent < size:
+                self.chunk, self.held = bytes(buffer[sent:size]), size - sent
         except BlockingIOError:
             return None
         except OSError as exc:
             raise Broken(self.origin, exc) from None
-        size = len(data)
-        try:
-            sent = self.sink.send(data, DONTWAIT) if size else 0
-        except BlockingIOError:
-            sent = 0
-        except OSError as exc:
-            raise Broken(self.target, exc) from None
+        finally:
+            _buffers.append(buffer)
         self.total += sent
         if sent == size and 0 < size < CHUNK_BYTES:
             self.full = 0
             return False
-        if sent < size:
-            self.chunk, self.held = memoryview(data)[sent:], size - sent
-        elif size:
-            self.full += 1
-        else:
+        if not size:
             self.done = True
+        elif sent == size:
+            self.full += 1
         return True
 
     def _fill_kernel(self, kernel: splice.KernelPipe) -> Optional[bool]:

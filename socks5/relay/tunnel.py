@@ -18,6 +18,7 @@ CLIENT, REMOTE = 0, 1                   # the two sides
 INCOMING = READ | URGENT                # what a source is asked for
 FAILED = ~(READ | URGENT | WRITE)       # a hang-up or an error, which poll() and epoll report without being asked
 UNREGISTERED = -1                       # in the place of events
+QUIET = INCOMING, INCOMING              # what nearly all tunnels want, who share this tuple
 BUSY_READS = 4                          # full reads in a row (256 KiB) that make a tunnel busy
 
 
@@ -70,7 +71,7 @@ class Tunnel:
         if self.hung_up:
             client = client or (UNREGISTERED if self.hung_up & 1 else 0)
             remote = remote or (UNREGISTERED if self.hung_up & 2 else 0)
-        return client, remote
+        return QUIET if client == remote == INCOMING else (client, remote)
 
     def handle(self, side: int, events: int, now: float) -> bool:
         """Move bytes after an event on one side. True when the owner has to look: at `ended`, `busy`, `interest`."""

@@ -14,6 +14,7 @@ from typing import Callable, Dict, Optional, Sequence
 available = hasattr(socket, "TCP_DEFER_ACCEPT")     # Linux has this option
 MAX_WAITING = 8             # for each listener; a thread that comes back when there are so many ends
 RELEASE_S = 1.0
+REST_S = 0.1                # when memory has run out
 
 
 class Acceptors:
@@ -67,7 +68,10 @@ class Acceptors:
     def _run(self, listener: socket.socket) -> None:
         self._here.listener = listener
         while True:
-            self._accept_one()
+            try:
+                self._accept_one()
+            except MemoryError:                             # also for what it does about errors: the thread goes on
+                sleep(REST_S)
             with self._lock:
                 if not self._serving or self._waiting[listener] >= MAX_WAITING:
                     return

@@ -220,7 +220,8 @@ class Handler(StreamRequestHandler):
         else:
             hosts = self.may.reachable(dst, resolve)
         addresses = self.may.not_ourselves(dst.port, hosts)     # type: ignore[arg-type]    # no name is among them
-        remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection, self.source())
+        remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection, self.source(),
+                             self.has_room)
         with ClosedOnError(remote):
             session.reached = Endpoint(ip, dst.port)
             try:
@@ -303,6 +304,14 @@ class Handler(StreamRequestHandler):
         """By --out, the address from which we connect to a given one."""
         out = self.server.config.out
         return partial(leaving, out, ip_of(self.connection.getsockname())) if out else None
+
+    def has_room(self, attempts: int) -> bool:
+        """Whether this session may have so many attempts to connect under way, each with a descriptor."""
+        try:
+            self.server.sessions.grow(self.session, 1 + attempts // 2, evict=False)
+            return True
+        except Full:
+            return False
 
     def lookup(self, deadline: float, host: Host) -> Sequence[IP]:
         """The addresses of a normalised host. Raises RequestRefused; ConnectionResetError when the client has left."""

@@ -7,12 +7,18 @@ Runs in the thread that serves the connection; methods that say so run in the re
 """
 from __future__ import annotations
 
+import logging
+import sys
+from contextlib import suppress
 from functools import partial
 from socketserver import ThreadingTCPServer
-from typing import Any
+from threading import Lock
+from time import monotonic
+from typing import Any, Dict
 
 from ..net.addresses import Sockaddr, endpoint_of, ip_of, origin_of, unmapped
 from ..protocol.errors import ProtocolError
+from ..protocol.facts import Facts
 from ..protocol.fields import ReadExactly
 from ..protocol.proxy import ProxyHeader
 from ..relay.loop import Loop
@@ -21,11 +27,18 @@ from .handler import Service
 from .inbox import linger
 from .sessions import UNKNOWN, Full, Session
 
+log = logging.getLogger(__name__)
+
+COMPLAIN_EVERY_S = 60.0
+REFUSED = "refused client=%(client)s why=%(why)s"
 MANY_NEGOTIATING = 64                   # at once: from then on a silent newcomer gets no thread
 
 
 class Newcomers(ThreadingTCPServer, Service):
     """The part of a Server that is concerned with a connection before there is a handler."""
+
+    _lock: Lock
+    _complained: Dict[str, float]           # when it was said last, by what it is about
 
     # ---- load balancers -------------------------------------------------------------------------------------------
 
@@ -97,15 +110,38 @@ class Newcomers(ThreadingTCPServer, Service):
             session.ended_by, session.why = "server", str(exc)
         self.end_session(session)
 
+    # ---- clients that are refused ---------------------------------------------------------------------------------
+
+    def refuse(self, client_address: Any, about: str, why: str) -> None:
+        """Say that this client is closed unheard, for want of something of ours."""
+        self.complain(about, REFUSED, Facts(client=endpoint_of(client_address), why=why))
+        self.meter.refused(about)
+
+    def complain(self, about: str, line: str, facts: Facts) -> None:
+        """A warning that would come with every connection: once a minute is enough, for each thing it is about."""
+        now = monotonic()
+        with self._lock:
+            if now - self._complained.get(about, -COMPLAIN_EVERY_S) < COMPLAIN_EVERY_S:
+                return
+            self._complained[about] = now
+        log.warning(line, facts)
+
+    def tell_bug(self, where: str) -> str:
+        """In an except block: log a bug with its traceback, but want of memory in one line. What it was, in words."""
+        no_memory = isinstance(sys.exc_info()[1], MemoryError)
+        with suppress(MemoryError):                             # to say so takes some
+            if no_memory:
+                self.complain("memory", "out_of_memory where=%(where)s", Facts(where=where))
+            else:
+                log.exception("bug %s", where)
+        return "out of memory" if no_memory else "a bug of the server"
+
     # ---- what the Server has --------------------------------------------------------------------------------------
 
     def relay_loop(self) -> Loop:
         raise NotImplementedError
 
     def end_session(self, session: Session) -> None:
-        raise NotImplementedError
-
-    def refuse(self, client_address: Any, about: str, why: str) -> None:
         raise NotImplementedError
 
 

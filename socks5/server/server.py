@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from functools import partial
 from socketserver import BaseServer
-from time import monotonic, sleep
+from time import sleep
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 from ..access.rules import Rules
@@ -31,17 +31,15 @@ from ..relay.tunnel import Tunnel
 from . import acceptors, tracing
 from .counters import Counts, Meter, Shared
 from .handler import Handler, method_table
-from .newcomers import Newcomers
+from .newcomers import COMPLAIN_EVERY_S, REFUSED, Newcomers
 from .sessions import UNKNOWN, Full, Session, Sessions, Teller
 from .table import Table
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25                           # how late a handshake's deadline may be noticed
-COMPLAIN_EVERY_S = 60.0
 REST_S = 0.1                            # without it, accept() at the descriptor limit spins
 MAX_UNTOLD = 1000                       # sessions for which session_ended is due; then acceptors wait for it
-REFUSED = "refused client=%(client)s why=%(why)s"
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -106,9 +104,8 @@ class Server(Newcomers):
         self._stopped = threading.Event()
         self._stopped.set()
         self._due: Deque[Callable[[], object]] = deque()        # for serve_forever to do
-        self._complained: Dict[str, float] = {}
         self._loop: Optional[Loop] = None                       # made when first needed: not before a fork
-        self._lock = threading.Lock()
+        self._lock, self._complained = threading.Lock(), {}
         self._teller = Teller(self.session_ended)
         self._acceptors = acceptors.Acceptors(self._accept_one)
         self._accepting: Optional[socket.socket] = None         # where there are no acceptors: what is ready
@@ -156,21 +153,28 @@ class Server(Newcomers):
         self._acceptors.serve(self.listeners if acceptors.available else [])
         try:
             while not self._stopping.is_set():
-                self._acceptors.refill()
-                for fd, _events in poll.poll(poll_interval * 1000):
-                    self._accepting = by_fd.get(fd)
-                    if self._accepting:
-                        self._accept_one()
-                    else:
-                        self._wakeup.recv(64)               # or serving again after shutdown() would spin
-                self.sessions.expire()
-                while self._due:
-                    self._due.popleft()()
-                self.service_actions()
+                try:
+                    self._serve_once(poll, by_fd, poll_interval)
+                except MemoryError:                             # the next time there may be more
+                    sleep(REST_S)
         finally:
             self._acceptors.release(self.request_queue_size)
             self._stopping.clear()
             self._stopped.set()
+
+    def _serve_once(self, poll: Any, by_fd: Dict[int, socket.socket], poll_interval: float) -> None:
+        """Wait; accept from listeners that are ready, where there are no acceptors; and do what else is due."""
+        self._acceptors.refill()
+        for fd, _events in poll.poll(poll_interval * 1000):
+            self._accepting = by_fd.get(fd)
+            if self._accepting:
+                self._accept_one()
+            else:
+                self._wakeup.recv(64)                           # or serving again after shutdown() would spin
+        self.sessions.expire()
+        while self._due:
+            self._due.popleft()()
+        self.service_actions()
 
     def stop(self) -> None:
         """Make serve_forever return soon. Unlike shutdown() it does not wait: a signal handler may call it."""
@@ -228,8 +232,10 @@ class Server(Newcomers):
             else:
                 self.shutdown_request(request)
         except (RuntimeError, MemoryError, OSError) as exc:
-            self.refuse(client_address, "no thread", "no thread: %s" % exc)
-            self.shutdown_request(request)
+            try:
+                self.refuse(client_address, "no thread", "no thread: %s" % (exc or "out of memory"))
+            finally:                                            # that may take more memory than is left
+                self.shutdown_request(request)
         except Exception:                                       # in an overridden hook: as socketserver does
             self.handle_error(request, client_address)
             self.shutdown_request(request)
@@ -239,13 +245,14 @@ class Server(Newcomers):
         listener = self._acceptors.listener()
         try:
             request, client_address = (listener or self._accepting or self.socket).accept()
-        except OSError as exc:
+        except (OSError, MemoryError) as error:
+            exc = error if isinstance(error, OSError) else OSError(errno.ENOMEM, "out of memory")
             if exc.errno in EXHAUSTED:
                 self.complain("accept", "accept_failed errno=%(errno)s sessions=%(sessions)d",
                               Facts(errno=name_of(exc), sessions=len(self.sessions)))
                 self.meter.accept_failed(name_of(exc))
                 sleep(REST_S)
-            raise
+            raise exc from None
         if not listener:                                        # or it has inherited all this
             request.setblocking(True)
             net_listeners.tune(request)
@@ -287,23 +294,9 @@ class Server(Newcomers):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         session = self.sessions.get(request)
+        why = self.tell_bug("while serving %s" % str(endpoint_of(client_address)))
         if session:
-            session.ended_by, session.why = "server", "a bug of the server"
-        log.exception("bug while serving %s", str(endpoint_of(client_address)))
-
-    def refuse(self, client_address: Any, about: str, why: str) -> None:
-        """Say that this client is closed unheard, for want of something of ours."""
-        self.complain(about, REFUSED, Facts(client=endpoint_of(client_address), why=why))
-        self.meter.refused(about)
-
-    def complain(self, about: str, line: str, facts: Facts) -> None:
-        """A warning that would come with every connection: once a minute is enough, for each thing it is about."""
-        now = monotonic()
-        with self._lock:
-            if now - self._complained.get(about, -COMPLAIN_EVERY_S) < COMPLAIN_EVERY_S:
-                return
-            self._complained[about] = now
-        log.warning(line, facts)
+            session.ended_by, session.why = "server", why
 
     def relay_loop(self) -> Loop:
         """The relay loop of this process, started when it is first needed. A forked child does not use its parent's,
@@ -316,7 +309,7 @@ class Server(Newcomers):
                 self._loop.stop("forked")                       # only closes the child's copies of its descriptors
                 self._loop = None
             if self._loop is None:
-                loop = Loop(self._tunnel_ended, partial(log.exception, "bug in the relay loop"))
+                loop = Loop(self._tunnel_ended, partial(self.tell_bug, "in the relay loop"))
                 loop.start()
                 self._loop = loop
             return self._loop
@@ -356,19 +349,21 @@ class Server(Newcomers):
         """The session is over: the line in the log, the socket, the hook, the registry."""
         if not self.sessions.end(session):                      # the relay loop and the handler's thread may both come
             return
-        facts = session.facts()
-        health_check = session.ended_by == "client" and not session.greeted and self.is_balancer(session.client)
-        tell(log, logging.DEBUG if health_check else logging.INFO, Session.LINE, facts)
-        if session.story:
-            session.story.end(facts)
-        if session.record:
-            self.meter.ended(session)
         try:
-            self.close_request(session.sock)
-        finally:
-            if type(self).session_ended is not Server.session_ended:
-                self._teller.tell(session)
-            self.sessions.remove(session)                       # last: server_close() waits for it, then for the hook
+            facts = session.facts()
+            health_check = session.ended_by == "client" and not session.greeted and self.is_balancer(session.client)
+            tell(log, logging.DEBUG if health_check else logging.INFO, Session.LINE, facts)
+            if session.story:
+                session.story.end(facts)
+            if session.record:
+                self.meter.ended(session)
+        finally:                                                # also where memory has run out
+            try:
+                self.close_request(session.sock)
+            finally:
+                if type(self).session_ended is not Server.session_ended:
+                    self._teller.tell(session)
+                self.sessions.remove(session)                   # last: server_close() waits for it, then for the hook
 
     def session_ended(self, session: Session) -> None:
         """To override. No traffic waits for it."""

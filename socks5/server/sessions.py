@@ -212,23 +212,24 @@ class Sessions:
     def _too_many_of(self, origin: str) -> Full:
         return Full("max-per-client", "%d reached by %s" % (self.per_origin, origin))
 
-    def grow(self, session: Session, weight: int) -> None:
-        """The session will take as many descriptors as `weight` ordinary ones. Raises Full."""
+    def grow(self, session: Session, weight: int, evict: bool = True) -> None:
+        """The session will take as many descriptors as `weight` ordinary ones, at the expense of others if `evict`.
+        Raises Full."""
         with self._lock:
             more = weight - session.weight
             if more > 0:
-                self._find_place(session.origin, 0, more)
+                self._find_place(session.origin, 0, more, evict)
             session.weight = weight
             self._weights.add(session.origin, more)
 
-    def _find_place(self, origin: str, sessions: int, weight: int) -> None:
-        """Evict others until there is a place for so many more. Raises Full."""
+    def _find_place(self, origin: str, sessions: int, weight: int, evict: bool = True) -> None:
+        """Evict others, if that is wanted, until there is a place for so many more. Raises Full."""
         if self._fits(origin, sessions, weight):
             return
         # In the place of another origin's session it would still have more than its share: then one of its own.
         own = "" if self._fits(origin, sessions, weight, freed=weight) else origin
         for _ in range(weight):
-            if self._leaving >= MAX_LEAVING or not self._evict(own):
+            if not evict or self._leaving >= MAX_LEAVING or not self._evict(own):
                 raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
             if self._fits(origin, sessions, weight):
                 return
