@@ -2,6 +2,7 @@
 import contextlib
 import gc
 import io
+import json
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 from socks5 import client
-from socks5.access import gssapi, subnegotiation
+from socks5.access import gssapi, subnegotiation, throttle
 from socks5.access.users import Users
 from socks5.client import Gssapi
 from socks5.config import Config, ConfigError
@@ -29,10 +30,10 @@ from socks5.relay.pipe import Pipe
 from socks5.relay.protected import FIRST_BYTES, MORE_BYTES, CodingPipe
 from socks5.relay.tunnel import BUSY_READS
 from socks5.status import views
-from socks5.status.meter import Board, Meter
+from socks5.status.meter import LOGINS, Board, Meter
 from tests import realm
-from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, logging_of, need, need_program, negotiate,
-                           read_to_end, reader_of, reset, run_cli, running, spawned, target, wait_until)
+from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, heard, logging_of, need, need_program,
+                           negotiate, read_to_end, reader_of, reset, run_cli, running, spawned, target, wait_until)
 
 LEVELS = ("clear", "integrity", "confidentiality")
 ALICE = b"alice@EXAMPLE.ORG"
@@ -276,6 +277,23 @@ class WhoMayIn(Case):
                     sock.sendall(Greeting(offered).pack())
                     self.assertEqual(reader_of(sock)(2), bytes([5, chosen]))
 
+    def test_max_per_client_and_the_status_page(self):
+        server, destination = self.serve(max_per_client=2), self.enter(target())
+        server.meter = Meter(Board(1), 0)
+        with contextlib.suppress(AssertionError, EOFError), dial(server.server_address) as bad:
+            bad.sendall(Greeting(b"\1").pack() + SecurityToken(b"x").pack())
+            read_to_end(bad)
+        wait_until(lambda: not len(server.sessions))
+        for _ in range(2):
+            self.through(server, destination)
+        with dial(server.server_address) as third:
+            self.assertEqual(heard(third, b"\5\1\1"), b"")
+        shown = [json.loads(line)["user"] for line in
+                 views.answer(server, server.meter, {"what": "sessions", "limit": "9", "user": ALICE.decode()})]
+        self.assertEqual(shown, [ALICE.decode()] * 2)
+        board = server.meter.board
+        self.assertEqual([board.sum("login", which) for which in LOGINS], [2, 1, 0])
+
     def test_by_password_beside_gssapi(self):
         server, destination = self.serve(user=(("alice", "x"),)), self.enter(target())
         with client.connect(server.server_address[:2], destination, user=("alice", "x")) as sock:
@@ -324,6 +342,46 @@ class Refused(Case):
         server = self.serve()
         for token in (b"x", bytes(65535), first_token()[:-1]):
             self.refusal(token, server, "ended=refused why='gss_accept_sec_context: ")
+
+    def abort_of(self, server, token):
+        """What a client sees whose token is refused; b"" when it was shut out before there was an answer."""
+        with dial(server.server_address) as sock:
+            sock.sendall(Greeting(b"\1").pack() + SecurityToken(token).pack())
+            return read_to_end(sock)
+
+    def test_failures_are_logged_and_rate_limited_and_delay_no_ticket(self):
+        """As wrong passwords are: fail2ban's line, and a wait where the address has had too many. Others are let in."""
+        destination = self.enter(target())
+        with mock.patch.multiple(throttle, BURST=1, INTERVAL_S=1000.0), logging_of(self, "WARNING") as logs:
+            server = self.serve(handshake_timeout=2)
+            pending = server.users.logins.throttle._pending
+            for _ in range(3):
+                self.through(server, destination)
+            self.assertEqual(self.abort_of(server, b"x"), b"\5\1\1\xff")
+            for number in range(2):
+                answers = []
+                waiting = threading.Thread(target=lambda: answers.append(self.abort_of(server, b"y")))
+                waiting.start()
+                wait_until(lambda: pending)
+                self.through(server, destination)
+                self.assertEqual((answers, len(pending)), ([], 1))
+                waiting.join(PATIENCE_S)
+                self.assertEqual((answers, pending), ([b"\5\1\1\xff"], {}))
+        self.assertEqual([line for line in logs.output if "auth_" in line],
+                         ["WARNING auth_failed client=127.0.0.1 user=-"]
+                         + ["WARNING auth_deferred client=127.0.0.1 user=- left_out=0"] * 2)
+
+    def test_who_has_a_ticket_but_not_the_level_is_named(self):
+        with logging_of(self, "WARNING") as logs:
+            server = self.serve()
+            with dial(server.server_address) as sock:
+                read = reader_of(sock)
+                sock.sendall(Greeting(b"\1").pack() + SecurityToken(first_token()).pack())
+                self.assertEqual(read(2), b"\5\1")
+                SecurityToken.parse(read)
+                sock.sendall(ProtectionLevel(b"\7").pack())
+                self.assertEqual(read_to_end(sock), b"\1\xff")
+        self.assertEqual(logs.output, ["WARNING auth_failed client=127.0.0.1 user='alice@EXAMPLE.ORG'"])
 
     def test_a_replayed_token(self):
         server, token = self.serve(), first_token()
