@@ -186,13 +186,15 @@ class Levels(Case):
             connection.sendall(bytes(size))
             done.set()
 
-        server, destination = self.serve(), self.enter(target(pour))
-        sock = self.through(server, destination)
-        self.assertFalse(done.wait(0.3))
-        received = 0
-        while received < size:
-            received += len(sock.recv(1 << 20))
-        self.assertTrue(done.wait(PATIENCE_S))
+        for in_place in (True, False):
+            with self.subTest(in_place=in_place), mock.patch.object(gssapi.library(), "in_place", in_place):
+                done.clear()
+                sock = self.through(self.serve(), self.enter(target(pour)))
+                self.assertFalse(done.wait(0.3))
+                received = 0
+                while received < size:
+                    received += len(sock.recv(1 << 20))
+                self.assertTrue(done.wait(PATIENCE_S))
 
     def test_reset_and_idle(self):
         def reset_it(connection):
@@ -496,6 +498,81 @@ class Refused(Case):
                 except ProtocolError:
                     pass
         self.assertLess(taken, MUTATIONS / 4)
+
+
+class InPlace(Case):
+    """Messages that are sealed and opened in the memory into which they are received: a busy tunnel's."""
+
+    PIECES = [BULK[at:at + size] for at, size in ((0, 1), (1, 5000), (9, PAYLOAD_BYTES), (3, 70), (5, 0), (0, 59999))]
+
+    def setUp(self):
+        super().setUp()
+        if not gssapi.library().in_place:
+            self.skipTest("MIT's library is not here")
+
+    def envelopes(self, level):
+        near, far = pair()
+        near.level = far.level = level
+        return Envelope(near), Envelope(far)
+
+    def feed(self, opening, raw, rng):
+        """What an Opening makes of it, received in pieces."""
+        opened = b""
+        while raw:
+            room = opening.room()
+            size = min(len(room), len(raw), rng.choice((1, 100, 5000, 60000, 1 << 17)))
+            room[:size], raw = raw[:size], raw[size:]
+            opened += bytes(opening.code(size))
+        return opened
+
+    def test_what_is_sealed_can_be_opened(self):
+        for level in (Protection.INTEGRITY, Protection.CONFIDENTIALITY):
+            near, far = self.envelopes(level)
+            sealing = near.sealing()
+            for piece in self.PIECES:
+                with self.subTest(level, size=len(piece)):
+                    sealing.room()[:len(piece)] = piece
+                    self.assertEqual(far.open(bytes(sealing.code(len(piece)))), piece)
+
+    def test_messages_in_any_cut_and_from_one_way_of_opening_to_the_other(self):
+        for level in (Protection.INTEGRITY, Protection.CONFIDENTIALITY):
+            near, far = self.envelopes(level)
+            raw, plain = b"".join(map(near.seal_one, self.PIECES)), b"".join(self.PIECES)
+            rng, opened = random.Random(5), b""
+            cuts = [0, *sorted(rng.randrange(len(raw)) for _ in range(6)), len(raw)]
+            for number, (start, end) in enumerate(zip(cuts, cuts[1:])):
+                if number % 2:
+                    opened += far.open(raw[start:end])
+                    continue
+                opening = far.opening()
+                opened += self.feed(opening, raw[start:end], rng)
+                unfinished = opening.unfinished
+                opening.close()
+                self.assertEqual(far.unfinished, unfinished)
+            self.assertEqual((opened, far.unfinished), (plain, 0))
+
+    def test_mutated_messages(self):
+        rng, refused = random.Random(8), 0
+        near, far = self.envelopes(Protection.CONFIDENTIALITY)
+        sealed = near.seal(b"payload " * 20)
+        for number in range(MUTATIONS):
+            raw = mutated(rng, sealed)
+            try:
+                opening = far.opening()
+                found = self.feed(opening, raw, rng)
+                self.assertIn(found, (b"", b"payload " * 20), number)
+            except ProtocolError:
+                refused += 1
+            far.swap_unfinished()
+        self.assertGreater(refused, MUTATIONS / 4)
+
+    def test_a_message_that_is_left_out_or_repeated(self):
+        near, far = self.envelopes(Protection.INTEGRITY)
+        first, _, third = map(near.seal_one, (b"1", b"2", b"3"))
+        opening, rng = far.opening(), random.Random(1)
+        self.assertEqual(self.feed(opening, first, rng), b"1")
+        for wrong in (first, third):
+            self.assertRaises(GssError, self.feed, far.opening(), wrong, rng)
 
 
 def mutated(rng, raw):
@@ -910,6 +987,9 @@ class Envelopes(unittest.TestCase):
 
         def unwrap(self, token, ordered=True):
             return token[-2::-1]
+
+        def memory(self, size):
+            """It cannot work in place."""
 
     def test_the_messages(self):
         """Each packs and parses to itself, reads nothing behind, and any cut is EOF. RFC 1961 sections 3 to 5"""
