@@ -27,6 +27,11 @@ OPTIONS = (
 )
 
 
+class SharedListener(socket.socket):
+    """A listener that another program has as well, such as systemd: to shut it down would reset the connections in its
+    queue, which are for the next server."""
+
+
 def tune(sock: socket.socket) -> None:
     """Set what every TCP connection of ours has. Raises OSError, where a dead socket cannot be set (not Linux)."""
     for level, name in OPTIONS:

@@ -40,7 +40,7 @@ def passed_sockets(environ: Environ) -> List[socket.socket]:
 def _listener(fd: int) -> socket.socket:
     """Raises OSError."""
     os.set_inheritable(fd, False)
-    sock = socket.socket(fileno=fd)
+    sock = listening.SharedListener(fileno=fd)
     try:
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM \
                 or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
