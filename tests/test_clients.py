@@ -90,9 +90,8 @@ class Case(unittest.TestCase):
 
     def run_client(self, *args, status=0, **kwargs):
         """What the client prints; it must end with `status`."""
-        kwargs.setdefault("env", environment())
-        done = subprocess.run(list(map(str, args)), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              timeout=PATIENCE_S, **kwargs)
+        kwargs = {"env": environment(), "timeout": PATIENCE_S, **kwargs}
+        done = subprocess.run(list(map(str, args)), stdin=subprocess.DEVNULL, capture_output=True, text=True, **kwargs)
         self.assertEqual(done.returncode, status, done.stderr)
         return done.stdout
 

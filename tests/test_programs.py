@@ -12,6 +12,7 @@ from .support import PATIENCE_S, closed_port, need, need_program, spawned
 from .test_clients import Case, environment, web
 
 HELLO = "hello from the other side\n"
+SLOW_S = 120                        # a browser that starts beside the other tests, uTP's slow start
 USERS = (("", ""), ("alice", "s3cret"))
 
 PYTHON = {
@@ -51,7 +52,7 @@ asyncio.run(main())
 LIBTORRENT = """
 import os, sys, time
 import libtorrent
-folder, port, user, password = sys.argv[1:]
+folder, port, user, password, seconds = sys.argv[1:]
 for name in "seed", "leech":
     os.makedirs(os.path.join(folder, name))
 data = os.urandom(1 << 20)
@@ -75,7 +76,7 @@ kind = libtorrent.proxy_type_t.socks5_pw if user else libtorrent.proxy_type_t.so
 seed, full = peer("seed")
 leech, got = peer("leech", proxy_type=int(kind), proxy_hostname="127.0.0.1", proxy_port=int(port),
                   proxy_username=user, proxy_password=password, proxy_peer_connections=True)
-deadline, dial_at = time.monotonic() + 20, 0.0
+deadline, dial_at = time.monotonic() + float(seconds), 0.0
 while time.monotonic() < deadline and not got.status().is_seeding:
     if full.status().is_seeding and time.monotonic() > dial_at:
         got.connect_peer(("127.0.0.1", seed.listen_port()))
@@ -261,7 +262,8 @@ class Torrents(Program):
         for user, password in USERS:
             with self.subTest(user or "anonymous"), tempfile.TemporaryDirectory() as folder, \
                     spawned(*["-u", "%s:%s" % (user, password)] * bool(user)) as server:
-                said = self.run_client(python, "-c", LIBTORRENT, folder, server.port, user, password)
+                said = self.run_client(python, "-c", LIBTORRENT, folder, server.port, user, password, SLOW_S / 2,
+                                       timeout=SLOW_S)
                 self.assertEqual(said, "complete\n")
                 moved = server.wait_line(r"session .*user=%s cmd=UDP_ASSOCIATE .*rep=SUCCEEDED up=(\d+) down=(\d+) " % (
                     "'%s'" % user if user else "-"))
@@ -294,7 +296,7 @@ class Browsers(Program):
                 + 'user_pref("network.proxy.socks_port", %d);\n' % server.port)
             self.run_client(firefox, "--headless", "--no-remote", "--profile", profile, "--screenshot",
                             folder / "page.png", "http://localhost:%d/" % port,
-                            env=dict(environment(), HOME=str(folder)))
+                            env=dict(environment(), HOME=str(folder)), timeout=SLOW_S)
             self.assertEqual((folder / "page.png").read_bytes()[:4], b"\x89PNG")
             return HELLO
 

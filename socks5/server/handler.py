@@ -314,8 +314,6 @@ class Handler(StreamRequestHandler):
     def reply(self, rep: Rep, bnd: Union[Endpoint, Address, None] = None) -> None:
         self.session.rep = rep.word
         self.send(Reply(rep, Address(*bnd) if isinstance(bnd, Endpoint) else bnd or UNSPECIFIED))
-        if self.session.record:
-            self.server.meter.replied(self.session)
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {
