@@ -202,6 +202,22 @@ def check_out(addresses: Sequence[str]) -> None:
             raise ConfigError("--out %s: not an address of this machine" % text)
 
 
+def check_upstreams(config: Config) -> None:
+    """Raise ConfigError when an upstream is this server itself, as far as that shows without a lookup."""
+    for upstream in config.upstream:
+        try:
+            hosts = list(LOOPBACK.values()) if upstream.host == "localhost" else [ip_address(upstream.host)]
+        except ValueError:                                  # a name
+            continue
+        if upstream.port == config.port and any(listens_at(config, host) for host in hosts):
+            raise ConfigError("--upstream: %s is this server itself" % str(upstream))
+
+
+def listens_at(config: Config, address: IP) -> bool:
+    listened = [ip_address(text.partition("%")[0]) for text in config.listen]
+    return address in listened or any(ip.is_unspecified for ip in listened) and is_here(address)
+
+
 def self_test(config: Config) -> int:
     """The exit status."""
     good = True
@@ -255,6 +271,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         passed = [] if {"check", "self_test"} & set(args) else passed_sockets(os.environ)
         config = read_config(args, passed)
+        check_upstreams(config)
         if "check" in args:
             say("\n".join(report(config)))
             return 0

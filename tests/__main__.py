@@ -1,9 +1,10 @@
 """Run the test files in several processes at once; say at the end what was skipped, why, and how long it took.
 
-    python3 -m tests [-p PATTERN] [options of unittest, such as -v, -f and -k]
+    python3 -m tests [-p PATTERN] [--without FEATURE] [options of unittest, such as -v, -f and -k]
 
 `python3 -m unittest discover` runs the same tests one after the other. Here, a test also fails if it leaves a thread or
-a descriptor behind, or forgets to close a file or a socket.
+a descriptor behind, or forgets to close a file or a socket. --without FEATURE, repeatable, takes away what other
+systems lack, in the tests and in every Python that they start.
 """
 import argparse
 import os
@@ -22,6 +23,26 @@ AT_ONCE = 2 * (os.cpu_count() or 1)     # tests wait more than they compute
 LEAVING_S = 10                          # for threads that end by themselves, but later
 LONGEST = {"test_supervisor.py", "test_fuzz.py"}        # they begin first, the others by size
 FOLDER = Path(__file__).resolve().parent
+# A feature, and how a Python loses it as it starts.
+WITHOUT = {
+    "epoll": "import select; del select.epoll",
+    "poll": "import select; del select.epoll, select.poll",
+    "splice": "import os; vars(os).pop('splice', None)",
+    "eventfd": "import os; vars(os).pop('eventfd', None)",
+    "fork": "import os; del os.fork",
+    "affinity": "import os; del os.sched_getaffinity",
+    "acceptors": "import socket; del socket.TCP_DEFER_ACCEPT",
+    "reuseport": "import socket; del socket.SO_REUSEPORT",
+    "ipv6": """
+import errno, os, socket
+class Socket(socket.socket):
+    def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
+        if family == socket.AF_INET6 and fileno is None:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        super().__init__(family, type, proto, fileno)
+socket.has_ipv6, socket.socket = False, Socket
+""",
+}
 
 
 # ---- one file, in a process of its own ---------------------------------------------------------------------------
@@ -110,10 +131,20 @@ def run_all(pattern, verbose, options):
     return bool(failed or not tests)
 
 
+def run_without(features, *what):
+    """run_all() where every Python that starts imports a `sitecustomize` first, which takes the features away."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "sitecustomize.py").write_text("\n".join(WITHOUT[feature] for feature in features))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+        return run_all(*what)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python3 -m tests", usage=__doc__, allow_abbrev=False)
     parser.add_argument("-p", "--pattern", default="test_*.py")
     parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("--without", action="append", default=[], choices=sorted(WITHOUT))
     parser.add_argument("--only")
     known, rest = parser.parse_known_args()
-    sys.exit(run_one(known.only, rest) if known.only else run_all(known.pattern, known.verbose, rest))
+    sys.exit(run_one(known.only, rest) if known.only else
+             run_without(known.without, known.pattern, known.verbose, rest))

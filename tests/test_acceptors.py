@@ -5,15 +5,18 @@ import threading
 import unittest
 from unittest import mock
 
-from socks5.net import listeners
+from socks5.net import listeners, poller
 from socks5.server import acceptors
 from tests.support import PATIENCE_S, read_to_end, wait_until
 
 
 @unittest.skipUnless(acceptors.available, "shutting a listener down wakes no thread here")
 class Waiting(unittest.TestCase):
+    def open(self):
+        return listeners.open_one("127.0.0.1", 0, False, True)
+
     def setUp(self):
-        self.listener = listeners.open_one("127.0.0.1", 0, False, True)
+        self.listener = self.open()
         self.addCleanup(self.listener.close)
         self.listener.listen(64)
         self.go_on = threading.Event()
@@ -97,7 +100,11 @@ class Waiting(unittest.TestCase):
         self.acceptors.serve([self.listener])
         self.acceptors.refill()
         wait_until(self.waiting)
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+
+        def cannot(*_):                             # a new error each time: its traceback keeps no frame alive
+            raise RuntimeError("can't start new thread")
+
+        with mock.patch.object(threading.Thread, "start", cannot):
             self.assertFalse(self.acceptors.start(self.listener))
             with self.client(b"x") as client:
                 self.assertEqual(read_to_end(client), b"done")
@@ -105,6 +112,45 @@ class Waiting(unittest.TestCase):
         with self.client(b"x") as client:
             self.assertEqual(read_to_end(client), b"done")
         self.assertEqual(self.uncovered, [True])
+
+
+class Shared(Waiting):
+    """The same of a listener that another program has as well."""
+
+    def open(self):
+        return listeners.SharedListener(fileno=super().open().detach())
+
+    def serve_one(self):
+        """One client, while several threads wait."""
+        self.acceptors.serve([self.listener])
+        for _ in range(4):
+            self.acceptors.start(self.listener)
+        with self.client(b"x") as client:
+            self.assertEqual(read_to_end(client), b"done")
+
+    def test_who_connects_after_the_release_is_the_next_servers(self):
+        """The queue is not reset, nor is anything taken from it."""
+        with self.listener.dup() as next_server:
+            self.serve_one()
+            self.acceptors.release(64)
+            self.assertEqual(self.waiting(), 0)
+            served = len(self.served)
+            with self.client(b"x") as early:
+                self.acceptors.release(64)                  # another process of ours stops later
+                next_server.settimeout(PATIENCE_S)
+                with next_server.accept()[0] as connection:
+                    connection.sendall(connection.recv(1))
+                self.assertEqual(read_to_end(early), b"x")
+            self.assertEqual(len(self.served), served)
+
+    def test_by_poll(self):
+        """Where epoll cannot wake one thread only, and where no descriptor is left for it."""
+        for name, patch in (("none", mock.patch.object(poller, "EXCLUSIVE", 0)),
+                            ("EMFILE", mock.patch("select.epoll", side_effect=OSError(24, "full")))):
+            with self.subTest(name), patch:
+                self.serve_one()
+                self.acceptors.release(64)
+                self.assertEqual(self.waiting(), 0)
 
 
 if __name__ == "__main__":

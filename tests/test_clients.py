@@ -90,9 +90,8 @@ class Case(unittest.TestCase):
 
     def run_client(self, *args, status=0, **kwargs):
         """What the client prints; it must end with `status`."""
-        kwargs.setdefault("env", environment())
-        done = subprocess.run(list(map(str, args)), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              timeout=PATIENCE_S, **kwargs)
+        kwargs = {"env": environment(), "timeout": PATIENCE_S, **kwargs}
+        done = subprocess.run(list(map(str, args)), stdin=subprocess.DEVNULL, capture_output=True, text=True, **kwargs)
         self.assertEqual(done.returncode, status, done.stderr)
         return done.stdout
 
@@ -230,14 +229,19 @@ class Git(Case):
         run("-C", folder / "work", "commit", "-q", "-m", "twenty files")
         run("clone", "-q", "--bare", folder / "work", folder / "served" / "project.git")
         run("-C", folder / "served" / "project.git", "update-server-info")
-        server = self.enter(spawned())
         port = self.enter(web(partial(QuietFiles, directory=str(folder / "served"))))
-        run("-c", "http.proxy=socks5h://127.0.0.1:%d" % server.port, "clone", "-q",
-            "http://localhost:%d/project.git" % port, folder / "cloned")
-        heads = {run("-C", folder / name, "rev-parse", "HEAD") for name in ("work", "cloned")}
-        self.assertEqual(len(heads), 1)
-        self.assertEqual(run("-C", folder / "cloned", "fsck", "--strict"), "")
-        server.wait_line("dst='localhost':%d .*rep=SUCCEEDED" % port)
+        for name, options, login, seen in (("cloned", [], "", "-"),
+                                           ("cloned-by-password", ["-u", "alice:s3cret"], "alice:s3cret@", "'alice'")):
+            with self.subTest(name):
+                server = self.enter(spawned(*options))
+                run("-c", "http.proxy=socks5h://%s127.0.0.1:%d" % (login, server.port), "clone", "-q",
+                    "http://localhost:%d/project.git" % port, folder / name)
+                heads = {run("-C", folder / copy, "rev-parse", "HEAD") for copy in ("work", name)}
+                self.assertEqual(len(heads), 1)
+                self.assertEqual(run("-C", folder / name, "fsck", "--strict"), "")
+                server.wait_line("user=%s cmd=CONNECT dst='localhost':%d .*rep=SUCCEEDED" % (seen, port))
+        run("-c", "http.proxy=socks5h://alice:wrong@127.0.0.1:%d" % server.port, "clone", "-q",
+            "http://localhost:%d/project.git" % port, folder / "refused", status=128)
 
 
 class PySocks(Case):

@@ -59,8 +59,8 @@ class Ways(unittest.TestCase):
         shutil.copytree(str(ROOT / "socks5"), str(copy / "socks5"), ignore=shutil.ignore_patterns("__pycache__"))
         return copy
 
-    def check(self, *args, cwd, **kwargs):
-        env = {"PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
+    def check(self, *args, cwd, path="", **kwargs):
+        env = {"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
         with target() as destination, spawned(*args, cwd=str(cwd), env=env, **kwargs) as server:
             port = server.port
             with connect_through(port, *destination) as tunnel:
@@ -104,6 +104,37 @@ class Ways(unittest.TestCase):
         shutil.move(str(copy / "dist" / "socks5_server.pyz"), str(app))
         shutil.rmtree(str(copy))
         self.check(cwd=self.folder, script=app)
+
+    def test_wheel_by_way_of_the_sdist(self):
+        """Built by the hooks that pip calls (PEP 517), without a network; then installed by pip."""
+        python = os.environ.get("SOCKS5_VENV_PYTHON")
+        need(self, python and not subprocess.run([python, "-c", "import setuptools, wheel, pip"],
+                                                 stderr=subprocess.DEVNULL).returncode,
+             "a Python with pip, setuptools and wheel (SOCKS5_VENV_PYTHON)")
+        copy = self.copy()
+        for name in ("LICENSE", "README.rst", "pyproject.toml", "setup.cfg"):
+            shutil.copy(str(ROOT / name), str(copy))
+
+        def run(*args, cwd):
+            done = subprocess.run([python, *map(str, args)], cwd=str(cwd), stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True)
+            self.assertEqual(done.returncode, 0, done.stdout)
+
+        build = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+        run("-c", build, "build_sdist", self.folder, cwd=copy)
+        shutil.rmtree(str(copy))
+        sdist, = self.folder.glob("socks5*server-*.tar.gz")
+        shutil.unpack_archive(str(sdist), str(self.folder))
+        unpacked, = (path for path in self.folder.glob("socks5*server-*") if path.is_dir())
+        self.assertLess({"LICENSE", "README.rst", "socks5_server.py"}, {path.name for path in unpacked.iterdir()})
+        run("-c", build, "build_wheel", self.folder, cwd=unpacked)
+        shutil.rmtree(str(unpacked))
+        wheel, = self.folder.glob("*.whl")
+        installed = self.folder / "installed"
+        run("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", installed, wheel, cwd=self.folder)
+        shipped = {str(path.relative_to(ROOT)) for kind in ("*.py", "*.html") for path in (ROOT / "socks5").rglob(kind)}
+        self.assertEqual({name for name in shipped if not (installed / name).exists()}, set())
+        self.check(cwd=self.elsewhere, script=installed / "bin" / "socks5-server", path=installed, python=python)
 
     def test_a_python_without_all_of_its_library(self):
         """Such as Debian's python3-minimal."""

@@ -2,6 +2,7 @@
 import contextlib
 import gc
 import io
+import json
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 from socks5 import client
-from socks5.access import gssapi, subnegotiation
+from socks5.access import gssapi, subnegotiation, throttle
 from socks5.access.users import Users
 from socks5.client import Gssapi
 from socks5.config import Config, ConfigError
@@ -29,10 +30,10 @@ from socks5.relay.pipe import Pipe
 from socks5.relay.protected import FIRST_BYTES, MORE_BYTES, CodingPipe
 from socks5.relay.tunnel import BUSY_READS
 from socks5.status import views
-from socks5.status.meter import Board, Meter
+from socks5.status.meter import LOGINS, Board, Meter
 from tests import realm
-from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, logging_of, need, need_program, negotiate,
-                           read_to_end, reader_of, reset, run_cli, running, spawned, target, wait_until)
+from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, heard, logging_of, need, need_program,
+                           negotiate, read_to_end, reader_of, reset, run_cli, running, spawned, target, wait_until)
 
 LEVELS = ("clear", "integrity", "confidentiality")
 ALICE = b"alice@EXAMPLE.ORG"
@@ -185,13 +186,15 @@ class Levels(Case):
             connection.sendall(bytes(size))
             done.set()
 
-        server, destination = self.serve(), self.enter(target(pour))
-        sock = self.through(server, destination)
-        self.assertFalse(done.wait(0.3))
-        received = 0
-        while received < size:
-            received += len(sock.recv(1 << 20))
-        self.assertTrue(done.wait(PATIENCE_S))
+        for in_place in (True, False):
+            with self.subTest(in_place=in_place), mock.patch.object(gssapi.library(), "in_place", in_place):
+                done.clear()
+                sock = self.through(self.serve(), self.enter(target(pour)))
+                self.assertFalse(done.wait(0.3))
+                received = 0
+                while received < size:
+                    received += len(sock.recv(1 << 20))
+                self.assertTrue(done.wait(PATIENCE_S))
 
     def test_reset_and_idle(self):
         def reset_it(connection):
@@ -276,6 +279,23 @@ class WhoMayIn(Case):
                     sock.sendall(Greeting(offered).pack())
                     self.assertEqual(reader_of(sock)(2), bytes([5, chosen]))
 
+    def test_max_per_client_and_the_status_page(self):
+        server, destination = self.serve(max_per_client=2), self.enter(target())
+        server.meter = Meter(Board(1), 0)
+        with contextlib.suppress(AssertionError, EOFError), dial(server.server_address) as bad:
+            bad.sendall(Greeting(b"\1").pack() + SecurityToken(b"x").pack())
+            read_to_end(bad)
+        wait_until(lambda: not len(server.sessions))
+        for _ in range(2):
+            self.through(server, destination)
+        with dial(server.server_address) as third:
+            self.assertEqual(heard(third, b"\5\1\1"), b"")
+        shown = [json.loads(line)["user"] for line in
+                 views.answer(server, server.meter, {"what": "sessions", "limit": "9", "user": ALICE.decode()})]
+        self.assertEqual(shown, [ALICE.decode()] * 2)
+        board = server.meter.board
+        self.assertEqual([board.sum("login", which) for which in LOGINS], [2, 1, 0])
+
     def test_by_password_beside_gssapi(self):
         server, destination = self.serve(user=(("alice", "x"),)), self.enter(target())
         with client.connect(server.server_address[:2], destination, user=("alice", "x")) as sock:
@@ -324,6 +344,46 @@ class Refused(Case):
         server = self.serve()
         for token in (b"x", bytes(65535), first_token()[:-1]):
             self.refusal(token, server, "ended=refused why='gss_accept_sec_context: ")
+
+    def abort_of(self, server, token):
+        """What a client sees whose token is refused; b"" when it was shut out before there was an answer."""
+        with dial(server.server_address) as sock:
+            sock.sendall(Greeting(b"\1").pack() + SecurityToken(token).pack())
+            return read_to_end(sock)
+
+    def test_failures_are_logged_and_rate_limited_and_delay_no_ticket(self):
+        """As wrong passwords are: fail2ban's line, and a wait where the address has had too many. Others are let in."""
+        destination = self.enter(target())
+        with mock.patch.multiple(throttle, BURST=1, INTERVAL_S=1000.0), logging_of(self, "WARNING") as logs:
+            server = self.serve(handshake_timeout=2)
+            pending = server.users.logins.throttle._pending
+            for _ in range(3):
+                self.through(server, destination)
+            self.assertEqual(self.abort_of(server, b"x"), b"\5\1\1\xff")
+            for number in range(2):
+                answers = []
+                waiting = threading.Thread(target=lambda: answers.append(self.abort_of(server, b"y")))
+                waiting.start()
+                wait_until(lambda: pending)
+                self.through(server, destination)
+                self.assertEqual((answers, len(pending)), ([], 1))
+                waiting.join(PATIENCE_S)
+                self.assertEqual((answers, pending), ([b"\5\1\1\xff"], {}))
+        self.assertEqual([line for line in logs.output if "auth_" in line],
+                         ["WARNING auth_failed client=127.0.0.1 user=-"]
+                         + ["WARNING auth_deferred client=127.0.0.1 user=- left_out=0"] * 2)
+
+    def test_who_has_a_ticket_but_not_the_level_is_named(self):
+        with logging_of(self, "WARNING") as logs:
+            server = self.serve()
+            with dial(server.server_address) as sock:
+                read = reader_of(sock)
+                sock.sendall(Greeting(b"\1").pack() + SecurityToken(first_token()).pack())
+                self.assertEqual(read(2), b"\5\1")
+                SecurityToken.parse(read)
+                sock.sendall(ProtectionLevel(b"\7").pack())
+                self.assertEqual(read_to_end(sock), b"\1\xff")
+        self.assertEqual(logs.output, ["WARNING auth_failed client=127.0.0.1 user='alice@EXAMPLE.ORG'"])
 
     def test_a_replayed_token(self):
         server, token = self.serve(), first_token()
@@ -438,6 +498,81 @@ class Refused(Case):
                 except ProtocolError:
                     pass
         self.assertLess(taken, MUTATIONS / 4)
+
+
+class InPlace(Case):
+    """Messages that are sealed and opened in the memory into which they are received: a busy tunnel's."""
+
+    PIECES = [BULK[at:at + size] for at, size in ((0, 1), (1, 5000), (9, PAYLOAD_BYTES), (3, 70), (5, 0), (0, 59999))]
+
+    def setUp(self):
+        super().setUp()
+        if not gssapi.library().in_place:
+            self.skipTest("MIT's library is not here")
+
+    def envelopes(self, level):
+        near, far = pair()
+        near.level = far.level = level
+        return Envelope(near), Envelope(far)
+
+    def feed(self, opening, raw, rng):
+        """What an Opening makes of it, received in pieces."""
+        opened = b""
+        while raw:
+            room = opening.room()
+            size = min(len(room), len(raw), rng.choice((1, 100, 5000, 60000, 1 << 17)))
+            room[:size], raw = raw[:size], raw[size:]
+            opened += bytes(opening.code(size))
+        return opened
+
+    def test_what_is_sealed_can_be_opened(self):
+        for level in (Protection.INTEGRITY, Protection.CONFIDENTIALITY):
+            near, far = self.envelopes(level)
+            sealing = near.sealing()
+            for piece in self.PIECES:
+                with self.subTest(level, size=len(piece)):
+                    sealing.room()[:len(piece)] = piece
+                    self.assertEqual(far.open(bytes(sealing.code(len(piece)))), piece)
+
+    def test_messages_in_any_cut_and_from_one_way_of_opening_to_the_other(self):
+        for level in (Protection.INTEGRITY, Protection.CONFIDENTIALITY):
+            near, far = self.envelopes(level)
+            raw, plain = b"".join(map(near.seal_one, self.PIECES)), b"".join(self.PIECES)
+            rng, opened = random.Random(5), b""
+            cuts = [0, *sorted(rng.randrange(len(raw)) for _ in range(6)), len(raw)]
+            for number, (start, end) in enumerate(zip(cuts, cuts[1:])):
+                if number % 2:
+                    opened += far.open(raw[start:end])
+                    continue
+                opening = far.opening()
+                opened += self.feed(opening, raw[start:end], rng)
+                unfinished = opening.unfinished
+                opening.close()
+                self.assertEqual(far.unfinished, unfinished)
+            self.assertEqual((opened, far.unfinished), (plain, 0))
+
+    def test_mutated_messages(self):
+        rng, refused = random.Random(8), 0
+        near, far = self.envelopes(Protection.CONFIDENTIALITY)
+        sealed = near.seal(b"payload " * 20)
+        for number in range(MUTATIONS):
+            raw = mutated(rng, sealed)
+            try:
+                opening = far.opening()
+                found = self.feed(opening, raw, rng)
+                self.assertIn(found, (b"", b"payload " * 20), number)
+            except ProtocolError:
+                refused += 1
+            far.swap_unfinished()
+        self.assertGreater(refused, MUTATIONS / 4)
+
+    def test_a_message_that_is_left_out_or_repeated(self):
+        near, far = self.envelopes(Protection.INTEGRITY)
+        first, _, third = map(near.seal_one, (b"1", b"2", b"3"))
+        opening, rng = far.opening(), random.Random(1)
+        self.assertEqual(self.feed(opening, first, rng), b"1")
+        for wrong in (first, third):
+            self.assertRaises(GssError, self.feed, far.opening(), wrong, rng)
 
 
 def mutated(rng, raw):
@@ -852,6 +987,9 @@ class Envelopes(unittest.TestCase):
 
         def unwrap(self, token, ordered=True):
             return token[-2::-1]
+
+        def memory(self, size):
+            """It cannot work in place."""
 
     def test_the_messages(self):
         """Each packs and parses to itself, reads nothing behind, and any cut is EOF. RFC 1961 sections 3 to 5"""

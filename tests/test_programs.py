@@ -1,5 +1,6 @@
 """More real clients through the server, each at its own job, with and without a password; test_clients.py has curl, git
 and PySocks. What is not installed is skipped, or fails under SOCKS5_REQUIRE_CLIENTS=1."""
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from .support import PATIENCE_S, closed_port, need, need_program, spawned
 from .test_clients import Case, environment, web
 
 HELLO = "hello from the other side\n"
+SLOW_S = 120                        # a browser that starts beside the other tests, uTP's slow start
 USERS = (("", ""), ("alice", "s3cret"))
 
 PYTHON = {
@@ -46,11 +48,60 @@ async def main():
 asyncio.run(main())
 """}
 
+# Two peers, one of them behind the proxy; both speak uTP only, which is UDP. Prints whether all of the file came.
+LIBTORRENT = """
+import os, sys, time
+import libtorrent
+folder, port, user, password, seconds = sys.argv[1:]
+for name in "seed", "leech":
+    os.makedirs(os.path.join(folder, name))
+data = os.urandom(1 << 20)
+with open(os.path.join(folder, "seed", "file"), "wb") as file:
+    file.write(data)
+files = libtorrent.file_storage()
+libtorrent.add_files(files, os.path.join(folder, "seed", "file"))
+made = libtorrent.create_torrent(files)
+libtorrent.set_piece_hashes(made, os.path.join(folder, "seed"))
+torrent = libtorrent.bencode(made.generate())
+
+def peer(name, **settings):
+    session = libtorrent.session({
+        "enable_dht": False, "enable_lsd": False, "enable_upnp": False, "enable_natpmp": False,
+        "enable_outgoing_tcp": False, "enable_incoming_tcp": False, "listen_interfaces": "127.0.0.1:0", **settings})
+    what = libtorrent.add_torrent_params()
+    what.ti, what.save_path = libtorrent.torrent_info(torrent), os.path.join(folder, name)
+    return session, session.add_torrent(what)
+
+kind = libtorrent.proxy_type_t.socks5_pw if user else libtorrent.proxy_type_t.socks5
+seed, full = peer("seed")
+leech, got = peer("leech", proxy_type=int(kind), proxy_hostname="127.0.0.1", proxy_port=int(port),
+                  proxy_username=user, proxy_password=password, proxy_peer_connections=True)
+deadline, dial_at = time.monotonic() + float(seconds), 0.0
+while time.monotonic() < deadline and not got.status().is_seeding:
+    if full.status().is_seeding and time.monotonic() > dial_at:
+        got.connect_peer(("127.0.0.1", seed.listen_port()))
+        dial_at = time.monotonic() + 1
+    time.sleep(0.02)
+with open(os.path.join(folder, "leech", "file"), "rb") as file:
+    print("complete" if file.read() == data else "not complete")
+"""
+
 NODE_AGENT = """
 const [modules, proxy, url] = process.argv.slice(1);
 import(modules + '/socks-proxy-agent/dist/index.js').then(({ SocksProxyAgent }) =>
   require('http').get(url, { agent: new SocksProxyAgent(proxy) }, answer => answer.pipe(process.stdout)));
 """
+
+FIREFOX = {                         # the preferences behind Settings, Network Settings; and no errands of its own
+    "network.proxy.type": 1, "network.proxy.socks": "127.0.0.1", "network.proxy.socks_version": 5,
+    "network.proxy.socks_remote_dns": True, "network.proxy.allow_hijacking_localhost": True,
+    "network.captive-portal-service.enabled": False, "network.connectivity-service.enabled": False,
+    "app.update.enabled": False, "datareporting.policy.dataSubmissionEnabled": False,
+    "toolkit.telemetry.enabled": False, "browser.safebrowsing.downloads.enabled": False,
+    "browser.safebrowsing.malware.enabled": False, "browser.safebrowsing.phishing.enabled": False,
+    "services.settings.server": "http://127.0.0.1:1/", "extensions.update.enabled": False,
+    "browser.shell.checkDefaultBrowser": False, "browser.aboutwelcome.enabled": False,
+    "browser.chrome.site_icons": False}
 
 JAVA = """
 public class Get {
@@ -201,6 +252,24 @@ class Libraries(Program):
             "http://localhost:%d/" % port, *filter(None, user)))
 
 
+class Torrents(Program):
+    def test_libtorrent(self):
+        """Its peers speak UDP through UDP ASSOCIATE: a megabyte."""
+        python = os.environ.get("SOCKS5_VENV_PYTHON")
+        need(self, python and not subprocess.run([python, "-c", "import libtorrent"],
+                                                 stderr=subprocess.DEVNULL).returncode,
+             "a Python with libtorrent (SOCKS5_VENV_PYTHON)")
+        for user, password in USERS:
+            with self.subTest(user or "anonymous"), tempfile.TemporaryDirectory() as folder, \
+                    spawned(*["-u", "%s:%s" % (user, password)] * bool(user)) as server:
+                said = self.run_client(python, "-c", LIBTORRENT, folder, server.port, user, password, SLOW_S / 2,
+                                       timeout=SLOW_S)
+                self.assertEqual(said, "complete\n")
+                moved = server.wait_line(r"session .*user=%s cmd=UDP_ASSOCIATE .*rep=SUCCEEDED up=(\d+) down=(\d+) " % (
+                    "'%s'" % user if user else "-"))
+                self.assertGreater(int(moved.group(2)), 1 << 20)
+
+
 class Browsers(Program):
     def test_chromium(self):
         """It has no password for SOCKS5."""
@@ -212,6 +281,26 @@ class Browsers(Program):
             "--user-data-dir=" + folder, "--proxy-server=socks5://127.0.0.1:%d" % server.port,
             "--proxy-bypass-list=<-loopback>", "--dump-dom", "http://localhost:%d/" % port,
             env=dict(environment(), HOME=folder)), USERS[:1], seen="'localhost'")
+
+    def test_firefox(self):
+        """It has no field for a password, either. It takes a picture of the page, and ends."""
+        firefox = need_program(self, "firefox-esr")
+        folder = Path(self.enter(tempfile.TemporaryDirectory(ignore_cleanup_errors=True) if sys.version_info >= (3, 10)
+                                 else tempfile.TemporaryDirectory()))
+
+        def visit(server, port, *_):
+            profile = folder / "profile"
+            profile.mkdir()
+            (profile / "user.js").write_text("".join(
+                "user_pref(%s, %s);\n" % (json.dumps(name), json.dumps(value)) for name, value in FIREFOX.items())
+                + 'user_pref("network.proxy.socks_port", %d);\n' % server.port)
+            self.run_client(firefox, "--headless", "--no-remote", "--profile", profile, "--screenshot",
+                            folder / "page.png", "http://localhost:%d/" % port,
+                            env=dict(environment(), HOME=str(folder)), timeout=SLOW_S)
+            self.assertEqual((folder / "page.png").read_bytes()[:4], b"\x89PNG")
+            return HELLO
+
+        self.each(visit, USERS[:1], seen="'localhost'")
 
 
 if __name__ == "__main__":

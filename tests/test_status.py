@@ -1,5 +1,6 @@
 """The status page's server: /metrics, /healthz, /sessions, who may ask, and what it counts over several processes."""
 import base64
+import bisect
 import contextlib
 import http.client
 import json
@@ -13,22 +14,27 @@ import tempfile
 import threading
 import time
 import unittest
+from ipaddress import ip_address
 from pathlib import Path
 from unittest import mock
 
 from socks5 import client, log
 from socks5.access.users import line_for
 from socks5.config import Config, ConfigError
+from socks5.net.addresses import Endpoint
 from socks5.protocol.codes import Cmd, Rep
+from socks5.protocol.messages import Address, Reply, Request
 from socks5.server.counters import Shared
+from socks5.server.sessions import Sessions
 from socks5.status import line, metrics, views, web
 from socks5.status.channel import Channel
-from socks5.status.meter import Board
+from socks5.status.meter import BOUNDS_S, BUCKETS, Board, Meter
 from tests.support import (
     PATIENCE_S, ROOT, ask, closed_port, connect_through, dial, negotiate, need, need_program, read_to_end, reader_of,
     run_cli, spawned, target, wait_until)
 
 FORKS = hasattr(os, "fork")
+SESSIONS = int(os.environ.get("SOCKS5_STATUS_SESSIONS", "1000"))    # of which metrics and log must agree; 8 or more
 
 
 def children(pid):
@@ -383,7 +389,7 @@ def code_of(port):
 @unittest.skipUnless(FORKS, "this system has no fork")
 class Processes(unittest.TestCase):
     def test_totals_agree_with_the_log_over_several_workers_and_a_killed_one(self):
-        """10,000 sessions of the issue in a tenth: what is wrong with a thousand is wrong with all."""
+        """SOCKS5_STATUS_SESSIONS=10000 makes it ten times as many, and as long."""
         need(self, os.path.exists("/proc/self/task"), "/proc")
         closed = closed_port()
         with target() as echo, status("-w", "3") as (server, port):
@@ -409,7 +415,7 @@ class Processes(unittest.TestCase):
             def lines():
                 return [text for text in list(server.log) if " session client=" in text]
 
-            round_of(125, 0)
+            round_of(SESSIONS // 8, 0)
             wait_until(lambda: total(port, "socks5_workers") == 3)
             page = set(children(server.process.pid))
             victim = int(server_pids(port, server)[0])
@@ -417,16 +423,17 @@ class Processes(unittest.TestCase):
             wait_until(lambda: total(port, "socks5_worker_restarts_total") == 1
                        and total(port, "socks5_workers") == 3, "another worker")
             self.assertNotEqual(set(children(server.process.pid)), page)
-            round_of(125, 500)
+            round_of(SESSIONS // 8, SESSIONS // 2)
             logged = [re.search(r"cmd=(\S+) .* rep=(\S+) up=(\d+) down=(\d+)", text).groups() for text in lines()]
-            wait_until(lambda: total(port, "socks5_connections_total") == 1000)
+            wait_until(lambda: total(port, "socks5_connections_total") == SESSIONS)
             for rep in ("SUCCEEDED", "CONNECTION_REFUSED"):
                 self.assertEqual(total(port, "socks5_connections_total", command="CONNECT", rep=rep),
                                  sum(found[1] == rep for found in logged))
             self.assertEqual(total(port, "socks5_bytes_total", direction="up"), sum(int(found[2]) for found in logged))
             self.assertEqual(total(port, "socks5_bytes_total", direction="down"),
                              sum(int(found[3]) for found in logged))
-            self.assertEqual(total(port, "socks5_sessions_total"), 1000)
+            self.assertEqual(total(port, "socks5_sessions_total"), SESSIONS)
+            self.assertEqual(total(port, "socks5_handshake_seconds_count"), SESSIONS)
 
     def test_the_page_comes_back_when_its_process_died(self):
         need(self, os.path.exists("/proc/self/task"), "/proc")
@@ -494,6 +501,48 @@ def page_pid(server, port):
 def run_python(code):
     done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
+
+
+class Counting(unittest.TestCase):
+    """The handshake's time is counted once: when the session is over, or by the sweep while it lives."""
+
+    def session(self, sessions, cmd, *replies):
+        session = sessions.admit(object(), Endpoint(ip_address("127.0.0.1"), 1))
+        self.meter.begin(session)
+        request = Request(cmd, Address(ip_address("127.0.0.1"), 1))
+        went = [(0.02, Request, request.pack()), *((1.0 + n, Reply, Reply(rep)) for n, rep in enumerate(replies))]
+        for after_s, kind, message in went:
+            session.record.messages.append((session.started + after_s, kind, message, kind is Request))
+        session.cmd, session.rep = cmd.word, replies[-1].word if replies else ""
+        return session
+
+    def counted(self, name):
+        return [self.board.sum(name, bucket) for bucket in BUCKETS]
+
+    def test_once_whichever_is_first(self):
+        for swept in (False, True):
+            for cmd, replies, connects in ((Cmd.CONNECT, (Rep.SUCCEEDED,), 1), (Cmd.CONNECT, (Rep.TTL_EXPIRED,), 0),
+                                           (Cmd.BIND, (Rep.SUCCEEDED, Rep.SUCCEEDED), 0)):
+                with self.subTest(cmd, swept=swept, replies=replies):
+                    self.board = Board(1)
+                    self.meter, sessions = Meter(self.board, 0), Sessions()
+                    session = self.session(sessions, cmd, *replies)
+                    if swept:
+                        self.meter.sweep(sessions)
+                        self.assertEqual(sum(self.counted("handshake")), 1)
+                    self.meter.ended(session)
+                    self.meter.sweep(sessions)
+                    self.assertEqual(self.counted("handshake").index(1), bisect.bisect_left(BOUNDS_S, 0.02))
+                    self.assertEqual((sum(self.counted("handshake")), sum(self.counted("connect"))), (1, connects))
+                    self.assertEqual(self.board.sum("handshake", "sum") // 1000, 20)
+
+    def test_not_before_the_reply(self):
+        self.board = Board(1)
+        self.meter, sessions = Meter(self.board, 0), Sessions()
+        session = self.session(sessions, Cmd.CONNECT)
+        session.rep = "SUCCEEDED"                           # it is about to be sent
+        self.meter.sweep(sessions)
+        self.assertEqual(sum(self.counted("handshake")), 0)
 
 
 class Words(unittest.TestCase):

@@ -13,8 +13,8 @@ from pathlib import Path
 from socks5.config import ConfigError
 from socks5.net import listeners
 from socks5.process import identity, systemd
-from tests.support import (PATIENCE_S, SCRIPT, Spawned, connect_through, need, need_program, run_cli, spawned, target,
-                           wait_until)
+from tests.support import (PATIENCE_S, SCRIPT, Spawned, children, connect_through, dial, need, need_program, negotiate,
+                           run_cli, spawned, target, wait_until)
 
 # Opens a socket as systemd does, and becomes the program of its arguments.
 ACTIVATE = """
@@ -29,6 +29,20 @@ if sock.fileno() != 3:
 os.set_inheritable(3, True)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="socks5.socket")
 os.execv(sys.argv[3], sys.argv[3:])
+"""
+# Opens a socket, and starts the program twice with it, one after the other.
+RESTART = """
+import os, socket, sys
+sock = socket.create_server(("127.0.0.1", 0))
+if sock.fileno() != 3:
+    os.dup2(sock.fileno(), 3)
+os.set_inheritable(3, True)
+for _ in range(2):
+    child = os.fork()
+    if not child:
+        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+        os.execv(sys.argv[1], sys.argv[1:])
+    os.waitpid(child, 0)
 """
 SOCKET_UNIT = """[Unit]
 Description=SOCKS5 proxy, its socket
@@ -85,6 +99,18 @@ UMask=0077
 """
 
 
+def listening_on(pid, port):
+    """Whether the process has a descriptor of the socket that listens there."""
+    with open("/proc/net/tcp") as lines:
+        inodes = {fields[9] for fields in map(str.split, lines) if fields[1] == "0100007F:%04X" % port}
+    links = []
+    with contextlib.suppress(OSError):                      # it has ended
+        for fd in os.listdir("/proc/%d/fd" % pid):
+            with contextlib.suppress(OSError):
+                links.append(os.readlink("/proc/%d/fd/%s" % (pid, fd)))
+    return any("socket:[%s]" % inode in links for inode in inodes)
+
+
 class Case(unittest.TestCase):
     def setUp(self):
         self.stack = contextlib.ExitStack()
@@ -110,6 +136,33 @@ class Activation(Case):
                 server = self.activated("-w", workers)
                 self.works(server)
                 self.assertEqual(server.end(), 0, server.log)
+
+    def test_who_connects_while_it_stops_waits_for_the_next_server(self):
+        """The queue is systemd's, too: a restart resets no connection in it."""
+        need(self, os.name == "posix", "fork and exec")
+        for workers in "1", "2":
+            with self.subTest(workers=workers), target() as echo, contextlib.ExitStack() as stack:
+                manager = Spawned("-w", workers, prefix=(sys.executable, "-c", RESTART))
+                stack.callback(manager.end, signal.SIGKILL)
+                port = manager.port
+                first, = children(manager.process.pid)
+                stack.callback(self.end_child, manager)
+                serving = [first, *children(first)]
+                self.assertTrue(all(listening_on(pid, port) for pid in serving))
+                live = stack.enter_context(connect_through(port, *echo))
+                os.kill(first, signal.SIGTERM)
+                wait_until(lambda: not any(listening_on(pid, port) for pid in serving), "it listens no more")
+                waiting = [stack.enter_context(dial(port)) for _ in range(5)]
+                live.close()
+                for client in waiting:
+                    negotiate(client)
+                self.assertNotEqual(children(manager.process.pid), [first])
+
+    def end_child(self, manager):
+        """What the manager has started; then it ends by itself."""
+        for pid in children(manager.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        manager.process.wait(PATIENCE_S)
 
     def test_one_that_is_of_no_use(self):
         need(self, os.name == "posix", "fork and exec")

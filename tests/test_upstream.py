@@ -18,7 +18,8 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError
 
 from .support import (
-    PATIENCE_S, closed_port, dial, logging_of, negotiate, need_program, read_to_end, running, target, wait_until)
+    PATIENCE_S, closed_port, dial, logging_of, negotiate, need_program, read_to_end, run_cli, running, target,
+    wait_until)
 from .test_client import FREE, OK, script
 from .test_udp import associated, exchange, remote, udp_socket
 
@@ -214,6 +215,21 @@ class Failures(Case):
             server.reload()
             self.assertEqual(refusal(self, client.connect, server.server_address, ("192.0.2.1", 80)), 1)
             wait_until(lambda: any("that is this server itself" in line for line in logs.output))
+
+    def test_it_is_this_server_itself_by_its_options(self):
+        """Then it does not start; another program's port is accepted."""
+        itself = "is this server itself"
+        for listen, proxy, words in ((["127.0.0.1"], "127.0.0.1:1080", itself),
+                                     (["127.0.0.1"], "localhost:1080", itself),
+                                     (["0.0.0.0", "--open"], "127.0.0.1:1080", itself),
+                                     (["::", "--open"], "x:y@127.0.0.1:1080", itself),
+                                     (["127.0.0.1"], "127.0.0.2:1080", ""), (["127.0.0.1"], "127.0.0.1:1081", ""),
+                                     (["0.0.0.0", "--open"], "192.0.2.1:1080", "")):
+            with self.subTest(listen=listen, proxy=proxy):
+                status, _out, err = run_cli("-l", *listen, "--upstream", "socks5://" + proxy, "--check")
+                self.assertEqual(status, 2 if words else 0, err)
+                self.assertRegex(err, r"^socks5-server: --upstream: upstream upstream \(%s\) %s\n$" % (
+                    proxy.rpartition("@")[2], words) if words else "^$")
 
     def test_the_client_leaves(self):
         came = threading.Event()

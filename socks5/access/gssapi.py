@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Dict, List, Optional, Tuple
 
 from ..protocol.codes import Protection
+from ..protocol.envelope import MARGIN_BYTES
 from ..protocol.errors import GssError
 from ..protocol.messages import MAX_TOKEN_BYTES
 
@@ -30,6 +31,7 @@ GSS_CODE, MECH_CODE = 1, 2          # for gss_display_status
 STATUS_PARTS = 8                    # of one status in words
 STATUS_CHARS = 300
 NAME_BYTES = 255                    # of a principal: as long as a UNAME
+DATA, HEADER, TRAILER, PADDING, STREAM = 1, 2, 7, 9, 10     # GSS_IOV_BUFFER_TYPE
 
 
 class Buffer(ctypes.Structure):
@@ -55,6 +57,12 @@ class KeyValues(ctypes.Structure):
     _fields_ = [("count", c_uint32), ("elements", POINTER(KeyValue))]
 
 
+class Part(ctypes.Structure):
+    """gss_iov_buffer_desc."""
+
+    _fields_ = [("kind", c_uint32), ("buffer", Buffer)]
+
+
 MINOR, HANDLE, BUFFER = POINTER(c_uint32), POINTER(c_void_p), POINTER(Buffer)
 # The arguments behind minor_status, which is the first of all. All return a major status.
 PROTOTYPES: Dict[str, Tuple[Any, ...]] = {
@@ -73,6 +81,12 @@ PROTOTYPES: Dict[str, Tuple[Any, ...]] = {
     "gss_release_buffer": (BUFFER,),
 }
 FROM_STORE = (c_void_p, c_uint32, c_void_p, c_int, POINTER(KeyValues), HANDLE, HANDLE, MINOR)
+# Extensions of MIT's library. Heimdal has them, too, but they were not tried with it.
+IN_PLACE: Dict[str, Tuple[Any, ...]] = {
+    "gss_wrap_iov_length": (c_void_p, c_int, c_uint32, POINTER(c_int), POINTER(Part), c_int),
+    "gss_wrap_iov": (c_void_p, c_int, c_uint32, POINTER(c_int), POINTER(Part), c_int),
+    "gss_unwrap_iov": (c_void_p, POINTER(c_int), MINOR, POINTER(Part), c_int),
+}
 
 
 class Library:
@@ -87,6 +101,9 @@ class Library:
         self.from_store = hasattr(self.dll, "gss_acquire_cred_from")
         if self.from_store:
             self._declare("gss_acquire_cred_from", FROM_STORE)
+        self.in_place = "krb5" in path and all(hasattr(self.dll, name) for name in IN_PLACE)
+        for name, arguments in IN_PLACE.items() if self.in_place else ():
+            self._declare(name, arguments)
         self.hostbased = self._hostbased()
 
     def _declare(self, name: str, arguments: Tuple[Any, ...]) -> None:
@@ -263,15 +280,64 @@ class Context:
         state = c_int()
         with Output(self.gss) as data:
             bits = self.gss.call("gss_unwrap", self.handle, byref(Buffer.of(token)), byref(data), byref(state), None)
-            if bits & (MOVED if ordered else REPEATED):
-                raise GssError("gss_unwrap: %s" % self.gss.words(bits, 0))
-            if self.level == Protection.CONFIDENTIALITY and not state:
-                raise GssError("gss_unwrap: the message is not encrypted")
+            self._accept(bits, MOVED if ordered else REPEATED, state)
             return data.bytes()
+
+    def _accept(self, bits: int, wrong: int, state: c_int) -> None:
+        if bits & wrong:
+            raise GssError("gss_unwrap: %s" % self.gss.words(bits, 0))
+        if self.level == Protection.CONFIDENTIALITY and not state:
+            raise GssError("gss_unwrap: the message is not encrypted")
+
+    def memory(self, size: int) -> Optional[Memory]:
+        """Memory in which messages are wrapped and unwrapped where they are; None where the library cannot do that."""
+        return Memory(self, size) if self.gss.in_place else None
 
     def __del__(self) -> None:
         if vars(self).get("handle"):
             self.gss.dll.gss_delete_sec_context(byref(c_uint32()), byref(self.handle), None)
+
+
+class Memory:
+    """`view` is memory in which messages are wrapped and unwrapped where they are, without a copy."""
+
+    def __init__(self, context: Context, size: int) -> None:
+        self.view = memoryview(bytearray(size))
+        self._address = ctypes.addressof((ctypes.c_char * size).from_buffer(self.view))
+        self._context = context
+        self._state = c_int()
+        self._sealed = (Part * 4)(*(Part(kind) for kind in (HEADER, DATA, PADDING, TRAILER)))
+        self._opened = (Part * 2)(Part(STREAM), Part(DATA))
+
+    def wrap(self, at: int, size: int) -> Tuple[int, int]:
+        """Wrap the payload that begins at `at`; its token then is from here to there, within the margin on both sides.
+        Raises GssError."""
+        context, state, parts = self._context, self._state, self._sealed
+        private = context.level == Protection.CONFIDENTIALITY
+        header, data, padding, trailer = (part.buffer for part in parts)
+        data.length = size
+        context.gss.call("gss_wrap_iov_length", context.handle, private, 0, byref(state), parts, len(parts))
+        start, end = at - header.length, at + size + padding.length + trailer.length
+        if header.length > MARGIN_BYTES or end - at - size > MARGIN_BYTES or end - start > MAX_TOKEN_BYTES:
+            raise GssError("gss_wrap_iov: a token of %d bytes" % (end - start))
+        place = self._address + start
+        for part in (header, data, padding, trailer):
+            part.value = place
+            place += part.length
+        context.gss.call("gss_wrap_iov", context.handle, private, 0, byref(state), parts, len(parts))
+        if private and not state:
+            raise GssError("gss_wrap_iov: the message is not encrypted")
+        return start, end
+
+    def unwrap(self, at: int, size: int) -> Tuple[int, int]:
+        """Unwrap the token that begins at `at`; its payload then is from here to there. Raises GssError."""
+        context, (stream, data) = self._context, (part.buffer for part in self._opened)
+        stream.length, stream.value = size, self._address + at
+        bits = context.gss.call("gss_unwrap_iov", context.handle, byref(self._state), None, self._opened,
+                                len(self._opened))
+        context._accept(bits, MOVED, self._state)
+        start = data.value - self._address if data.length else at
+        return start, start + data.length
 
 
 class Acceptor(Context):

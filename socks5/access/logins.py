@@ -1,5 +1,6 @@
 """One login, from the attempt to the verdict: wait for a look, check the password, tell the throttle.
 
+A security token (GSSAPI) cannot be guessed: a right one never waits, and a wrong one is held against its origin.
 Runs in the thread of the login's connection, which waits here. What is remembered is shared by all server processes:
 make Logins, share() it and only then fork.
 """
@@ -15,6 +16,7 @@ from .passwords import Turns, Wait
 from .shared import Lock, Table, lock_file
 from .throttle import Attempt, Throttle
 
+TOKENS = b""                            # in the place of the user name of failed tokens: no password has this one
 KNOWN = 65536                           # right passwords remembered, 24 bytes each
 SAME_POLL_S = 0.03                      # how often one asks that waits for the same password on another connection
 TELL_BURST, TELL_EVERY_S = 20, 1.0      # lines about deferred attempts
@@ -23,7 +25,7 @@ TELL_BURST, TELL_EVERY_S = 20, 1.0      # lines about deferred attempts
 class Verdict(enum.Enum):
     RIGHT = "right"
     WRONG = "wrong"                     # looked at, and wrong
-    DEFERRED = "deferred"               # not looked at: too many attempts wait
+    DEFERRED = "deferred"               # no look was left for it: too many attempts wait
 
 
 class Look:
@@ -98,6 +100,15 @@ class Logins:
             with self._looking:
                 del self._looks[attempt.proof]
             mine.over = True
+
+    def charge(self, origin: str, wait: Wait) -> Verdict:
+        """Have a security token that was wrong cost its origin a look. It is WRONG as soon as there is one, which may
+        take as long as `wait` has left; else DEFERRED. From its third failure on, passwords go first."""
+        attempt = Attempt(self.secret, origin, TOKENS, b"", self._clock())
+        if not self._wait_for_look(attempt, wait):
+            return Verdict.DEFERRED
+        self.throttle.settle(attempt, False)
+        return Verdict.WRONG
 
     def _look(self, attempt: Attempt, uname: bytes, passwd: bytes, check: Check, wait: Wait) -> Verdict:
         throttle = self.throttle

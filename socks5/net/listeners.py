@@ -5,7 +5,7 @@ import errno
 import os
 import socket
 from ipaddress import ip_address
-from typing import List, Optional, Sequence
+from typing import Any, List, Sequence
 
 try:
     import resource
@@ -33,9 +33,14 @@ class Listener(socket.socket):
 
     family = type = 0                           # type: ignore[assignment]
 
-    def __init__(self, family: int = -1, fileno: Optional[int] = None) -> None:
-        super().__init__(family, socket.SOCK_STREAM, fileno=fileno)
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
         self.family, self.type = int(super().family), int(super().type)
+
+
+class SharedListener(Listener):
+    """A listener that another program has as well, such as systemd: to shut it down would reset the connections in its
+    queue, which are for the next server."""
 
 
 def tune(sock: socket.socket) -> None:
@@ -87,7 +92,7 @@ def open_one(text: str, port: int, dual: bool, reuse: bool) -> socket.socket:
     """A bound socket; an IPv6 one takes IPv4 as well if it is `dual`."""
     host, _, scope = text.partition("%")
     six = ip_address(host).version == 6
-    listener = Listener(socket.AF_INET6 if six else socket.AF_INET)
+    listener = Listener(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
     try:
         if reuse:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

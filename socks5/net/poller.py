@@ -13,7 +13,7 @@ import errno
 import os
 import select
 import socket
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Callable, Dict, List, Optional, Tuple, Union
 
 # The numbers of poll(2), which are epoll's as well.
 READ = getattr(select, "POLLIN", 0x01)
@@ -23,6 +23,7 @@ BROKEN = getattr(select, "POLLERR", 0x08)
 HANG_UP = getattr(select, "POLLHUP", 0x10)      # closed both ways; reported whether asked for or not, like BROKEN
 
 MAX_SELECT = 1024 if os.name == "posix" else 500    # descriptors from this number up; or sockets, on Windows
+EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)    # wake one of the threads that wait for a descriptor, not all
 BATCH = 256                                     # events that an event loop takes at a time
 Events = List[Tuple[int, int]]                  # (descriptor, events) pairs
 
@@ -63,6 +64,23 @@ class SelectPoll:
 def new_poll() -> "Union[select.poll, SelectPoll]":
     """For one thread and the few descriptors that it waits for. poll() takes milliseconds."""
     return select.poll() if hasattr(select, "poll") else SelectPoll()
+
+
+def one_of_many(shared: int, own: int) -> Callable[[], object]:
+    """A function that waits until a descriptor of two is readable. Several threads wait for `shared`, and one of them
+    is enough. It may return without either."""
+    if EXCLUSIVE:
+        try:
+            epoll = select.epoll()
+            epoll.register(shared, READ | EXCLUSIVE)
+            epoll.register(own, READ)
+            return epoll.poll
+        except OSError:                             # no descriptor is left
+            pass
+    poll = new_poll()
+    poll.register(shared, READ)
+    poll.register(own, READ)
+    return poll.poll
 
 
 class EpollPoller:

@@ -47,7 +47,7 @@ def _listener(fd: int) -> socket.socket:
             raise OSError("not a TCP socket that listens (ListenStream= with Accept=no)")
         sock.setblocking(True)
         listening.tune_listener(sock)
-        return listening.Listener(fileno=sock.detach())
+        return listening.SharedListener(fileno=sock.detach())
     except OSError:
         sock.detach()                           # not ours to close
         raise

@@ -8,9 +8,9 @@ in line. Knows no SOCKS.
 """
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Callable, Optional, Tuple, Union
 
-from ..protocol.envelope import PAYLOAD_BYTES, Envelope
+from ..protocol.envelope import PAYLOAD_BYTES, Envelope, Opening, Sealing
 from ..protocol.errors import ProtocolError
 from .pipe import DONTWAIT, Broken, Pipe
 from .tunnel import BUSY_READS, Tunnel
@@ -20,6 +20,8 @@ MORE_BYTES = PAYLOAD_BYTES                  # and in a thread of its own
 COSTLY_BYTES = 1 << 12                      # so much in whole messages, less than half of it payload, is busy in itself
 CUT = "the end within a message"
 
+Place = Union[Sealing, Opening]
+
 
 class CodingPipe(Pipe):
     """A Pipe that passes on code(what it read), and whose `total` counts plain bytes that were delivered.
@@ -27,12 +29,14 @@ class CodingPipe(Pipe):
     unfinished      says how many bytes are kept because their message is not whole; an EOF would cut it off
     payload         plain bytes in `chunk`; they count when all of it is delivered
     size            of one read
+    place           while it is busy: memory into which it receives, and in which the bytes are coded without a copy
     """
 
-    __slots__ = ("code", "unfinished", "encodes", "payload", "size")
+    __slots__ = ("code", "unfinished", "encodes", "payload", "size", "place", "make_place")
 
     def __init__(self, plain: Pipe, code: Callable[[bytes], bytes], encodes: bool,
-                 unfinished: Callable[[], int] = lambda: 0) -> None:
+                 unfinished: Callable[[], int] = lambda: 0,
+                 make_place: Callable[[], Optional[Place]] = lambda: None) -> None:
         """`plain` is the Pipe in whose place it is: what that has in hand is plain."""
         early = bytes(plain.chunk)
         super().__init__(plain.source, plain.sink, plain.origin, plain.target, early)
@@ -41,28 +45,39 @@ class CodingPipe(Pipe):
         self.unfinished = unfinished
         self.payload = len(early)
         self.size = FIRST_BYTES
+        self.place: Optional[Place] = None
+        self.make_place = make_place
 
     def fill(self) -> Optional[bool]:
         try:
-            data = self.source.recv(self.size, DONTWAIT)
-            if not data and self.unfinished():
+            most, size, coded, unfinished = self._read_coded()
+            if not size and unfinished:
                 raise OSError(0, CUT)
-            coded = self.code(data) if data else b""
         except BlockingIOError:
             return None
         except OSError as exc:
             raise Broken(self.origin, exc) from None
         except ProtocolError as exc:
             raise Broken(self.origin, OSError(0, str(exc))) from None
-        self.done = not data
-        self.full = self.full + 1 if len(data) == self.size else 0
-        if len(coded) < len(data) // 2 and len(data) - self.unfinished() >= COSTLY_BYTES:
+        self.done = not size
+        self.full = self.full + 1 if size == most else 0
+        if len(coded) < size // 2 and size - unfinished >= COSTLY_BYTES:
             self.full = BUSY_READS
         if coded:
             self.chunk, self.held = coded, len(coded)
-            self.payload = len(data if self.encodes else coded)
+            self.payload = size if self.encodes else len(coded)
             self.drain()
         return self.done or self.held > 0 or self.full > 0
+
+    def _read_coded(self) -> Tuple[int, int, Union[bytes, memoryview], int]:
+        """The most that could be read, what was, its code, and the bytes of a message that is not whole."""
+        place = self.place
+        if place:
+            room = place.room()
+            size = self.source.recv_into(room, 0, DONTWAIT)
+            return len(room), size, place.code(size) if size else b"", place.unfinished
+        data = self.source.recv(self.size, DONTWAIT)
+        return self.size, len(data), self.code(data) if data else b"", self.unfinished()
 
     def fill_urgent(self) -> Optional[bool]:
         return self.fill()
@@ -80,11 +95,15 @@ class CodingPipe(Pipe):
             self.total += self.payload          # another thread may read it at any time: encoded bytes never count
 
     def use_kernel(self, owner: str = "") -> None:
-        """Not here, but a thread of its own may read more at a time."""
+        """Not here, but a thread of its own may read more at a time, and has memory in which the bytes are coded."""
         self.size = MORE_BYTES
+        self.place = self.place or self.make_place()
 
     def leave_kernel(self) -> None:
         self.size = FIRST_BYTES
+        if self.place:
+            self.place.close()
+            self.place = None
 
 
 class ProtectedTunnel(Tunnel):
@@ -96,5 +115,5 @@ class ProtectedTunnel(Tunnel):
         """In the place of `plain`, which has not begun."""
         super().__init__(plain.client, plain.remote, b"", plain.idle_s, plain.half_closed_s, plain.session,
                          plain.owner)
-        self.up = CodingPipe(plain.up, envelope.open, False, lambda: envelope.unfinished)
-        self.down = CodingPipe(plain.down, envelope.seal, True)
+        self.up = CodingPipe(plain.up, envelope.open, False, lambda: envelope.unfinished, envelope.opening)
+        self.down = CodingPipe(plain.down, envelope.seal, True, make_place=envelope.sealing)

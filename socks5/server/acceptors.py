@@ -2,7 +2,8 @@
 
 Starting a thread costs about as much as a whole negotiation, so a few are kept. Only where shutting a listener down
 wakes the threads that wait in its accept(), which is Linux; elsewhere the server's own thread accepts, and starts a
-thread for each connection.
+thread for each connection. A listener that is shared with other programs is not shut down: its acceptors wait in
+epoll_wait(), also for a descriptor that wakes them.
 """
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ import socket
 import threading
 from time import monotonic, sleep
 from typing import Callable, Dict, Optional, Sequence
+
+from ..net.listeners import SharedListener
+from ..net.poller import one_of_many
+from ..net.wakeup import Wakeup
 
 available = hasattr(socket, "TCP_DEFER_ACCEPT")     # Linux has this option
 MAX_WAITING = 8             # for each listener; a thread that comes back when there are so many ends
@@ -25,7 +30,8 @@ class Acceptors:
         self._here = threading.local()
         self._lock = threading.Lock()
         self._serving = False                               # may threads go on to accept()? changes under the lock
-        self._waiting: Dict[socket.socket, int] = {}        # threads in accept()
+        self._waiting: Dict[socket.socket, int] = {}        # threads in accept(), or about to call it
+        self._wakeup: Optional[Wakeup] = None               # of those that wait for a shared listener
 
     def listener(self) -> Optional[socket.socket]:
         """The socket from which the calling thread accepts; None if it is not an acceptor."""
@@ -36,6 +42,9 @@ class Acceptors:
             self._serving = True
             for listener in listeners:
                 self._waiting.setdefault(listener, 0)
+                if isinstance(listener, SharedListener):
+                    listener.setblocking(False)             # or two threads that wake up for one client
+                    self._wakeup = self._wakeup or Wakeup()
 
     def refill(self) -> None:
         """None waits at first; and later, when none could be started."""
@@ -67,13 +76,22 @@ class Acceptors:
 
     def _run(self, listener: socket.socket) -> None:
         self._here.listener = listener
+        wakeup = self._wakeup
+        shared = wakeup and isinstance(listener, SharedListener)
+        poll = one_of_many(listener.fileno(), wakeup.fileno()) if wakeup and shared else None
         while True:
+            if poll:
+                poll()
+                with self._lock:
+                    if not self._serving:                   # what has come since then is the next server's
+                        self._waiting[listener] -= 1
+                        return
             try:
                 self._accept_one()
             except MemoryError:                             # also for what it does about errors: the thread goes on
                 sleep(REST_S)
             with self._lock:
-                if not self._serving or self._waiting[listener] >= MAX_WAITING:
+                if not self._serving or self._waiting[listener] >= MAX_WAITING or wakeup is not self._wakeup:
                     return
                 self._waiting[listener] += 1
 
@@ -82,12 +100,19 @@ class Acceptors:
         the kernel's queue."""
         with self._lock:
             self._serving = False
+            wakeup, self._wakeup = self._wakeup, None
+        if wakeup:
+            wakeup.set()
         for listener in self._waiting:
-            deadline = monotonic() + RELEASE_S
+            shared, deadline = isinstance(listener, SharedListener), monotonic() + RELEASE_S
             try:
-                listener.shutdown(socket.SHUT_RDWR)
+                if not shared:
+                    listener.shutdown(socket.SHUT_RDWR)
                 while self._waiting[listener] and monotonic() < deadline:
                     sleep(0.001)
-                listener.listen(backlog)
+                if not shared:
+                    listener.listen(backlog)
             except OSError:                                 # closed meanwhile
                 pass
+        if wakeup:
+            wakeup.close()

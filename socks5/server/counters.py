@@ -85,14 +85,11 @@ class Meter:
     def begin(self, session: Any) -> None:
         """A Session was admitted."""
 
-    def replied(self, session: Any) -> None:
-        """A reply to its request was sent; session.rep has its REP. This and `ended`: of a session with a record."""
-
     def udp(self, session: Any, association: Any) -> None:
         """What an Association has done until now."""
 
     def ended(self, session: Any) -> None:
-        """It is over, and its facts are final."""
+        """It is over, and its facts are final. Of a session with a record."""
 
     def login(self, verdict: str) -> None:
         """A password was tried: "right", "wrong" or "deferred"."""

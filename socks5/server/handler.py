@@ -185,20 +185,21 @@ class Handler(StreamRequestHandler):
         login, session, known = self.take(Login), self.session, self.server.users     # a reload makes others
         verdict = known.logins.judge(login_origin(session.client.ip, session.origin), login.uname, login.passwd,
                                      known.check, LoginWait(self))
-        self.server.meter.login(verdict.value)
         if verdict is not Verdict.RIGHT:
-            session.user = login.uname
-            self.log_failure(verdict, login.uname)
+            self.login_failed(verdict, login.uname)
             self.send(LoginStatus(0x01))
             raise ProtocolError("wrong user name or password" if verdict is Verdict.WRONG else
                                 "the password was not looked at: too many logins are tried, or no memory is left")
+        self.server.meter.login(verdict.value)
         session.step("login", user=login.uname)
         self.send(LoginStatus(0x00))
         return login.uname
 
-    def log_failure(self, verdict: Verdict, uname: bytes) -> None:
-        """README.rst: fail2ban looks for auth_failed. What was not looked at is logged now and then only."""
-        facts = Facts(client=self.session.client.ip, user=uname)
+    def login_failed(self, verdict: Verdict, user: Optional[bytes]) -> None:
+        """Count and log it. README.rst: fail2ban looks for auth_failed. What was deferred is logged now and then."""
+        self.session.user = user
+        self.server.meter.login(verdict.value)
+        facts = Facts(client=self.session.client.ip, user=user)
         if verdict is Verdict.WRONG:
             log.warning("auth_failed client=%(client)s user=%(user)s", facts)
             return
@@ -322,8 +323,6 @@ class Handler(StreamRequestHandler):
     def reply(self, rep: Rep, bnd: Union[Endpoint, Address, None] = None) -> None:
         self.session.rep = rep.word
         self.send(Reply(rep, Address(*bnd) if isinstance(bnd, Endpoint) else bnd or UNSPECIFIED))
-        if self.session.record:
-            self.server.meter.replied(self.session)
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {

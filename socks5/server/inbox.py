@@ -14,12 +14,13 @@ from ..protocol.envelope import Envelope
 
 from ..access.passwords import Wait
 from ..net.poller import new_poll
-from ..protocol.messages import HEADER_BYTES, MOST_BYTES, Framed, Login, whole
+from ..protocol.messages import HEADER_BYTES, MOST_BYTES, Login, ProtectionLevel, SecurityToken, whole
 from ..protocol.trace import M, Sent
 
 ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
 NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
+SECRET = {Login, SecurityToken, ProtectionLevel}        # a Record does not keep all of these
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
 LINGER_BYTES = 1 << 16      # and how much of it
 
@@ -127,18 +128,18 @@ class Record:
 
     messages    when, the message's type, its bytes or the message itself, and whether the client sent it. A Login ends
                 after its UNAME and a message of RFC 1961 before its TOKEN: neither secrets nor 64 KiB are kept
+    answered    the first reply to its request is in the counters
     counted     the session is over, and in the counters
     up, down    bytes that are in the counters already
     udp         what an association has done, as far as it is in the counters
     """
 
-    __slots__ = ("messages", "counted", "up", "down", "udp")
+    answered = counted = False                      # of the class: most sessions never set them
+    up = down = 0
+    udp: Optional[Dict[Tuple[str, str], int]] = None
 
     def __init__(self) -> None:
         self.messages: List[Tuple[float, Type[Any], Any, bool]] = []
-        self.counted = False
-        self.up = self.down = 0
-        self.udp: Dict[Tuple[str, str], int] = {}
 
     def take(self, kind: Type[M], parse: Callable[[Type[M]], M], inbox: Inbox) -> M:
         """The client's next message, parsed by `parse`."""
@@ -146,15 +147,15 @@ class Record:
         try:
             return parse(kind)
         finally:
-            raw, inbox.heard = inbox.heard[:len(inbox.heard) - len(inbox.held)], None
-            if kind is Login:
-                raw = raw[:2 + raw[1]] if len(raw) > 1 else raw
-            elif issubclass(kind, Framed):
-                raw = raw[:HEADER_BYTES]
+            raw, inbox.heard = inbox.heard, None
+            if inbox.held:
+                raw = raw[:len(raw) - len(inbox.held)]
+            if kind in SECRET:
+                raw = raw[:HEADER_BYTES if kind is not Login else 2 + raw[1] if len(raw) > 1 else 2]
             self.messages.append((monotonic(), kind, raw, True))
 
     def sent(self, message: Sent) -> None:
-        kept = message.pack()[:HEADER_BYTES] if isinstance(message, Framed) else message
+        kept = message.pack()[:HEADER_BYTES] if isinstance(message, (SecurityToken, ProtectionLevel)) else message
         self.messages.append((monotonic(), type(message), kept, False))
 
 

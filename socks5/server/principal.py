@@ -3,22 +3,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..access.logins import Verdict, origin_of
 from ..access.subnegotiation import LEVELS, accept
 from ..protocol.envelope import Envelope
 from ..protocol.errors import GssError
 from ..protocol.messages import Abort
+from .inbox import LoginWait
 
 
 def by_gssapi(handler: Any) -> bytes:
-    """A security context, then its protection level. The client's principal. Raises GssError when it is refused."""
+    """A security context, then its protection level. The client's principal. Raises GssError when it is refused, which
+    waits while this client's address has had too many refusals."""
     session, server = handler.session, handler.server
     context = server.users.gssapi.context()
     try:
         accept(context, handler.take, handler.send, LEVELS[server.config.gssapi_protection])
     except GssError:
-        session.user = context.peer or None
+        verdict = server.users.logins.charge(origin_of(session.client.ip, session.origin), LoginWait(handler))
+        handler.login_failed(verdict, context.peer or None)
         handler.send(Abort())
         raise
+    server.meter.login(Verdict.RIGHT.value)
     if handler.debug:
         session.step("gssapi", user=context.peer, level=context.level.name)
     if context.level:

@@ -20,6 +20,7 @@ class History:
         self._board = board
         self._begun = begun
         self._samples: Deque[Sample] = deque(maxlen=KEPT)
+        self._lock = threading.Lock()                   # without a GIL, to copy a deque that changes may raise
         self._stop = threading.Event()
         self._thread: Optional[threading.Thread] = None
 
@@ -34,12 +35,19 @@ class History:
             self._thread.join()
 
     def _run(self) -> None:
-        self._samples.append(sample(self._board, self._begun()))
+        self._add()
         while not self._stop.wait(EVERY_S):
-            self._samples.append(sample(self._board, self._begun()))
+            self._add()
+
+    def _add(self) -> None:
+        one = sample(self._board, self._begun())
+        with self._lock:
+            self._samples.append(one)
 
     def since(self, when: float) -> List[Sample]:
-        return [one for one in list(self._samples) if one[0] > when]
+        with self._lock:
+            samples = list(self._samples)
+        return [one for one in samples if one[0] > when]
 
 
 def sample(board: Board, begun: int) -> Sample:

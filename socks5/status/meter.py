@@ -14,7 +14,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from time import sleep
-from typing import Deque, Tuple
+from typing import Deque, List, Tuple
 
 from ..commands.udp import Association
 from ..net.writer import lost_in_all
@@ -117,20 +117,6 @@ class Meter(counters.Meter):
     def begin(self, session: Session) -> None:
         session.record = Record()
 
-    def replied(self, session: Session) -> None:
-        messages, table = session.record.messages if session.record else [], self._table
-        if len(messages) < 2 or messages[-2][1] is not Request:     # not the first reply
-            return
-        asked, said = messages[-2][0], messages[-1][0]
-        seconds = asked - session.started
-        with self._lock:
-            table[HANDSHAKE + bisect_left(BOUNDS_S, seconds)] += 1
-            table[HANDSHAKE_SUM] += int(seconds * 1e6)
-            if session.rep == SUCCEEDED and session.cmd == CONNECT:
-                seconds = said - asked
-                table[CONNECTED + bisect_left(BOUNDS_S, seconds)] += 1
-                table[CONNECTED_SUM] += int(seconds * 1e6)
-
     def udp(self, session: Session, association: Association) -> None:
         if session.record:
             with self._lock:
@@ -140,14 +126,24 @@ class Meter(counters.Meter):
         record, table = session.record, self._table
         if record is None:
             return
+        up, down = session.up - record.up, session.down - record.down
         with self._lock:
             record.counted = True
             table[ENDED[session.cmd, session.rep]] += 1
-            table[UP] += session.up - record.up
-            table[DOWN] += session.down - record.down
-        self.finished.append(session)
-        if session.ended_by == "refused" or session.rep not in GOOD:
-            self.refusals.append(session)
+            if up:
+                table[UP] += up
+            if down:
+                table[DOWN] += down
+            if session.rep and not record.answered:
+                self._count_answer(session, record)
+            self.finished.append(session)
+            if session.ended_by == "refused" or session.rep not in GOOD:
+                self.refusals.append(session)
+
+    def last(self) -> Tuple[List[Session], List[Session]]:
+        """Copies of `finished` and `refusals`, the oldest first."""
+        with self._lock:                                # without a GIL, to copy a deque that changes may raise
+            return list(self.finished), list(self.refusals)
 
     def login(self, verdict: str) -> None:
         self._add("login", verdict, LOGINS)
@@ -176,6 +172,8 @@ class Meter(counters.Meter):
                     self._table[UP] += up - record.up
                     self._table[DOWN] += down - record.down
                     record.up, record.down = up, down
+                    if session.rep and not record.answered:
+                        self._count_answer(session, record)
                     if association:
                         self._count_udp(record, association)
         lost = lost_in_all()
@@ -190,9 +188,26 @@ class Meter(counters.Meter):
         with self._lock:
             self._table[PLACES[what, which if which in known else OTHER]] += 1
 
+    def _count_answer(self, session: Session, record: Record) -> None:
+        """How long its handshake took, and its connect. Not when it happens, which would cost each connection more."""
+        messages, table = record.messages, self._table
+        asked = len(messages) - 2                       # of a CONNECT, a BIND that waits, a refusal
+        while asked >= 0 and messages[asked][1] is not Request:
+            asked -= 1
+        if asked < 0:
+            return
+        record.answered = True
+        seconds = messages[asked][0] - session.started
+        table[HANDSHAKE + bisect_left(BOUNDS_S, seconds)] += 1
+        table[HANDSHAKE_SUM] += int(seconds * 1e6)
+        if session.rep == SUCCEEDED and session.cmd == CONNECT:
+            seconds = messages[asked + 1][0] - messages[asked][0]
+            table[CONNECTED + bisect_left(BOUNDS_S, seconds)] += 1
+            table[CONNECTED_SUM] += int(seconds * 1e6)
+
     def _count_udp(self, record: Record, association: Association) -> None:
         """The association's own thread may be counting on: what is missed now comes with the next call."""
-        seen = record.udp
+        seen = record.udp or {}
         now = {(("datagrams", way)): count for way, count in zip(WAYS, association.datagrams)}
         for reason, count in association.losses().items():
             key = "dropped", reason if reason in DROPS else OTHER

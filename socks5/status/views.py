@@ -80,14 +80,13 @@ def select(server: Server, query: Query) -> Iterator[Session]:
 
 
 def recent(meter: Meter) -> Iterator[Json]:
-    refused = {session.number: session for session in list(meter.refusals)[-RECENT:]}
-    others = {session.number: session for session in list(meter.finished)[-RECENT:]}
+    refused, others = ({session.number: session for session in kept[-RECENT:]} for kept in reversed(meter.last()))
     for number, session in {**others, **refused}.items():
         yield dict(facts(session), refused=number in refused)
 
 
 def by_number(server: Server, meter: Meter, number: int) -> Iterator[Session]:
-    for sessions in (server.sessions, list(meter.finished), list(meter.refusals)):
+    for sessions in (server.sessions, *meter.last()):
         for session in sessions:
             if session.number == number:
                 yield session
