@@ -24,7 +24,7 @@ LEAST_BYTES = 256               # a portion at the lowest rates
 SPARE_BYTES = 1 << 16           # what a process takes ahead from a bucket that has enough, for small messages
 SLACK_S = 0.002                 # a wait that is no longer is not worth a timer; it is made up for later
 LONGEST_S = 600.0               # no wait is longer, whatever a killed process has left in the memory
-STALE_S = 1.0                   # what a flow of datagrams took and has not used for so long is given back
+STALE_S = 1.0                   # what a flow took and has not used for so long is given back
 
 
 class Bucket(Protocol):
@@ -114,9 +114,6 @@ class Limit:
         """What a session should ask for at a time, at the most: then those that wait get their turns soon."""
         return max(LEAST_BYTES, self._portion // max(1, min(self._waiting, SHARED_BY)))
 
-    def crowded(self) -> bool:
-        return self._waiting > SHARED_BY // 2
-
     def reserve(self, size: int, now: float) -> float:
         """Take it: from when on it may be read."""
         with self._lock:
@@ -154,7 +151,7 @@ class Flow:
 
     granted     bytes that were reserved and are not read yet
     resume_at   when they may be read, while that is waited for; 0: now
-    used_at     when a datagram passed
+    used_at     when something of it was read, or was to be read
     held_back   when it waited last, and for what
     """
 
@@ -169,13 +166,11 @@ class Flow:
     def portion(self) -> int:
         return min(limit.portion() for limit in self.limits)
 
-    def crowded(self) -> bool:
-        return any(limit.crowded() for limit in self.limits)
-
     def reserve(self, size: int, now: float) -> bool:
         """Reserve it of every limit. Whether it may be read now; else resume_at says when."""
         self.granted = size
         slowest = max(((limit.reserve(size, now), limit) for limit in self.limits), key=lambda pair: pair[0])
+        self.used_at = max(now, slowest[0])
         if slowest[0] <= now + SLACK_S:
             return True
         self.resume_at = slowest[0]
@@ -191,15 +186,18 @@ class Flow:
             for limit in self.limits:
                 limit.wait(-1)
 
-    def give_back(self, size: int) -> None:
-        if size > 0:
-            for limit in self.limits:
-                limit.give_back(size)
+    def use(self, size: int, now: float) -> None:
+        self.granted = max(0, self.granted - size)
+        self.used_at = now
+
+    def stale(self, now: float) -> bool:
+        return now > self.used_at + STALE_S
 
     def close(self) -> None:
         """Give back what is reserved."""
         self.resume()
-        self.give_back(self.granted)
+        for limit in self.limits if self.granted else ():
+            limit.give_back(self.granted)
         self.granted = 0
 
     def passes(self, size: int, now: float) -> bool:
@@ -208,14 +206,13 @@ class Flow:
         if self.resume_at > now + SLACK_S:
             return False
         self.resume()
-        if now > self.used_at + STALE_S:
+        if self.stale(now):
             self.close()
-        self.used_at = now
         rest = self.granted
         if rest < size:
             passes = self.reserve(max(size, self.portion()), now)
             self.granted += rest
             if not passes:
                 return False
-        self.granted -= size
+        self.use(size, now)
         return True

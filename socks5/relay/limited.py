@@ -38,33 +38,37 @@ class Limited:
     timed_at: float                         # the resume_at for which the loop has a timer
 
     def fill(self: Any) -> Optional[bool]:
-        now = monotonic()
+        now, flow = monotonic(), self.flow
         if self.resume_at > now:            # a hang-up is reported while it waits
             return None
         self.resume()
-        if not self.flow.granted and not self.reserve(now):
+        if flow.granted and flow.stale(now):
+            flow.close()
+        if not flow.granted and not self.reserve(now):
             return True                     # paused: the owner has to look
-        room, self.flow.granted = self.flow.granted, 0
-        self.room = room
+        room = flow.granted
+        self.room = min(room, pipes.CHUNK_BYTES)
         if self.kernel is not None:
-            self.kernel.room = room
+            self.kernel.room = min(room, PIPE_BYTES)
         before = self.total
         filled: Optional[bool] = self.plain_fill()
         if room < pipes.CHUNK_BYTES:        # so little is not worth a thread
             self.full = 0
-        self.flow.give_back(room - self.read_since(before, room))
+        flow.use(self.read_since(before), now)
         return filled
 
     def reserve(self: Any, now: float) -> bool:
         """Reserve what may be read next. False: it is paused until then."""
-        kernel, flow = self.kernel is not None, self.flow
-        most = PIPE_BYTES if kernel and not flow.crowded() else pipes.CHUNK_BYTES
+        flow = self.flow
         if not flow.limits:                 # a reload has lifted them
-            flow.granted = most
+            flow.granted, flow.used_at = PIPE_BYTES, now
             return True
-        size = min(most, flow.portion(), readable(self.source, most))
+        size = flow.portion()
+        if self.kernel is None:             # no more than there is, unless that is a whole read
+            there = readable(self.source)
+            size = size if there >= pipes.CHUNK_BYTES else min(size, there)
         if not size:                        # EOF or an error, which cost nothing
-            flow.granted = 1
+            flow.granted, flow.used_at = 1, now
             return True
         may: bool = flow.reserve(size, now)
         self.resume_at = flow.resume_at
@@ -96,7 +100,7 @@ class LimitedPipe(Limited, Pipe):
     def plain_fill(self) -> Optional[bool]:
         return Pipe.fill(self)
 
-    def read_since(self, before: int, _room: int) -> int:
+    def read_since(self, before: int) -> int:
         """Bytes that were read since `total` was so much."""
         return self.total - before + self.held
 
@@ -105,11 +109,12 @@ class LimitedCodingPipe(Limited, CodingPipe):
     __slots__ = ("flow", "timed_at")
 
     def plain_fill(self) -> Optional[bool]:
+        self.payload = 0                    # of what was delivered before
         return CodingPipe.fill(self)
 
-    def read_since(self, _before: int, room: int) -> int:
-        """Encoded bytes are not counted, so all that was granted: it was there."""
-        return room
+    def read_since(self, _before: int) -> int:
+        """The same in plain bytes."""
+        return self.payload
 
 
 KINDS: Dict[Type[Pipe], Type[Any]] = {Pipe: LimitedPipe, CodingPipe: LimitedCodingPipe}
@@ -140,15 +145,15 @@ def limited(pipe: Pipe, limits: Limits) -> Pipe:
     return made                             # type: ignore[no-any-return]
 
 
-def readable(sock: Any, most: int) -> int:
-    """How many bytes can be read now, up to `most`; `most` where nothing tells."""
+def readable(sock: Any) -> int:
+    """How many bytes can be read now; a whole read where nothing tells."""
     if not FIONREAD:
-        return most
+        return pipes.CHUNK_BYTES
     try:
         answer = fcntl.ioctl(sock.fileno(), FIONREAD, bytes(4))
     except OSError:                         # then the read says what is wrong
-        return most
-    return min(most, max(0, int.from_bytes(answer, sys.byteorder, signed=True)))
+        return pipes.CHUNK_BYTES
+    return max(0, int.from_bytes(answer, sys.byteorder, signed=True))
 
 
 def held_back(tunnel: Tunnel) -> HeldBack:
