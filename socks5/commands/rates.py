@@ -25,6 +25,7 @@ from .datagrams import remember
 CLIENT, USER, RULE = "rate-per-client", "rate-per-user", "rule"
 NAMES = (CLIENT, USER, RULE)
 UP, DOWN = 0, 1
+HELD_S = 2.0                                            # a session that waited so lately is held back by its rate
 Limits = Tuple[List[Limit], List[Limit]]                # up and down
 AnyRate = Union[Rate, Tuple[()]]
 
@@ -56,17 +57,18 @@ class Rates:
 
     def apply(self, tunnel: Tunnel) -> None:
         """Have the limits hold for this tunnel. By the thread that has it."""
-        session, verdict = tunnel.session, None
+        session = tunnel.session
         if session is None:                             # it has ended
             return
         limits = self.shared(session)
-        if self.rated:
+        before = [[limit for limit in one if limit.name == RULE] for one in limited.limits_of(tunnel)]
+        if self.rated or any(before):
             verdict = self._verdict(session)
-        if verdict and verdict.allowed:
-            self.add(limits, RULE, verdict.rate)
-        elif self.rated:                               # the rules have changed, and the session keeps what it had
-            for own, kept in zip(limits, limited.limits_of(tunnel)):
-                own += [limit for limit in kept if limit.name == RULE]
+            if verdict and verdict.allowed:
+                self.add(limits, RULE, verdict.rate)
+            else:                                       # no session is cut, nor does it gain by that
+                for own, kept in zip(limits, before):
+                    own += kept
         limited.limit(tunnel, *limits)
 
     def _verdict(self, session: Any) -> Optional[Verdict]:
@@ -160,3 +162,11 @@ class Police:
         for pair in self._flows.values():
             for flow in pair:
                 flow.close()
+
+
+def held_back(session: Any, now: float) -> str:
+    """What holds this session back now or did within HELD_S; "" for nothing."""
+    tunnel, association = session.tunnel, session.association
+    police = association and association.police
+    last = limited.held_back(tunnel) if tunnel else police.held_back() if police else NEVER
+    return last.name if now - last.at < HELD_S else ""

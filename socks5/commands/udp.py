@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple
@@ -90,18 +91,15 @@ class Association:
         self._waiting: Optional[Waiting[Tuple[Datagram, Host]]] = None
         self._moved = False
         self._poll = new_poll()
-        self._sockets = sockets = Sockets(control, client, ports, out, self._watch)
+        self._sockets = sockets = Sockets(control, client, ports, out, partial(watch, self._poll))
         self._outside = sockets.outside
         self._inside: Any = EnvelopedSocket(sockets.inside, envelope, self.client) if envelope else sockets.inside
         linked = [(sock, link) for link in self.links.values() for sock in (link.sock, link.control)]
         self._linked = {sock.fileno(): link for sock, link in linked}
         for sock in (control, self._inside, *(sock for sock, _link in linked)):
-            self._watch(sock)
+            watch(self._poll, sock)
         here = self._inside.getsockname()
         self.bnd = Endpoint(advertised(advertise, ip_of(here)), here[1])
-
-    def _watch(self, readable: Any) -> None:
-        self._poll.register(readable.fileno(), READ)
 
     def __enter__(self) -> Association:
         return self
@@ -321,7 +319,7 @@ class Association:
             return None
         if not self._waiting:
             self._waiting = Waiting(self.names, self.owner)
-            self._watch(self._waiting.wakeup)
+            watch(self._poll, self._waiting.wakeup)
         answer = self._waiting.ask(host, (datagram, host), len(datagram.data))
         return answer and answer.addresses
 
@@ -369,3 +367,7 @@ class Association:
             self.up += len(datagram.data)
             if host == datagram.dst.host:
                 remember(self._routes, header, route)
+
+
+def watch(poll: Any, readable: Any) -> None:
+    poll.register(readable.fileno(), READ)

@@ -14,7 +14,7 @@ import secrets
 import threading
 from typing import NamedTuple, Protocol, Sequence, Tuple
 
-from ..access.shared import Lock, Table, digest, lock_file
+from ..access.shared import Lock, Table, digest
 
 RECORDS = 16384                 # buckets; beyond, the one that is fullest begins anew: up to one burst too much
 BURST_S = 0.2                   # a bucket holds as much as flows in this time, if nothing else is said
@@ -52,12 +52,11 @@ class OwnBucket:
 
 
 class Buckets:
-    """The buckets of all server processes. Made before they are forked; `several` of them need a lock between them."""
+    """The buckets of all server processes. Made before they are forked."""
 
-    def __init__(self, several: bool = False) -> None:
+    def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)
-        self._lock = Lock()
-        self._lock.file = lock_file() if several else None
+        self.lock = Lock()                              # share() it before the processes are forked
         self._table = Table(RECORDS, "d")               # paid_at
 
     def bucket(self, *parts: bytes) -> SharedBucket:
@@ -66,17 +65,11 @@ class Buckets:
 
     def take(self, key: bytes, least: int, most: int, bytes_s: float, burst_s: float,
              now: float) -> Tuple[float, int]:
-        with self._lock:
+        with self.lock:
             paid_at, = self._table.get(key) or (0.0,)
             start, size, paid_at = after(paid_at, least, most, bytes_s, burst_s, now)
             self._table.put(key, paid_at)
         return start, size
-
-    def close(self) -> None:
-        """Close the lock's file: the processes have ended."""
-        if self._lock.file:
-            self._lock.file.close()
-            self._lock.file = None
 
 
 class SharedBucket:

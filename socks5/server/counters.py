@@ -90,7 +90,7 @@ class Shared:
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.buckets = Buckets(rows > 1)
+        self.buckets = Buckets()
         # The system gives memory to what was written to only.
         self.tables = {what: memoryview(mmap.mmap(-1, 4 * rows * self.ROW)).cast("I") for what in self.THINGS}
 
