@@ -340,7 +340,7 @@ class Said(Rated):
     def test_bad_values_are_one_clear_line(self):
         with tempfile.TemporaryDirectory() as folder:
             rules = Path(folder) / "rules"
-            for line, args, words in (("", ("--rate-per-user", "2T"), "--rate-per-user: '2T' is not RATE[:BURST] or UP"),
+            for line, args, words in (("", ("--rate-per-user", "2T"), "--rate-per-user: '2T' is not RATE"),
                                       ("", ("--max-per-user", "-1"), "--max-per-user: '-1' is not a whole number"),
                                       ("allow rate 1", ("--rules", rules), "%s:1: '1' is out of range" % rules),
                                       ("deny rate 1M", ("--rules", rules), "%s:1: 'rate' belongs to an allow" % rules)):
