@@ -38,7 +38,7 @@ class Limited:
     timed_at: float                         # the resume_at for which the loop has a timer
 
     def fill(self: Any) -> Optional[bool]:
-        now, flow = monotonic(), self.flow
+        now, flow, paused = monotonic(), self.flow, self.resume_at > 0
         if self.resume_at > now:            # a hang-up is reported while it waits
             return None
         self.resume()
@@ -55,7 +55,7 @@ class Limited:
         if room < pipes.CHUNK_BYTES:        # so little is not worth a thread
             self.full = 0
         flow.use(self.read_since(before), now)
-        return filled
+        return paused or filled             # the owner has to look when it was paused until now
 
     def reserve(self: Any, now: float) -> bool:
         """Reserve what may be read next. False: it is paused until then."""
