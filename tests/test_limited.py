@@ -81,10 +81,28 @@ class ModelTest(unittest.TestCase):
                         raise AssertionError("seed %d: %s" % (seed, exc)) from exc
 
 
+class KernelPipeTest(unittest.TestCase):
+    def test_it_takes_no_more_than_is_granted(self):
+        with model(), mock.patch.object(limited, "readable", lambda sock: sock.arrived - sock.read), \
+                mock.patch("socks5.relay.bucket.LEAST_BYTES", 5):
+            play = LimitedPlay(1)
+            slow = Limit("rule", OwnBucket(), 1, 7)
+            limit(play.tunnel, [slow], [slow])
+            client, tunnel = play.ends[0], play.tunnel
+            client.pipe = play.ends[1].back = tunnel.up
+            tunnel.up.use_kernel()
+            before = client.read
+            client.arrive(60)
+            tunnel.handle(0, READ, 0)
+            self.assertEqual(client.read - before, 5)
+            tunnel.up.close()
+
+
 class LoopTest(test_loop.LoopTest):
     def slow(self, rate=20 * KIB, **kwargs):
         """A tunnel whose directions share a rate."""
         made = Limit("rule", OwnBucket(), rate)
+
         def limited_tunnel(*args, **more):
             tunnel = Tunnel(*args, **more)
             limit(tunnel, [made], [made])
@@ -106,10 +124,19 @@ class LoopTest(test_loop.LoopTest):
                 else:
                     standing.remote.close()
                 self.assert_calm()
-                if how != "reset":
-                    self.assertEqual(test_loop.read_hashed(standing.client)[0], 30000)
-                    self.assertEqual(standing.ended(), ("client", ""))
-                standing.client.close()
+                self.assertEqual(test_loop.read_exactly(standing.client, 30000), bytes(30000))
+                self.assertEqual(test_loop.fate(standing.client), "reset" if how == "reset" else "EOF")
+                self.assertEqual(standing.ended()[0], "client")
+
+    def test_the_end_of_a_paused_tunnel_leaves_its_queue(self):
+        standing = self.slow(KIB)
+        standing.remote.sendall(bytes(10000))
+        wait_until(lambda: standing.tunnel.down.resume_at, "paused")
+        slow, = standing.tunnel.down.flow.limits
+        self.assertEqual(slow._waiting, 1)
+        test_loop.reset(standing.client)
+        standing.ended()
+        self.assertEqual(slow._waiting, 0)
 
     def test_urgent_data_keeps_its_place(self):
         standing = self.slow()
