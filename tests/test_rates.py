@@ -237,22 +237,30 @@ class Datagrams(Rated):
                 while not over.wait(0.002):
                     sock.sendto(self.DATAGRAM, to)
 
+        self.play(run, over)
+
+    def count(self, sock, receive):
+        """How much has come so far, by a function."""
+        total, over = [0], threading.Event()
+        sock.settimeout(0.2)
+
+        def run():
+            while not over.is_set():
+                try:
+                    total[0] += len(receive()[0])
+                except socket.timeout:
+                    pass
+                except OSError:                             # closed
+                    return
+
+        self.play(run, over)
+        return lambda: total[0]
+
+    def play(self, run, over):
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         self.addCleanup(thread.join)
         self.addCleanup(over.set)
-
-    def count(self, receive):
-        """How much has come so far, by a function."""
-        total = [0]
-
-        def run():
-            with contextlib.suppress(OSError):
-                while True:
-                    total[0] += len(receive()[0])
-
-        threading.Thread(target=run, daemon=True).start()
-        return lambda: total[0]
 
     def remote(self):
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -267,7 +275,7 @@ class Datagrams(Rated):
             with associate(server.server_address[:2]) as udp:
                 udp.sendto(b"x" * 1000, remote.getsockname())
                 _, back = remote.recvfrom(2048)
-                arrived, answered = self.count(partial(remote.recvfrom, 2048)), self.count(udp.recvfrom)
+                arrived, answered = self.count(remote, partial(remote.recvfrom, 2048)), self.count(udp, udp.recvfrom)
                 self.flood(udp, remote.getsockname())
                 self.flood(remote, back)
                 self.flows(arrived, 100 * KIB)
@@ -283,7 +291,7 @@ class Datagrams(Rated):
             rules = Path(folder) / "rules"
             rules.write_text("allow port %d rate 50K\nallow to any\n" % slow.getsockname()[1])
             with running(rules=str(rules)) as server, associate(server.server_address[:2]) as udp:
-                slowly, quickly = (self.count(partial(one.recvfrom, 2048)) for one in (slow, fast))
+                slowly, quickly = (self.count(one, partial(one.recvfrom, 2048)) for one in (slow, fast))
                 self.flood(udp, ("localhost", slow.getsockname()[1]))
                 self.flood(udp, fast.getsockname())
                 self.flows(slowly, 50 * KIB)
