@@ -8,8 +8,9 @@ import logging
 import os
 import socket
 import sys
+from functools import partial
 from ipaddress import ip_address
-from typing import Any, Dict, NoReturn, Optional, Sequence
+from typing import Any, Callable, Dict, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
 from .access.check import report, warnings
@@ -129,9 +130,11 @@ def read_file(path: str) -> Dict[str, Any]:
     return values
 
 
-def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = False) -> int:
+def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = False,
+          read_again: Optional[Callable[[], Config]] = None) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status. `passed` are listening
-    sockets that systemd has opened; `live`: with a line on the terminal that shows what is going on."""
+    sockets that systemd has opened; `live`: with a line on the terminal that shows what is going on. A reload calls
+    read_again() for the options."""
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
         check_out(config.out)
@@ -165,10 +168,10 @@ def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = Fal
         companion = beside.Status(config, shared, listeners, pages, sys.stderr.fileno() if live else None)
     if count > 1:
         return workers.Supervisor(config, listeners, count, access, notifier=notifier, companion=companion,
-                                  shared=shared).run(ready)
+                                  shared=shared, read_config=read_again).run(ready)
     try:
         server = Server(config, listeners=listeners, access=access, counts=shared.row(0))
-        alone = Alone(server, access, notifier, companion)
+        alone = Alone(server, access, notifier, companion, read_again)
     except (RuntimeError, MemoryError, OSError) as exc:     # no thread, no memory, no descriptor
         return fail("cannot start: %s" % (exc or "out of memory"))
     return alone.run(ready)
@@ -284,6 +287,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""),
                            ERASE if live else b"")
     try:
-        return self_test(config) if testing else serve(config, passed, live)
+        return self_test(config) if testing else serve(config, passed, live, partial(read_config, args, passed))
     finally:
         handler.close()                                     # writes what is queued

@@ -350,7 +350,7 @@ class Serving(Case):
                             (["-q"], logging.WARNING), (["--quiet"], logging.WARNING)):
             levels = []
 
-            def serve(config, _passed, _live):
+            def serve(config, _passed, _live, _read_again):
                 levels.append(logging.getLogger("socks5").getEffectiveLevel())
                 return 0
             with self.subTest(argv), mock.patch.object(cli, "serve", serve):
@@ -366,7 +366,7 @@ class Serving(Case):
         self.addCleanup(root.setLevel, level)
         root.setLevel(logging.ERROR)
 
-        def serve(config, _passed, _live):
+        def serve(config, _passed, _live, _read_again):
             logging.getLogger("socks5.server.server").error("one line")
             return 0
         with mock.patch.object(cli, "serve", serve):

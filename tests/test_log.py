@@ -798,7 +798,7 @@ class Program(unittest.TestCase):
         log = logging.getLogger("socks5")
         before = log.handlers[:], log.propagate, log.level
 
-        def serve(_config, _passed, _live):
+        def serve(_config, _passed, _live, _read_again):
             for number in range(2000):
                 log.warning("line %d", number)
             return 0

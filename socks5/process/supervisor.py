@@ -57,12 +57,14 @@ class Supervisor(Control):
 
     def __init__(self, config: Config, listeners: Sequence[socket.socket], count: int, access: Access,
                  make: MakeServer = Server, notifier: Optional[Notifier] = None,
-                 companion: Optional[Companion] = None, shared: Optional[Shared] = None) -> None:
-        super().__init__(config, access, notifier, companion)
+                 companion: Optional[Companion] = None, shared: Optional[Shared] = None,
+                 read_config: Optional[Callable[[], Config]] = None) -> None:
+        super().__init__(config, access, notifier, companion, read_config)
         self.listeners = listeners
         self.make = make
         self.shared = shared or Shared(count)
         access[0].logins.share()
+        self.shared.buckets.lock.share()
         self.workers: Dict[int, Worker] = {}            # by pid
         self.start_at: Dict[int, float] = dict.fromkeys(range(count), 0.0)     # by row, of those that do not run
         if self.companion.wanted:
@@ -180,6 +182,7 @@ class Supervisor(Control):
             worker.outbox.sock.close()
         super().close()
         self.access[0].logins.unshare()
+        self.shared.buckets.lock.unshare()
 
 
 def how_it_died(status: int) -> str:

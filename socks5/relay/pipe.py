@@ -49,10 +49,12 @@ class Pipe:
     full            how many reads in a row filled their buffer: from a few on, a kernel pipe is worth its price
     urgent          `chunk` is the one byte that the source sent as urgent data
     parked          bytes of `chunk` that count for splice.parked: what a kernel pipe held when it was given back
+    room            bytes of one read
+    resume_at       when it may read again, while a rate limit holds it back; 0: now
     """
 
     __slots__ = ("source", "sink", "origin", "target", "chunk", "kernel", "held", "total", "done", "full", "urgent",
-                 "parked")
+                 "parked", "room", "resume_at")
 
     def __init__(self, source: socket.socket, sink: socket.socket, origin: str, target: str,
                  early: bytes = b"") -> None:
@@ -69,6 +71,8 @@ class Pipe:
         self.full = 0
         self.urgent = False
         self.parked = 0
+        self.room = CHUNK_BYTES
+        self.resume_at = 0.0
 
     def fill(self) -> Optional[bool]:
         """Read what the source has and pass on what the sink takes; to be called while nothing is in hand.
@@ -83,7 +87,7 @@ class Pipe:
         except IndexError:
             buffer = memoryview(bytearray(CHUNK_BYTES))
         try:
-            size = self.source.recv_into(buffer, 0, DONTWAIT)
+            size = self.source.recv_into(buffer, self.room, DONTWAIT)
             try:
                 sent = self.sink.send(buffer[:size], DONTWAIT) if size else 0
             except BlockingIOError:
@@ -99,7 +103,7 @@ class Pipe:
         finally:
             _buffers.append(buffer)
         self.total += sent
-        if sent == size and 0 < size < CHUNK_BYTES:
+        if sent == size and 0 < size < self.room:
             self.full = 0
             return False
         if not size:

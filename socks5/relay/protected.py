@@ -73,10 +73,10 @@ class CodingPipe(Pipe):
         """The most that could be read, what was, its code, and the bytes of a message that is not whole."""
         place = self.place
         if place:
-            room = place.room()
-            size = self.source.recv_into(room, 0, DONTWAIT)
-            return len(room), size, place.code(size) if size else b"", place.unfinished
-        data = self.source.recv(self.size, DONTWAIT)
+            memory = place.room()
+            size = self.source.recv_into(memory, min(len(memory), self.room), DONTWAIT)
+            return len(memory), size, place.code(size) if size else b"", place.unfinished
+        data = self.source.recv(min(self.size, self.room), DONTWAIT)
         return self.size, len(data), self.code(data) if data else b"", self.unfinished()
 
     def fill_urgent(self) -> Optional[bool]:
