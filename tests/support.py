@@ -89,7 +89,7 @@ class Spawned:
 
     @property
     def port(self):
-        return int(self.wait_line(r"listening on .*:(\d+)$", self.lines).group(1))
+        return int(self.wait_line(r"listening.*:(\d+)(?:\"})?$", self.lines).group(1))
 
     def end(self, number=signal.SIGTERM):
         """Signal it, and wait for its end: the exit status."""
@@ -120,7 +120,7 @@ def spawned(*args, **kwargs):
         args = (*args, "-w", "1")
     server = Spawned(*args, **kwargs)
     try:
-        server.wait_line("listening on", server.lines)
+        server.wait_line("listening", server.lines)
         yield server
     finally:
         server.end(signal.SIGKILL)

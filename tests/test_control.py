@@ -25,7 +25,7 @@ class Recorded(Control):
 
     def __init__(self, *outcomes):
         super().__init__(Config(drain_timeout=DRAIN_S), "at the start")
-        self.told, self.reads = [], 0
+        self.told, self.reads, self.sessions = [], 0, 0
         self.outcomes = list(outcomes)
         self.files.close()
         self.files = self
@@ -39,6 +39,9 @@ class Recorded(Control):
 
     def tell(self, order):
         self.told.append(order)
+
+    def live(self):
+        return self.sessions
 
     def kill(self):
         self.told.append("kill")
@@ -125,6 +128,35 @@ class Obeying(unittest.TestCase):
         self.assertEqual(self.at(made, 1, Order.STOP), [Order.ABORT])
         self.assertEqual(self.at(made, 1.1, Order.STOP), [Order.ABORT])
         self.assertEqual(self.at(made, 1 + ABORT_S), ["kill"])
+
+    def test_a_stop_says_for_what_it_waits(self):
+        for sessions, words in ((1, ["up to 30 s for 1 session to end; a second Ctrl-C"]), (2, ["for 2 sessions "])):
+            with self.subTest(sessions), self.assertLogs("socks5", "INFO") as logs:
+                made = self.control("new")
+                made.sessions = sessions
+                self.at(made, 0, Order.STOP)
+                self.at(made, 1, Order.STOP)
+                self.assertEqual(len(logs.output), 1)
+                self.assertIn(words[0], logs.output[0])
+
+    def test_a_stop_that_waits_for_nothing_says_nothing(self):
+        made = self.control("new")
+        with self.assertLogs("socks5", "INFO") as logs:
+            self.at(made, 0, Order.STOP)
+            made.config = Config(drain_timeout=0.0)
+            made.sessions, made.stops = 1, 0
+            self.at(made, 0, Order.STOP)
+            control.log.info("the end")
+        self.assertEqual(len(logs.output), 1)
+
+    def test_remarks_follow_a_reload_that_succeeds(self):
+        made = self.control(ConfigError("bad"), "new")
+        made.remarks = lambda access: ["%s: there is no user" % access]
+        with self.assertLogs("socks5", "WARNING") as logs:
+            self.at(made, 0, Order.RELOAD)
+            self.at(made, 5, Order.RELOAD)
+        self.assertEqual([record.getMessage() for record in logs.records],
+                         ["not reloaded, users and rules stay as they were: bad", "new: there is no user"])
 
 
 class Reading(unittest.TestCase):
@@ -219,6 +251,28 @@ class Waiting(unittest.TestCase):
             with self.subTest(number.name):
                 self.raise_all(number)
                 self.assertEqual(self.signals.wait(PATIENCE_S), {Order.STOP})
+
+    def test_hangup_reloads_until_the_terminal_is_closed(self):
+        ours, theirs = os.openpty()
+        self.addCleanup(os.close, theirs)
+        before = [os.dup(fd) for fd in range(3)]
+        try:
+            for fd in range(3):
+                os.dup2(theirs, fd)
+            self.signals._terminals = signals.terminals()
+            self.raise_all(signal.SIGHUP)
+            first = self.signals.wait(PATIENCE_S)
+            os.close(ours)
+            self.raise_all(signal.SIGHUP, signal.SIGUSR1)
+            second = self.signals.wait(PATIENCE_S)
+            self.raise_all(signal.SIGHUP)
+            third = self.signals.wait(PATIENCE_S)
+        finally:
+            for fd, saved in enumerate(before):
+                os.dup2(saved, fd)
+                os.close(saved)
+        self.assertEqual((first, second), ({Order.RELOAD}, {Order.STOP, Order.SESSIONS}))
+        self.assertEqual(third, {Order.RELOAD}, "a second STOP would cut sessions")
 
     def test_a_child_that_ends_wakes_it(self):
         self.raise_all(signal.SIGCHLD)

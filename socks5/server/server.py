@@ -203,7 +203,8 @@ class Server(Newcomers):
             return False
         users.join(self.users)
         self.users, self.rules = users, rules
-        log.info("reloaded users=%(users)d rules=%(rules)d", Facts(users=len(self.users.names), rules=len(self.rules)))
+        log.info("reloaded users=%(users)d rules=%(rules)d pid=%(pid)d",
+                 Facts(users=len(self.users.names), rules=len(self.rules), pid=os.getpid()))
         return True
 
     # ---- one connection, from accept to its handler -----------------------------------------------------------------
