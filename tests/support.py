@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from ipaddress import ip_address
@@ -367,6 +368,21 @@ def need_program(test, name):
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
     need(test, path, name)
     return path
+
+
+# ---- README.rst ---------------------------------------------------------------------------------------------------
+
+def readme_blocks(language):
+    """The code blocks of README.rst in this language; "" for those behind `::`."""
+    text = (ROOT / "README.rst").read_text(encoding="utf-8")
+    begin = r"\.\. code-block:: %s" % language if language else r"(?:|.*[^:])::"
+    return [textwrap.dedent(block).strip() + "\n"
+            for block in re.findall(r"(?m)^%s\n\n((?:(?: +.*)?\n)+)" % begin, text)]
+
+
+def readme_block(language, word):
+    """The first of them that has `word` in it."""
+    return next(block for block in readme_blocks(language) if word in block)
 
 
 # ---- two hosts ---------------------------------------------------------------------------------------------------

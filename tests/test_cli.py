@@ -533,8 +533,8 @@ class Processes(Case):
 
 
 # The rest of a line behind a program that is not ours has that program's flags.
-FOREIGN = re.compile(r"\b(make|useradd|systemd-analyze|curl|wget|git|ncat|pip|pip3|npm|docker|ssh|systemctl|openssl|chromium|google-chrome"
-                     r"|firefox|python3?\s+-m\s+(?!socks5\b)\w+)\b[^\n`|]*")
+FOREIGN = re.compile(r"\b(make|useradd|systemd-analyze|curl|wget|git|ncat|pip|pip3|npm|docker|ssh|systemctl|openssl"
+                     r"|chromium|google-chrome|firefox|python3?\s+-m\s+(?!socks5\b)\w+)\b[^\n`|]*")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
