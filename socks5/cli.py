@@ -153,10 +153,10 @@ def read_file(path: str) -> Dict[str, Any]:
 
 
 def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = False,
-          remarks: Callable[[files.Access], List[str]] = lambda access: []) -> int:
+          read_again: Optional[Callable[[], Config]] = None) -> int:
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status. `passed` are listening
-    sockets that systemd has opened; `live`: with a line on the terminal that shows what is going on; `remarks` are what
-    an administrator is told after a reload."""
+    sockets that systemd has opened; `live`: with a line on the terminal that shows what is going on. A reload calls
+    read_again() for the options."""
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
         check_out(config.out)
@@ -187,18 +187,21 @@ def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = Fal
         if colourful(sys.stdout):
             say("try it: " + first_command(config, endpoint_of(listeners[0].getsockname())))
 
+    def remarks(access: files.Access) -> List[str]:
+        return warnings(config, *access)
+
     count, notifier = workers.number(config.workers), Notifier(os.environ)
     shared, companion = Shared(count), None
     if pages or live:
         companion = beside.Status(config, shared, listeners, pages, sys.stderr.fileno() if live else None)
     if count > 1:
         supervisor = workers.Supervisor(config, listeners, count, access, notifier=notifier, companion=companion,
-                                        shared=shared)
+                                        shared=shared, read_config=read_again)
         supervisor.remarks = remarks
         return supervisor.run(ready)
     try:
         server = Server(config, listeners=listeners, access=access, counts=shared.row(0))
-        alone = Alone(server, access, notifier, companion)
+        alone = Alone(server, access, notifier, companion, read_again)
     except (RuntimeError, MemoryError, OSError) as exc:     # no thread, no memory, no descriptor
         return fail("cannot start: %s" % (exc or "out of memory"))
     alone.remarks = remarks
@@ -222,23 +225,6 @@ def announce(config: Config, event: str, line: str, fact: str) -> None:
         say(logs.JsonFormatter().format(said))
     else:
         say(line % fact)
-
-
-def after_reload(config: Config, args: Dict[str, Any], passed: Sequence[socket.socket],
-                 access: files.Access) -> List[str]:
-    """What an administrator is told after a reload: what --check warns of, and options of the INI file that differ from
-    those in force."""
-    lines = warnings(config, *access)
-    if "config" in args:
-        try:
-            now = vars(read_config(args, passed))
-        except (ConfigError, OSError) as exc:               # a socket may be closed by now
-            return lines + ["%s; all options stay as they were" % exc]
-        changed = [long_flag(item)[2:] for item in options() if now[item.name] != vars(config)[item.name]]
-        if changed:
-            lines.append("--config %s: %s: changed, and in force after a restart only" % (
-                args["config"], ", ".join(changed)))
-    return lines
 
 
 def become(who: identity.Identity, config: Config) -> None:
@@ -357,6 +343,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if testing:
             return self_test(config)
-        return serve(config, passed, live, partial(after_reload, config, args, passed))
+        return serve(config, passed, live, partial(read_config, args, passed))
     finally:
         handler.close()                                     # writes what is queued

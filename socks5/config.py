@@ -191,6 +191,11 @@ class Config:
         return bool(self.allow_from) and all(net.prefixlen for net in self.allow_from)
 
 
+def changed(before: Config, now: Config) -> List[str]:
+    """The options that differ."""
+    return [long_flag(item) for item in options() if getattr(before, item.name) != getattr(now, item.name)]
+
+
 def options() -> List["Field[Any]"]:
     """The fields of Config in the order of GROUPS."""
     return sorted(fields(Config), key=lambda item: GROUPS.index(item.metadata["group"]))

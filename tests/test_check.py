@@ -1,5 +1,6 @@
 """check.py and --check: what would be served, to whom, what is open; and that nothing is listened on."""
 import contextlib
+import errno
 import io
 import os
 import socket
@@ -262,6 +263,15 @@ class HashPassword(Case):
                 self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
                 self.assertIn(words, err)
                 self.assertEqual(path.read_text(), text)
+
+    def test_set_password_leaves_nothing_behind_on_a_full_disk(self):
+        path = self.folder / "users"
+        path.write_text("")
+        with mock.patch.object(os, "replace", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            status, out, err = self.set_password("bob", b"a\n", "--users", str(path))
+        self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+        self.assertIn("--users %s: No space left" % path, err)
+        self.assertEqual((os.listdir(str(self.folder)), path.read_text()), (["users"], ""))
 
     def test_set_password_takes_the_file_of_the_ini_file(self):
         path = self.folder / "users"

@@ -201,6 +201,21 @@ with tempfile.TemporaryDirectory() as folder:
         self.addCleanup(reader.close)
         return reader
 
+    def test_options_that_run_as_cannot_read_again_do_not_hold_up_users_and_rules(self):
+        def refused(reason):
+            def read_config():
+                try:
+                    raise reason
+                except OSError:
+                    raise ConfigError("--config x: %s" % reason) from None
+            return read_config
+
+        with self.assertLogs("socks5", "WARNING") as logs:
+            users, rules = files.fresh_access(Config(), refused(PermissionError("Permission denied")), None)
+        self.assertEqual((len(users.names), len(rules) > 0), (0, True))
+        self.assertIn("--config x: Permission denied; its options stay as they were", logs.output[0])
+        self.assertRaises(ConfigError, files.fresh_access, Config(), refused(FileNotFoundError("none")), None)
+
     def test_want_of_resources_is_told_from_bad_files(self):
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             with self.subTest(errno.errorcode[number]):

@@ -104,7 +104,8 @@ class Examples(unittest.TestCase):
 
             def answer():
                 question, client = server.recvfrom(512)
-                server.sendto(question + bytes([203, 0, 113, 9]), client)
+                if question[12:] == b"\3www\7example\0\0\1\0\1":        # behind the header: an A record of this name
+                    server.sendto(question + bytes([203, 0, 113, 9]), client)
 
             thread = threading.Thread(target=answer)
             thread.start()

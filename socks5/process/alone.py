@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import List, Optional
+from typing import Callable, List, Optional
 
+from ..config import Config
 from ..server.server import Server
 from .companion import Companion
 from .control import Control
@@ -23,8 +24,8 @@ class Alone(Control):
     """Serves in a thread until SIGTERM or SIGINT has ended it."""
 
     def __init__(self, server: Server, access: Access, notifier: Optional[Notifier] = None,
-                 companion: Optional[Companion] = None) -> None:
-        super().__init__(server.config, access, notifier, companion)
+                 companion: Optional[Companion] = None, read_config: Optional[Callable[[], Config]] = None) -> None:
+        super().__init__(server.config, access, notifier, companion, read_config)
         self.server = server
         server.relay_loop()                     # what serving takes is there before it is said to listen
         self._hurry = threading.Event()

@@ -10,7 +10,7 @@ from typing import Callable, Iterable, List, Optional, Set
 
 from ..config import Config, ConfigError
 from .companion import Companion
-from .files import Access, Exhausted, Files, read_access
+from .files import Access, Exhausted, Files, fresh_access
 from .orders import Order
 from .signals import Signals
 from .systemd import Notifier
@@ -30,13 +30,14 @@ class Control:
     """
 
     def __init__(self, config: Config, access: Access, notifier: Optional[Notifier] = None,
-                 companion: Optional[Companion] = None) -> None:
+                 companion: Optional[Companion] = None, read_config: Optional[Callable[[], Config]] = None) -> None:
+        """`read_config` reads the options again."""
         self.config = config
         self.notifier = notifier or Notifier()
         self.access = access                    # in force, whatever is in the files by now
         self.companion = companion or Companion()
         self.signals = Signals()
-        self.files = Files(config, lambda config: read_access(config, self.access))
+        self.files = Files(config, lambda config: fresh_access(config, read_config or (lambda: config), self.access))
         self.stops = 0                          # how often it was asked for
         self.status = 0                         # the program's exit status
         self._reload_at = NEVER

@@ -3,12 +3,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from typing import Callable, List, Optional, Tuple
 
 from ..access.rules import Rules
 from ..access.users import Users
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, changed
+
+log = logging.getLogger(__name__)
 
 Access = Tuple[Users, Rules]
 
@@ -20,6 +23,19 @@ def read_access(config: Config, before: Optional[Access] = None) -> Access:
     """Users and rules as the files have them now, and what is known of logins `before`. Raises ConfigError with
     file:line."""
     return Users(config, before and before[0]), Rules(config)
+
+
+def fresh_access(config: Config, read_config: Callable[[], Config], before: Access) -> Access:
+    """The same for a reload. Options that have changed since the start are named, and so is a --config file that
+    --run-as has made unreadable: users and rules must be changeable all the same."""
+    try:
+        for flag in changed(config, read_config()):
+            log.warning("%s: its change takes a restart", flag)
+    except ConfigError as exc:
+        if not isinstance(exc.__cause__ or exc.__context__, PermissionError):
+            raise
+        log.warning("%s; its options stay as they were", exc)
+    return read_access(config, before)
 
 
 class Exhausted(Exception):

@@ -57,8 +57,9 @@ class Supervisor(Control):
 
     def __init__(self, config: Config, listeners: Sequence[socket.socket], count: int, access: Access,
                  make: MakeServer = Server, notifier: Optional[Notifier] = None,
-                 companion: Optional[Companion] = None, shared: Optional[Shared] = None) -> None:
-        super().__init__(config, access, notifier, companion)
+                 companion: Optional[Companion] = None, shared: Optional[Shared] = None,
+                 read_config: Optional[Callable[[], Config]] = None) -> None:
+        super().__init__(config, access, notifier, companion, read_config)
         self.listeners = listeners
         self.make = make
         self.shared = shared or Shared(count)
