@@ -35,9 +35,11 @@
         writer        the thread that writes lines to a descriptor
     relay/            bytes between two sockets
         splice        a kernel pipe, through which bytes go without a copy
+        bucket        token buckets for rate limits, which the server processes share
         pipe          one direction
         tunnel        both directions: a state machine that never waits
         protected     a tunnel whose client speaks through an envelope
+        limited       a direction under a rate limit
         busy          a busy tunnel in a thread of its own
         watch         a silent newcomer, for which the loop waits as well
         loop          the thread that relays every quiet tunnel of the process
@@ -47,6 +49,7 @@
         dialogue      the client's side of the protocol, towards another proxy
         upstream      CONNECT, BIND and UDP ASSOCIATE through another proxy
         bind          BIND: listen for the one peer that the client expects
+        rates         which rate limits hold for a session, and for its datagrams
         udp           UDP ASSOCIATE: relay datagrams
         enveloped     datagrams through an envelope
         datagrams     many datagrams in few system calls

@@ -5,13 +5,14 @@ the three. Values are parsed from text and checked before anything listens. Time
 """
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from ipaddress import ip_address
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from . import values
-from .values import DEFAULT_UPSTREAM, DIRECT, SAME, Network, Upstream
+from .values import DEFAULT_UPSTREAM, DIRECT, SAME, Network, Rate, Upstream
 
+RELOADED = ("max_per_user", "rate_per_client", "rate_per_user")     # SIGHUP reads them again in --config
 GROUPS = ("listening", "access", "outgoing", "limits", "running", "watching")
 
 
@@ -99,6 +100,17 @@ class Config:
         0, "--max-per-client", values.count, "limits", metavar="N",
         help="session limit for each client address (IPv6: each /64); 0: no limit",
         why="a browser opens a hundred connections, and an office may share one address")
+    max_per_user: int = option(
+        0, "--max-per-user", values.count, "limits", metavar="N",
+        help="session limit for each user name; 0: no limit; SIGHUP reads it again in --config",
+        why="a user's programs open as many connections as they like")
+    rate_per_client: Union[Rate, Tuple[()]] = option(
+        (), "--rate-per-client", values.rate, "limits", metavar="RATE",
+        help="bytes a second of each client address (IPv6: each /64), as in 2M or UP/DOWN; SIGHUP reads it again in "
+             "--config")
+    rate_per_user: Union[Rate, Tuple[()]] = option(
+        (), "--rate-per-user", values.rate, "limits", metavar="RATE",
+        help="the same of each user name")
     max_negotiating: int = option(
         1000, "--max-negotiating", values.count, "limits", metavar="N",
         help="negotiation limit; a further client evicts the longest silent one of the busiest address",
@@ -191,9 +203,11 @@ class Config:
         return bool(self.allow_from) and all(net.prefixlen for net in self.allow_from)
 
 
-def changed(before: Config, now: Config) -> List[str]:
-    """The options that differ."""
-    return [long_flag(item) for item in options() if getattr(before, item.name) != getattr(now, item.name)]
+def reloaded(before: Config, now: Config) -> Tuple[Config, List[str]]:
+    """The Config in force after a reload, and the options that have changed as well, but take a restart."""
+    changed = [item.name for item in fields(Config) if getattr(before, item.name) != getattr(now, item.name)]
+    return (replace(before, **{name: getattr(now, name) for name in RELOADED}),
+            [long_flag(item) for item in options() if item.name in changed and item.name not in RELOADED])
 
 
 def options() -> List["Field[Any]"]:

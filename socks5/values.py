@@ -13,6 +13,10 @@ ANY_SERVICE = "any"
 SAME = "same"               # of --out
 DIRECT = "direct"           # in a rule: not through an upstream
 DEFAULT_UPSTREAM = "upstream"           # the name of an upstream without one: rules that name none lead there
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+LEAST_RATE, MOST_RATE = 1 << 10, 1 << 40
+NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMGkmg]?)"
+RATE = re.compile("%s(?::%s)?" % (NUMBER, NUMBER), re.ASCII)
 UPSTREAM = re.compile(r"(?:([A-Za-z0-9_-]{1,64})=)?socks5h?://(?:([^@/\s]*)@)?"
                       r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]{1,253})):([0-9]{1,5})/?", re.ASCII)
 
@@ -23,6 +27,39 @@ def seconds(text: str) -> float:
 
 def count(text: str) -> int:
     return _number(int, text, 1 << 31, "a whole number from 0 to %d" % (1 << 31))
+
+
+class OneWay(NamedTuple):
+    """A rate limit of one direction."""
+
+    bytes_s: float
+    burst_bytes: float = 0      # 0: the default
+
+
+class Rate(NamedTuple):
+    """A rate limit: of each direction (None: no limit), or of both together."""
+
+    up: Optional[OneWay]
+    down: Optional[OneWay]
+    together: bool              # `up` and `down` are the same one
+
+
+def rate(text: str) -> Union[Rate, Tuple[()]]:
+    """Parse RATE for both directions together, or UP/DOWN, in bytes a second; each with :BURST in bytes, if need be.
+    0 is no limit."""
+    halves = [RATE.fullmatch(half) for half in text.split("/")]
+    if len(halves) > 2 or not all(halves):
+        raise ValueError("%s is not RATE[:BURST] or UP[:BURST]/DOWN[:BURST] in bytes a second, as in 512K, 2M:8M or "
+                         "1M/20M" % ascii(text))
+    flows = [OneWay(*(float(number or 0) * UNITS[unit.upper() if unit else ""]
+                    for number, unit in ((half[1], half[2]), (half[3], half[4])))) for half in halves if half]
+    for flow in flows:
+        if flow.bytes_s and not LEAST_RATE <= flow.bytes_s <= MOST_RATE or flow.burst_bytes > MOST_RATE:
+            raise ValueError("%s is out of range: a rate is 0 or from 1K to 1024G" % ascii(text))
+    up, down = flows[0], flows[-1]
+    if not up.bytes_s and not down.bytes_s:
+        return ()
+    return Rate(up if up.bytes_s else None, down if down.bytes_s else None, len(flows) == 1)
 
 
 def workers(text: str) -> int:

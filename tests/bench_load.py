@@ -251,6 +251,13 @@ def play(pipe, seconds, function, *args):
         pipe.send(Trouble("%s: %s" % (function.__name__, exc)))
 
 
+def hear_port(pipe, seconds=20):
+    """The port that a target tells. Raises Trouble."""
+    if not pipe.poll(seconds):
+        raise Trouble("the target did not start")
+    return pipe.recv()
+
+
 @contextlib.contextmanager
 def process(seconds, *args):
     """Our end of the pipe to a process of the load, which is ended in the end."""

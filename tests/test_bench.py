@@ -27,6 +27,11 @@ def bench(*args, path=os.environ.get("PATH", os.defpath)):
 
 
 class Bench(unittest.TestCase):
+    def test_rates(self):
+        done = bench("--rates")
+        self.assertIn(done.returncode, (0, 1), done.stderr)
+        self.assertRegex(done.stdout, r"\n16K +1 +[0-9]+ +[0-9.]+ +1\.00\n$")
+
     def test_prints_table_chart_and_rst(self):
         done = bench("--only", "conn,bulk-down", "--servers", "direct,ours=-w 1", "--rst")
         self.assertEqual(done.returncode, 0, done.stderr)

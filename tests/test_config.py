@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 from socks5 import values
 from socks5.config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
-from socks5.values import Upstream
+from socks5.values import OneWay, Rate, Upstream
 from socks5.net import shares
 
 # For each kind of value: a text, and what it stands for. No default of any option is among them.
@@ -21,6 +21,7 @@ SAMPLES = {
     values.own_address: ("192.0.2.7", "192.0.2.7"),
     values.out_address: ("same", "same"),
     values.upstream: ("up=socks5://al:s%3Acret@[::1]:1081", Upstream("up", "::1", 1081, (b"al", b"s:cret"))),
+    values.rate: ("1M/20M:1G", Rate(OneWay(1 << 20), OneWay(20 << 20, 1 << 30), False)),
     values.network: ("192.0.2.0/24", ip_network("192.0.2.0/24")),
     values.credentials: ("al ice:se:cret", ("al ice", "se:cret")),
     values.path: ("/no/such/file", "/no/such/file"),
@@ -49,6 +50,8 @@ WRONG = {
                       "socks5://:1080", "socks5://a b:1080", "socks5://alice@h:1080", "socks5://:x@h:1080",
                       "socks5://alice:@h:1080", "socks5://a:b@c@h:1080", "direct=socks5://h:1080", "a b=socks5://h:1",
                       "socks5://" + "a" * 256 + ":x@h:1", "socks5://h:1080/path"),
+    values.rate: ("", "x", "-1", "1023", "1/2", "1M/2M/3M", "2T", "1025G", "1M:", ":1M", "1M:2000G", "/1M", "1M/",
+                  "1e6", "0x10K", "inf", "nan", "1 M", "1,5M", "9" * 5000),
     values.network: ("", "x", "192.0.2.1/24", "192.0.2.0/33", "::/129", "example.com", "192.0.2.0-192.0.2.9"),
     values.credentials: ("", ":", "alice", "alice:", ":secret", "a" * 256 + ":x", "x:" + "a" * 256,
                          "\u20ac" * 86 + ":x"),

@@ -210,11 +210,12 @@ with tempfile.TemporaryDirectory() as folder:
                     raise ConfigError("--config x: %s" % reason) from None
             return read_config
 
+        before = files.read_access(Config())
         with self.assertLogs("socks5", "WARNING") as logs:
-            users, rules = files.fresh_access(Config(), refused(PermissionError("Permission denied")), None)
+            users, rules = files.fresh_access(refused(PermissionError("Permission denied")), before)
         self.assertEqual((len(users.names), len(rules) > 0), (0, True))
         self.assertIn("--config x: Permission denied; its options stay as they were", logs.output[0])
-        self.assertRaises(ConfigError, files.fresh_access, Config(), refused(FileNotFoundError("none")), None)
+        self.assertRaises(ConfigError, files.fresh_access, refused(FileNotFoundError("none")), before)
 
     def test_want_of_resources_is_told_from_bad_files(self):
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):

@@ -27,7 +27,7 @@ STDLIB = set(getattr(sys, "stdlib_module_names", None) or """
     dataclasses datetime difflib email enum errno fcntl functools getpass grp hashlib heapq hmac html http importlib io
     ipaddress itertools json logging math mmap multiprocessing os pathlib pickle pkgutil platform pwd queue random re
     resource secrets select selectors shutil signal socket socketserver ssl stat string struct subprocess sys tempfile
-    textwrap threading time traceback types typing unicodedata urllib uuid warnings weakref""".split())
+    termios textwrap threading time traceback types typing unicodedata urllib uuid warnings weakref""".split())
 
 
 def modules():

@@ -141,6 +141,7 @@ class KernelPipe:
     """In place of splice.KernelPipe."""
 
     live = 0
+    room = KERNEL
 
     def __init__(self, owner):
         self.data = b""
@@ -151,7 +152,7 @@ class KernelPipe:
     def fill(self, fd):
         source = Connection.by_fd[fd]
         assert not self.data
-        size = min(KERNEL, source.available())
+        size = min(KERNEL, self.room, source.available())
         if not size:
             if source.error:
                 source.raise_error()

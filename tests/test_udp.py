@@ -242,7 +242,7 @@ class Bursts(unittest.TestCase):
         """As BSD and Windows do unasked: what was sent to a closed port makes the next recvfrom() fail."""
         with udp_socket() as there, self.association() as (association, sock, run):
             dst, nobody = address(*there.getsockname()), address("127.0.0.1", closed_port())
-            association._open_toward(socket.AF_INET).setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
+            association._sockets.open_toward(socket.AF_INET).setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
             sock.send(Datagram(nobody, b"anybody?").pack())
             run()
             wait_until(lambda: association.dropped)

@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import List, Tuple
+from typing import List, Tuple, Union
 
 from .users import Users
 from ..config import Config
-from ..values import ANY_SERVICE, DEFAULT_UPSTREAM
+from ..values import ANY_SERVICE, DEFAULT_UPSTREAM, Rate
 from .rules import Rules
 from ..protocol.fields import text
 from ..protocol.messages import Address
@@ -35,8 +35,26 @@ def report(config: Config) -> List[str]:
         lines.append("BIND: %d clients at a time by --bind-ports" % number_of(config.bind_ports))
     if config.udp_ports:
         lines.append("UDP ASSOCIATE: %d clients at a time by --udp-ports" % (number_of(config.udp_ports) // 2))
-    lines += ways(config, rules)
+    lines += shares(config) + ways(config, rules)
     return lines + ["warning: %s" % warning for warning in warnings(config, users, rules)]
+
+
+def shares(config: Config) -> List[str]:
+    """What one client or user may take."""
+    lines = ["%s %s: %s" % (words, whose, what) for words, whose, what in (
+        ("sessions of one", "client", config.max_per_client), ("sessions of one", "user", config.max_per_user),
+        ("bytes a second of one", "client", rate_words(config.rate_per_client)),
+        ("bytes a second of one", "user", rate_words(config.rate_per_user))) if what]
+    if not config.authenticates() and (config.max_per_user or config.rate_per_user):
+        lines.append("warning: no client has to log in, so the limits of users do not hold")
+    return lines
+
+
+def rate_words(rate: Union[Rate, Tuple[()]]) -> str:
+    if not rate:
+        return ""
+    one, other = ("%d" % way.bytes_s if way else "any number" for way in rate[:2])
+    return "%s up and down together" % one if rate[2] else "%s up, %s down" % (one, other)
 
 
 def ways(config: Config, rules: Rules) -> List[str]:

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Callable, Dict, List, Optional
 
 from .passwords import Turns, Wait
-from .shared import Lock, Table, lock_file
+from .shared import Lock, Table
 from .throttle import Attempt, Throttle
 
 KNOWN = 65536                           # right passwords remembered, 24 bytes each
@@ -53,14 +53,11 @@ class Logins:
 
     def share(self) -> None:
         """Make all of it hold over the processes that are forked later: call it before the first."""
-        if not self.lock.file:
-            self.lock.file = lock_file()
+        self.lock.share()
 
     def unshare(self) -> None:
         """Close what share() has opened: the processes have ended."""
-        if self.lock.file:
-            self.lock.file.close()
-            self.lock.file = None
+        self.lock.unshare()
 
     # ---- passwords that were right --------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optiona
 
 from ..protocol.codes import Cmd
 from ..config import Config, ConfigError
-from ..values import DIRECT, Network, Upstream, network
+from ..values import DIRECT, Network, Rate, Upstream, network, rate
 from .files import read_lines
 from ..protocol.fields import Host
 
@@ -25,7 +25,7 @@ COMMANDS = {"connect": Cmd.CONNECT, "bind": Cmd.BIND, "udp": Cmd.UDP_ASSOCIATE}
 ALL_PORTS = (0, 65535)
 VERDICTS = 4096             # cached: 1 MB
 GRAMMAR = "allow|deny [user NAME] [from CIDR] [to CIDR|name|.suffix|any] [port N|N-M] " \
-          "[command connect|bind|udp] [via NAME|direct]"
+          "[command connect|bind|udp] [via NAME|direct] [rate RATE]"
 WORD = re.compile(r'"([^"]*)"|(\S+)')
 PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 NAME = re.compile(rb"\.?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
@@ -81,6 +81,7 @@ class Verdict(NamedTuple):
     allowed: bool
     where: str                          # file:line, or what else decided
     upstream: Optional[Upstream] = None     # through which it is allowed; None: we connect ourselves
+    rate: Union[Rate, Tuple[()]] = ()   # that each session may have; (): any
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Rule:
     ports: Tuple[int, int] = ALL_PORTS
     cmd: Optional[Cmd] = None
     via: Optional[str] = None               # an upstream's name, or "direct"; None: the default
+    rate: Union[Rate, Tuple[()]] = ()       # of each session
 
     def concerns(self, asker: Asker) -> bool:
         return ((self.cmd is None or self.cmd == asker.cmd) and (self.user is None or self.user == asker.user)
@@ -214,7 +216,11 @@ class Rules:
         return Verdict(False, "%s: no rule allows it" % self.path)
 
     def verdict(self, rule: Rule) -> Verdict:
-        return Verdict(rule.allow, rule.where, self.config.upstream_of(rule.via) if rule.allow else None)
+        return Verdict(rule.allow, rule.where, self.config.upstream_of(rule.via) if rule.allow else None, rule.rate)
+
+    def rated(self) -> bool:
+        """Whether a rule has a rate."""
+        return any(rule.rate for rule in self.rules)
 
     def judge_name(self, asker: Asker, port: int, name: bytes) -> Optional[Verdict]:
         """Judge a name that an upstream resolves. None: we have to, for a rule "to CIDR" or to connect ourselves."""
@@ -317,8 +323,9 @@ def parse_rule(words: List[str], where: str) -> Rule:
         if key in keys[:at]:
             raise ValueError("%r stands here twice" % key)
         facts.update(PARTS[key](values[at]))
-    if verb == "deny" and "via" in keys:
-        raise ValueError("'via' belongs to an allow")
+    for key in ("via", "rate"):
+        if verb == "deny" and key in keys:
+            raise ValueError("%r belongs to an allow" % key)
     rule = Rule(verb == "allow", where, " ".join(words), **facts)       # type: ignore[arg-type]
     net = rule.network
     if rule.allow and net and net.prefixlen and inside(net.network_address) != net.network_address:
@@ -360,4 +367,5 @@ def part_command(text: str) -> Dict[str, object]:
 PARTS: Dict[str, Callable[[str], Dict[str, object]]] = {
     "user": lambda text: {"user": text.encode("utf-8", "surrogateescape")},
     "from": lambda text: {"source": None if text == "any" else network(text)},
-    "to": part_to, "port": part_port, "command": part_command, "via": lambda text: {"via": text}}
+    "to": part_to, "port": part_port, "command": part_command, "via": lambda text: {"via": text},
+    "rate": lambda text: {"rate": rate(text)}}

@@ -56,6 +56,16 @@ class Lock:
         self._threads = threading.Lock()
         self.file: Optional[IO[bytes]] = None
 
+    def share(self) -> None:
+        """Have it exclude the processes that are forked later: call it before the first."""
+        self.file = self.file or lock_file()
+
+    def unshare(self) -> None:
+        """Close what share() has opened: the processes have ended."""
+        if self.file:
+            self.file.close()
+            self.file = None
+
     def __enter__(self) -> None:
         self._threads.acquire()
         if self.file:

@@ -13,10 +13,12 @@ import socket
 import struct
 import sys
 from threading import Condition
-from typing import Any, Counter, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Counter, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
-from ..net.addresses import IP, Sockaddr, family_of, ip_of
-from ..protocol.errors import name_of
+from ..net.addresses import IP, Sockaddr, family_of, ip_of, leaving, subscriber
+from ..net.shares import Ports
+from ..protocol.codes import Rep
+from ..protocol.errors import RequestRefused, name_of, rep_of
 
 BURST = 64                      # datagrams from one socket before the next socket is served; one call cuts 64 at most
 DATAGRAM_BYTES = 1 << 16        # more than UDP can carry, so that no datagram is truncated
@@ -103,6 +105,81 @@ def our_end(control: socket.socket, client: IP) -> Sockaddr:
             probe.connect((str(client), DISCARD))           # sends nothing; the kernel chooses our address
             here = probe.getsockname()
     return here                                             # type: ignore[no-any-return]
+
+
+class Sockets:
+    """The UDP sockets of one association: one faces the client, one for each family the remotes. They take ports from
+    the client's share. Raises RequestRefused when there is no socket or port.
+
+    inside      faces the client
+    outside     the others, by descriptor
+    """
+
+    def __init__(self, control: socket.socket, client: IP, ports: Ports, out: Sequence[str],
+                 watch: Callable[[Any], None]) -> None:
+        """`watch` is called with every socket that faces remotes, as soon as it is there."""
+        self._ports, self._owner = ports, subscriber(client)
+        self._control, self._out, self._watch = control, out, watch
+        self.outside: Dict[int, socket.socket] = {}
+        self._toward: Dict[int, socket.socket] = {}         # the same by family
+        self._taken: List[int] = []                         # of the ports: IP versions
+        self.inside = self._open(our_end(control, client))
+
+    def _open(self, sockaddr: Sockaddr) -> socket.socket:
+        """The socket that faces the client. Where ports are scarce those towards the remotes come with it."""
+        here = ip_of(sockaddr)
+        families = sorted({socket.AF_INET, family_of(here)}) if self._ports.range else []
+        versions = [here.version] + [4 if family == socket.AF_INET else 6 for family in families]
+        inside = None
+        try:
+            for version in set(versions):
+                self._take(version, versions.count(version))
+            inside = bound(family_of(here), str(here), self._ports, sockaddr[2:] if here.version == 6 else ())
+            for family in families:
+                self.open_toward(family)
+            return inside
+        except OSError as exc:
+            if inside:
+                inside.close()
+            self._close()
+            why = "no UDP socket in %s: %s" % (self._ports, name_of(exc))
+            raise RequestRefused(Rep.GENERAL_FAILURE if exc.errno == errno.EADDRINUSE else rep_of(exc), why) from None
+
+    def _take(self, version: int, number: int) -> None:
+        if not self._ports.take(self._owner, version, number):
+            raise OSError(errno.EADDRINUSE, "no port left for %s" % self._owner)
+        self._taken += [version] * number
+
+    def open_toward(self, family: int) -> socket.socket:
+        source = leaving(self._out, ip_of(self._control.getsockname()), 4 if family == socket.AF_INET else 6)
+        sock = self._toward[family] = bound(family, str(source) if source else "", self._ports)
+        self.outside[sock.fileno()] = sock
+        self._watch(sock)
+        return sock
+
+    def toward(self, remote: IP) -> socket.socket:
+        """Our socket of the remote's family, opened when it is first needed. Raises OSError when there can be none."""
+        sock = self._toward.get(family_of(remote))
+        if not sock:
+            self._take(remote.version, 1)
+            try:
+                sock = self.open_toward(family_of(remote))
+            except OSError:
+                self._taken.pop()
+                self._ports.give_back(self._owner, remote.version)
+                raise
+        return sock
+
+    def close(self) -> None:
+        self.inside.close()
+        self._close()
+
+    def _close(self) -> None:
+        for sock in self.outside.values():
+            sock.close()
+        for version in self._taken:
+            self._ports.give_back(self._owner, version)
+        self._taken = []
 
 
 def segments(sock: socket.socket) -> bool:

@@ -8,28 +8,28 @@ neither parsed nor judged again; a change of the rules clears that. All associat
 """
 from __future__ import annotations
 
-import errno
 import socket
 from collections import Counter
+from functools import partial
 from math import inf
 from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple
 
-from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, family_of, ip_of, leaving, subscriber
+from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, ip_of, subscriber
 from ..net.lookups import Busy, Names, Waiting
 from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
 from ..net.shares import Ports
-from ..protocol.codes import Rep
 from ..protocol.envelope import Envelope
-from ..protocol.errors import RequestRefused, name_of, rep_of
+from ..protocol.errors import RequestRefused, name_of
 from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
 from ..values import Upstream
-from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, bound, our_end, remember, send
+from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, Sockets, remember, send
 from .enveloped import EnvelopedSocket
 from .fragments import Fragments
+from .rates import DOWN as DOWN_WAY, UP as UP_WAY, Police
 from .upstream import Link, Links
 
 Route = Tuple[socket.socket, Sockaddr, int]          # the number of header bytes that go along: to an upstream, all
@@ -37,6 +37,7 @@ Way = Callable[[Optional[IP], int, Host], Optional[Upstream]]
 OnDatagram = Callable[[str, bytes, Sockaddr], None]
 
 HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, ATYP, 16 of IPv6, port
+BEYOND = "beyond the rate"
 FORGET_S = 30.0                 # how long a name stands for the same address
 BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
 
@@ -56,6 +57,7 @@ class Association:
     links        associations with upstreams, whose sockets we read; the caller closes them
     way          through which upstream does a datagram go? None: we send it; without an address: we resolve the name
     envelope     that of the client's datagrams, if they have one
+    police       which datagrams are within the rate limits; made anew when the rules are others
     bnd          where the client is to send its datagrams
     up, down     payload bytes relayed, and `datagrams`: [up, down]
     dropped      datagrams that were not, by reason
@@ -66,18 +68,18 @@ class Association:
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
                  rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None,
                  out: Sequence[str] = (), links: Optional[Links] = None, way: Optional[Way] = None,
-                 envelope: Optional[Envelope] = None) -> None:
+                 envelope: Optional[Envelope] = None,
+                 police: Callable[[], Optional[Police]] = lambda: None) -> None:
         self.control = control
         self.client = str(client)
         self.owner = subscriber(client)
-        self.ports = ports
         self.names = names
         self.permit = permit
         self.rules = rules
         self.on_datagram = on_datagram
-        self.out = out
         self.links, self.way = Links() if links is None else links, way
         self._judged_by = rules()
+        self._hire, self.police = police, police()
         self.up, self.down, self.datagrams = 0, 0, [0, 0]
         self.dropped: Counts[str] = Counter()
         self.ended_by = self.why = ""
@@ -87,70 +89,27 @@ class Association:
         self._forget_at = self.moved_at = 0.0
         self._fragments = Fragments()
         self._waiting: Optional[Waiting[Tuple[Datagram, Host]]] = None
-        self._outside: Dict[int, socket.socket] = {}        # by descriptor
-        self._toward: Dict[int, socket.socket] = {}         # the same by family
-        self._taken: List[int] = []                         # of `ports`: IP versions
         self._moved = False
         self._poll = new_poll()
-        inside = self._open(our_end(control, client))
-        self._inside: Any = EnvelopedSocket(inside, envelope, self.client) if envelope else inside
+        self._sockets = sockets = Sockets(control, client, ports, out, partial(watch, self._poll))
+        self._outside = sockets.outside
+        self._inside: Any = EnvelopedSocket(sockets.inside, envelope, self.client) if envelope else sockets.inside
         linked = [(sock, link) for link in self.links.values() for sock in (link.sock, link.control)]
         self._linked = {sock.fileno(): link for sock, link in linked}
         for sock in (control, self._inside, *(sock for sock, _link in linked)):
-            self._watch(sock)
+            watch(self._poll, sock)
         here = self._inside.getsockname()
         self.bnd = Endpoint(advertised(advertise, ip_of(here)), here[1])
-
-    def _open(self, sockaddr: Sockaddr) -> socket.socket:
-        """The socket that faces the client. Where ports are scarce those towards the remotes come with it."""
-        here = ip_of(sockaddr)
-        families = sorted({socket.AF_INET, family_of(here)}) if self.ports.range else []
-        versions = [here.version] + [4 if family == socket.AF_INET else 6 for family in families]
-        inside = None
-        try:
-            for version in set(versions):
-                self._take(version, versions.count(version))
-            inside = bound(family_of(here), str(here), self.ports, sockaddr[2:] if here.version == 6 else ())
-            for family in families:
-                self._open_toward(family)
-            return inside
-        except OSError as exc:
-            if inside:
-                inside.close()
-            self._close()
-            why = "no UDP socket in %s: %s" % (self.ports, name_of(exc))
-            raise RequestRefused(Rep.GENERAL_FAILURE if exc.errno == errno.EADDRINUSE else rep_of(exc), why) from None
-
-    def _take(self, version: int, number: int) -> None:
-        if not self.ports.take(self.owner, version, number):
-            raise OSError(errno.EADDRINUSE, "no port left for %s" % self.owner)
-        self._taken += [version] * number
-
-    def _open_toward(self, family: int) -> socket.socket:
-        source = leaving(self.out, ip_of(self.control.getsockname()), 4 if family == socket.AF_INET else 6)
-        sock = self._toward[family] = bound(family, str(source) if source else "", self.ports)
-        self._outside[sock.fileno()] = sock
-        self._watch(sock)
-        return sock
-
-    def _watch(self, readable: Any) -> None:
-        self._poll.register(readable.fileno(), READ)
 
     def __enter__(self) -> Association:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._inside.close()
-        self._close()
-
-    def _close(self) -> None:
-        for sock in self._outside.values():
-            sock.close()
+        self._sockets.close()
         if self._waiting:
             self._waiting.close()
-        for version in self._taken:
-            self.ports.give_back(self.owner, version)
-        self._taken = []
+        if self.police:
+            self.police.close()
 
     def run(self, idle_s: float) -> None:
         """Relay until the client is gone, or nothing went through for idle_s (0: for ever)."""
@@ -163,6 +122,8 @@ class Association:
             now = monotonic()
             if now >= self._forget_at or self.rules() is not self._judged_by:
                 self._routes.clear()
+                if self.rules() is not self._judged_by:
+                    self._limit_anew()
                 self._forget_at, self._judged_by = now + FORGET_S, self.rules()
             if ready:
                 self._turn(ready)
@@ -191,6 +152,11 @@ class Association:
         finally:
             BUFFERS.give_back((buffer, view))
 
+    def _limit_anew(self) -> None:
+        if self.police:
+            self.police.close()
+        self.police = self._hire()
+
     def losses(self) -> Counts[str]:
         """How many datagrams were dropped, by reason."""
         return self.dropped + Counter({"fragment": self._fragments.dropped})
@@ -211,7 +177,7 @@ class Association:
 
     def _from_client(self, buffer: bytearray, view: memoryview) -> None:
         """Receive a burst from the client and send it on. A header that is the same as before is not parsed again."""
-        receive, routes, on_datagram = self._inside.recvfrom_into, self._routes, self.on_datagram
+        receive, routes, on_datagram, police = self._inside.recvfrom_into, self._routes, self.on_datagram, self.police
         header, start, skip, length, at = b"", DATAGRAM_BYTES, 0, 0, 0
         run: List[memoryview] = []
         route = to = None
@@ -240,6 +206,9 @@ class Association:
                     run = []
                     self._look_at(bytes(view[at:at + size]), sender)
                     continue
+            if police and not police.passes(UP_WAY, size - start, route[1] if route and not route[2] else None):
+                self.dropped[BEYOND] += 1
+                continue
             if run and (size - skip != length or route is not to):
                 self._up(run, to)
                 run = []
@@ -257,7 +226,7 @@ class Association:
 
     def _from_remote(self, sock: socket.socket, buffer: bytearray, view: memoryview) -> None:
         """Receive a burst from remotes and send it to the client, each datagram behind the header of its sender."""
-        receive, headers = sock.recvfrom_into, self._headers
+        receive, headers, police = sock.recvfrom_into, self._headers, self.police
         before, header, room, length, at = None, b"", 0, 0, 0
         run: List[memoryview] = []
         for _ in range(BURST):
@@ -268,6 +237,9 @@ class Association:
                 break
             except OSError as exc:
                 self.dropped[name_of(exc)] += 1
+                continue
+            if police and not police.passes(DOWN_WAY, size, sender):
+                self.dropped[BEYOND] += 1
                 continue
             if run and size != length:
                 self._down(run, length)
@@ -286,6 +258,9 @@ class Association:
     def _from_link(self, link: Link, fd: int, view: memoryview) -> None:
         if fd == link.sock.fileno():
             for run, length in link.receive(view, self.dropped):
+                if self.police:
+                    came, run = len(run), [one for one in run if self.police.passes(DOWN_WAY, length)]
+                    self.dropped[BEYOND] += came - len(run)
                 self._down(run, length)
         elif not link.alive():
             self.ended_by, self.why = "remote", "%s ended the association" % str(link.upstream)
@@ -344,7 +319,7 @@ class Association:
             return None
         if not self._waiting:
             self._waiting = Waiting(self.names, self.owner)
-            self._watch(self._waiting.wakeup)
+            watch(self._poll, self._waiting.wakeup)
         answer = self._waiting.ask(host, (datagram, host), len(datagram.data))
         return answer and answer.addresses
 
@@ -359,8 +334,13 @@ class Association:
             if upstream:
                 self._send_through(upstream, datagram, address)
                 return
+            if self.police:
+                self.police.learn(address, port, host)
+                if not self.police.passes(UP_WAY, len(datagram.data), (str(address), port)):
+                    reason = BEYOND
+                    break
             try:
-                route = self._socket_toward(address), (str(address), port), 0
+                route = self._sockets.toward(address), (str(address), port), 0
                 route[0].sendto(datagram.data, route[1])
             except OSError as exc:
                 reason = name_of(exc)
@@ -373,6 +353,9 @@ class Association:
 
     def _send_through(self, upstream: Upstream, datagram: Datagram, host: Host) -> None:
         """Send it to an upstream, and so from now on what has its header, unless that names another host."""
+        if self.police and not self.police.passes(UP_WAY, len(datagram.data)):
+            self.dropped[BEYOND] += 1
+            return
         try:
             header, route = self.links[upstream.name].send(datagram, host)
         except KeyError:
@@ -385,15 +368,6 @@ class Association:
             if host == datagram.dst.host:
                 remember(self._routes, header, route)
 
-    def _socket_toward(self, remote: IP) -> socket.socket:
-        """Our socket of the remote's family, opened when it is first needed. Raises OSError when there can be none."""
-        sock = self._toward.get(family_of(remote))
-        if not sock:
-            self._take(remote.version, 1)
-            try:
-                sock = self._open_toward(family_of(remote))
-            except OSError:
-                self._taken.pop()
-                self.ports.give_back(self.owner, remote.version)
-                raise
-        return sock
+
+def watch(poll: Any, readable: Any) -> None:
+    poll.register(readable.fileno(), READ)

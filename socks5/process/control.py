@@ -37,7 +37,7 @@ class Control:
         self.access = access                    # in force, whatever is in the files by now
         self.companion = companion or Companion()
         self.signals = Signals()
-        self.files = Files(config, lambda config: fresh_access(config, read_config or (lambda: config), self.access))
+        self.files = Files(config, lambda config: fresh_access(read_config or (lambda: config), self.access))
         self.stops = 0                          # how often it was asked for
         self.status = 0                         # the program's exit status
         self._reload_at = NEVER

@@ -9,7 +9,7 @@ from typing import Callable, List, Optional, Tuple
 
 from ..access.rules import Rules
 from ..access.users import Users
-from ..config import Config, ConfigError, changed
+from ..config import Config, ConfigError, reloaded
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +25,13 @@ def read_access(config: Config, before: Optional[Access] = None) -> Access:
     return Users(config, before and before[0]), Rules(config)
 
 
-def fresh_access(config: Config, read_config: Callable[[], Config], before: Access) -> Access:
-    """The same for a reload. Options that have changed since the start are named, and so is a --config file that
-    --run-as has made unreadable: users and rules must be changeable all the same."""
+def fresh_access(read_config: Callable[[], Config], before: Access) -> Access:
+    """The same for a reload: the options that SIGHUP changes are read again, too. What else has changed there is said,
+    and so is a --config file that --run-as has made unreadable: users and rules must be changeable all the same."""
+    config = before[1].config
     try:
-        for flag in changed(config, read_config()):
+        config, others = reloaded(config, read_config())
+        for flag in others:
             log.warning("%s: its change takes a restart", flag)
     except ConfigError as exc:
         if not isinstance(exc.__cause__ or exc.__context__, PermissionError):

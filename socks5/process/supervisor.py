@@ -64,6 +64,7 @@ class Supervisor(Control):
         self.make = make
         self.shared = shared or Shared(count)
         access[0].logins.share()
+        self.shared.buckets.lock.share()
         self.workers: Dict[int, Worker] = {}            # by pid
         self.start_at: Dict[int, float] = dict.fromkeys(range(count), 0.0)     # by row, of those that do not run
         if self.companion.wanted:
@@ -184,6 +185,7 @@ class Supervisor(Control):
             worker.outbox.sock.close()
         super().close()
         self.access[0].logins.unshare()
+        self.shared.buckets.lock.unshare()
 
 
 def how_it_died(status: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from time import monotonic
 
 from ..net.poller import new_poll
+from .limited import pause
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel, rewatch
 
 FIRST_S = 0.005                     # how long a tunnel that has just been made is waited for at a time,
@@ -32,6 +33,12 @@ class Turns:
 
         Raises OSError when poll() or select() takes no more."""
         tunnel = self._tunnel
+        if tunnel.change is not None:
+            tunnel.change_now()
+            self.look = True
+        if tunnel.up.resume_at or tunnel.down.resume_at:
+            wait_s = pause(tunnel, wait_s)
+            self.look = True
         if self.look:
             wanted, before = tunnel.interest(), self._watched
             rewatch(self._poll, self._client, before[CLIENT], wanted[CLIENT])

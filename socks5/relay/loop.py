@@ -26,6 +26,7 @@ from ..net.poller import BATCH, READ, new_poller
 from ..net.shares import Share
 from . import splice
 from .busy import QUIET_S, relay_busy, relay_first
+from .limited import Timers, read_on
 from .pipe import DONTWAIT
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel, rewatch
 from .watch import Bell, Watch
@@ -50,6 +51,7 @@ class Loop:
         self._tunnels: Set[Tunnel] = set()
         self._over: List[Tunnel] = []                           # to be closed after this batch
         self._calls: Deque[Callable[[], object]] = deque()
+        self._timers = Timers()                                 # of directions that a rate limit holds back
         self._lent = 0                                          # to threads of their own
         self._threads = Share(MAX_LENT)                         # for busy tunnels
         self._first = 0                                         # still in the threads that brought them
@@ -131,6 +133,10 @@ class Loop:
         self._calls.append(call)
         self._bell.ring()
 
+    def change_all(self, change: Callable[[Tunnel], None]) -> None:
+        """Have change(tunnel) called for each tunnel, by the thread that has it."""
+        self.call_soon(partial(self._change_each, change))
+
     def abort_all(self, why: str) -> None:
         """End all tunnels; both sides of each are reset."""
         self.call_soon(lambda: self._abort_each(why))
@@ -178,10 +184,10 @@ class Loop:
         self._bell.close()
 
     def _serve(self) -> None:
-        poll, watched = self._poller.poll, self._watched
+        poll, watched, paused = self._poller.poll, self._watched, self._timers.heap
         subject: Any = None
         while not self._stopping or self._lent or self._first or self._calls:
-            ready = poll(SWEEP_S, BATCH)
+            ready = poll(self._timers.wait_s(SWEEP_S) if paused else SWEEP_S, BATCH)
             now = monotonic()
             for fd, events in ready:
                 try:
@@ -194,11 +200,22 @@ class Loop:
                 except Exception:               # one exception costs one tunnel
                     self._bug(fd, subject)
             subject = None                      # keep no tunnel alive while the loop waits
+            if paused and paused[0][0] <= now:
+                self._go_on(now)
             self._run_calls()
             if now >= self._sweep_at:
                 self._sweep(now)
             if self._over:
                 self._close_ended()
+
+    def _go_on(self, now: float) -> None:
+        """Read from the directions that were paused until now."""
+        for tunnel, side in self._timers.due(now):
+            try:
+                read_on(tunnel, side, now)
+                self._look_at(tunnel)
+            except Exception:
+                self._bug(-1, tunnel)
 
     def _run_calls(self) -> None:
         while self._calls:
@@ -225,6 +242,8 @@ class Loop:
             tunnel.watched = wanted[CLIENT], before[REMOTE]         # what is true if the next line fails
             rewatch(self._poller, tunnel.remote.fileno(), before[REMOTE], wanted[REMOTE])
             tunnel.watched = wanted
+        if tunnel.up.resume_at or tunnel.down.resume_at:
+            self._timers.note(tunnel)
 
     def _bug(self, fd: int, subject: Any) -> None:
         self._failed()
@@ -259,6 +278,18 @@ class Loop:
             self._ended(tunnel)
         except Exception:
             self._failed()
+
+    def _change_each(self, change: Callable[[Tunnel], None]) -> None:
+        with self._gate:
+            for tunnel in self._tunnels:
+                tunnel.change = change              # the thread of one that is lent sees it soon
+                self._calls.append(partial(self._change, tunnel))
+
+    def _change(self, tunnel: Tunnel) -> None:
+        """Do what another thread has asked for, and take note of a pause, if the loop has the tunnel."""
+        if not tunnel.lent and not tunnel.ended:
+            tunnel.change_now()
+            self._look_at(tunnel)
 
     def _abort_each(self, why: str) -> None:
         with self._gate:                            # a lent tunnel must not be closed meanwhile
@@ -306,6 +337,8 @@ class Loop:
             raise exc if isinstance(exc, OSError) else OSError(errno.EBADF, str(exc)) from None
         tunnel.watched = wanted
         self._watched.update({client: (tunnel, CLIENT), remote: (tunnel, REMOTE)})
+        if tunnel.change or tunnel.paused():
+            self.call_soon(partial(self._change, tunnel))
 
     def _unregister(self, tunnel: Tunnel) -> None:
         for sock, events in zip((tunnel.client, tunnel.remote), tunnel.watched):

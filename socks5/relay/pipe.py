@@ -45,10 +45,12 @@ class Pipe:
     full            how many reads in a row filled their buffer: from a few on, a kernel pipe is worth its price
     urgent          `chunk` is the one byte that the source sent as urgent data
     parked          bytes of `chunk` that count for splice.parked: what a kernel pipe held when it was given back
+    room            bytes of one read
+    resume_at       when it may read again, while a rate limit holds it back; 0: now
     """
 
     __slots__ = ("source", "sink", "origin", "target", "chunk", "kernel", "held", "total", "done", "full", "urgent",
-                 "parked")
+                 "parked", "room", "resume_at")
 
     def __init__(self, source: socket.socket, sink: socket.socket, origin: str, target: str,
                  early: bytes = b"") -> None:
@@ -65,6 +67,8 @@ class Pipe:
         self.full = 0
         self.urgent = False
         self.parked = 0
+        self.room = CHUNK_BYTES
+        self.resume_at = 0.0
 
     def fill(self) -> Optional[bool]:
         """Read what the source has and pass on what the sink takes; to be called while nothing is in hand.
@@ -75,7 +79,7 @@ class Pipe:
         if self.kernel is not None:
             return self._fill_kernel(self.kernel)
         try:
-            data = self.source.recv(CHUNK_BYTES, DONTWAIT)
+            data = self.source.recv(self.room, DONTWAIT)
         except BlockingIOError:
             return None
         except OSError as exc:
@@ -88,7 +92,7 @@ class Pipe:
         except OSError as exc:
             raise Broken(self.target, exc) from None
         self.total += sent
-        if sent == size and 0 < size < CHUNK_BYTES:
+        if sent == size and 0 < size < self.room:
             self.full = 0
             return False
         if sent < size:

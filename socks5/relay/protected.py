@@ -44,7 +44,7 @@ class CodingPipe(Pipe):
 
     def fill(self) -> Optional[bool]:
         try:
-            data = self.source.recv(self.size, DONTWAIT)
+            data = self.source.recv(min(self.size, self.room), DONTWAIT)
             if not data and self.unfinished():
                 raise OSError(0, CUT)
             coded = self.code(data) if data else b""

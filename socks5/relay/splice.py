@@ -43,13 +43,13 @@ def park(size: int) -> None:
 
 
 class KernelPipe:
-    """One fill() takes at most PIPE_BYTES; `held` is how many bytes it holds.
+    """One fill() takes at most `room`; `held` is how many bytes it holds.
 
     Clients that stall in the middle of a download must not fill the memory: what all kernel pipes of the process held
     when their tunnels stalled is at most MAX_PARKED, MAX_PIPES times PIPE_BYTES, and FRUGAL_BYTES for each.
     """
 
-    __slots__ = ("held", "_owner", "_out", "_into")
+    __slots__ = ("held", "room", "_owner", "_out", "_into")
 
     def __init__(self, owner: str = "") -> None:
         """Raises OSError when there is none: no descriptors, the owner's share or the user's pipe memory used up."""
@@ -57,6 +57,7 @@ class KernelPipe:
             raise OSError(errno.EMFILE, "no kernel pipe left for %s" % owner)
         self._owner = owner
         self.held = 0
+        self.room = PIPE_BYTES
         self._out = self._into = -1
         try:
             self._out, self._into = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -68,7 +69,7 @@ class KernelPipe:
     def fill(self, source: int) -> int:
         """Take what a non-blocking descriptor has. 0 and BlockingIOError both mean "ask recv()": at urgent data
         splice() stops with either of them, whatever else has come. Raises OSError as recv does."""
-        size = PIPE_BYTES if parked < MAX_PARKED else FRUGAL_BYTES
+        size = self.room if parked < MAX_PARKED else min(self.room, FRUGAL_BYTES)
         taken: int = _splice(source, self._into, size, flags=MOVE_NONBLOCK)
         self.held += taken
         return taken

@@ -9,7 +9,7 @@ the other, so that a download which was cut off never looks complete. Urgent dat
 from __future__ import annotations
 
 import socket
-from typing import Any, Tuple
+from typing import Any, Callable, Optional, Tuple
 
 from ..net.poller import HANG_UP, READ, URGENT, WRITE
 from .pipe import Broken, Pipe, error_of, reset_on_close
@@ -32,6 +32,7 @@ class Tunnel:
     watched         the events for which the loop has registered each side; UNREGISTERED for none
     hung_up         the sides that are closed both ways, as bits 1 (client) and 2 (remote)
     lent            a thread of its own has it: the loop must not touch it
+    change          set by another thread: to be called with the tunnel by the thread that has it; see change_now
     aborted         set by another thread: the tunnel is to end, for this reason
     ended           it is over, and `close` may be called
     ended_by        "client" or "remote", which said EOF or failed first; "idle", "half-closed", or why it was aborted
@@ -39,7 +40,7 @@ class Tunnel:
     """
 
     __slots__ = ("session", "owner", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched",
-                 "hung_up", "lent", "aborted", "ended", "ended_by", "why")
+                 "hung_up", "lent", "change", "aborted", "ended", "ended_by", "why")
 
     def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", idle_s: float = 0,
                  half_closed_s: float = 0, session: Any = None, owner: str = "") -> None:
@@ -56,6 +57,7 @@ class Tunnel:
         self.watched = (UNREGISTERED, UNREGISTERED)
         self.hung_up = 0
         self.lent = False
+        self.change: Optional[Callable[[Any], None]] = None
         self.aborted = ""
         self.ended = False
         self.ended_by = ""
@@ -65,8 +67,8 @@ class Tunnel:
         """The events to wait for now, of the client and of the remote. 0 still reports a failure; UNREGISTERED is for
         a side that has nothing more to report."""
         up, down = self.up, self.down
-        client = (0 if up.done or up.held else INCOMING) | (WRITE if down.held else 0)
-        remote = (0 if down.done or down.held else INCOMING) | (WRITE if up.held else 0)
+        client = (0 if up.done or up.held or up.resume_at else INCOMING) | (WRITE if down.held else 0)
+        remote = (0 if down.done or down.held or down.resume_at else INCOMING) | (WRITE if up.held else 0)
         if self.hung_up:
             client = client or (UNREGISTERED if self.hung_up & 1 else 0)
             remote = remote or (UNREGISTERED if self.hung_up & 2 else 0)
@@ -119,15 +121,25 @@ class Tunnel:
         """The time limit in force, in seconds (0: none), and its name."""
         return (self.half_closed_s, "half-closed") if self.up.done or self.down.done else (self.idle_s, "idle")
 
+    def paused(self) -> bool:
+        """Whether a rate limit holds a direction back."""
+        return bool(self.up.resume_at or self.down.resume_at)
+
     def deadline(self) -> float:
-        """When the limit ends it, if no byte moves before."""
+        """When the limit ends it, if no byte moves before. One that is paused is not idle."""
         limit_s, _name = self.limit()
-        return self.moved_at + limit_s if limit_s else float("inf")
+        return self.moved_at + limit_s if limit_s and not self.paused() else float("inf")
 
     def expire(self) -> None:
         """End it because its deadline has passed."""
         limit_s, name = self.limit()
         self.end(name, "nothing moved for %g s" % limit_s)
+
+    def change_now(self) -> None:
+        """By the thread that has the tunnel: make the change that another has asked for."""
+        change, self.change = self.change, None
+        if change is not None:
+            change(self)
 
     def end(self, by: str, why: str = "") -> None:
         """End it by our own decision: both sides are reset."""
@@ -138,7 +150,7 @@ class Tunnel:
     def close(self) -> None:
         """Close the remote and what is in hand; the client's socket is closed with its session."""
         for pipe in (self.up, self.down):
-            if pipe.held or pipe.kernel is not None:
+            if pipe.held or pipe.kernel is not None or pipe.resume_at:
                 pipe.close()
         self.remote.close()
 
@@ -160,6 +172,9 @@ class Tunnel:
 
     def _look_at_failure(self, pipe: Pipe, side: int, events: int) -> bool:
         """A side of which nothing is wanted has failed; or is closed both ways, which would be reported for ever."""
+        if pipe.resume_at:                  # what has come before is read when it is time, and then the error
+            self.hung_up |= 1 << side
+            return True
         error = error_of(pipe.source)
         if error:
             raise Broken(pipe.origin, error)

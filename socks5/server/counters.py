@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 from typing import Any, Hashable
 
+from ..relay.bucket import Buckets
+
 
 class Counts:
     """How many there are of one thing, in all and of an origin. This process adds; the sums are those of all processes.
@@ -21,6 +23,11 @@ class Counts:
     def of_thing(self, what: str) -> Counts:
         """This process's counts of another thing."""
         return Counts(self._shared, self._row, what)
+
+    @property
+    def buckets(self) -> Buckets:
+        """Of the rate limits."""
+        return self._shared.buckets
 
     def number(self) -> int:
         """For one more session: one that no other has, in any process, nor had in one that has ended. From 1."""
@@ -57,16 +64,33 @@ class Counts:
         return 2 + hash(origin) % Shared.ORIGINS
 
 
+class UserCounts:
+    """The sessions of each user. Two users that meet in a place of one table do not meet in the other, but by a rare
+    chance: the smaller number is right."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._tables = counts.of_thing("users"), counts.of_thing("users again")
+
+    def add(self, user: bytes, change: int) -> None:
+        for number, table in enumerate(self._tables):
+            table.add((number, user), change)
+
+    def of(self, user: bytes) -> int:
+        return min(table.of((number, user)) for number, table in enumerate(self._tables))
+
+
 class Shared:
     """Counters in memory that forked processes share. Each writes to its own row, and reads the sum of all."""
 
     LIVE, GIVEN = 0, 1              # how many there are, how many numbers were given: a row begins with these
     ORIGINS = 16384
     ROW = 2 + ORIGINS
-    THINGS = ("sessions", "bind-ports 4", "bind-ports 6", "udp-ports 4", "udp-ports 6")     # ports by IP version
+    THINGS = ("sessions", "bind-ports 4", "bind-ports 6", "udp-ports 4", "udp-ports 6",     # ports by IP version
+              "users", "users again")
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
+        self.buckets = Buckets()
         # The system gives memory to what was written to only.
         self.tables = {what: memoryview(mmap.mmap(-1, 4 * rows * self.ROW)).cast("I") for what in self.THINGS}
 

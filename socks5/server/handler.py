@@ -20,6 +20,7 @@ from ..access.users import Users
 from ..commands.authorize import Authorizer
 from ..commands.bind import PeerWait, Rendezvous, expected
 from ..commands.connect import Source, connect
+from ..commands.rates import Rates
 from ..commands.udp import Association
 from ..commands.upstream import Chain, Links
 from ..config import Config
@@ -54,6 +55,7 @@ class Service:
     config: Config
     users: Users
     rules: Rules
+    rates: Rates
     names: Names
     bind_ports: Ports
     udp_ports: Ports
@@ -107,10 +109,13 @@ class Handler(StreamRequestHandler):
             self.may = self.AuthorizerClass(session.client, session.user, lambda: server.rules, server.own_ports)
             try:
                 request = self.take(Request)                    # §4
-                self.server.sessions.negotiated(session)
                 session.cmd, session.dst = request.cmd.word, request.dst
                 if self.debug:
                     session.step("request", cmd=session.cmd, dst=request.dst)
+                try:
+                    self.server.sessions.negotiated(session)
+                except Full as exc:                             # --max-per-user
+                    raise RequestRefused(Rep.NOT_ALLOWED, str(exc)) from None
                 COMMANDS[request.cmd](self, request.dst)        # §4 CONNECT | BIND | UDP ASSOCIATE
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
                 session.ended_by, session.why = "refused", exc.why
@@ -235,6 +240,7 @@ class Handler(StreamRequestHandler):
         remote, bnd = chain.connect(hosts, port)
         with ClosedOnError(remote):
             self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
+            self.session.judged = hosts[0]
             self.reply(Rep.SUCCEEDED, bnd)                      # the upstream's own end: what the destination sees
             self.relay(remote)
 
@@ -270,7 +276,7 @@ class Handler(StreamRequestHandler):
         with links, Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
                                 self.server.names, self.may.permits_datagram, lambda: self.server.rules,
                                 self.story.datagram if self.story else None, config.out, links, way,
-                                self.envelope) as association:
+                                self.envelope, lambda: self.server.rates.police(session)) as association:
             self.reply(Rep.SUCCEEDED, association.bnd)
             session.association = association
             try:
@@ -290,7 +296,10 @@ class Handler(StreamRequestHandler):
             self.connection.settimeout(None)
         tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
                         self.session, self.session.origin)
-        self.server.relay(ProtectedTunnel(tunnel, self.envelope) if self.envelope else tunnel)
+        tunnel = ProtectedTunnel(tunnel, self.envelope) if self.envelope else tunnel
+        if self.server.rates.on:
+            self.server.rates.apply(tunnel)
+        self.server.relay(tunnel)
 
     def chain(self, upstream: Upstream, deadline: float) -> Chain:
         return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.own_ports)

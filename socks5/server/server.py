@@ -18,6 +18,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 from ..access.rules import Rules
 from ..access.users import Users
+from ..commands.rates import Rates
 from ..config import Config, ConfigError
 from ..net import listeners as net_listeners
 from ..net.addresses import Endpoint, endpoint_of, origin_of
@@ -87,11 +88,12 @@ class Server(Newcomers):
                  counts: Optional[Counts] = None, access: Optional[Tuple[Users, Rules]] = None) -> None:
         """`listeners` are open already where several processes share them, and `counts` what these know of one
         another's sessions and ports; `access` is read already."""
-        self.config = config or Config()
+        self.config = config = config or Config()
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = tracing.opened(self.config.trace)
         self.names = Names()
         self.counts = counts or Shared(1).row(0)
+        self.rates = Rates(self.counts.buckets, self.rules)
         self.bind_ports = Ports(self.config.bind_ports, 1, lambda ip: self.counts.of_thing("bind-ports %d" % ip))
         # Two at once: one towards the client, one towards the remotes.
         self.udp_ports = Ports(self.config.udp_ports, 2, lambda ip: self.counts.of_thing("udp-ports %d" % ip))
@@ -99,11 +101,10 @@ class Server(Newcomers):
         net_listeners.raise_descriptor_limit()
         limits = self.config.handshake_timeout, self.config.max_per_client, self.config.max_negotiating
         self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, self.counts,
-                                 max(self.config.max_sessions, net_listeners.session_limit()))
+                                 max(self.config.max_sessions, net_listeners.session_limit()), config.max_per_user)
         self.table, self.meter = Table(), Meter()
         self._wakeup, self._waker = socket.socketpair()
-        self._stopping = threading.Event()
-        self._stopped = threading.Event()
+        self._stopping, self._stopped = threading.Event(), threading.Event()
         self._stopped.set()
         self._due: Deque[Callable[[], object]] = deque()        # for serve_forever to do
         self._complained: Dict[str, float] = {}
@@ -202,7 +203,8 @@ class Server(Newcomers):
             log.error("not reloaded, users and rules stay as they were: %s", exc)
             return False
         users.join(self.users)
-        self.users, self.rules = users, rules
+        self.rates.renew(rules, self._loop)                     # first: associations look whether the rules are others
+        self.users, self.rules, self.sessions.per_user = users, rules, rules.config.max_per_user
         log.info("reloaded users=%(users)d rules=%(rules)d pid=%(pid)d",
                  Facts(users=len(self.users.names), rules=len(self.rules), pid=os.getpid()))
         return True

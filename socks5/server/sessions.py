@@ -12,15 +12,16 @@ import queue
 import socket
 import threading
 from time import monotonic
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 
 from ..commands.udp import Association
 from ..net.addresses import Endpoint
 from ..net.shares import ByOwner, Tally, fits
 from ..protocol.facts import Facts
+from ..protocol.fields import Host
 from ..protocol.messages import Address
 from ..relay.tunnel import Tunnel
-from .counters import Counts, Shared
+from .counters import Counts, Shared, UserCounts
 from .inbox import Record
 
 log = logging.getLogger(__name__)
@@ -42,11 +43,13 @@ class Session:
     up, down    bytes from the client and to it, once the session is over; `moved` knows them before
     ended_by    "client", "remote", or the reason why we ended it; `why` is the error behind it
     notes       what is to be added to `why`
+    judged      the host that the rules allowed, where `reached` is an upstream
+    counted_as  the user for which it counts
     """
 
     __slots__ = ("number", "client", "origin", "sock", "started", "ended_at", "user", "cmd", "dst", "reached", "rep",
                  "tunnel", "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
-                 "story", "record", "extended_s")
+                 "story", "record", "extended_s", "judged", "counted_as")
 
     def __init__(self, client: Endpoint, origin: str, sock: socket.socket) -> None:
         self.number = 0                             # until it is admitted
@@ -62,6 +65,8 @@ class Session:
         self.rep = ""
         self.tunnel: Optional[Tunnel] = None
         self.association: Optional[Association] = None
+        self.judged: Optional[Host] = None
+        self.counted_as: Optional[bytes] = None
         self.up = 0
         self.down = 0
         self.ended_by = ""
@@ -129,20 +134,24 @@ class Sessions:
     maximum_here     in this process, each with its weight: pairs of descriptors. Of both, the last tenth is kept for
                      origins that hold less than a tenth, so that a newcomer is served while one address holds the rest
     per_origin       sessions at once of one origin, in all processes; 0 for any number
+    per_user         the same of one user
     negotiating_max  sessions before their request, in this process. Beyond it, and when a maximum is reached, a
                      connection that has not sent a greeting is evicted (if there is none, one in mid-login): the oldest
                      of the origin that has most of these
     """
 
     def __init__(self, maximum: float = NO_LIMIT, handshake_s: float = 0, per_origin: int = 0,
-                 negotiating_max: int = 0, counts: Optional[Counts] = None, maximum_here: float = NO_LIMIT) -> None:
+                 negotiating_max: int = 0, counts: Optional[Counts] = None, maximum_here: float = NO_LIMIT,
+                 per_user: int = 0) -> None:
         self.maximum = maximum
         self.maximum_here = maximum_here
         self.per_origin = per_origin
+        self.per_user = per_user
         self.negotiating_max = negotiating_max
         self.handshake_s = handshake_s
         self._lock = threading.Lock()
         self._counts = counts or Shared(1).row(0)
+        self._users = UserCounts(self._counts)
         self._weights = Tally()                             # of all live sessions here, by origin
         self._live: Dict[socket.socket, Session] = {}
         self.get = self._live.get                           # get(sock): its session, or None
@@ -266,9 +275,17 @@ class Sessions:
             self._greeted.discard(session.origin, session)
 
     def negotiated(self, session: Session) -> None:
-        """The request is here: the handshake's deadline no longer holds."""
+        """The request is here: its deadline no longer holds, and it counts for its user. Raises Full."""
+        user = session.user
         with self._lock:
             self._settle(session)
+            if user is None or self._live.get(session.sock) is not session:
+                return
+            self._users.add(user, 1)                        # first: two processes must not both take the last place
+            if 0 < self.per_user < self._users.of(user):
+                self._users.add(user, -1)
+                raise Full("max-per-user", "%d reached" % self.per_user)
+            session.counted_as = user
 
     def end(self, session: Session) -> bool:
         """From now on its facts are final, and its socket is the caller's. False if another thread was faster."""
@@ -287,6 +304,8 @@ class Sessions:
             self._leaving -= session.leaving
             self._counts.add(session.origin, -1)
             self._weights.add(session.origin, -session.weight)
+            if session.counted_as is not None:
+                self._users.add(session.counted_as, -1)
         return True
 
     # ---- ending them ----------------------------------------------------------------------------------------------
@@ -375,7 +394,3 @@ class Teller:
                 self._hook(session)
             except Exception:
                 log.exception("bug in session_ended")
-
-
-def oldest_first(sessions: Sessions) -> List[Session]:
-    return sorted(sessions, key=lambda session: session.number)

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Dict, Tuple
 
 from ..protocol.facts import Facts
-from .sessions import Session, Sessions, oldest_first
+from .sessions import Session, Sessions
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Table:
     def log(self, sessions: Sessions) -> None:
         """One line for each session, the oldest first, and one that counts them."""
         seen = {}
-        for session in oldest_first(sessions):
+        for session in sorted(sessions, key=lambda session: session.number):
             facts = self.facts(session)
             seen[session.number] = monotonic(), int(facts["up"]) + int(facts["down"])
             log.info(LINE, facts)

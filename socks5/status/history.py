@@ -7,6 +7,7 @@ from collections import deque
 from time import time
 from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
+from ..commands.rates import NAMES
 from .meter import LOGINS, REFUSALS, STATES, Board
 
 EVERY_S = 1.0
@@ -54,6 +55,7 @@ def summary(board: Board, history: History, begun: int, since: float, **more: An
     return dict(
         more, now=now, started=board.started, up=up, down=down, begun=begun, live=live, workers=len(workers),
         restarts=board.sum("restarts"), states={state: board.sum("state", state) for state in STATES},
+        held_back={name: board.sum("held", name) for name in NAMES},
         logins={result: board.sum("login", result) for result in LOGINS},
         refused={reason: board.sum("refused", reason) for reason in REFUSALS},
         datagrams=[board.sum("datagrams", way) for way in ("up", "down")], samples=history.since(since))

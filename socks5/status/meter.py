@@ -13,10 +13,11 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from time import sleep
+from time import monotonic, sleep
 from typing import Deque, Tuple
 
-from ..commands.udp import Association
+from ..commands import rates
+from ..commands.udp import BEYOND, Association
 from ..net.writer import lost_in_all
 from ..protocol.codes import Cmd, Rep
 from ..protocol.messages import Request
@@ -40,14 +41,16 @@ REFUSALS = ("allow-from", "max-sessions", "max-per-client", "no thread", "server
 ACCEPT_ERRORS = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", OTHER)
 DROPS = ("not the client", "client not known yet", "bad header", "fragment", "not allowed", "unresolved",
          "waiting for a name", "EMSGSIZE", "ENETUNREACH", "EHOSTUNREACH", "ECONNREFUSED", "EPERM", "EINVAL", "ENOBUFS",
-         "EAGAIN", OTHER)
+         "EAGAIN",
+         BEYOND, OTHER)
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TIMES = ("handshake", "connect")
 BUCKETS = tuple(map(str, range(len(BOUNDS_S) + 1)))
 SUM = "sum"                             # of a time, in microseconds
 
 # What a row has: (what, which) to its place. The gauges are what holds now; all others only ever grow.
-GAUGES = (*(("state", state) for state in STATES), ("pid", ""), ("max_sessions", ""), ("max_fds", ""))
+GAUGES = (*(("state", state) for state in STATES), *(("held", name) for name in rates.NAMES),
+          ("pid", ""), ("max_sessions", ""), ("max_fds", ""))
 COUNTERS = (
     *(("session", command + " " + rep) for command in COMMANDS for rep in REPS),
     *(("bytes", way) for way in WAYS), *(("datagrams", way) for way in WAYS),
@@ -162,12 +165,13 @@ class Meter(counters.Meter):
 
     def sweep(self, sessions: Sessions) -> None:
         """Count what the live sessions have done since the last time, and what they are doing."""
-        states = dict.fromkeys(STATES, 0)
+        states, held, now = dict.fromkeys(STATES, 0), dict.fromkeys(("", *rates.NAMES), 0), monotonic()
         for number, session in enumerate(sessions):
             if number % AT_ONCE == AT_ONCE - 1:
                 sleep(0)                                # let others have the interpreter
             record, association = session.record, session.association
             states[session.state()] += 1
+            held[rates.held_back(session, now)] += 1
             if record is None:
                 continue
             with self._lock:
@@ -183,6 +187,8 @@ class Meter(counters.Meter):
         self._lost = lost
         for state in STATES:
             self._table[PLACES["state", state]] = states[state]
+        for name in rates.NAMES:
+            self._table[PLACES["held", name]] = held[name]
 
     # ---- inside; under the lock -----------------------------------------------------------------------------------
 

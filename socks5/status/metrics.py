@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from typing import Iterable, Iterator, List, Tuple
 
+from ..commands.rates import NAMES
 from .meter import (
     ACCEPT_ERRORS, BOUNDS_S, BUCKETS, COMMANDS, DROPS, LOGINS, NONE, REFUSALS, REPS, STATES, SUM, TIMES, WAYS, Board)
 
@@ -37,6 +38,8 @@ def families(board: Board, begun: int, version: str) -> Iterator[Tuple[str, str,
     yield "socks5_worker_restarts_total", "counter", "Server processes that were replaced because they had died.", [
         ("", board.sum("restarts"))]
     yield "socks5_sessions", "gauge", "Live sessions, by what they are doing.", by(board, "state", "state", STATES)
+    yield "socks5_sessions_held_back", "gauge", "Live sessions that wait for their rate, by the limit.", (
+        by(board, "held", "limit", NAMES))
     yield "socks5_sessions_max", "gauge", "The session limit.", [("", limit(board, rows))]
     yield "socks5_sessions_total", "counter", "Sessions that were admitted.", [("", begun)]
     yield "socks5_connections_total", "counter", (

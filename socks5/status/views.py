@@ -10,6 +10,7 @@ from itertools import islice
 from time import monotonic, sleep
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Type
 
+from ..commands.rates import held_back
 from ..values import network
 from ..protocol.codes import Rep
 from ..protocol.messages import Address, Reply
@@ -102,7 +103,8 @@ def facts(session: Session) -> Json:
     return {
         "id": session.number, "client": str(session.client), "user": words(session.user), "command": session.cmd,
         "destination": words(session.dst), "reached": words(session.reached), "rep": session.rep,
-        "state": "ended" if ended else session.state(), "age": round((ended or now) - session.started, 3),
+        "state": "ended" if ended else session.state(), "held_back": "" if ended else held_back(session, now),
+        "age": round((ended or now) - session.started, 3),
         "idle": None if idle_s is None else round(idle_s, 1), "up": up, "down": down,
         "ended": session.ended_by, "why": printable("; ".join(filter(None, (session.why, session.notes)))),
         "ago": round(now - ended, 1) if ended else None}

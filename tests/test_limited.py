@@ -1,0 +1,153 @@
+"""relay/limited.py: the model of test_tunnel.py with rate limits, and what only real sockets show."""
+import contextlib
+import os
+import socket
+import unittest
+from unittest import mock
+
+from socks5.net.poller import READ, URGENT, WRITE
+from socks5.relay import limited
+from socks5.relay.bucket import Limit, OwnBucket
+from socks5.relay.limited import Timers, limit, read_on
+from socks5.relay.pipe import CHUNK_BYTES
+from socks5.relay.tunnel import UNREGISTERED, Tunnel
+from tests import test_loop
+from tests.support import wait_until
+from tests.test_tunnel import SEEDS, Play, model
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+class LimitedPlay(Play):
+    """A Play with limits, which may change on the way. `now` goes on by a second with every event."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.timers = Timers()
+        self.granted = 0
+        self.limit()
+
+    def limit(self):
+        rate = self.rng.choice([3, 20, 100, 1000])
+        shared = Limit("rate-per-user", OwnBucket(), rate, rate)
+        own = Limit("rule", OwnBucket(), 10 * rate)
+        limit(self.tunnel, self.rng.choice([[shared], [shared, own], []]), [shared])
+        (client, remote), tunnel = self.ends, self.tunnel
+        client.pipe = remote.back = tunnel.up
+        remote.pipe = client.back = tunnel.down
+        self.limits = shared, own
+
+    def clock(self):
+        return self.now
+
+    def turn(self, stale=True):
+        if self.rng.random() < 0.02:
+            self.limit()
+        if not stale and self.timers.heap:              # nothing else is to come
+            self.now = max(self.now, self.timers.heap[0][0])
+        for tunnel, side in self.timers.due(self.now):
+            read_on(tunnel, side, self.now)
+            self.check()
+        came = super().turn(stale)
+        self.timers.note(self.tunnel)
+        return came or bool(self.timers.heap)
+
+    def state(self):
+        return [(end.read, len(end.sent), end.pipe.done, end.pipe.resume_at) for end in self.ends]
+
+    def check_interest(self, wanted):
+        for mask, end in zip(wanted, self.ends):
+            readable = not end.pipe.held and not end.pipe.done and not end.pipe.resume_at
+            writable = bool(end.back.held)
+            assert mask == UNREGISTERED or mask == (READ | URGENT) * readable | WRITE * writable, (mask, readable)
+            assert mask != UNREGISTERED or not readable and not writable
+
+    def judge(self):
+        super().judge()
+        assert [one._waiting for one in self.limits] == [0, 0], "closed, and still waiting"
+
+
+class ModelTest(unittest.TestCase):
+    def test_many_seeds(self):
+        first = int(os.environ.get("SEED", 0))
+        with model(), mock.patch.object(limited, "readable", lambda sock: sock.arrived - sock.read), \
+                mock.patch("socks5.relay.bucket.LEAST_BYTES", 5):
+            for seed in range(first, first + SEEDS // 2):
+                play = LimitedPlay(seed)
+                with mock.patch.object(limited, "monotonic", play.clock):
+                    try:
+                        play.run()
+                    except Exception as exc:
+                        raise AssertionError("seed %d: %s" % (seed, exc)) from exc
+
+
+class LoopTest(test_loop.LoopTest):
+    def slow(self, rate=20 * KIB, **kwargs):
+        """A tunnel whose directions share a rate."""
+        made = Limit("rule", OwnBucket(), rate)
+        def limited_tunnel(*args, **more):
+            tunnel = Tunnel(*args, **more)
+            limit(tunnel, [made], [made])
+            return tunnel
+
+        with mock.patch.object(test_loop, "Tunnel", limited_tunnel):
+            return self.tunnel(**kwargs)
+
+    def test_a_hang_up_of_a_paused_side_makes_no_thread_spin(self):
+        for how in ("FIN both ways", "reset"):
+            with self.subTest(how):
+                standing = self.slow(4 * KIB)
+                standing.client.shutdown(socket.SHUT_WR)
+                self.assertEqual(standing.remote.recv(1), b"")
+                standing.remote.sendall(bytes(30000))
+                wait_until(lambda: standing.tunnel.down.resume_at, "paused")
+                if how == "reset":
+                    test_loop.reset(standing.remote)
+                else:
+                    standing.remote.close()
+                self.assert_calm()
+                if how != "reset":
+                    self.assertEqual(test_loop.read_hashed(standing.client)[0], 30000)
+                    self.assertEqual(standing.ended(), ("client", ""))
+                standing.client.close()
+
+    def test_urgent_data_keeps_its_place(self):
+        standing = self.slow()
+        standing.client.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        standing.remote.sendall(bytes(20000))
+        wait_until(lambda: standing.tunnel.down.resume_at, "paused")
+        standing.remote.send(b"!", socket.MSG_OOB)
+        standing.remote.sendall(b"\1" * 5000)
+        got = test_loop.read_exactly(standing.client, 25001)
+        self.assertEqual(got, bytes(20000) + b"!" + b"\1" * 5000)
+
+    def test_a_tunnel_that_is_lent_gets_its_limits_from_its_own_thread(self):
+        """From none to slow and back to none, while it is busy."""
+        standing = self.tunnel()
+        test_loop.send_hashed(standing.remote, 1 << 30)
+        total = [0]
+
+        def more(size):
+            before = total[0]
+            while total[0] < before + size:
+                total[0] += len(standing.client.recv(1 << 18))
+
+        more(64 * MIB)
+        slow = Limit("rate-per-user", OwnBucket(), 200 * KIB)
+        self.loop.change_all(lambda tunnel: limit(tunnel, [slow], [slow]))
+        wait_until(lambda: (more(KIB), limited.held_back(standing.tunnel).name)[1] == "rate-per-user", "slow")
+        self.loop.change_all(lambda tunnel: limit(tunnel, [], []))
+        more(64 * MIB)
+        with contextlib.suppress(OSError):
+            standing.client.close()
+
+    def test_a_slow_one_needs_no_thread(self):
+        standing = self.slow(MIB)
+        test_loop.send_hashed(standing.remote, 1 << 30)
+        test_loop.read_exactly(standing.client, MIB)
+        self.assertFalse(standing.tunnel.lent)
+        self.assertLess(MIB * 0.02, CHUNK_BYTES)
+
+
+if __name__ == "__main__":
+    unittest.main()
