@@ -85,6 +85,7 @@
         line          the line on the terminal
         web           the HTTP server
         beside        all of it, beside the servers
+    brief             a session in a short line, for people at a terminal
     client            the other side of the protocol
     log               formats of the log, and its handler
     selftest          the server, tried by its own client

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import errno
 import getpass
 import logging
 import os
@@ -10,16 +11,17 @@ import socket
 import sys
 from functools import partial
 from ipaddress import ip_address
-from typing import Any, Callable, Dict, NoReturn, Optional, Sequence
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
-from .access.check import report, warnings
+from .access.check import admission, report, warnings
 from .access.files import open_file
-from .access.users import line_for, service_credentials
+from .access.users import line_for, service_credentials, set_line
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
 from .values import SAME
 from .net import listeners as listening
 from .net.addresses import IP, Endpoint, endpoint_of, is_here
+from .protocol.facts import Facts, FactsRecord
 from .process import files, identity, signals, supervisor as workers
 from .process.alone import Alone
 from .process.systemd import Notifier, passed_sockets
@@ -40,7 +42,7 @@ INI_ERRORS = {
 }
 
 DESCRIPTION = "A SOCKS5 proxy server (RFC 1928, RFC 1929). Times are in seconds."
-EPILOG = "Example: python socks5_server.py -l 0.0.0.0 -u NAME:PASSWORD"
+EPILOG = "Example: python socks5_server.py -l 0.0.0.0 -p 1080 -u NAME:PASSWORD"
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,6 +68,8 @@ def build_parser() -> Parser:
                                                help=text)
     groups["access"].add_argument("--hash-password", metavar="NAME", nargs="?", const="",
                                   help="read a password, print its line for --users, and exit")
+    groups["access"].add_argument("--set-password", metavar="NAME", help="read a password, put its line into the "
+                                  "--users FILE, in the place of NAME's line if there is one, and exit")
     running, watching = groups["running"], groups["watching"]
     running.add_argument("--check", action="store_true", help="check options and files, print the access granted, and "
                          "exit with 0, or 2 after an error")
@@ -77,6 +81,24 @@ def build_parser() -> Parser:
                           "results, and exit with 0, or 1 after a failure")
     watching.add_argument("--version", action="version", version="%(prog)s " + __version__)
     return parser
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
+    """The options that are given. Ends the program for one that does not exist, with what may have been meant."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.error("unrecognized arguments: %s%s" % (" ".join(rest), hint(parser, rest[0])))
+    return vars(args)
+
+
+def hint(parser: Parser, word: str) -> str:
+    from difflib import get_close_matches                   # for this error only
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    if word.isdecimal():
+        return "; the port has an option: -p %s" % word
+    close = get_close_matches(word.partition("=")[0], known, 1) if word.startswith("--") else []
+    return "; did you mean %s?" % close[0] if close else ""
 
 
 def default_words(default: Any) -> str:
@@ -150,31 +172,59 @@ def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = Fal
     except ConfigError as exc:
         return fail(str(exc))
     except OSError as exc:
-        return fail("cannot listen on %s: %s" % (exc.filename, exc.strerror or exc.args[0]))
-    for warning in warnings(config, access[1]):
+        low = exc.errno == errno.EACCES and 0 < config.port < 1024
+        why = (exc.strerror or str(exc.args[0])) + (low_port() if low else "")
+        return fail("cannot listen on %s: %s" % (exc.filename, why))
+    for warning in warnings(config, *access):
         logging.getLogger(__name__).warning(warning)
 
     def ready() -> None:                                    # a reader of this line may send a signal at once
         for listener in listeners:
-            say("listening on %s" % str(endpoint_of(listener.getsockname())))
+            announce(config, "listening", "listening on %s", str(endpoint_of(listener.getsockname())))
         for page in pages:
-            say("status on http://%s/" % str(endpoint_of(page.getsockname())))
+            announce(config, "status", "status on %s", "http://%s/" % str(endpoint_of(page.getsockname())))
+        announce(config, "admission", "clients: %s", admission(config))
         if colourful(sys.stdout):
             say("try it: " + first_command(config, endpoint_of(listeners[0].getsockname())))
+
+    def remarks(access: files.Access) -> List[str]:
+        return warnings(config, *access)
 
     count, notifier = workers.number(config.workers), Notifier(os.environ)
     shared, companion = Shared(count), None
     if pages or live:
         companion = beside.Status(config, shared, listeners, pages, sys.stderr.fileno() if live else None)
     if count > 1:
-        return workers.Supervisor(config, listeners, count, access, notifier=notifier, companion=companion,
-                                  shared=shared, read_config=read_again).run(ready)
+        supervisor = workers.Supervisor(config, listeners, count, access, notifier=notifier, companion=companion,
+                                        shared=shared, read_config=read_again)
+        supervisor.remarks = remarks
+        return supervisor.run(ready)
     try:
         server = Server(config, listeners=listeners, access=access, counts=shared.row(0))
         alone = Alone(server, access, notifier, companion, read_again)
     except (RuntimeError, MemoryError, OSError) as exc:     # no thread, no memory, no descriptor
         return fail("cannot start: %s" % (exc or "out of memory"))
+    alone.remarks = remarks
     return alone.run(ready)
+
+
+def low_port() -> str:
+    """Words for the error that a port is reserved for root."""
+    how = "start as root, with --run-as USER"
+    if sys.platform == "linux":
+        how += ", or allow this Python all low ports: setcap cap_net_bind_service=+ep %s" % os.path.realpath(
+            sys.executable)
+    return "; ports below 1024 are root's: %s" % how
+
+
+def announce(config: Config, event: str, line: str, fact: str) -> None:
+    """Print a line when the server is ready: text, or an object like those of the JSON log."""
+    if config.log_format == "json":
+        key = "clients" if event == "admission" else "where"
+        said = FactsRecord(__name__, logging.INFO, "%s %s=%%(%s)s" % (event, key, key), Facts({key: fact}))
+        say(logs.JsonFormatter().format(said))
+    else:
+        say(line % fact)
 
 
 def become(who: identity.Identity, config: Config) -> None:
@@ -233,21 +283,39 @@ def self_test(config: Config) -> int:
     return 0 if good else 1
 
 
-def hash_password(name: str) -> int:
-    """Asks twice, without echo; or takes the password from one line of a pipe. The exit status."""
+def hash_password(flag: str, name: str, use: Callable[[str, str], str]) -> int:
+    """Asks twice, without echo; or takes the password from one line of a pipe. Prints what `use` makes of the name and
+    the line for the users file. The exit status."""
     try:
         if sys.stdin and sys.stdin.isatty():
             name = name or input("user name: ")
             password = getpass.getpass("password: ")
             if getpass.getpass("the same again: ") != password:
-                return fail("--hash-password: these are two passwords")
+                return fail("%s: these are two passwords" % flag)
             typed = password.encode("utf-8", "surrogateescape")
         else:
             typed = sys.stdin.buffer.readline().rstrip(b"\r\n") if sys.stdin else b""
-        say(line_for(name or "NAME", typed))
+        say(use(name or "NAME", line_for(name or "NAME", typed)))
     except (ValueError, EOFError, KeyboardInterrupt) as exc:
-        return fail("--hash-password: %s" % (exc if isinstance(exc, ValueError) else "nothing was typed"))
+        return fail("%s: %s" % (flag, exc if isinstance(exc, ValueError) else "nothing was typed"))
     return 0
+
+
+def set_password(args: Dict[str, Any]) -> int:
+    """The exit status."""
+    try:
+        given = args.get("users") or [read_file(args["config"]).get("users", "") if "config" in args else ""]
+    except ConfigError as exc:
+        return fail(str(exc))
+    path = str(given[-1])
+    if not path:
+        return fail("--set-password: which file? it takes --users FILE")
+
+    def use(name: str, line: str) -> str:
+        done = "has a new password" if set_line(path, name, line) else "was added"
+        return "%s: %s %s; a running server reads it on SIGHUP" % (path, name, done)
+
+    return hash_password("--set-password", args["set_password"], use)
 
 
 def say(line: str) -> None:
@@ -266,11 +334,13 @@ def fail(message: str) -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command. Leaves the signals that a server obeys blocked: see Signals."""
     signals.hold()                                          # a SIGHUP that comes too early waits
-    args = vars(build_parser().parse_args(argv))
-    if not {"hash_password", "check", "self_test"}.isdisjoint(args):
+    args = parse_args(argv)
+    if not {"hash_password", "set_password", "check", "self_test"}.isdisjoint(args):
         signals.release()                                   # no server runs: Ctrl-C ends the process as usual
     if "hash_password" in args:
-        return hash_password(args["hash_password"])
+        return hash_password("--hash-password", args["hash_password"], lambda _name, line: line)
+    if "set_password" in args:
+        return set_password(args)
     try:
         passed = [] if {"check", "self_test"} & set(args) else passed_sockets(os.environ)
         config = read_config(args, passed)
@@ -283,10 +353,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     testing = "self_test" in args
     level = (logging.DEBUG if "verbose" in args else logging.CRITICAL if testing else
              logging.WARNING if "quiet" in args else logging.INFO)
-    live = level == logging.INFO and not config.trace and sys.stderr is not None and colourful(sys.stderr)
+    screen = level == logging.INFO and sys.stderr is not None and sys.stderr.isatty()
+    live = screen and not config.trace and colourful(sys.stderr)
     handler = logs.install(level, config.log_format, sys.stderr, os.environ.get("JOURNAL_STREAM", ""),
-                           ERASE if live else b"")
+                           ERASE if live else b"", screen)
     try:
-        return self_test(config) if testing else serve(config, passed, live, partial(read_config, args, passed))
+        if testing:
+            return self_test(config)
+        return serve(config, passed, live, partial(read_config, args, passed))
     finally:
         handler.close()                                     # writes what is queued

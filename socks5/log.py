@@ -13,6 +13,7 @@ import time
 from enum import Enum
 from typing import Any, Callable, Dict, Optional, Tuple
 
+from .brief import BriefFormatter
 from .net.writer import CLOSE_S, PIPE_BUF, Write, Writer, nothing, writing_at_once, writing_to
 from .protocol.facts import Facts, FactsRecord, positional
 from .protocol.messages import Address
@@ -66,18 +67,20 @@ class Handler(logging.Handler):
         super().close()
 
 
-def install(level: int, kind: str, stream: Any, journal: str, before: bytes = b"") -> logging.Handler:
+def install(level: int, kind: str, stream: Any, journal: str, before: bytes = b"",
+            brief: bool = False) -> logging.Handler:
     """Have the package's logger write to `stream` (None or closed: to nothing). Gives the handler, to be closed at the
     end. The root logger is left alone: it belongs to a program that embeds the package.
 
     kind      "text" or "json"
     journal   $JOURNAL_STREAM
     before    written in front of each chunk: erases the line that renews itself on a terminal
+    brief     text is for people at a terminal: a session in a short line
     """
     handler: logging.Handler = logging.NullHandler()
     if not getattr(stream, "closed", stream is None):
         at_once, release = writing_at_once(stream)
-        handler = Handler(after(before, writing_to(stream)), formatter(kind, descriptor_of(stream), journal),
+        handler = Handler(after(before, writing_to(stream)), formatter(kind, descriptor_of(stream), journal, brief),
                           at_once and after(before, at_once), release)
     log = logging.getLogger("socks5")
     for former in log.handlers[:]:
@@ -247,9 +250,11 @@ class Prioritized(logging.Formatter):
         return "\n".join("<%d>%s" % (priority, line) for line in self.inner.format(record).split("\n"))
 
 
-def formatter(kind: str, descriptor: Optional[int], journal: str) -> logging.Formatter:
+def formatter(kind: str, descriptor: Optional[int], journal: str, brief: bool = False) -> logging.Formatter:
     """For `kind` "text" or "json", and what is written to `descriptor`; `journal` is $JOURNAL_STREAM."""
     to_journal = is_journal(descriptor, journal)
+    if brief and kind == "text":
+        return BriefFormatter(TextFormatter(False))
     inner = JsonFormatter() if kind == "json" else TextFormatter(not to_journal)
     return Prioritized(inner) if to_journal else inner
 

@@ -63,7 +63,7 @@ def rate(text: str) -> Union[Rate, Tuple[()]]:
 
 
 def workers(text: str) -> int:
-    return 0 if text == "auto" else _number(int, text, 256, "a number of processes from 1 to 256, or auto")
+    return 0 if text == "auto" else _number(int, text, 256, "a number of processes from 0 (auto) to 256")
 
 
 def port(text: str) -> int:
@@ -102,8 +102,14 @@ def address(text: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise ValueError("%r is not an IP address" % text)
+        raise ValueError("%r is not an IP address, nor localhost%s" % (text, port_hint(text)))
     return text
+
+
+def port_hint(text: str) -> str:
+    """Words for an ADDRESS:PORT where only an address is taken."""
+    found = re.fullmatch(r"\[?([0-9A-Fa-f:.]+|localhost)\]?:([0-9]{1,5})", text, re.ASCII)
+    return "; the port has an option of its own: -l %s -p %s" % found.groups() if found else ""
 
 
 def own_address(text: str) -> str:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from ipaddress import ip_address
@@ -89,7 +90,7 @@ class Spawned:
 
     @property
     def port(self):
-        return int(self.wait_line(r"listening on .*:(\d+)$", self.lines).group(1))
+        return int(self.wait_line(r"listening.*:(\d+)(?:\"})?$", self.lines).group(1))
 
     def end(self, number=signal.SIGTERM):
         """Signal it, and wait for its end: the exit status."""
@@ -120,7 +121,7 @@ def spawned(*args, **kwargs):
         args = (*args, "-w", "1")
     server = Spawned(*args, **kwargs)
     try:
-        server.wait_line("listening on", server.lines)
+        server.wait_line("listening", server.lines)
         yield server
     finally:
         server.end(signal.SIGKILL)
@@ -367,6 +368,21 @@ def need_program(test, name):
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
     need(test, path, name)
     return path
+
+
+# ---- README.rst ---------------------------------------------------------------------------------------------------
+
+def readme_blocks(language):
+    """The code blocks of README.rst in this language; "" for those behind `::`."""
+    text = (ROOT / "README.rst").read_text(encoding="utf-8")
+    begin = r"\.\. code-block:: %s" % language if language else r"(?:|.*[^:])::"
+    return [textwrap.dedent(block).strip() + "\n"
+            for block in re.findall(r"(?m)^%s\n\n((?:(?: +.*)?\n)+)" % begin, text)]
+
+
+def readme_block(language, word):
+    """The first of them that has `word` in it."""
+    return next(block for block in readme_blocks(language) if word in block)
 
 
 # ---- two hosts ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """check.py and --check: what would be served, to whom, what is open; and that nothing is listened on."""
 import contextlib
+import errno
 import io
 import os
 import socket
@@ -99,6 +100,12 @@ class CommandLine(Case):
         with spawned("-l", "0.0.0.0", "--open") as server:
             server.wait_line(r"WARNING open proxy: every client that reaches 0\.0\.0\.0, any free port is let in")
 
+    def test_rules_for_no_user_are_warned_of_at_the_start(self):
+        rules = self.write("rules", "deny user eve", "allow user alice")
+        with spawned("-u", "alice:secret", "--rules", rules) as server:
+            server.wait_line("WARNING %s:1: there is no user 'eve'" % rules)
+            self.assertEqual(len([line for line in server.log if "no user" in line]), 1)
+
     def test_2_and_the_error(self):
         bad_rules, bad_users = self.write("rules", "allow", "allow nobody"), self.write("users", "bob:secret")
         for name, args, why in (
@@ -188,6 +195,89 @@ class HashPassword(Case):
                     self.assertTrue(Hash.parse(line).matches(b"secret"))
                 else:
                     self.assertIn(b"these are two passwords", shown)
+
+    def set_password(self, name, typed, *more):
+        pipe = io.TextIOWrapper(io.BytesIO(typed))
+        with mock.patch.object(passwords, "SCRYPT_N", 2), mock.patch.object(sys, "stdin", pipe), \
+                contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            return main(["--set-password", name, *more]), out.getvalue(), err.getvalue()
+
+    def test_set_password_puts_one_line_into_the_file(self):
+        path = self.folder / "users"
+        for name, before, user, after in (
+                ("no file", None, "alice", ["alice"]), ("an empty one", "", "alice", ["alice"]),
+                ("one more", "# people\nbob:x\n", "alice", ["# people", "bob", "alice"]),
+                ("no newline at the end", "bob:x", "alice", ["bob", "alice"]),
+                ("replaced in its place", "bob:x\n# a\ncarol:y\n", "bob", ["bob", "# a", "carol"]),
+                ("twice there", "bob:x\ncarol:y\n bob:z\n", "bob", ["bob", "carol"])):
+            with self.subTest(name):
+                line = str(Hash.of(b"old", "pbkdf2", (1,)))
+                if before is None:
+                    self.assertFalse(path.exists())
+                else:
+                    path.write_text(before.replace(":x", ":" + line).replace(":y", ":" + line))
+                status, out, err = self.set_password(user, b"secret\n", "--users", str(path))
+                self.assertEqual((status, err), (0, ""))
+                self.assertIn("%s has a new password" % user if "%s:" % user in (before or "") else
+                              "%s was added" % user, out)
+                text = path.read_text()
+                self.assertEqual([line.partition(":")[0] for line in text.split("\n")], [*after, ""][:len(after) + (
+                    before != "bob:x")])
+                found = {name: hashed for name, _, hashed in (line.partition(":") for line in text.splitlines())}
+                self.assertTrue(Hash.parse(found[user]).matches(b"secret"))
+                self.assertEqual([other for other in os.listdir(str(self.folder)) if other != "users"], [])
+
+    @unittest.skipUnless(os.name == "posix", "modes of POSIX")
+    def test_set_password_keeps_the_file_private(self):
+        path = self.folder / "users"
+        self.set_password("alice", b"a\n", "--users", str(path))
+        self.assertEqual(path.stat().st_mode & 0o7777, 0o600)
+        for before, after in ((0o644, 0o640), (0o640, 0o640), (0o660, 0o640), (0o400, 0o600)):
+            with self.subTest("%o" % before):
+                path.chmod(before)
+                if not os.getuid():
+                    os.chown(str(path), 65534, 65533)
+                self.set_password("alice", b"b\n", "--users", str(path))
+                self.assertEqual(path.stat().st_mode & 0o7777, after)
+                if not os.getuid():
+                    self.assertEqual((path.stat().st_uid, path.stat().st_gid), (65534, 65533))
+        link = self.folder / "link"
+        link.symlink_to("users")
+        self.set_password("bob", b"c\n", "--users", str(link))
+        self.assertTrue(link.is_symlink())
+        self.assertEqual(len(path.read_text().splitlines()), 2)
+
+    def test_set_password_changes_nothing_after_an_error(self):
+        path = self.folder / "users"
+        for name, text, user, typed, more, words in (
+                ("a bad line", "bob\n", "alice", b"a\n", ["--users", path], "users:1: not NAME:HASH"),
+                ("a bad name", "", "b:b", b"a\n", ["--users", path], "--set-password: a user name has"),
+                ("no password", "", "bob", b"\n", ["--users", path], "--set-password: a password has"),
+                ("no file named", "", "bob", b"a\n", [], "it takes --users FILE"),
+                ("no folder", "", "bob", b"a\n", ["--users", path / "x" / "y"], "--users %s/x/y: " % path),
+                ("a folder", "", "bob", b"a\n", ["--users", self.folder], "Is a directory"),
+                ("a bad INI file", "", "bob", b"a\n", ["--config", self.write("ini", "port = 7")], "ini:1: ")):
+            with self.subTest(name):
+                path.write_text(text)
+                status, out, err = self.set_password(user, typed, *map(str, more))
+                self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
+                self.assertIn(words, err)
+                self.assertEqual(path.read_text(), text)
+
+    def test_set_password_leaves_nothing_behind_on_a_full_disk(self):
+        path = self.folder / "users"
+        path.write_text("")
+        with mock.patch.object(os, "replace", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            status, out, err = self.set_password("bob", b"a\n", "--users", str(path))
+        self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+        self.assertIn("--users %s: No space left" % path, err)
+        self.assertEqual((os.listdir(str(self.folder)), path.read_text()), (["users"], ""))
+
+    def test_set_password_takes_the_file_of_the_ini_file(self):
+        path = self.folder / "users"
+        ini = self.write("ini", "[socks5]", "users = %s" % path)
+        self.assertEqual(self.set_password("bob", b"a\n", "--config", ini)[0], 0)
+        self.assertTrue(path.read_text().startswith("bob:"))
 
     def test_the_line_lets_in(self):
         line = run_cli("--hash-password", "alice", input="s3cret\n")[1]

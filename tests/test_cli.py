@@ -3,13 +3,17 @@
 Most tests run main([...]) in this process; the others start server processes.
 """
 import contextlib
+import ctypes
 import io
+import json
 import logging
 import os
 import random
 import re
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -30,7 +34,7 @@ class StopWhenListening(io.StringIO):
 
     def write(self, text):
         done = super().write(text)
-        if "listening on" in text:
+        if "listening on" in text or '"listening"' in text:
             signal.raise_signal(signal.SIGTERM)
         return done
 
@@ -295,6 +299,69 @@ class Refusals(Case):
         self.assertEqual(outcomes, {dict, ConfigError})
 
 
+class Hints(Case):
+    """A slip that many make is answered with what is right."""
+
+    def test_of_the_command_line(self):
+        for argv, words in ((["-l", "127.0.0.1:22080"], "-l 127.0.0.1 -p 22080"),
+                            (["-l", "localhost:80"], "-l localhost -p 80"), (["-l", "[::1]:80"], "-l ::1 -p 80"),
+                            (["-l", "example.com"], "not an IP address, nor localhost"), (["22080"], ": -p 22080"),
+                            (["--prot", "1"], "did you mean --port?"), (["--prot=1"], "did you mean --port?"),
+                            (["-w", "100000"], "from 0 (auto) to 256")):
+            with self.subTest(" ".join(argv)):
+                self.check_refused(main(*argv), words)
+
+    def test_no_hint_where_nothing_is_like_it(self):
+        for argv, words in ((["--zzzzzzz"], "unrecognized arguments: --zzzzzzz\n"), (["-l", "1.2"], "localhost\n")):
+            with self.subTest(" ".join(argv)):
+                self.check_refused(main(*argv), words)
+
+    def test_localhost(self):
+        self.assertEqual(config_of("-l", "localhost").listen, ("127.0.0.1",))
+
+    def test_a_port_that_is_reserved_for_root(self):
+        first = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+        support.need(self, first.exists() and int(first.read_text()) > 80, "a Linux that reserves low ports")
+
+        def drop():
+            if not os.geteuid():
+                ctypes.CDLL(None).prctl(24, 10, 0, 0, 0)        # PR_CAPBSET_DROP, CAP_NET_BIND_SERVICE
+        done = subprocess.run([sys.executable, str(support.SCRIPT), "-p", "80"], preexec_fn=drop, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=support.PATIENCE_S)
+        self.check_refused((done.returncode, done.stdout, done.stderr), "cannot listen on 127.0.0.1 port 80: ",
+                           "--run-as USER", "setcap cap_net_bind_service=+ep " + os.path.realpath(sys.executable))
+
+
+class Reloading(Case):
+    """What an administrator is told on SIGHUP beside `reloaded`."""
+
+    def test_options_that_need_a_restart_and_rules_for_no_user(self):
+        rules = self.folder / "rules"
+        rules.write_text("deny user eve\n")
+        path = self.ini("rules = %s\nuser = alice:secret\n" % rules)
+        with support.spawned("--config", path, "--idle-timeout", "7") as server:
+            server.wait_line("WARNING .*rules:1: there is no user 'eve'")
+            rules.write_text("deny user mallory\n")
+            self.ini("rules = %s\nuser = alice:hidden\nmax-per-client = 9\nidle-timeout = 8\n" % rules)
+            server.signal(signal.SIGHUP)
+            server.wait_line("reloaded users=1 rules=1 pid=%d" % server.process.pid)
+            server.wait_line("WARNING --user: its change takes a restart$")
+            server.wait_line("WARNING --max-per-client: its change takes a restart$")
+            server.wait_line("WARNING .*rules:1: there is no user 'mallory'")
+            self.ini("port = x\n")
+            server.signal(signal.SIGHUP)
+            server.wait_line("ERROR not reloaded, users and rules stay as they were: .*options.ini: port: 'x' is not ")
+            self.assertEqual([line for line in server.log if "hidden" in line or "--idle-timeout" in line], [])
+
+    def test_nothing_has_changed(self):
+        with support.spawned("--config", self.ini("max-per-client = 9\n")) as server:
+            server.signal(signal.SIGHUP)
+            server.wait_line("reloaded users=0")
+            server.signal(signal.SIGUSR1)               # obeyed after it
+            server.wait_line("live sessions=0 pid=%d" % server.process.pid)
+            self.assertEqual([line for line in server.log if "WARNING" in line], [])
+
+
 class Beyond(Case):
     """What others can reach asks for users, or for being told."""
 
@@ -312,20 +379,33 @@ class Beyond(Case):
             with self.subTest(name):
                 status, out, err = main("-l", "0.0.0.0", "-p", "0", *argv, **environ)
                 self.assertEqual(status, 0, err)
-                self.assertRegex(out, r"\Alistening on 0\.0\.0\.0:[1-9]\d*\n\Z")
+                self.assertRegex(out, r"\Alistening on 0\.0\.0\.0:[1-9]\d*\n"
+                                      r"clients: every client that reaches these addresses; %s is required\n\Z"
+                                 % ("no password" if name == "told" else "a password"))
 
 
 class Serving(Case):
     def test_says_where_it_listens_and_ends_on_a_signal(self):
         status, out, _ = main("-p", "0")
         self.assertEqual(status, 0)
-        self.assertRegex(out, r"\Alistening on 127\.0\.0\.1:[1-9]\d*\n\Z")
+        self.assertRegex(out, r"\Alistening on 127\.0\.0\.1:[1-9]\d*\n"
+                              r"clients: programs on this machine; no password is required\n\Z")
+
+    def test_the_same_as_json(self):
+        status, out, err = main("-p", "0", "--log-format", "json", "--allow-from", "192.0.2.0/24", "-u", ANY_USER,
+                                "--status", "127.0.0.1:0")
+        self.assertEqual(status, 0, err)
+        listening, page, admission = map(json.loads, out.splitlines())
+        self.assertEqual([said["event"] for said in (listening, page, admission)], ["listening", "status", "admission"])
+        self.assertRegex(listening["where"], r"\A127\.0\.0\.1:[1-9]\d*\Z")
+        self.assertRegex(page["where"], r"\Ahttp://127\.0\.0\.1:[1-9]\d*/\Z")
+        self.assertEqual(admission["clients"], "only those at 192.0.2.0/24; a password is required")
 
     def test_one_line_for_each_address(self):
         addresses = ["127.0.0.1", "127.0.0.2"] + ["::1"] * support.HAS_IPV6
         status, out, err = main("-p", "0", *(part for address in addresses for part in ("-l", address)))
         self.assertEqual(status, 0, err)
-        lines = [re.fullmatch(r"listening on \[?([^\]]+?)\]?:(\d+)", line) for line in out.splitlines()]
+        lines = [re.fullmatch(r"listening on \[?([^\]]+?)\]?:(\d+)", line) for line in out.splitlines()[:-1]]
         self.assertEqual([line.group(1) for line in lines], addresses)
         self.assertEqual(len({line.group(2) for line in lines}), 1, "one port")
 
@@ -350,7 +430,7 @@ class Serving(Case):
                             (["-q"], logging.WARNING), (["--quiet"], logging.WARNING)):
             levels = []
 
-            def serve(config, _passed, _live, _read_again):
+            def serve(config, *_others):
                 levels.append(logging.getLogger("socks5").getEffectiveLevel())
                 return 0
             with self.subTest(argv), mock.patch.object(cli, "serve", serve):
@@ -366,7 +446,7 @@ class Serving(Case):
         self.addCleanup(root.setLevel, level)
         root.setLevel(logging.ERROR)
 
-        def serve(config, _passed, _live, _read_again):
+        def serve(config, *_others):
             logging.getLogger("socks5.server.server").error("one line")
             return 0
         with mock.patch.object(cli, "serve", serve):
@@ -454,8 +534,8 @@ class Processes(Case):
 
 
 # The rest of a line behind a program that is not ours has that program's flags.
-FOREIGN = re.compile(r"\b(make|curl|wget|git|ncat|pip|pip3|npm|docker|ssh|systemctl|openssl|chromium|google-chrome"
-                     r"|firefox|python3?\s+-m\s+(?!socks5\b)\w+)\b[^\n`|]*")
+FOREIGN = re.compile(r"\b(make|useradd|systemd-analyze|curl|wget|git|ncat|pip|pip3|npm|docker|ssh|systemctl|openssl"
+                     r"|chromium|google-chrome|firefox|python3?\s+-m\s+(?!socks5\b)\w+)\b[^\n`|]*")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 

@@ -25,7 +25,7 @@ class Recorded(Control):
 
     def __init__(self, *outcomes):
         super().__init__(Config(drain_timeout=DRAIN_S), "at the start")
-        self.told, self.reads = [], 0
+        self.told, self.reads, self.sessions = [], 0, 0
         self.outcomes = list(outcomes)
         self.files.close()
         self.files = self
@@ -39,6 +39,9 @@ class Recorded(Control):
 
     def tell(self, order):
         self.told.append(order)
+
+    def live(self):
+        return self.sessions
 
     def kill(self):
         self.told.append("kill")
@@ -126,6 +129,35 @@ class Obeying(unittest.TestCase):
         self.assertEqual(self.at(made, 1.1, Order.STOP), [Order.ABORT])
         self.assertEqual(self.at(made, 1 + ABORT_S), ["kill"])
 
+    def test_a_stop_says_for_what_it_waits(self):
+        for sessions, words in ((1, ["up to 30 s for 1 session to end; a second Ctrl-C"]), (2, ["for 2 sessions "])):
+            with self.subTest(sessions), self.assertLogs("socks5", "INFO") as logs:
+                made = self.control("new")
+                made.sessions = sessions
+                self.at(made, 0, Order.STOP)
+                self.at(made, 1, Order.STOP)
+                self.assertEqual(len(logs.output), 1)
+                self.assertIn(words[0], logs.output[0])
+
+    def test_a_stop_that_waits_for_nothing_says_nothing(self):
+        made = self.control("new")
+        with self.assertLogs("socks5", "INFO") as logs:
+            self.at(made, 0, Order.STOP)
+            made.config = Config(drain_timeout=0.0)
+            made.sessions, made.stops = 1, 0
+            self.at(made, 0, Order.STOP)
+            control.log.info("the end")
+        self.assertEqual(len(logs.output), 1)
+
+    def test_remarks_follow_a_reload_that_succeeds(self):
+        made = self.control(ConfigError("bad"), "new")
+        made.remarks = lambda access: ["%s: there is no user" % access]
+        with self.assertLogs("socks5", "WARNING") as logs:
+            self.at(made, 0, Order.RELOAD)
+            self.at(made, 5, Order.RELOAD)
+        self.assertEqual([record.getMessage() for record in logs.records],
+                         ["not reloaded, users and rules stay as they were: bad", "new: there is no user"])
+
 
 class Reading(unittest.TestCase):
     def test_with_no_descriptor_left(self):
@@ -168,6 +200,22 @@ with tempfile.TemporaryDirectory() as folder:
         reader = Files(Config(), read)
         self.addCleanup(reader.close)
         return reader
+
+    def test_options_that_run_as_cannot_read_again_do_not_hold_up_users_and_rules(self):
+        def refused(reason):
+            def read_config():
+                try:
+                    raise reason
+                except OSError:
+                    raise ConfigError("--config x: %s" % reason) from None
+            return read_config
+
+        before = files.read_access(Config())
+        with self.assertLogs("socks5", "WARNING") as logs:
+            users, rules = files.fresh_access(refused(PermissionError("Permission denied")), before)
+        self.assertEqual((len(users.names), len(rules) > 0), (0, True))
+        self.assertIn("--config x: Permission denied; its options stay as they were", logs.output[0])
+        self.assertRaises(ConfigError, files.fresh_access, refused(FileNotFoundError("none")), before)
 
     def test_want_of_resources_is_told_from_bad_files(self):
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -219,6 +267,28 @@ class Waiting(unittest.TestCase):
             with self.subTest(number.name):
                 self.raise_all(number)
                 self.assertEqual(self.signals.wait(PATIENCE_S), {Order.STOP})
+
+    def test_hangup_reloads_until_the_terminal_is_closed(self):
+        ours, theirs = os.openpty()
+        self.addCleanup(os.close, theirs)
+        before = [os.dup(fd) for fd in range(3)]
+        try:
+            for fd in range(3):
+                os.dup2(theirs, fd)
+            self.signals._terminals = signals.terminals()
+            self.raise_all(signal.SIGHUP)
+            first = self.signals.wait(PATIENCE_S)
+            os.close(ours)
+            self.raise_all(signal.SIGHUP, signal.SIGUSR1)
+            second = self.signals.wait(PATIENCE_S)
+            self.raise_all(signal.SIGHUP)
+            third = self.signals.wait(PATIENCE_S)
+        finally:
+            for fd, saved in enumerate(before):
+                os.dup2(saved, fd)
+                os.close(saved)
+        self.assertEqual((first, second), ({Order.RELOAD}, {Order.STOP, Order.SESSIONS}))
+        self.assertEqual(third, {Order.RELOAD}, "a second STOP would cut sessions")
 
     def test_a_child_that_ends_wakes_it(self):
         self.raise_all(signal.SIGCHLD)

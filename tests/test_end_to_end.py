@@ -68,7 +68,7 @@ class Ways(unittest.TestCase):
                 self.assertEqual(reader_of(tunnel)(15), b"from end to end")
             server.wait_line(r"session client=127\.0\.0\.1:\d+ user=- cmd=CONNECT .*up=15 down=15 ")
             self.assertEqual(server.end(signal.SIGTERM), 0)
-            self.assertEqual(server.lines, ["listening on 127.0.0.1:%d" % port])
+            self.assertEqual(server.lines[:1], ["listening on 127.0.0.1:%d" % port])
 
     def test_script(self):
         self.check(cwd=self.elsewhere, script=self.copy() / SCRIPT.name)

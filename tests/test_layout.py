@@ -12,8 +12,8 @@ MOST_LINES = 400                            # of a module; 300 is what to aim fo
 MOST_MODULES = 10                           # in a folder
 
 # DESIGN's order: a module imports from its own folder and from lines above, never from below.
-ORDER = ("values", "config", "protocol", "access", "net", "relay", "commands", "server", "process", "status", "client",
-         "log", "selftest", "cli")
+ORDER = ("values", "config", "protocol", "access", "net", "relay", "commands", "server", "process", "status", "brief",
+         "client", "log", "selftest", "cli")
 ALONE = {"values", "protocol"}              # import nothing of ours from outside of their own line
 SOCKETS = {"socket", "select", "selectors", "threading", "socketserver", "asyncio", "ssl"}
 WITHOUT_SOCKETS = {"values", "config", "protocol"}
@@ -24,7 +24,7 @@ TOP_LEVEL = {"setup.cfg", "pyproject.toml", "socks5_server.py", "socks5", "tests
 # Python before 3.10 cannot say what its standard library is: this is what we use of it.
 STDLIB = set(getattr(sys, "stdlib_module_names", None) or """
     __future__ argparse array ast base64 binascii bisect collections concurrent configparser contextlib copy ctypes
-    dataclasses datetime email enum errno fcntl functools getpass grp hashlib heapq hmac html http importlib io
+    dataclasses datetime difflib email enum errno fcntl functools getpass grp hashlib heapq hmac html http importlib io
     ipaddress itertools json logging math mmap multiprocessing os pathlib pickle pkgutil platform pwd queue random re
     resource secrets select selectors shutil signal socket socketserver ssl stat string struct subprocess sys tempfile
     termios textwrap threading time traceback types typing unicodedata urllib uuid warnings weakref""".split())

@@ -798,7 +798,7 @@ class Program(unittest.TestCase):
         log = logging.getLogger("socks5")
         before = log.handlers[:], log.propagate, log.level
 
-        def serve(_config, _passed, _live, _read_again):
+        def serve(*_):
             for number in range(2000):
                 log.warning("line %d", number)
             return 0
@@ -831,7 +831,7 @@ class Program(unittest.TestCase):
             server.wait_line('"cmd": "CONNECT"')
             server.wait_line('"event": "auth_failed"')
             server.end()
-            said = [json.loads(line) for line in server.log]
+            said = [json.loads(line) for line in server.lines + server.log]
         self.assertEqual({line["user"] for line in said if line.get("user")}, {user[0]})
         self.assertIn("login", {line["event"] for line in said})
 

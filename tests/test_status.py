@@ -580,11 +580,14 @@ class Terminal(unittest.TestCase):
     def server_on(self, *args, **env):
         """Start our server on a terminal: (wait for a pattern in its output, end it and give all output)."""
         ours, theirs = os.openpty()
-        self.addCleanup(os.close, ours)
+        self.hang_up = contextlib.ExitStack()               # closed once, here or in the test
+        self.hang_up.callback(os.close, ours)
+        self.addCleanup(self.hang_up.close)
         environ = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
         process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", *args], stdin=theirs,
                                    stdout=theirs, stderr=theirs, env={**environ, "TERM": "xterm", **env})
         os.close(theirs)
+        self.process = process
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         seen = bytearray()
@@ -621,9 +624,30 @@ class Terminal(unittest.TestCase):
                 with connect_through(port, *echo) as tunnel:
                     tunnel.sendall(b"x" * 1000)
                     wait_for(rb"\r\x1b\[K1 session .*total 1 conn, up 1.0 kB, down")
-                wait_for(rb"\r\x1b\[K[^\n]* INFO session client=[^\n]*\r\n")
+                wait_for(rb"\r\x1b\[K\d\d:\d\d:\d\d 127\.0\.0\.1 -> 127\.0\.0\.1:%d ok 2\.0 kB \d+\.\d s[^\r]*\r\n"
+                         % echo[1])
                 wait_for(rb"\r\x1b\[K0 sessions .*total 1 conn")
                 self.assertRegex(end(), rb"\r\x1b\[K(?:\r\x1b\[K[^\r]*\r\n)*$")
+
+    def test_ctrl_c_says_for_what_it_waits(self):
+        with target() as echo:
+            wait_for, end = self.server_on("--drain-timeout", "600")
+            port = int(wait_for(rb"listening on 127.0.0.1:(\d+)\r\n").group(1))
+            with connect_through(port, *echo):
+                self.process.send_signal(signal.SIGINT)
+                wait_for(rb"\d INFO stopping: up to 600 s for 1 session to end; a second Ctrl-C ")
+                end()
+
+    def test_it_ends_with_its_terminal(self):
+        for count in ("1", "2") if FORKS else ("1",):
+            with self.subTest(workers=count):
+                wait_for, _end = self.server_on("-w", count)
+                wait_for(rb"try it: ")
+                self.process.send_signal(signal.SIGHUP)             # the terminal is there
+                wait_for(rb"INFO reloaded users=0 ")
+                self.hang_up.close()
+                self.process.send_signal(signal.SIGHUP)
+                self.assertEqual(self.process.wait(PATIENCE_S), 0)
 
     def test_where_it_is_not(self):
         ends = []

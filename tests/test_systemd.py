@@ -13,8 +13,10 @@ from pathlib import Path
 from socks5.config import ConfigError
 from socks5.net import listeners
 from socks5.process import identity, systemd
-from tests.support import (PATIENCE_S, SCRIPT, Spawned, children, connect_through, dial, need, need_program, negotiate,
-                           run_cli, spawned, target, wait_until)
+from tests.support import (
+    PATIENCE_S, SCRIPT, Spawned, children, connect_through, dial, need, need_program, negotiate, readme_block, run_cli,
+    spawned, target, wait_until,
+)
 
 # Opens a socket as systemd does, and becomes the program of its arguments.
 ACTIVATE = """
@@ -44,59 +46,8 @@ for _ in range(2):
         os.execv(sys.argv[1], sys.argv[1:])
     os.waitpid(child, 0)
 """
-SOCKET_UNIT = """[Unit]
-Description=SOCKS5 proxy, its socket
-
-[Socket]
-ListenStream=0.0.0.0:1080
-NoDelay=yes
-
-[Install]
-WantedBy=sockets.target
-"""
-SERVICE_UNIT = """[Unit]
-Description=SOCKS5 proxy
-Requires=socks5.socket
-After=network.target
-
-[Service]
-Type=notify
-ExecStart=/usr/local/bin/socks5-server --users %d/users
-ExecReload=/bin/kill -HUP $MAINPID
-KillMode=mixed
-TimeoutStopSec=15
-LoadCredential=users:/etc/socks5/users
-WatchdogSec=30
-Restart=on-failure
-LimitNOFILE=65536
-DynamicUser=yes
-ProtectSystem=strict
-ProtectHome=yes
-PrivateDevices=yes
-PrivateUsers=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectProc=invisible
-ProcSubset=pid
-CapabilityBoundingSet=
-NoNewPrivileges=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-RemoveIPC=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-SystemCallFilter=prlimit64 setrlimit
-UMask=0077
-"""
+SOCKET_UNIT = readme_block("ini", "[Socket]")
+SERVICE_UNIT = readme_block("ini", "[Service]")
 
 
 def listening_on(pid, port):
@@ -335,7 +286,7 @@ class Units(Case):
     def write(self):
         service = self.folder / "socks5.service"
         (self.folder / "socks5.socket").write_text(SOCKET_UNIT)
-        service.write_text(SERVICE_UNIT.replace("/usr/local/bin/socks5-server", sys.executable))
+        service.write_text(SERVICE_UNIT.replace("/usr/bin/python3", sys.executable))
         return service
 
     def test_verify(self):

@@ -1,4 +1,5 @@
 """table.py: SIGUSR1 and the table of live sessions; each state, and what it counts."""
+import os
 import re
 import signal
 import socket
@@ -45,7 +46,7 @@ class Lines(unittest.TestCase):
                 states, lines = self.tables(server)
         for line in lines[:-1]:
             self.assertEqual(re.findall(r"(\w+)=", line), ORDER)
-        self.assertEqual(lines[-1], "live sessions=4")
+        self.assertEqual(lines[-1], "live sessions=4 pid=%d" % os.getpid())
         self.assertEqual(set(states), {"negotiating", "waiting", "relaying", "half-closed"})
         self.assertEqual((states["relaying"]["up"], states["relaying"]["down"]), ("5", "5"))
         self.assertEqual(states["relaying"]["dst"], "%s:%d" % echo)

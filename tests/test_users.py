@@ -1,12 +1,10 @@
 """users.py and logins.py: which METHOD is chosen, and which logins are let in."""
 import contextlib
-import itertools
 import logging
 import os
 import re
 import socket
 import tempfile
-import textwrap
 import threading
 import unittest
 from ipaddress import ip_address
@@ -23,8 +21,8 @@ from socks5.config import Config, ConfigError
 from socks5.values import credentials
 from socks5.net.addresses import subscriber
 from socks5.protocol.messages import Greeting, Login, LoginStatus, Reply, Request, Selection
-from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, logging_of, read_to_end, reader_of, reset,
-                           run_cli, running, spawned, target, wait_until)
+from tests.support import (PATIENCE_S, address, connect_through, dial, logging_of, read_to_end, reader_of,
+                           readme_block, reset, run_cli, running, spawned, target, wait_until)
 
 ANYBODY = (Method.NO_AUTHENTICATION,)
 BY_PASSWORD = (Method.USERNAME_PASSWORD,)
@@ -360,8 +358,8 @@ class Slowly(FileCase):
         self.assertTrue(self.people.check(b"bob", b"x"))
 
 
-# README.rst shows it; <HOST> is fail2ban's.
-FAILREGEX = r"^\s*WARNING auth_failed client=<HOST> user="
+# What README.rst tells fail2ban, whose <HOST> it has.
+FAILREGEX = re.search(r"(?m)^failregex = (.*)$", readme_block("ini", "failregex")).group(1)
 HOST = r"(?P<host>(?:\d{1,3}\.){3}\d{1,3}|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)"
 
 
@@ -575,17 +573,16 @@ class TheLogLine(unittest.TestCase):
                 self.assertEqual(login(where, name, b"never shown", "127.0.7.%d" % number), 1)
             server.wait_line("session client=127.0.7.%d:" % (len(names) - 1))
             self.assertEqual(self.banned(server.log), ["127.0.7.%d" % number for number in range(len(names))])
+            journal = ["host python3[7]: " + line.split(" ", 2)[2] for line in server.log]
+            self.assertEqual(self.banned(journal), self.banned(server.log))
             self.assertIn("auth_failed client=127.0.7.0 user='bob'", "\n".join(server.log))
             self.assertNotIn("never shown", "\n".join(server.log))
 
 
 def readme_example(word):
     """What the Python block of README.rst defines that has `word` in it."""
-    blocks = (ROOT / "README.rst").read_text(encoding="utf-8").split(".. code-block:: python\n")[1:]
-    block = next(block for block in blocks if word in block)
-    lines = itertools.takewhile(lambda line: not line.strip() or line.startswith(" "), block.split("\n"))
     names = {"__name__": "readme"}
-    exec(textwrap.dedent("\n".join(lines)), names)
+    exec(readme_block("python", word), names)
     return names
 
 

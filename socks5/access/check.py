@@ -36,10 +36,7 @@ def report(config: Config) -> List[str]:
     if config.udp_ports:
         lines.append("UDP ASSOCIATE: %d clients at a time by --udp-ports" % (number_of(config.udp_ports) // 2))
     lines += shares(config) + ways(config, rules)
-    for rule in rules.rules:
-        if rule.user is not None and rule.user not in users.names and not (config.gssapi and b"@" in rule.user):
-            lines.append("warning: %s: there is no user %s" % (rule.where, text(rule.user)))
-    return lines + ["warning: %s" % warning for warning in warnings(config, rules)]
+    return lines + ["warning: %s" % warning for warning in warnings(config, users, rules)]
 
 
 def shares(config: Config) -> List[str]:
@@ -73,14 +70,16 @@ def ways(config: Config, rules: Rules) -> List[str]:
                     if upstream.name not in named and upstream.name != DEFAULT_UPSTREAM]
 
 
-def warnings(config: Config, rules: Rules) -> List[str]:
-    """What the administrator has to know before the server starts."""
+def warnings(config: Config, users: Users, rules: Rules) -> List[str]:
+    """What the administrator has to know when the server starts, and after a reload."""
+    lines = ["%s: there is no user %s" % (rule.where, text(rule.user)) for rule in rules.rules
+             if rule.user is not None and rule.user not in users.names and not (config.gssapi and b"@" in rule.user)]
     opener = rules.opener()
     if not opener:
-        return []
+        return lines
     reached = ", ".join(listener(where, config.port) for where in config.beyond())
     which = " (%s: %s)" % (opener.where, ascii(opener.line)[1:-1]) if config.rules else ""
-    return ["open proxy: every client that reaches %s is let in without a password%s" % (reached, which)]
+    return lines + ["open proxy: every client that reaches %s is let in without a password%s" % (reached, which)]
 
 
 def number_of(ports: Tuple[int, ...]) -> int:
@@ -91,6 +90,14 @@ def listener(where: str, port: int) -> str:
     if not port:
         return "%s, any free port" % where
     return "[%s]:%d" % (where, port) if "%" in where else str(Address(ip_address(where), port))
+
+
+def admission(config: Config) -> str:
+    """Which clients are let in, in one line."""
+    how = "a Kerberos ticket" if config.gssapi else ""
+    if config.needs_password():
+        how = "%s or a password" % how if how else "a password"
+    return "%s; %s is required" % (clients(config), how or "no password")
 
 
 def clients(config: Config) -> str:

@@ -1,8 +1,11 @@
-"""The files that options name: users, rules and the INI file. Only regular ones, which a reload can read again."""
+"""The files that options name: users, rules and the INI file. Only regular ones, which a reload can read again. A users
+file is written by --set-password."""
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import tempfile
 from typing import List, TextIO
 
 from ..config import ConfigError
@@ -34,3 +37,27 @@ def read_lines(flag: str, path: str) -> List[str]:
             return file.read().split("\n")
     except OSError as exc:
         raise ConfigError("%s %s: %s" % (flag, path, exc.strerror)) from None
+
+
+def replace(path: str, text: str) -> None:
+    """Write the file anew under another name, and rename it: a reader sees the old text or the new one, whole.
+
+    A new file has mode 0600. One that was there keeps its owner, its group and whether the group may read it. Raises
+    OSError.
+    """
+    path = os.path.realpath(path)
+    fd, made = tempfile.mkstemp(prefix=".", dir=os.path.dirname(path))          # mode 0600
+    try:
+        with open(fd, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            with contextlib.suppress(FileNotFoundError):
+                before = os.stat(path)
+                if hasattr(os, "fchown"):
+                    os.fchown(fd, before.st_uid, before.st_gid)
+                    os.fchmod(fd, 0o600 | before.st_mode & stat.S_IRGRP)
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        os.replace(made, path)
+    except BaseException:
+        os.unlink(made)
+        raise

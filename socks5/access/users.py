@@ -13,7 +13,7 @@ from ..protocol.codes import Method
 from ..config import Config, ConfigError
 from ..values import ANY_SERVICE
 from ..protocol.errors import GssError
-from .files import read_lines
+from .files import read_lines, replace
 from .logins import Logins
 from .passwords import Hash, Wait
 from .shared import digest
@@ -154,6 +154,24 @@ def line_for(name: str, password: bytes) -> str:
     if not 1 <= len(password) <= 255:
         raise ValueError("a password has 1 to 255 bytes")
     return "%s:%s" % (name, Hash.of(password))
+
+
+def set_line(path: str, name: str, line: str) -> bool:
+    """Put a user's line into the users file, in the place of those with the same name. Returns whether there was one.
+    Raises ConfigError."""
+    lines = read_lines("--users", path) if os.path.exists(path) else [""]
+    same = [at for at, other in enumerate(lines) if other.partition(":")[0].strip() == name]
+    for at in same:
+        lines[at] = line
+    lines = [other for at, other in enumerate(lines) if at not in same[1:]]
+    if not same:
+        lines.insert(len(lines) - (not lines[-1]), line)
+    parse_lines(lines, path)
+    try:
+        replace(path, "\n".join(lines))
+    except OSError as exc:
+        raise ConfigError("--users %s: %s" % (path, exc.strerror)) from None
+    return bool(same)
 
 
 def encode(text: str) -> bytes:

@@ -53,6 +53,9 @@ class Alone(Control):
         """Send WATCHDOG=1 from the relay loop, asked to by the serving thread: a hang of either stops it."""
         self.server.soon(lambda: self.server.relay_loop().call_soon(self.notifier.alive))
 
+    def live(self) -> int:
+        return len(self.server.sessions)
+
     def kill(self) -> None:
         """The thread cannot be killed; it ends with the program."""
         self._ended = True

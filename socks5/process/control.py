@@ -26,7 +26,7 @@ ABORT_S = 2.0                   # the same after a second signal
 class Control:
     """Runs until a stop has been asked for and everything has ended.
 
-    To be overridden: running(), tell(), kill(), and where there is something to do: work(), due(), unsent().
+    To be overridden: running(), tell(), kill(), live(), and where there is something to do: work(), due(), unsent().
     """
 
     def __init__(self, config: Config, access: Access, notifier: Optional[Notifier] = None,
@@ -44,6 +44,7 @@ class Control:
         self._read_at = -NEVER                  # when the files were read last
         self._kill_at = NEVER
         self._delayed = False                   # a reload is tried again, which has been said
+        self.remarks: Callable[[Access], Iterable[str]] = lambda access: ()     # warnings that follow a reload
         self._alive_at = 0.0 if self.notifier.watchdog_s else NEVER
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
@@ -84,6 +85,10 @@ class Control:
         """End what has not stopped in time."""
         raise NotImplementedError
 
+    def live(self) -> int:
+        """How many sessions there are."""
+        return 0
+
     def work(self) -> None:
         """Do what is due. Called after each wait."""
 
@@ -109,6 +114,10 @@ class Control:
             if self.stops == 1:
                 self._kill_at = monotonic() + self.config.drain_timeout + OVERDUE_S
                 self.notifier.stopping()
+                live = self.live()
+                if live and self.config.drain_timeout:
+                    log.info("stopping: up to %g s for %d session%s to end; a second Ctrl-C (SIGINT) or SIGTERM resets "
+                             "them", self.config.drain_timeout, live, "" if live == 1 else "s")
                 self.tell(Order.STOP)
             else:
                 self._kill_at = min(self._kill_at, monotonic() + ABORT_S)
@@ -135,6 +144,8 @@ class Control:
         try:
             self.access = self.files.read()
             self.tell(Order.RELOAD)
+            for remark in self.remarks(self.access):
+                log.warning("%s", remark)
         except (Exhausted, MemoryError) as exc:
             self.access, self._delayed = before, True
             self._reload_at = monotonic() + RELOAD_EVERY_S

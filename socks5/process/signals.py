@@ -3,10 +3,14 @@
 Only the main thread uses this, for Python runs signal handlers there. Signals are blocked in every thread, and in the
 main thread as well except while it waits. So nothing that the main loop does is interrupted, and signals that come
 meanwhile coalesce: the kernel keeps one of each number.
+
+SIGHUP has two senders. An administrator asks for a reload. The kernel or a shell says that the terminal was closed:
+then the server stops, like any program that was started there.
 """
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 from types import FrameType
@@ -44,6 +48,11 @@ def ignore() -> None:
     release()
 
 
+def terminals() -> Set[int]:
+    """Those of the standard descriptors that are a terminal which is still there."""
+    return {fd for fd in range(3) if os.isatty(fd)}
+
+
 class Signals:
     """Notes signals, and waits for them. Leaves them blocked at the end: a late one must not change how the program
     ends."""
@@ -51,6 +60,7 @@ class Signals:
     def __init__(self) -> None:
         self.sockets = socket.socketpair()
         self._seen: Dict[int, Optional[FrameType]] = {}
+        self._terminals = terminals()
         for sock in self.sockets:
             sock.setblocking(False)
 
@@ -89,7 +99,11 @@ class Signals:
         seen = list(self._seen)
         for number in seen:
             del self._seen[number]
-        return {ORDERS[number] for number in seen if number in ORDERS}
+        orders = {ORDERS[number] for number in seen if number in ORDERS}
+        if Order.RELOAD in orders and self._terminals and not terminals():
+            orders = orders - {Order.RELOAD} | {Order.STOP}
+            self._terminals = set()                     # the kernel and the shell may send one SIGHUP each
+        return orders
 
     def wake(self) -> None:
         """Make wait() return. Any thread may call this."""

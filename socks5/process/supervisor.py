@@ -101,6 +101,9 @@ class Supervisor(Control):
         for worker in self.workers.values():
             worker.outbox.put(order, message)
 
+    def live(self) -> int:
+        return self.shared.row(0).live()
+
     def kill(self) -> None:
         """Kill first, report afterwards: the log may be slow."""
         pids = [pid for pid, worker in self.workers.items() if worker.row != COMPANION]

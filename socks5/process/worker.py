@@ -29,7 +29,7 @@ def serve(server: Server, hurry: threading.Event) -> None:
         server.serve_forever()
         aborted = server.drain(server.config.drain_timeout, hurry)
     if aborted:
-        log.warning("stopped with %d sessions cut off", aborted)
+        log.warning("stopped with %d sessions cut off, in process %d", aborted, os.getpid())
 
 
 def obey(server: Server, hurry: threading.Event, order: Order, access: Optional[Access] = None) -> None:

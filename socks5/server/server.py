@@ -209,7 +209,8 @@ class Server(Newcomers):
         users.join(self.users)
         self.rates.renew(rules, self._loop)                     # first: associations look whether the rules are others
         self.users, self.rules, self.sessions.per_user = users, rules, rules.config.max_per_user
-        log.info("reloaded users=%(users)d rules=%(rules)d", Facts(users=len(self.users.names), rules=len(self.rules)))
+        log.info("reloaded users=%(users)d rules=%(rules)d pid=%(pid)d",
+                 Facts(users=len(self.users.names), rules=len(self.rules), pid=os.getpid()))
         return True
 
     # ---- one connection, from accept to its handler -----------------------------------------------------------------

@@ -3,6 +3,7 @@ it is asked for. Runs in the thread of serve_forever()."""
 from __future__ import annotations
 
 import logging
+import os
 from time import monotonic
 from typing import Dict, Tuple
 
@@ -29,7 +30,7 @@ class Table:
             seen[session.number] = monotonic(), int(facts["up"]) + int(facts["down"])
             log.info(LINE, facts)
         self._before = seen
-        log.info("live sessions=%(sessions)d", Facts(sessions=len(seen)))
+        log.info("live sessions=%(sessions)d pid=%(pid)d", Facts(sessions=len(seen), pid=os.getpid()))
 
     def facts(self, session: Session) -> Facts:
         """`rate` is bytes a second, both ways together, since the last table, or since the session began."""
