@@ -9,8 +9,8 @@ import logging
 import os
 import socket
 import sys
-from ipaddress import ip_address
 from functools import partial
+from ipaddress import ip_address
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence
 
 from . import __version__, log as logs, selftest
