@@ -110,7 +110,8 @@ class Listening(unittest.TestCase):
         need(self, HAS_IPV6, "IPv6")
         with spawned("-l", "::", "-l", "0.0.0.0", "--open") as server, target() as destination:
             server.wait_line(r"0\.0\.0\.0", server.lines)
-            self.assertEqual(server.listening, ["listening on %s:%d" % (host, server.port) for host in ("[::]", "0.0.0.0")])
+            self.assertEqual(server.listening, ["listening on %s:%d" % (host, server.port)
+                                                for host in ("[::]", "0.0.0.0")])
             for host in ("127.0.0.1", "::1"):
                 with self.subTest(host), connect_through((host, server.port), *destination) as tunnel:
                     self.assertTrue(echoes(tunnel))
