@@ -89,6 +89,11 @@ class Spawned:
                     raise AssertionError("no line has %r: %s" % (pattern, self.lines + self.log))
 
     @property
+    def listening(self):
+        """The lines that say where."""
+        return [line for line in self.lines if line.startswith("listening on ")]
+
+    @property
     def port(self):
         return int(self.wait_line(r"listening.*:(\d+)(?:\"})?$", self.lines).group(1))
 

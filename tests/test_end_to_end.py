@@ -96,9 +96,11 @@ class Ways(unittest.TestCase):
             for path in copy.rglob("*.py"):
                 os.utime(str(path))                                 # the time of a checkout says nothing
             done = subprocess.run([make, "zipapp", "PYTHON=" + sys.executable], cwd=str(copy), capture_output=True,
-                                  text=True, env=dict(os.environ, SOURCE_DATE_EPOCH=epoch))
+                                  text=True, env=dict(os.environ, SOURCE_DATE_EPOCH=epoch),
+                                  preexec_fn=lambda: os.umask(0o077))
             self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
             built.append((copy / "dist" / "socks5_server.pyz").read_bytes())
+        self.assertEqual((copy / "dist" / "socks5_server.pyz").stat().st_mode & 0o777, 0o755)
         self.assertTrue(built[0] == built[1] != built[2], "the same bytes for the same SOURCE_DATE_EPOCH")
         app = self.elsewhere / "socks5_server.pyz"
         shutil.move(str(copy / "dist" / "socks5_server.pyz"), str(app))

@@ -646,7 +646,7 @@ class Reloading(Case):
             with connect_through(server.port, *destination) as tunnel:
                 self.write("deny")
                 server.signal(signal.SIGHUP)
-                server.wait_line(r"reloaded users=0 rules=1$")
+                server.wait_line(r"reloaded users=0 rules=1 pid=")
                 with self.assertRaisesRegex(AssertionError, "NOT_ALLOWED"):
                     connect_through(server.port, *destination)
                 self.write("allow", "perhaps")

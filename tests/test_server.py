@@ -93,7 +93,7 @@ def crowd_echo():
 class Listening(unittest.TestCase):
     def test_port_0_is_told(self):
         with spawned("-l", "127.0.0.1") as server, target() as destination:
-            self.assertEqual(server.lines, ["listening on 127.0.0.1:%d" % server.port])
+            self.assertEqual(server.listening, ["listening on 127.0.0.1:%d" % server.port])
             with connect_through(server.port, *destination) as tunnel:
                 self.assertTrue(echoes(tunnel))
 
@@ -102,7 +102,7 @@ class Listening(unittest.TestCase):
         with spawned("-l", "127.0.0.1", "-l", "::1", "-l", "127.0.0.2") as server, target() as destination:
             port = int(server.wait_line(r"listening on 127\.0\.0\.2:(\d+)$", server.lines).group(1))
             shown = ["127.0.0.1", "[::1]", "127.0.0.2"]
-            self.assertEqual(server.lines, ["listening on %s:%d" % (host, port) for host in shown])
+            self.assertEqual(server.listening, ["listening on %s:%d" % (host, port) for host in shown])
             for host in ("127.0.0.1", "::1", "127.0.0.2"):
                 with self.subTest(host), connect_through((host, port), *destination) as tunnel:
                     self.assertTrue(echoes(tunnel))
@@ -120,7 +120,8 @@ class Listening(unittest.TestCase):
         need(self, HAS_IPV6, "IPv6")
         with spawned("-l", "::", "-l", "0.0.0.0", "--open") as server, target() as destination:
             server.wait_line(r"0\.0\.0\.0", server.lines)
-            self.assertEqual(server.lines, ["listening on %s:%d" % (host, server.port) for host in ("[::]", "0.0.0.0")])
+            self.assertEqual(server.listening, ["listening on %s:%d" % (host, server.port)
+                                                for host in ("[::]", "0.0.0.0")])
             for host in ("127.0.0.1", "::1"):
                 with self.subTest(host), connect_through((host, server.port), *destination) as tunnel:
                     self.assertTrue(echoes(tunnel))

@@ -1,11 +1,12 @@
 """table.py: SIGUSR1 and the table of live sessions; each state, and what it counts."""
+import json
 import os
 import re
 import signal
 import socket
 import unittest
 
-from socks5 import client
+from socks5 import client, log
 from socks5.protocol.codes import Cmd
 from socks5.protocol.messages import Greeting
 from tests.support import (PATIENCE_S, ask, connect_through, dial, logging_of, need, negotiate, read_to_end, running,
@@ -85,6 +86,19 @@ class Lines(unittest.TestCase):
                 _, lines = self.tables(server)
         self.assertEqual(len(lines), 2)
         self.assertNotIn("\n", lines[0])
+
+    def test_as_json_idle_is_a_number_or_null(self):
+        with running() as server, target() as echo, dial(server.server_address) as silent, \
+                connect_through(server.server_address, *echo):
+            negotiate(silent)
+            wait_until(lambda: len(server.sessions) == 2)
+            with logging_of(self) as logs:
+                server.log_sessions_soon()
+                wait_until(lambda: any("live sessions=" in line for line in logs.output), "the table")
+            said = [json.loads(log.JsonFormatter().format(record)) for record in logs.records]
+        idle = {line["state"]: line["idle"] for line in said if "state" in line}
+        self.assertEqual(idle["negotiating"], None)
+        self.assertIsInstance(idle["relaying"], float)
 
     def test_idle_is_since_the_last_byte(self):
         with running() as server, target() as echo, connect_through(server.server_address, *echo) as sock:
