@@ -298,6 +298,26 @@ class WhoMayIn(Case):
         for wrong in (b"", b"\4", b"\xff", b"\1\1"):
             self.assertRaises(GssError, subnegotiation.choose, wrong, Protection.CLEAR)
 
+    def test_the_message_with_the_level_is_not_encrypted(self):
+        """RFC 1961 section 4.3: what the context protects begins behind it."""
+        class Recording(gssapi.Context):
+            def __init__(self):
+                self.done, self.flags, self.level, self.wrapped = True, gssapi.CONF | gssapi.INTEG, Protection.CLEAR, []
+
+            def step(self, token):
+                return b""
+
+            def unwrap(self, token, ordered=True):
+                return token[1:]
+
+            def wrap(self, data):
+                self.wrapped.append((data, self.level))
+                return data
+
+        context, came = Recording(), iter([SecurityToken(b"t"), ProtectionLevel(b"x\2")])
+        subnegotiation.accept(context, lambda kind: next(came), lambda message: None, Protection.CLEAR)
+        self.assertEqual((context.wrapped, context.level), ([(b"\2", Protection.CLEAR)], Protection.CONFIDENTIALITY))
+
     def test_nec_level_in_clear(self):
         server = self.serve()
         for asked, holds in ((b"\0", b"\0"), (b"\1", b"\1"), (b"\2", b"\2"), (b"\4", None)):

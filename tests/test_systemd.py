@@ -200,6 +200,11 @@ class Notified(Case):
             notifier.close()
         self.assertEqual(systemd.Notifier({"WATCHDOG_USEC": "1000000"}).watchdog_s, 0)
 
+    def test_it_is_told_twice_as_often_as_systemd_asks_for(self):
+        notifier = systemd.Notifier({"NOTIFY_SOCKET": "@there", "WATCHDOG_USEC": "3000000"})
+        self.addCleanup(notifier.close)
+        self.assertEqual(notifier.watchdog_s, 1.5)
+
     def test_the_watchdog_of_another_process(self):
         notifier = systemd.Notifier({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"})
         self.addCleanup(notifier.close)

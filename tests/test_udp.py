@@ -630,7 +630,7 @@ class OurSide(unittest.TestCase):
         return logs.output[-1].rpartition("why=")[2]
 
     def test_ports(self):
-        low = free_ports(6, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        low = free_ports(6, "0.0.0.0")
         with running(udp_ports=(low, low + 5)) as server, udp_socket() as there:
             for turn in range(3):                                   # what has ended leaves its ports
                 with contextlib.ExitStack() as stack:
@@ -651,7 +651,7 @@ class OurSide(unittest.TestCase):
                 wait_until(lambda: not len(server.sessions))
 
     def test_a_port_that_something_else_has(self):
-        low = free_ports(2, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        low = free_ports(2, "0.0.0.0")
         with running(udp_ports=(low, low + 1)) as server, remote() as where:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
                 other.bind(("", low))
@@ -661,7 +661,7 @@ class OurSide(unittest.TestCase):
                 exchange(self, udp, where)
 
     def test_what_comes_before_the_clients_first_datagram(self):
-        low = free_ports(2, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        low = free_ports(2, "0.0.0.0")
         with running(udp_ports=(low, low + 1)) as server, remote() as where:
             with session_line(self, server) as line:
                 with associated(server) as udp, udp_socket() as early:
@@ -717,7 +717,7 @@ class TheEnd(unittest.TestCase):
                     wait_until(lambda: not associations(), "it is gone")
 
     def test_one_that_was_refused_leaves_nothing_either(self):
-        low = free_ports(2, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        low = free_ports(2, "0.0.0.0")
         with no_collector(), running(udp_ports=(low, low + 1)) as server:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, self.assertRaises(ProxyError):
                 other.bind(("", low))

@@ -13,6 +13,7 @@ from socks5 import client
 from socks5.access.check import report
 from socks5.access.rules import Asker, Rules, parse_lines
 from socks5.config import Config
+from socks5.net.listeners import OPTIONS
 from socks5.values import upstream
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError
@@ -83,6 +84,15 @@ class OurOwn(Case):
         reached = "reached=%s:%d " % other.server_address
         self.assertEqual(len([line for line in logs.output if reached in line and "why='via upstream'" in line]), 2)
         self.assertEqual(len([line for line in logs.output if "dst='localhost'" in line]), 2, "the name went there")
+
+    def test_the_connection_to_it_has_the_options_of_every_connection(self):
+        with running() as other, target() as there:
+            server = self.chained(url(other))
+            with client.connect(server.server_address[:2], there):
+                session, = server.sessions
+                wait_until(lambda: session.tunnel, "the tunnel stands")
+                for level, option in OPTIONS:
+                    self.assertTrue(session.tunnel.remote.getsockopt(level, option), (level, option))
 
     def test_early_data(self):
         with running() as other, target() as there:
