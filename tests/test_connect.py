@@ -1,6 +1,7 @@
 """connect.py: each REP from a real failure, and parallel attempts to connect (RFC 8305)."""
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import socket
@@ -229,8 +230,11 @@ class ConnectTest(unittest.TestCase):
     def test_the_most_telling_failure_wins(self):
         port = support.closed_port("127.0.0.1", "127.0.0.2")
         with silent("127.0.0.1", port):
-            for addresses in (["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.1"]):
-                with self.subTest("silent and refused: %s" % addresses):
+            for addresses, nonblock in itertools.product(
+                    (["127.0.0.1", "127.0.0.2"], ["127.0.0.2", "127.0.0.1"]), {module.NONBLOCK, 0}):
+                # Without NONBLOCK only poll() tells of a refusal.
+                with self.subTest("silent and refused: %s" % addresses, nonblock=nonblock), \
+                        mock.patch.object(module, "NONBLOCK", nonblock):
                     exc = self.refused(ips(*addresses), port, 0.4)
                     self.assertEqual(exc.rep, Rep.CONNECTION_REFUSED)
                     self.assertIn("127.0.0.2 ECONNREFUSED", exc.why)

@@ -18,6 +18,7 @@ from socks5 import client
 from socks5.access import gssapi, subnegotiation
 from socks5.access.users import Users
 from socks5.client import Gssapi
+from socks5.commands.enveloped import EnvelopedSocket
 from socks5.config import Config, ConfigError
 from socks5.protocol.codes import Cmd, Method, Protection, Rep
 from socks5.protocol.envelope import PAYLOAD_BYTES, Envelope
@@ -872,6 +873,22 @@ class Envelopes(unittest.TestCase):
 
         def unwrap(self, token, ordered=True):
             return token[-2::-1]
+
+    def test_a_datagram_of_another_host_is_not_opened(self):
+        """It could be a copy of the client's, which would not be taken after it."""
+        opened = []
+        envelope = mock.Mock(open_one=lambda raw: opened.append(raw) or raw[1:])
+        with contextlib.ExitStack() as stack:
+            ours, client, stranger = (stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                                      for _ in range(3))
+            for sock, host in ((ours, "127.0.0.1"), (client, "127.0.0.1"), (stranger, "127.0.0.2")):
+                sock.bind((host, 0))
+            ours.settimeout(PATIENCE_S)
+            inside, view = EnvelopedSocket(ours, envelope, "127.0.0.1"), memoryview(bytearray(100))
+            for sock, size in ((stranger, 0), (client, 4)):
+                sock.sendto(b"\0copy", ours.getsockname())
+                self.assertEqual(inside.recvfrom_into(view), (size, sock.getsockname()))
+        self.assertEqual(opened, [b"\0copy"])
 
     def test_the_messages(self):
         """Each packs and parses to itself, reads nothing behind, and any cut is EOF. RFC 1961 sections 3 to 5"""

@@ -184,24 +184,18 @@ passwords.derive = lambda *args: (print("hashed", flush=True), derive(*args))[-1
                                              [Rep.SUCCEEDED, Rep.GENERAL_FAILURE])
                     self.replace_all(server)
 
-    def test_sigterm_drains_and_a_tunnel_may_finish(self):
-        with target() as echo, self.crew("--drain-timeout", "20") as (server, _pids):
-            with connect_through(server.port, *echo) as tunnel:
-                port = server.port
-                server.signal(signal.SIGTERM)
-                wait_until(lambda: refuses(port), "nobody listens")
-                self.assertTrue(echoes(tunnel))
-            self.assertEqual(server.process.wait(20), 0)
-
-    def test_a_signal_to_the_whole_group_is_one_signal(self):
-        """As Ctrl-C in a terminal: the workers leave it to the supervisor, or it would count as a second one."""
-        with target() as echo, self.crew("--drain-timeout", "20", preexec_fn=os.setsid) as (server, _pids):
-            with connect_through(server.port, *echo) as tunnel:
-                port = server.port
-                os.killpg(server.process.pid, signal.SIGINT)
-                wait_until(lambda: refuses(port), "nobody listens")
-                self.assertTrue(echoes(tunnel))
-            self.assertEqual(server.process.wait(20), 0)
+    def test_a_signal_drains_and_a_tunnel_may_finish(self):
+        """To the supervisor, or to the whole group, as Ctrl-C in a terminal: then the workers leave it to the
+        supervisor, or it would count as a second one."""
+        for send, number in ((os.kill, signal.SIGTERM), (getattr(os, "killpg", None), signal.SIGINT)):
+            with self.subTest(number.name), target() as echo, self.crew(
+                    "--drain-timeout", "20", preexec_fn=os.setsid) as (server, _pids):
+                with connect_through(server.port, *echo) as tunnel:
+                    port = server.port
+                    send(server.process.pid, number)
+                    wait_until(lambda: refuses(port), "nobody listens")
+                    self.assertTrue(echoes(tunnel))
+                self.assertEqual(server.process.wait(20), 0)
 
     def test_a_second_signal_ends_it_at_once(self):
         with target() as echo, self.crew("--drain-timeout", "600") as (server, _pids):

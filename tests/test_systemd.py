@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from functools import partial
 from pathlib import Path
 
 from socks5.config import ConfigError
@@ -225,7 +226,8 @@ class RunAs(Case):
         os.chmod(str(self.folder), 0o755)
         rules = self.folder / "rules"
         rules.write_text("allow from 127.0.0.0/8\n")
-        with spawned("--run-as", "65534:65534", "--rules", rules, "-w", "2") as server:
+        with spawned("--run-as", "65534:65534", "--rules", rules, "-w", "2",
+                     preexec_fn=partial(os.setgroups, [4, 24])) as server:
             def pids():
                 children = Path("/proc/%d/task/%d/children" % ((server.process.pid,) * 2)).read_text().split()
                 return [str(server.process.pid), *children]

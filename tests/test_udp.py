@@ -1,5 +1,6 @@
 """UDP ASSOCIATE: what is carried, for whom, where to, and what is left when it is over."""
 import contextlib
+import errno
 import gc
 import itertools
 import os
@@ -649,6 +650,24 @@ class OurSide(unittest.TestCase):
                         self.assertEqual(ask(newcomer, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).rep, Rep.SUCCEEDED)
                         self.assertIn(why, self.refused(server, "127.0.0.3"))
                 wait_until(lambda: not len(server.sessions))
+
+    def test_a_socket_that_cannot_be_opened_takes_no_port(self):
+        low = free_ports(4, "0.0.0.0")
+        real = datagrams.bound
+
+        def bound(family, *args):
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
+            return real(family, *args)
+
+        with running(udp_ports=(low, low + 3)) as server, patch("socks5.commands.udp.bound", bound), \
+                associated(server) as udp, patch.object(
+                    server.udp_ports, "give_back", wraps=server.udp_ports.give_back) as give_back:
+            for number in range(1, 4):
+                udp.sendto(b"x", ("2001:db8::1", 53))
+                wait_until(lambda: [one.association and one.association.dropped["EAFNOSUPPORT"]
+                                    for one in server.sessions] == [number])
+                self.assertEqual(give_back.call_count, number)
 
     def test_a_port_that_something_else_has(self):
         low = free_ports(2, "0.0.0.0")
