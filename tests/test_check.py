@@ -196,7 +196,7 @@ class HashPassword(Case):
     def test_the_line_lets_in(self):
         line = run_cli("--hash-password", "alice", input="s3cret\n")[1]
         users = self.write("users", line.strip())
-        with target() as destination, spawned("--users", users) as server:
+        with target() as destination, spawned("--users", users, "--handshake-timeout", "60") as server:
             connect_through(server.port, *destination, user=(b"alice", b"s3cret")).close()
             with self.assertRaises(AssertionError):
                 connect_through(server.port, *destination, user=(b"alice", b"s3cre"))
