@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import socks5
 from socks5 import log
+from socks5.net import lookups
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.messages import Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 
@@ -27,6 +29,7 @@ OTHER_THREADS = 4           # of a server that is one process, beside acceptors:
 PORTS = 200                 # of one test process, for free_ports(); its neighbours have others
 FIRST_PORT = 20000 + os.getpid() % 50 * PORTS
 _ports = itertools.count()
+lookups.REST_S = 0.05       # a test is over when its threads are: those that look names up would rest for a second
 HAS_IPV6 = False
 with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as _probe:
     _probe.bind(("::1", 0))
@@ -36,17 +39,22 @@ with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as _probe:
 # ---- our server --------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def running(handler=socks5.Handler, server_class=socks5.Server, **options):
-    """Our server in a thread of this process, on a free port; what is left of it at the end is closed."""
-    options.setdefault("port", 0)
-    with server_class(socks5.Config(**options), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+def served(server, *poll_interval):
+    """A server of socketserver's kind in a thread of this process; what is left of it at the end is closed."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, args=poll_interval, daemon=True)
         thread.start()
         try:
             yield server
         finally:
             server.shutdown()
             thread.join(PATIENCE_S)
+
+
+def running(handler=socks5.Handler, server_class=socks5.Server, **options):
+    """Our server in a thread of this process, on a free port; what is left of it at the end is closed."""
+    options.setdefault("port", 0)
+    return served(server_class(socks5.Config(**options), handler))
 
 
 class Spawned:
@@ -130,6 +138,16 @@ def spawned(*args, **kwargs):
         yield server
     finally:
         server.end(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def script(text):
+    """The path of our command with other code in front: what it changes is changed before main() runs."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write("import os, signal, sys\nsys.path.insert(0, %r)\n%s\n"
+                   "from socks5 import cli\nsys.exit(cli.main())\n" % (str(ROOT), text))
+        file.flush()
+        yield file.name
 
 
 def run_cli(*args, env=None, input=None, cwd=None, timeout=PATIENCE_S, python=sys.executable):
@@ -310,14 +328,15 @@ def echo(connection):
         connection.sendall(data)
 
 
-def free_ports(number, *hosts, kind=socket.SOCK_STREAM):
-    """The first of so many ports in a row that are free on all of these addresses (127.0.0.1 if none is given): below
-    those that the kernel gives to sockets that bind to any port or connect, and from a range of this process, so that
-    none is taken before it is used, nor given twice within a short time."""
+def free_ports(number, *hosts):
+    """The first of so many ports in a row that TCP and UDP have free on all of these addresses (127.0.0.1 if none is
+    given): below those that the kernel gives to sockets that bind to any port or connect, and from a range of this
+    process, so that none is taken before it is used, nor given twice within a short time."""
     while True:
         low = FIRST_PORT + next(_ports) % PORTS
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for host, port in itertools.product(hosts or ["127.0.0.1"], range(low, low + number)):
+            for host, port, kind in itertools.product(hosts or ["127.0.0.1"], range(low, low + number),
+                                                      (socket.SOCK_STREAM, socket.SOCK_DGRAM)):
                 sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind))
                 sock.bind((host, port))
             for _ in range(1, number):

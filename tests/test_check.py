@@ -33,6 +33,11 @@ class Case(unittest.TestCase):
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return str(path)
 
+    def command(self, *args):
+        """Exit status, stdout and stderr of our command, run in this process."""
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            return main(list(map(str, args))), out.getvalue(), err.getvalue()
+
     def users(self, *names):
         return self.write("users", *("%s:%s" % (name, Hash.of(b"secret", "pbkdf2", (1,))) for name in names))
 
@@ -117,7 +122,7 @@ class CommandLine(Case):
                 ("open by a rule", ["-l", "0.0.0.0", "--rules", self.write("open", "allow")],
                  "/open:1: lets in every client")):
             with self.subTest(name):
-                status, out, err = run_cli("--check", *args)
+                status, out, err = self.command("--check", *args)
                 self.assertEqual((status, out, err.count("\n")), (2, "", 1))
                 self.assertIn(why, err)
                 self.assertNotIn("secret", err)
@@ -127,11 +132,10 @@ class HashPassword(Case):
     """--hash-password, and that its line is let in."""
 
     def hash_password(self, *args, typed):
-        """Exit status, stdout and stderr; in this process, and cheap."""
+        """As command(), and cheap."""
         pipe = io.TextIOWrapper(io.BytesIO(typed))
-        with mock.patch.object(passwords, "SCRYPT_N", 2), mock.patch.object(sys, "stdin", pipe), \
-                contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-            return main(["--hash-password", *args]), out.getvalue(), err.getvalue()
+        with mock.patch.object(passwords, "SCRYPT_N", 2), mock.patch.object(sys, "stdin", pipe):
+            return self.command("--hash-password", *args)
 
     def test_a_line_from_a_pipe(self):
         cyrillic = "\u043f\u0430\u0440\u043e\u043b\u044c".encode()
@@ -282,7 +286,7 @@ class HashPassword(Case):
     def test_the_line_lets_in(self):
         line = run_cli("--hash-password", "alice", input="s3cret\n")[1]
         users = self.write("users", line.strip())
-        with target() as destination, spawned("--users", users) as server:
+        with target() as destination, spawned("--users", users, "--handshake-timeout", "60") as server:
             connect_through(server.port, *destination, user=(b"alice", b"s3cret")).close()
             with self.assertRaises(AssertionError):
                 connect_through(server.port, *destination, user=(b"alice", b"s3cre"))

@@ -7,14 +7,13 @@ import socket
 import ssl
 import subprocess
 import tempfile
-import threading
 import unittest
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingMixIn
 
-from tests.support import HAS_IPV6, PATIENCE_S, closed_port, need, need_program, spawned
+from tests.support import HAS_IPV6, PATIENCE_S, closed_port, need, need_program, served, spawned
 
 BIG_BYTES = 200 << 20
 BLOCK = os.urandom(1 << 20)
@@ -62,16 +61,11 @@ class ThreadingV6(Threading):
 @contextlib.contextmanager
 def web(handler=Pages, host="127.0.0.1", tls=None):
     """A web server; its port."""
-    with (ThreadingV6 if ":" in host else Threading)((host, 0), handler) as server:
-        if tls:
-            server.socket = tls.wrap_socket(server.socket, server_side=True)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield server.server_address[1]
-        finally:
-            server.shutdown()
-            thread.join(PATIENCE_S)
+    server = (ThreadingV6 if ":" in host else Threading)((host, 0), handler)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    with served(server, 0.01):
+        yield server.server_address[1]
 
 
 def environment(**more):

@@ -19,6 +19,7 @@ from socks5 import client
 from socks5.access import gssapi, subnegotiation, throttle
 from socks5.access.users import Users
 from socks5.client import Gssapi
+from socks5.commands.enveloped import EnvelopedSocket
 from socks5.config import Config, ConfigError
 from socks5.protocol.codes import Cmd, Method, Protection, Rep
 from socks5.protocol.envelope import PAYLOAD_BYTES, Envelope
@@ -317,6 +318,26 @@ class WhoMayIn(Case):
         self.assertEqual(subnegotiation.choose(b"\3", Protection.CLEAR), Protection.CONFIDENTIALITY)
         for wrong in (b"", b"\4", b"\xff", b"\1\1"):
             self.assertRaises(GssError, subnegotiation.choose, wrong, Protection.CLEAR)
+
+    def test_the_message_with_the_level_is_not_encrypted(self):
+        """RFC 1961 section 4.3: what the context protects begins behind it."""
+        class Recording(gssapi.Context):
+            def __init__(self):
+                self.done, self.flags, self.level, self.wrapped = True, gssapi.CONF | gssapi.INTEG, Protection.CLEAR, []
+
+            def step(self, token):
+                return b""
+
+            def unwrap(self, token, ordered=True):
+                return token[1:]
+
+            def wrap(self, data):
+                self.wrapped.append((data, self.level))
+                return data
+
+        context, came = Recording(), iter([SecurityToken(b"t"), ProtectionLevel(b"x\2")])
+        subnegotiation.accept(context, lambda kind: next(came), lambda message: None, Protection.CLEAR)
+        self.assertEqual((context.wrapped, context.level), ([(b"\2", Protection.CLEAR)], Protection.CONFIDENTIALITY))
 
     def test_nec_level_in_clear(self):
         server = self.serve()
@@ -990,6 +1011,22 @@ class Envelopes(unittest.TestCase):
 
         def memory(self, size):
             """It cannot work in place."""
+
+    def test_a_datagram_of_another_host_is_not_opened(self):
+        """It could be a copy of the client's, which would not be taken after it."""
+        opened = []
+        envelope = mock.Mock(open_one=lambda raw: opened.append(raw) or raw[1:])
+        with contextlib.ExitStack() as stack:
+            ours, client, stranger = (stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                                      for _ in range(3))
+            for sock, host in ((ours, "127.0.0.1"), (client, "127.0.0.1"), (stranger, "127.0.0.2")):
+                sock.bind((host, 0))
+            ours.settimeout(PATIENCE_S)
+            inside, view = EnvelopedSocket(ours, envelope, "127.0.0.1"), memoryview(bytearray(100))
+            for sock, size in ((stranger, 0), (client, 4)):
+                sock.sendto(b"\0copy", ours.getsockname())
+                self.assertEqual(inside.recvfrom_into(view), (size, sock.getsockname()))
+        self.assertEqual(opened, [b"\0copy"])
 
     def test_the_messages(self):
         """Each packs and parses to itself, reads nothing behind, and any cut is EOF. RFC 1961 sections 3 to 5"""

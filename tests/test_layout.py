@@ -3,6 +3,7 @@ import ast
 import subprocess
 import sys
 import unittest
+from functools import lru_cache
 
 from tests import support
 
@@ -30,13 +31,14 @@ STDLIB = set(getattr(sys, "stdlib_module_names", None) or """
     termios textwrap threading time traceback types typing unicodedata urllib uuid warnings weakref""".split())
 
 
+@lru_cache(maxsize=None)
 def modules():
     """The dotted names of all modules; that of a folder's __init__.py is the folder's."""
     found = []
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         found.append(".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts))
-    return sorted(found)
+    return tuple(sorted(found))
 
 
 def path_of(name):
@@ -44,6 +46,7 @@ def path_of(name):
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+@lru_cache(maxsize=None)
 def tree_of(name):
     return ast.parse(path_of(name).read_text(encoding="utf-8"), name + ".py")
 

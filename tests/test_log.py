@@ -442,6 +442,15 @@ class WriterThread(unittest.TestCase):
         self.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines, ["a", "b"])
 
+    def test_what_comes_during_a_fork_is_written_when_it_is_over(self):
+        written = threading.Event()
+        writer = Writer(lambda data: written.set(), str, str)
+        self.addCleanup(writer.close)
+        writer.pause()
+        writer.put("meanwhile")
+        writer.resume()
+        self.assertTrue(written.wait(PATIENCE_S))
+
     def test_a_thread_that_fails_has_a_successor(self):
         with mock.patch.object(writers, "sleep", side_effect=MemoryError), \
                 mock.patch.object(threading, "excepthook") as hook:

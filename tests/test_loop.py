@@ -10,6 +10,7 @@ import select
 import socket
 import sys
 import threading
+import time
 import tracemalloc
 import unittest
 import weakref
@@ -510,6 +511,15 @@ class LentTest(LoopTest):
     def test_a_lent_tunnel_that_stalls_has_its_limits(self):
         standing, _thread = self.busy(self.tunnel(idle_s=0.3))
         self.assertEqual(standing.ended(), ("idle", "nothing moved for 0.3 s"))
+
+    def test_the_sweep_leaves_a_lent_tunnel_to_its_thread(self):
+        swept = threading.Event()
+        with mock.patch.object(busy, "QUIET_S", 60):
+            standing, _thread = self.busy(self.tunnel(idle_s=60))
+            self.loop.call_soon(lambda: (self.loop._sweep(time.monotonic() + 3600), swept.set()))
+            self.assertTrue(swept.wait(PATIENCE_S))
+            for _ in range(64):                         # more than the kernel holds
+                self.assertEqual(len(read_exactly(standing.client, MIB)), MIB)
 
     def test_stalled_tunnels_hold_little_memory(self):
         before = splice.parked

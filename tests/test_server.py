@@ -389,6 +389,18 @@ class Stopping(unittest.TestCase):
             server.wait_line("rep=SUCCEEDED up=4 down=4 .*ended=server-stopped why=-")
             server.wait_line(r"WARNING stopped with [12] sessions cut off")
 
+    def test_the_end_of_the_drain_is_the_end_of_all_sessions(self):
+        class Slow(socks5.Handler):
+            def handle(self):
+                super().handle()
+                threading.Event().wait(0.1)
+
+        with running(Slow) as server, contextlib.ExitStack() as stack:
+            for client in [stack.enter_context(dial(server.server_address)) for _ in range(3)]:
+                support.negotiate(client)
+            server.shutdown()
+            self.assertEqual((server.drain(0), len(server.sessions)), (3, 0))
+
     def test_second_signal_ends_it_at_once(self):
         term, int_ = signal.SIGTERM, signal.SIGINT
         for first, second in [(term, term), (int_, term), (term, int_)]:

@@ -183,6 +183,15 @@ class Eviction(Case):
         self.admit(live, "192.0.2.3")
         self.assertEqual([self.shut(session) for session in logins], [True, False, False], "where there is no other")
 
+    def test_one_that_a_load_balancer_has_named(self):
+        live = Sessions(100, 10, negotiating_max=2)
+        named = self.admit(live, "192.0.2.9", sessions.UNKNOWN)
+        live.move(named, Endpoint(ip_address("198.51.100.1"), 1), "198.51.100.1")
+        self.admit(live)
+        self.now += 5
+        self.admit(live, "198.51.100.1")
+        self.assertTrue(self.shut(named))
+
     def test_none_that_has_just_come(self):
         live = Sessions(100, 10, negotiating_max=2)
         flood = [self.admit(live) for _ in range(50)]

@@ -28,18 +28,14 @@ from socks5.server.counters import Shared
 from socks5.server.sessions import Sessions
 from socks5.status import line, metrics, views, web
 from socks5.status.channel import Channel
-from socks5.status.meter import BOUNDS_S, BUCKETS, Board, Meter
+from socks5.status.history import History
+from socks5.status.meter import AT_ONCE, BOUNDS_S, BUCKETS, Board, Meter
 from tests.support import (
-    PATIENCE_S, ROOT, ask, closed_port, connect_through, dial, negotiate, need, need_program, read_to_end, reader_of,
-    run_cli, spawned, target, wait_until)
+    PATIENCE_S, ROOT, SCRIPT, ask, children, closed_port, connect_through, dial, heard, negotiate, need, need_program,
+    read_to_end, reader_of, run_cli, script, served, spawned, target, wait_until)
 
 FORKS = hasattr(os, "fork")
 SESSIONS = int(os.environ.get("SOCKS5_STATUS_SESSIONS", "1000"))    # of which metrics and log must agree; 8 or more
-
-
-def children(pid):
-    with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
-        return list(map(int, file.read().split()))
 
 
 def get(port, path, method="GET", host="127.0.0.1", **headers):
@@ -76,6 +72,13 @@ def status(*args, **kwargs):
         yield server, int(server.wait_line(r"status on http://127.0.0.1:(\d+)/$", server.lines).group(1))
 
 
+@contextlib.contextmanager
+def serving(source):
+    """The page in this process, with the answers of `source`: yields its port."""
+    with served(web.Web(socket.create_server(("127.0.0.1", 0)), source, None, False), 0.01) as page:
+        yield page.server_address[1]
+
+
 class Pages(unittest.TestCase):
     def test_sessions_and_metrics_of_one_process_and_of_several(self):
         for count in ("1", "3") if FORKS else ("1",):
@@ -101,7 +104,8 @@ class Pages(unittest.TestCase):
                 for tunnel in tunnels:
                     tunnel.close()
                 wait_until(lambda: total(port, "socks5_connections_total") == 9, "their end")
-                self.assertEqual(total(port, "socks5_bytes_total", direction="up"), 36, "and counted once")
+                for way in ("up", "down"):
+                    self.assertEqual(total(port, "socks5_bytes_total", direction=way), 36, "and counted once")
                 self.assertEqual(total(port, "socks5_connections_total", command="CONNECT", rep="SUCCEEDED"), 9)
                 self.assertEqual(total(port, "socks5_handshake_seconds_count"), 9)
                 self.assertEqual(total(port, "socks5_connect_seconds_count"), 9)
@@ -162,6 +166,13 @@ class Pages(unittest.TestCase):
             self.assertEqual(total(port, "socks5_udp_dropped_total"), 1)
             self.assertEqual(total(port, "socks5_bytes_total", direction="up"), 30)
 
+    def test_the_two_replies_of_a_bind_are_one_handshake(self):
+        with status() as (server, port), client.bind(("127.0.0.1", server.port)) as waiting:
+            with dial(waiting.bnd), waiting.accept(PATIENCE_S)[0]:
+                wait_until(lambda: total(port, "socks5_sessions", state="relaying") == 1, "the second reply")
+            wait_until(lambda: total(port, "socks5_connections_total", command="BIND", rep="SUCCEEDED") == 1)
+            self.assertEqual(total(port, "socks5_handshake_seconds_count"), 1)
+
     def test_draining_is_said_until_the_end(self):
         for count in ("1", "2") if FORKS else ("1",):
             with self.subTest(workers=count), target() as echo, status("-w", count, "--drain-timeout", "60") as (
@@ -173,18 +184,23 @@ class Pages(unittest.TestCase):
                 server.process.wait(PATIENCE_S)
                 self.assertRaises(OSError, get, port, "/healthz")
 
-    def test_a_thousand_sessions_in_time(self):
+    def test_many_sessions_and_metrics_that_wait_for_no_worker(self):
+        """More sessions than a worker counts between two moments for others; /metrics reads shared memory only."""
+        many = 2 * AT_ONCE + 10
         with target() as echo, status("-w", "2" if FORKS else "1") as (server, port), contextlib.ExitStack() as stack:
-            for _ in range(1000):
+            for _ in range(many):
                 stack.enter_context(connect_through(server.port, *echo))
-            wait_until(lambda: total(port, "socks5_sessions") == 1000, "the sweep")
-            times = []
-            for _ in range(10):
-                begun = time.monotonic()
-                get(port, "/metrics")
-                times.append(time.monotonic() - begun)
-            self.assertLess(min(times), 0.05)
-            self.assertEqual(len(json_of(port, "/sessions")["sessions"]), 1000)
+            wait_until(lambda: total(port, "socks5_sessions") == many, "the sweep")
+            self.assertEqual(len(json_of(port, "/sessions")["sessions"]), many)
+            if FORKS and os.path.exists("/proc/self/task"):
+                workers = server_pids(port, server)
+                for pid in workers:
+                    os.kill(pid, signal.SIGSTOP)
+                try:
+                    self.assertEqual(total(port, "socks5_sessions"), many)
+                finally:
+                    for pid in workers:
+                        os.kill(pid, signal.SIGCONT)
 
 
 class Standards(unittest.TestCase):
@@ -269,22 +285,33 @@ class WhoMayAsk(unittest.TestCase):
             self.assertEqual(get(port, "/sessions/x")[0], 404)
 
     def test_requests_are_bounded(self):
-        with status() as (_server, port):
+        with mock.patch("socks5.status.web.HEAD_S", 60), serving(views.Source()) as port:
             for raw in (b"GET / HTTP/1.1\r\nX: " + b"x" * 10000, b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\n\n",
                         b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
                 with self.subTest(raw[:20]), dial(port) as sock, contextlib.suppress(ConnectionResetError):
                     sock.sendall(raw)
                     self.assertNotIn(b" 200 ", read_to_end(sock)[:20])
-            with contextlib.ExitStack() as stack:
-                silent = [stack.enter_context(dial(port)) for _ in range(web.MOST + 8)]
-                for sock in silent:
-                    sock.sendall(b"GET ")
-                closed = [sock for sock in silent[-8:] if read_or_none(sock) is None]
-                self.assertLess(len(closed), 8, "beyond MOST they are closed at once")
-                with socket.create_connection(("127.0.0.1", port), PATIENCE_S, ("127.0.0.2", 0)) as sock:
-                    sock.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-                    self.assertIn(b" 200 ", read_to_end(sock)[:20], "another address is served meanwhile")
-            wait_until(lambda: code_of(port) == 200, "free again")
+        with mock.patch("socks5.status.web.HEAD_S", 0.1), serving(views.Source()) as port, dial(port) as sock:
+            sock.sendall(b"GET ")
+            self.assertEqual(heard(sock), b"", "its time is over")
+
+    def test_one_address_does_not_take_all_places(self):
+        share = web.MOST - web.MOST // 10
+        with mock.patch("socks5.status.web.HEAD_S", 60), serving(views.Source()) as port:
+            for turn in range(2):                       # the places come back
+                with contextlib.ExitStack() as stack:
+                    silent = [stack.enter_context(dial(port)) for _ in range(share)]
+                    for sock in silent:
+                        sock.sendall(b"GET ")
+                    for _ in range(4):
+                        with dial(port) as more:
+                            self.assertEqual(heard(more, b"GET "), b"", "closed at once")
+                    with dial(port, source="127.0.0.2") as sock:
+                        self.assertIn(b" 200 ", heard(sock, b"GET / HTTP/1.0\r\n\r\n")[:20], "another is served")
+                    for sock in silent:
+                        sock.sendall(b"/ HTTP/1.0\r\n\r\n")
+                        self.assertIn(b" 200 ", read_to_end(sock)[:20])
+                wait_until(lambda: code_of(port, "/") == 200, "free again")
 
     def test_sessions_are_asked_for_by_one_request_at_a_time(self):
         """28 at once made a round trip through the same process take 300 times as long."""
@@ -300,12 +327,9 @@ class WhoMayAsk(unittest.TestCase):
             def metrics(self):
                 return "text/plain", b"served meanwhile"
 
-        page = web.Web(socket.create_server(("127.0.0.1", 0)), Slow(), None, False)
-        port, codes = page.server_address[1], []
-        serving = threading.Thread(target=page.serve_forever, daemon=True)
-        first = threading.Thread(target=lambda: codes.append(get(port, "/sessions")[0]), daemon=True)
-        serving.start()
-        try:
+        codes = []
+        with serving(Slow()) as port:
+            first = threading.Thread(target=lambda: codes.append(get(port, "/sessions")[0]), daemon=True)
             first.start()
             self.assertTrue(asked.wait(PATIENCE_S))
             with mock.patch("socks5.status.web.TURN_S", 0.01):
@@ -314,11 +338,6 @@ class WhoMayAsk(unittest.TestCase):
             go_on.set()
             first.join(PATIENCE_S)
             self.assertEqual((codes, get(port, "/sessions")[0]), ([200], 200))
-        finally:
-            go_on.set()
-            page.shutdown()
-            serving.join(PATIENCE_S)
-            page.server_close()
 
     def test_beyond_loopback_only_with_a_password(self):
         self.assertRaises(ConfigError, Config, status=("0.0.0.0", 9180))
@@ -369,19 +388,9 @@ class WhoMayAsk(unittest.TestCase):
         self.assertIn("cannot listen", err)
 
 
-def read_or_none(sock):
-    sock.settimeout(0.3)
+def code_of(port, path="/healthz"):
     try:
-        return sock.recv(1)
-    except socket.timeout:
-        return None
-    except OSError:
-        return b""
-
-
-def code_of(port):
-    try:
-        return get(port, "/healthz")[0]
+        return get(port, path)[0]
     except (OSError, http.client.HTTPException):
         return None
 
@@ -568,6 +577,14 @@ class Words(unittest.TestCase):
         self.assertEqual(written, [b"\r!abcd", b"\r!efgh"])
         self.assertIs(log.after(b"", write), write)
 
+    def test_samples_that_the_page_has_are_not_sent_again(self):
+        history = History(Board(1), lambda: 0)
+        history.start()
+        self.addCleanup(history.stop)
+        wait_until(lambda: history.since(0))
+        last = history.since(0)[-1]
+        self.assertNotIn(last, history.since(last[0]))
+
     def test_sessions_given_in_all_processes(self):
         shared = Shared(2)
         for row in (0, 1, 1):
@@ -575,17 +592,20 @@ class Words(unittest.TestCase):
         self.assertEqual(shared.given(), 3)
 
 
+OFTEN = "from socks5.status import beside, line\nline.EVERY_S = beside.SWEEP_S = 0.1"
+
+
 @unittest.skipUnless(hasattr(os, "openpty"), "this system has no terminals")
 class Terminal(unittest.TestCase):
-    def server_on(self, *args, **env):
+    def server_on(self, *args, path=SCRIPT, **env):
         """Start our server on a terminal: (wait for a pattern in its output, end it and give all output)."""
         ours, theirs = os.openpty()
         self.hang_up = contextlib.ExitStack()               # closed once, here or in the test
         self.hang_up.callback(os.close, ours)
         self.addCleanup(self.hang_up.close)
         environ = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", *args], stdin=theirs,
-                                   stdout=theirs, stderr=theirs, env={**environ, "TERM": "xterm", **env})
+        process = subprocess.Popen([sys.executable, str(path), "-p", "0", *args], stdin=theirs, stdout=theirs,
+                                   stderr=theirs, env={**environ, "TERM": "xterm", **env})
         os.close(theirs)
         self.process = process
         self.addCleanup(process.wait)
@@ -616,8 +636,8 @@ class Terminal(unittest.TestCase):
 
     def test_the_line_renews_itself_and_is_gone_at_the_end(self):
         for count in ("1", "2") if FORKS else ("1",):
-            with self.subTest(workers=count), target() as echo:
-                wait_for, end = self.server_on("-w", count)
+            with self.subTest(workers=count), target() as echo, script(OFTEN) as path:
+                wait_for, end = self.server_on("-w", count, path=path)
                 port = int(wait_for(rb"listening on 127.0.0.1:(\d+)\r\n").group(1))
                 wait_for(rb"try it: curl --socks5-hostname 127.0.0.1:%d " % port)
                 wait_for(rb"\r\x1b\[K0 sessions   0 conn/s ")
@@ -650,14 +670,13 @@ class Terminal(unittest.TestCase):
                 self.assertEqual(self.process.wait(PATIENCE_S), 0)
 
     def test_where_it_is_not(self):
-        ends = []
-        for args, env in ((["-q"], {}), (["-v"], {}), ([], {"NO_COLOR": "1"}), ([], {"TERM": "dumb"})):
-            wait_for, end = self.server_on("-w", "1", *args, **env)
-            wait_for(rb"listening on")
-            ends.append(end)
-        time.sleep(1.3)             # no event tells that it does not come: it would within a second
-        for end in ends:
-            self.assertNotIn(b"\x1b", end())
+        with script("from socks5.status import line\nline.EVERY_S = 0") as path:   # drawn in each turn of the main loop
+            for args, env, shown in (([], {}, True), (["-q"], {}, False), (["-v"], {}, False),
+                                     ([], {"NO_COLOR": "1"}, False), ([], {"TERM": "dumb"}, False)):
+                with self.subTest(args=args, env=env):
+                    wait_for, end = self.server_on("-w", "1", *args, path=path, **env)
+                    wait_for(rb"listening on")
+                    self.assertEqual(b"\x1b" in end(), shown)
         with spawned() as server:
             server.end()
             self.assertEqual([text for text in server.lines + server.log if "try it" in text or "\x1b" in text], [])

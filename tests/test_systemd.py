@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from functools import partial
 from pathlib import Path
 
 from socks5.config import ConfigError
@@ -204,6 +205,11 @@ class Notified(Case):
             notifier.close()
         self.assertEqual(systemd.Notifier({"WATCHDOG_USEC": "1000000"}).watchdog_s, 0)
 
+    def test_it_is_told_twice_as_often_as_systemd_asks_for(self):
+        notifier = systemd.Notifier({"NOTIFY_SOCKET": "@there", "WATCHDOG_USEC": "3000000"})
+        self.addCleanup(notifier.close)
+        self.assertEqual(notifier.watchdog_s, 1.5)
+
     def test_the_watchdog_of_another_process(self):
         notifier = systemd.Notifier({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"})
         self.addCleanup(notifier.close)
@@ -224,7 +230,8 @@ class RunAs(Case):
         os.chmod(str(self.folder), 0o755)
         rules = self.folder / "rules"
         rules.write_text("allow from 127.0.0.0/8\n")
-        with spawned("--run-as", "65534:65534", "--rules", rules, "-w", "2") as server:
+        with spawned("--run-as", "65534:65534", "--rules", rules, "-w", "2",
+                     preexec_fn=partial(os.setgroups, [4, 24])) as server:
             def pids():
                 children = Path("/proc/%d/task/%d/children" % ((server.process.pid,) * 2)).read_text().split()
                 return [str(server.process.pid), *children]

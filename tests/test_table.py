@@ -67,6 +67,10 @@ class Lines(unittest.TestCase):
             peer.recvfrom(100)
             wait_until(lambda: [session.moved() for session in server.sessions] == [(8, 0)])
             states, _ = self.tables(server)
+            with client.associate(server.server_address[:2]):
+                unused = max(server.sessions, key=lambda session: session.number)
+                wait_until(lambda: unused.association)
+                self.assertEqual(unused.idle_s(unused.started + 5), 5, "before its first datagram")
         self.assertEqual((states["relaying"]["cmd"], states["relaying"]["up"]), ("UDP_ASSOCIATE", "8"))
         self.assertGreaterEqual(float(states["relaying"]["idle"]), 0)
 

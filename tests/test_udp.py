@@ -1,5 +1,6 @@
 """UDP ASSOCIATE: what is carried, for whom, where to, and what is left when it is over."""
 import contextlib
+import errno
 import gc
 import itertools
 import os
@@ -630,7 +631,7 @@ class OurSide(unittest.TestCase):
         return logs.output[-1].rpartition("why=")[2]
 
     def test_ports(self):
-        low = free_ports(6, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        low = free_ports(6, "0.0.0.0")
         with running(udp_ports=(low, low + 5)) as server, udp_socket() as there:
             for turn in range(3):                                   # what has ended leaves its ports
                 with contextlib.ExitStack() as stack:
@@ -650,8 +651,26 @@ class OurSide(unittest.TestCase):
                         self.assertIn(why, self.refused(server, "127.0.0.3"))
                 wait_until(lambda: not len(server.sessions))
 
+    def test_a_socket_that_cannot_be_opened_takes_no_port(self):
+        low = free_ports(4, "0.0.0.0")
+        real = datagrams.bound
+
+        def bound(family, *args):
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
+            return real(family, *args)
+
+        with running(udp_ports=(low, low + 3)) as server, patch("socks5.commands.udp.bound", bound), \
+                associated(server) as udp, patch.object(
+                    server.udp_ports, "give_back", wraps=server.udp_ports.give_back) as give_back:
+            for number in range(1, 4):
+                udp.sendto(b"x", ("2001:db8::1", 53))
+                wait_until(lambda: [one.association and one.association.dropped["EAFNOSUPPORT"]
+                                    for one in server.sessions] == [number])
+                self.assertEqual(give_back.call_count, number)
+
     def test_a_port_that_something_else_has(self):
-        low = free_ports(2, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        low = free_ports(2, "0.0.0.0")
         with running(udp_ports=(low, low + 1)) as server, remote() as where:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
                 other.bind(("", low))
@@ -661,7 +680,7 @@ class OurSide(unittest.TestCase):
                 exchange(self, udp, where)
 
     def test_what_comes_before_the_clients_first_datagram(self):
-        low = free_ports(2, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        low = free_ports(2, "0.0.0.0")
         with running(udp_ports=(low, low + 1)) as server, remote() as where:
             with session_line(self, server) as line:
                 with associated(server) as udp, udp_socket() as early:
@@ -717,7 +736,7 @@ class TheEnd(unittest.TestCase):
                     wait_until(lambda: not associations(), "it is gone")
 
     def test_one_that_was_refused_leaves_nothing_either(self):
-        low = free_ports(2, "0.0.0.0", kind=socket.SOCK_DGRAM)
+        low = free_ports(2, "0.0.0.0")
         with no_collector(), running(udp_ports=(low, low + 1)) as server:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, self.assertRaises(ProxyError):
                 other.bind(("", low))

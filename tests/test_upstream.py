@@ -12,13 +12,15 @@ from unittest import mock
 from socks5 import client
 from socks5.access.check import report
 from socks5.access.rules import Asker, Rules, parse_lines
+from socks5.commands import upstream as upstream_module
 from socks5.config import Config
+from socks5.net.listeners import OPTIONS
 from socks5.values import upstream
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError
 
 from .support import (
-    PATIENCE_S, closed_port, dial, logging_of, negotiate, need_program, read_to_end, run_cli, running, target,
+    PATIENCE_S, closed_port, dial, logging_of, negotiate, need_program, read_to_end, reset, run_cli, running, target,
     wait_until)
 from .test_client import FREE, OK, script
 from .test_udp import associated, exchange, remote, udp_socket
@@ -85,6 +87,15 @@ class OurOwn(Case):
         self.assertEqual(len([line for line in logs.output if reached in line and "why='via upstream'" in line]), 2)
         self.assertEqual(len([line for line in logs.output if "dst='localhost'" in line]), 2, "the name went there")
 
+    def test_the_connection_to_it_has_the_options_of_every_connection(self):
+        with running() as other, target() as there:
+            server = self.chained(url(other))
+            with client.connect(server.server_address[:2], there):
+                session, = server.sessions
+                wait_until(lambda: session.tunnel, "the tunnel stands")
+                for level, option in OPTIONS:
+                    self.assertTrue(session.tunnel.remote.getsockopt(level, option), (level, option))
+
     def test_early_data(self):
         with running() as other, target() as there:
             server = self.chained(url(other))
@@ -113,6 +124,15 @@ class OurOwn(Case):
 
     def test_bind(self):
         with running() as other:
+            self.peer_comes(self.chained(url(other)))
+
+    def test_a_bind_waits_for_longer_than_the_connect_timeout(self):
+        class Late(upstream_module.UpstreamWait):
+            def __init__(self, chain, dialogue, *args):
+                super().__init__(chain, dialogue, *args)
+                dialogue.deadline.at = 0.0                          # that of --connect-timeout is over
+
+        with running() as other, mock.patch.object(upstream_module, "UpstreamWait", Late):
             self.peer_comes(self.chained(url(other)))
 
     def test_bind_for_any_peer_is_judged_here(self):
@@ -242,12 +262,12 @@ class Failures(Case):
 
         left = threading.Event()
         with target(wait) as silent:
-            server = self.chained(url(silent))
+            server = self.chained(url(silent), connect_timeout=600)
             with dial(server.server_address) as sock:
                 negotiate(sock)
                 sock.sendall(bytes.fromhex("05010001 c0000201 0050"))
                 came.wait(PATIENCE_S)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                reset(sock)
             self.assertTrue(left.wait(PATIENCE_S))
             wait_until(lambda: not len(server.sessions))
 
@@ -268,6 +288,9 @@ class Ways(Case):
         for address, port, expected in (("10.1.1.1", 1, "of"), ("192.0.2.7", 80, "upstream")):
             self.assertEqual(rules.judge(asker, ip_address(address), port).upstream.name, expected)
         self.assertEqual([way and way.name for way in rules.upstreams(asker)], ["of", None, "upstream"])
+        several = [ip_address(text) for text in ("10.1.1.1", "192.0.2.7", "10.1.1.2")]      # of one name
+        way, addresses = rules.first_way(asker, several, 80, b"c.example")
+        self.assertEqual((way.name, addresses), ("of", [several[0], several[2]]), "no rule leads the other there")
 
     def test_the_default_rules_leave_names_to_the_upstream(self):
         rules = Rules(Config(upstream=(upstream("socks5://192.0.2.1:1"),)))
