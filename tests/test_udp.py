@@ -660,7 +660,7 @@ class OurSide(unittest.TestCase):
                 raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
             return real(family, *args)
 
-        with running(udp_ports=(low, low + 3)) as server, patch("socks5.commands.udp.bound", bound), \
+        with running(udp_ports=(low, low + 3)) as server, patch("socks5.commands.datagrams.bound", bound), \
                 associated(server) as udp, patch.object(
                     server.udp_ports, "give_back", wraps=server.udp_ports.give_back) as give_back:
             for number in range(1, 4):
