@@ -90,7 +90,7 @@ class Rates:
         return limits
 
     def add(self, limits: Limits, name: str, rate: AnyRate, whose: str = "") -> None:
-        """Add those of one rate; it is the session's own if it is nobody's."""
+        """Add those of one rate; without `whose` it is that of the session alone."""
         if not rate:
             return
         if rate.together and rate.up:

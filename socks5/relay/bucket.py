@@ -60,7 +60,7 @@ class Buckets:
         self._table = Table(RECORDS, "d")               # paid_at
 
     def bucket(self, *parts: bytes) -> SharedBucket:
-        """The one of this name: whoever asks for the same one shares it."""
+        """The one of this name. All that ask for the same name share it."""
         return SharedBucket(self, digest(self._secret, b"rate", *parts))
 
     def take(self, key: bytes, least: int, most: int, bytes_s: float, burst_s: float,
