@@ -42,7 +42,7 @@ class Writer:
     """A bounded queue, and the thread that writes it.
 
     write        as os.write with a descriptor: a short write is continued, an exception loses the chunk
-    render       an item's text in ASCII, one line or several, without the last newline. Runs in the writer thread
+    render       an item's text in ASCII, one line or several, without the last newline. Runs in the thread that writes
     lost         the text of the line that says how many items were lost
     chunk_bytes  the most that is given to write() at once; a longer line is cut, and ends in "..."
     release      called once, when nothing will be written any more: closes what was opened for it
