@@ -134,6 +134,7 @@ class HAProxy(Case):
         killed_at = time.monotonic()
         newcomers.wait_for(20)
         self.assertEqual(self.command("set server replicas/b state drain"), "")
+        newcomers.wait_for(2)                               # what was on its way to it before the order has arrived
         self.replicas["b"].signal(signal.SIGTERM)
         newcomers.wait_for(20)
         lost = {sock for sock in tunnels if not self.answers(sock)}
