@@ -7,6 +7,7 @@ import errno
 import getpass
 import logging
 import os
+import re
 import socket
 import sys
 from functools import partial
@@ -84,7 +85,7 @@ def build_parser() -> Parser:
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
-    """The options that are given. Ends the program for one that does not exist, with what may have been meant."""
+    """Parse the command line. An unknown option ends the program with an error that suggests a similar option."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest:
@@ -94,7 +95,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
 
 def hint(parser: Parser, word: str) -> str:
     from difflib import get_close_matches                   # for this error only
-    known = [flag for action in parser._actions for flag in action.option_strings]
+    known = re.findall("--[a-z-]+", parser.format_help())
     if word.isdecimal():
         return "; the port has an option: -p %s" % word
     close = get_close_matches(word.partition("=")[0], known, 1) if word.startswith("--") else []

@@ -42,8 +42,8 @@ def read_lines(flag: str, path: str) -> List[str]:
 def replace(path: str, text: str) -> None:
     """Write the file anew under another name, and rename it: a reader sees the old text or the new one, whole.
 
-    A new file has mode 0600. One that was there keeps its owner, its group and whether the group may read it. Raises
-    OSError.
+    A new file has mode 0600. A file that exists already keeps its owner, its group and the read permission of the
+    group. Raises OSError.
     """
     path = os.path.realpath(path)
     fd, made = tempfile.mkstemp(prefix=".", dir=os.path.dirname(path))          # mode 0600

@@ -280,10 +280,11 @@ class Context:
         state = c_int()
         with Output(self.gss) as data:
             bits = self.gss.call("gss_unwrap", self.handle, byref(Buffer.of(token)), byref(data), byref(state), None)
-            self._accept(bits, MOVED if ordered else REPEATED, state)
+            self.check_unwrapped(bits, MOVED if ordered else REPEATED, state)
             return data.bytes()
 
-    def _accept(self, bits: int, wrong: int, state: c_int) -> None:
+    def check_unwrapped(self, bits: int, wrong: int, state: c_int) -> None:
+        """Raises GssError for a message that is lost, repeated or moved, as `wrong` says, or not encrypted."""
         if bits & wrong:
             raise GssError("gss_unwrap: %s" % self.gss.words(bits, 0))
         if self.level == Protection.CONFIDENTIALITY and not state:
@@ -335,7 +336,7 @@ class Memory:
         stream.length, stream.value = size, self._address + at
         bits = context.gss.call("gss_unwrap_iov", context.handle, byref(self._state), None, self._opened,
                                 len(self._opened))
-        context._accept(bits, MOVED, self._state)
+        context.check_unwrapped(bits, MOVED, self._state)
         start = data.value - self._address if data.length else at
         return start, start + data.length
 

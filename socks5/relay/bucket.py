@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, Sequence, Tuple
 
 from ..access.shared import Lock, Table, digest
 
-RECORDS = 16384                 # buckets; beyond, the one that is fullest begins anew: up to one burst too much
+RECORDS = 16384                 # buckets. Beyond that, the fullest is dropped: its owner gets up to one burst too much
 BURST_S = 0.2                   # a bucket holds as much as flows in this time, if nothing else is said
 PORTION_S = 0.02                # what one session takes at a time, while no other waits;
 SHARED_BY = 10                  # divided by as many as wait, up to this

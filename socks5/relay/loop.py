@@ -282,7 +282,7 @@ class Loop:
     def _change_each(self, change: Callable[[Tunnel], None]) -> None:
         with self._gate:
             for tunnel in self._tunnels:
-                tunnel.change = change              # the thread of one that is lent sees it soon
+                tunnel.change = change              # the thread of a lent tunnel sees it soon
                 self._calls.append(partial(self._change, tunnel))
 
     def _change(self, tunnel: Tunnel) -> None:

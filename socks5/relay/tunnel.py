@@ -127,7 +127,7 @@ class Tunnel:
         return bool(self.up.resume_at or self.down.resume_at)
 
     def deadline(self) -> float:
-        """When the limit ends it, if no byte moves before. One that is paused is not idle."""
+        """When the time limit ends the tunnel, if no byte moves before. A paused tunnel is not idle."""
         limit_s, _name = self.limit()
         return self.moved_at + limit_s if limit_s and not self.paused() else float("inf")
 
