@@ -193,7 +193,7 @@ passwords.derive = lambda *args: (print("hashed", flush=True), derive(*args))[-1
                 with connect_through(server.port, *echo) as tunnel:
                     port = server.port
                     send(server.process.pid, number)
-                    wait_until(lambda: refuses(port), "nobody listens")
+                    wait_until(lambda: refuses(port), "no process listens")
                     self.assertTrue(echoes(tunnel))
                 self.assertEqual(server.process.wait(20), 0)
 
@@ -203,7 +203,7 @@ passwords.derive = lambda *args: (print("hashed", flush=True), derive(*args))[-1
                 self.assertTrue(echoes(tunnel))         # it stands
                 port = server.port
                 server.signal(signal.SIGTERM)
-                wait_until(lambda: refuses(port), "nobody listens")
+                wait_until(lambda: refuses(port), "no process listens")
                 server.signal(signal.SIGTERM)
                 with self.assertRaises(ConnectionResetError):
                     tunnel.recv(1)
