@@ -34,6 +34,7 @@
         shares        a limited number of things, of which no address takes all
         writer        the thread that writes lines to a descriptor
     relay/            bytes between two sockets
+        affinity      on which CPU a thread may run
         splice        a kernel pipe, through which bytes go without a copy
         bucket        token buckets for rate limits, which the server processes share
         pipe          one direction

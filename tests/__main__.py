@@ -33,7 +33,7 @@ WITHOUT = {
     "splice": "import os; vars(os).pop('splice', None)",
     "eventfd": "import os; vars(os).pop('eventfd', None)",
     "fork": "import os; del os.fork",
-    "affinity": "import os; del os.sched_getaffinity",
+    "affinity": "import os; del os.sched_getaffinity, os.sched_setaffinity",
     "acceptors": "import socket; del socket.TCP_DEFER_ACCEPT",
     "reuseport": "import socket; del socket.SO_REUSEPORT",
     "ipv6": """

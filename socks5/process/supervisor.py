@@ -14,6 +14,7 @@ from typing import Callable, Dict, Iterable, List, Optional, Sequence
 
 from ..config import Config
 from ..net import listeners as listening
+from ..relay import affinity
 from ..server.counters import Shared
 from ..server.server import Server
 from . import worker as child
@@ -134,6 +135,7 @@ class Supervisor(Control):
         def make() -> Server:
             self.files.close()
             self.notifier.close()
+            affinity.pin(os.getppid() + row)        # neighbours by row; not always the first CPUs of the machine
             server = self.make(self.config, listeners=self.listeners, counts=self.shared.row(row), access=self.access)
             self.companion.attend(server, row)
             return server

@@ -24,7 +24,7 @@ from typing import Any, Callable, Deque, Dict, List, Set, Tuple
 
 from ..net.poller import BATCH, READ, new_poller
 from ..net.shares import Share
-from . import splice
+from . import affinity, splice
 from .busy import QUIET_S, relay_busy, relay_first
 from .limited import Timers, read_on
 from .pipe import DONTWAIT
@@ -381,6 +381,7 @@ class Loop:
 
     def _relay_busy(self, tunnel: Tunnel) -> None:
         """The thread of a busy tunnel."""
+        affinity.unpin()
         self._borrow(tunnel, partial(relay_busy, until_quiet=True))
         self.call_soon(lambda: self._take_back(tunnel))
 
