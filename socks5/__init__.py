@@ -57,13 +57,13 @@
         fragments     reassemble fragmented datagrams
     server/           one process
         counters      how many sessions there are, in all processes; what else may be counted
-        sessions      the registry of live sessions: limits, deadlines, eviction
         inbox         what the client sends before its tunnel stands, and the record of it
+        session       what is known of one client, and how the log shows it
+        sessions      the registry of live sessions: limits, deadlines, eviction
         principal     authenticate a client by GSSAPI, RFC 1961
         handler       one client, like RFC 1928 sections 3 to 6
         acceptors     threads that wait in accept()
         newcomers     a connection before its handler: PROXY header, silent clients
-        table         the live sessions as lines of the log
         tracing       where the trace is written to
         server        the ThreadingTCPServer: accept, limit, drain
     process/          several processes

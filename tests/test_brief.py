@@ -10,7 +10,7 @@ from socks5.net.addresses import Endpoint
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.facts import Facts, FactsRecord
 from socks5.protocol.messages import Address
-from socks5.server.sessions import Session
+from socks5.server.session import Session
 from tests.support import address
 
 CLIENT = Endpoint(ip_address("192.0.2.7"), 4711)

@@ -26,7 +26,7 @@ from socks5.net.addresses import Endpoint
 from socks5.net.writer import PIPE_BUF, Writer, chunks, encoded, writing_at_once
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.facts import Facts, FactsRecord, tell
-from socks5.server.sessions import Session
+from socks5.server.session import Session
 from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, need, running, spawned, target,
                            wait_until)
 

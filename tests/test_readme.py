@@ -21,8 +21,8 @@ import socks5
 from socks5 import cli
 from socks5.access.rules import Rules
 from socks5.config import Config
-from socks5.server.sessions import Session
-from socks5.server.table import LINE
+from socks5.server.session import Session
+from socks5.server.session import LIVE
 from socks5.values import upstream
 from tests.support import (
     PATIENCE_S, ROOT, connect_through, echoes, need, readme_block, readme_blocks, running, spawned, target,
@@ -147,7 +147,7 @@ class Log(unittest.TestCase):
         self.assertRegex(line, "^%s$" % shape)
 
     def test_the_line_of_a_live_session(self):
-        self.assertEqual(re.findall(r"(\w+)=", self.shown("live")), re.findall(r"(\w+)=%", LINE))
+        self.assertEqual(re.findall(r"(\w+)=", self.shown("live")), re.findall(r"(\w+)=%", LIVE))
 
 
 class Promises(unittest.TestCase):

@@ -9,10 +9,11 @@ import unittest
 from ipaddress import ip_address, ip_network
 from unittest import mock
 
-from socks5.server import sessions
+from socks5.server import session, sessions
 from socks5.protocol.codes import Cmd, Rep
 from socks5.server.counters import Shared
-from socks5.server.sessions import Full, Session, Sessions
+from socks5.server.session import Session
+from socks5.server.sessions import Full, Sessions
 from socks5.net.addresses import Endpoint
 from socks5.protocol.messages import Address
 from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, heard, logging_of, negotiate, reader_of,
@@ -50,7 +51,7 @@ class Case(unittest.TestCase):
 
     def setUp(self):
         self.now = 100.0
-        for patch in (mock.patch.object(sessions, "monotonic", lambda: self.now),):
+        for patch in [mock.patch.object(module, "monotonic", lambda: self.now) for module in (session, sessions)]:
             patch.start()
             self.addCleanup(patch.stop)
         self.stack = contextlib.ExitStack()

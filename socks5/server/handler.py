@@ -43,7 +43,8 @@ from ..relay.tunnel import Tunnel
 from .counters import Meter
 from .inbox import ClosedOnError, Inbox, LoginWait, Outbox, linger
 from .principal import by_gssapi
-from .sessions import HEAVIEST, Full, Session, Sessions
+from .session import Session
+from .sessions import HEAVIEST, Full, Sessions
 
 log = logging.getLogger(__name__)
 LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever

@@ -25,7 +25,8 @@ from ..relay.loop import Loop
 from ..relay.watch import peek
 from .handler import Service
 from .inbox import linger
-from .sessions import UNKNOWN, Full, Session
+from .session import Session
+from .sessions import UNKNOWN, Full
 
 log = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ from . import acceptors, tracing
 from .counters import Counts, Meter, Shared
 from .handler import Handler, method_table
 from .newcomers import COMPLAIN_EVERY_S, REFUSED, Newcomers
-from .sessions import UNKNOWN, Full, Session, Sessions, Teller
-from .table import Table
+from .session import Session, Table
+from .sessions import UNKNOWN, Full, Sessions, Teller
 
 log = logging.getLogger(__name__)
 

@@ -13,17 +13,12 @@ import queue
 import socket
 import threading
 from time import monotonic
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, Optional
 
-from ..commands.udp import Association
 from ..net.addresses import Endpoint
 from ..net.shares import Tally, fits, kept
-from ..protocol.facts import Facts
-from ..protocol.fields import Host
-from ..protocol.messages import Address
-from ..relay.tunnel import Tunnel
 from .counters import Counts, Shared, UserCounts
-from .inbox import Record
+from .session import Session
 
 log = logging.getLogger(__name__)
 
@@ -33,92 +28,6 @@ UNKNOWN = "unknown"     # the origin of a connection from a load balancer, until
 MAX_LEAVING = 32        # evicted sessions that still hold a descriptor, one of the spare ones
 CANDIDATES = 256        # for eviction: so many of those that negotiate are looked at, the oldest ones
 HEAVIEST = 3            # the weight of a UDP association: the connection, up to three sockets, one or two to wake it
-
-
-class Session:
-    """What is known of one client, for the log, the table and the limits.
-
-    number      unlike any other session's, also in other processes
-    origin      what shares one limit: an IPv4 address, an IPv6 /64
-    reached     the address that answered (CONNECT; the upstream's, if there is one) or called (BIND)
-    rep         the name of the last reply's REP
-    up, down    bytes from the client and to it, once the session is over; `moved` knows them before
-    ended_by    "client", "remote", or the reason why we ended it; `why` is the error behind it
-    notes       what is to be added to `why`
-    judged      the host that the rules allowed, where `reached` is an upstream
-    counted_as  the user for which it counts
-    """
-
-    __slots__ = ("number", "client", "origin", "sock", "started", "ended_at", "user", "cmd", "dst", "reached", "rep",
-                 "tunnel", "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
-                 "story", "record", "extended_s", "judged", "counted_as")
-
-    def __init__(self, client: Endpoint, origin: str, sock: socket.socket) -> None:
-        self.number = 0                             # until it is admitted
-        self.client = client
-        self.origin = origin
-        self.sock = sock
-        self.started = monotonic()
-        self.ended_at = 0.0                         # by time.monotonic(), once it is over
-        self.user: Optional[bytes] = None
-        self.cmd = ""                               # until the request is there
-        self.dst: Optional[Address] = None
-        self.reached: Union[Endpoint, Address, None] = None
-        self.rep = ""
-        self.tunnel: Optional[Tunnel] = None
-        self.association: Optional[Association] = None
-        self.judged: Optional[Host] = None
-        self.counted_as: Optional[bytes] = None
-        self.up = 0
-        self.down = 0
-        self.ended_by = ""
-        self.why = ""
-        self.notes = ""
-        self.extended_s = 0.0                       # so much longer than others may its handshake take
-        self.greeted = False                        # its greeting is here: it speaks SOCKS5
-        self.leaving = False                        # evicted, and its thread has not noticed yet
-        self.weight = 1                             # how many pairs of descriptors it may take
-        self.story: Any = None                      # the trace of this session
-        self.record: Optional[Record] = None        # of its handshake, for the status page
-
-    # The order in which a session's facts stand in the log.
-    LINE = ("session client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s reached=%(reached)s rep=%(rep)s "
-            "up=%(up)d down=%(down)d seconds=%(seconds).3f ended=%(ended)s why=%(why)s")
-
-    def facts(self) -> Facts:
-        up, down = self.moved()
-        return Facts(client=self.client, user=self.user, cmd=self.cmd, dst=self.dst, reached=self.reached, rep=self.rep,
-                     up=up, down=down, seconds=(self.ended_at or monotonic()) - self.started,
-                     ended=self.ended_by.replace(" ", "-"),
-                     why="; ".join(filter(None, (self.why, self.notes))) if self.notes else self.why)
-
-    def moved(self) -> Tuple[int, int]:
-        """Bytes up and down until now."""
-        tunnel, association = self.tunnel, self.association     # its own thread may take them away meanwhile
-        if tunnel:
-            return tunnel.up.total, tunnel.down.total
-        return (association.up, association.down) if association else (self.up, self.down)
-
-    def idle_s(self, now: float) -> Optional[float]:
-        """For how many seconds no byte was relayed; None before there is a relay."""
-        relay = self.tunnel or self.association
-        return max(0.0, now - max(relay.moved_at, self.started)) if relay else None
-
-    def state(self) -> str:
-        """What it is doing, in a word."""
-        tunnel = self.tunnel
-        if self.ended_by or (tunnel and (tunnel.ended or tunnel.aborted)):
-            return "closing"
-        if tunnel:
-            return "half-closed" if tunnel.up.done or tunnel.down.done else "relaying"
-        if self.association:
-            return "relaying"
-        return "waiting" if self.cmd == "BIND" and self.rep else "connecting" if self.cmd else "negotiating"
-
-    def step(self, word: str, **facts: object) -> None:
-        """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
-        said = Facts(client=self.client, **facts)
-        log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
 
 
 class Full(Exception):

@@ -23,7 +23,8 @@ from ..protocol.codes import Cmd, Rep
 from ..protocol.messages import Request
 from ..server import counters
 from ..server.inbox import Record
-from ..server.sessions import Session, Sessions
+from ..server.session import Session
+from ..server.sessions import Sessions
 
 try:
     import resource

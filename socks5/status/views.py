@@ -16,7 +16,7 @@ from ..protocol.codes import Rep
 from ..protocol.messages import Address, Reply
 from ..protocol.trace import DOWN, SECOND_REPLY, TITLES, UP, Message, explained, meaning
 from ..server.server import Server
-from ..server.sessions import Session
+from ..server.session import Session
 from .channel import Query
 from .meter import Meter
 

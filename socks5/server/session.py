@@ -1,0 +1,156 @@
+"""A session: what is known of one client, from accept to close, and how the log shows it.
+
+Every thread that serves the session writes to it. The table of live sessions (SIGUSR1) reads what is there, in the
+thread of serve_forever(); it costs a session nothing before.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from time import monotonic
+from typing import Any, Dict, Iterable, Optional, Tuple, Union
+
+from ..commands.udp import Association
+from ..net.addresses import Endpoint
+from ..protocol.facts import NOTHING, Facts, positional
+from ..protocol.fields import Host, text
+from ..protocol.messages import Address
+from ..relay.tunnel import Tunnel
+from .inbox import Record
+
+log = logging.getLogger(__name__)
+
+LIVE = ("live id=%(id)d client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s state=%(state)s age=%(age).1f "
+        "idle=%(idle)s up=%(up)d down=%(down)d rate=%(rate)d")
+
+
+class Session:
+    """What is known of one client, for the log, the table and the limits.
+
+    number      unlike any other session's, also in other processes
+    origin      what shares one limit: an IPv4 address, an IPv6 /64
+    reached     the address that answered (CONNECT; the upstream's, if there is one) or called (BIND)
+    rep         the name of the last reply's REP
+    up, down    bytes from the client and to it, once the session is over; `moved` knows them before
+    ended_by    "client", "remote", or the reason why we ended it; `why` is the error behind it
+    notes       what is to be added to `why`
+    judged      the host that the rules allowed, where `reached` is an upstream
+    counted_as  the user for which it counts
+    """
+
+    __slots__ = ("number", "client", "origin", "sock", "started", "ended_at", "user", "cmd", "dst", "reached", "rep",
+                 "tunnel", "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
+                 "story", "record", "extended_s", "judged", "counted_as")
+
+    def __init__(self, client: Endpoint, origin: str, sock: socket.socket) -> None:
+        self.number = 0                             # until it is admitted
+        self.client = client
+        self.origin = origin
+        self.sock = sock
+        self.started = monotonic()
+        self.ended_at = 0.0                         # by time.monotonic(), once it is over
+        self.user: Optional[bytes] = None
+        self.cmd = ""                               # until the request is there
+        self.dst: Optional[Address] = None
+        self.reached: Union[Endpoint, Address, None] = None
+        self.rep = ""
+        self.tunnel: Optional[Tunnel] = None
+        self.association: Optional[Association] = None
+        self.judged: Optional[Host] = None
+        self.counted_as: Optional[bytes] = None
+        self.up = 0
+        self.down = 0
+        self.ended_by = ""
+        self.why = ""
+        self.notes = ""
+        self.extended_s = 0.0                       # so much longer than others may its handshake take
+        self.greeted = False                        # its greeting is here: it speaks SOCKS5
+        self.leaving = False                        # evicted, and its thread has not noticed yet
+        self.weight = 1                             # how many pairs of descriptors it may take
+        self.story: Any = None                      # the trace of this session
+        self.record: Optional[Record] = None        # of its handshake, for the status page
+
+    # The order in which a session's facts stand in the log.
+    LINE = ("session client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s reached=%(reached)s rep=%(rep)s "
+            "up=%(up)d down=%(down)d seconds=%(seconds).3f ended=%(ended)s why=%(why)s")
+
+    def facts(self) -> Facts:
+        up, down = self.moved()
+        return SessionFacts(
+            client=self.client, user=self.user, cmd=self.cmd, dst=self.dst, reached=self.reached, rep=self.rep,
+            up=up, down=down, seconds=(self.ended_at or monotonic()) - self.started,
+            ended=self.ended_by.replace(" ", "-"),
+            why="; ".join(filter(None, (self.why, self.notes))) if self.notes else self.why)
+
+    def moved(self) -> Tuple[int, int]:
+        """Bytes up and down until now."""
+        tunnel, association = self.tunnel, self.association     # its own thread may take them away meanwhile
+        if tunnel:
+            return tunnel.up.total, tunnel.down.total
+        return (association.up, association.down) if association else (self.up, self.down)
+
+    def idle_s(self, now: float) -> Optional[float]:
+        """For how many seconds no byte was relayed; None before there is a relay."""
+        relay = self.tunnel or self.association
+        return max(0.0, now - max(relay.moved_at, self.started)) if relay else None
+
+    def state(self) -> str:
+        """What it is doing, in a word."""
+        tunnel = self.tunnel
+        if self.ended_by or (tunnel and (tunnel.ended or tunnel.aborted)):
+            return "closing"
+        if tunnel:
+            return "half-closed" if tunnel.up.done or tunnel.down.done else "relaying"
+        if self.association:
+            return "relaying"
+        return "waiting" if self.cmd == "BIND" and self.rep else "connecting" if self.cmd else "negotiating"
+
+    def step(self, word: str, **facts: object) -> None:
+        """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
+        said = Facts(client=self.client, **facts)
+        log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
+
+
+class SessionFacts(Facts):
+    """The facts of Session.LINE, in its order."""
+
+    def fill(self, line: str) -> str:
+        """As in the base, in a third of the time: all but `user` and `why` are words of ours, numbers or addresses."""
+        if line is not Session.LINE:
+            return super().fill(line)
+        client, user, cmd, dst, reached, rep, up, down, seconds, ended, why = self.values()
+        return WORDS % (client, NOTHING if user is None else text(user), cmd or NOTHING, dst or NOTHING,
+                        reached or NOTHING, rep or NOTHING, up, down, seconds, ended or NOTHING,
+                        ascii(why) if why else NOTHING)
+
+
+WORDS = positional(Session.LINE)[0]
+
+
+class Table:
+    """Remembers the totals of the last time, for the rates."""
+
+    def __init__(self) -> None:
+        self._before: Dict[int, Tuple[float, int]] = {}         # id: when, and bytes both ways
+
+    def log(self, sessions: Iterable[Session]) -> None:
+        """One line for each session, the oldest first, and one that counts them."""
+        seen = {}
+        for session in sorted(sessions, key=lambda session: session.number):
+            facts = self.facts(session)
+            seen[session.number] = monotonic(), int(facts["up"]) + int(facts["down"])
+            log.info(LIVE, facts)
+        self._before = seen
+        log.info("live sessions=%(sessions)d pid=%(pid)d", Facts(sessions=len(seen), pid=os.getpid()))
+
+    def facts(self, session: Session) -> Facts:
+        """`rate` is bytes a second, both ways together, since the last table, or since the session began."""
+        now = monotonic()
+        facts = session.facts()
+        up, down = session.moved()
+        when, before = self._before.get(session.number, (session.started, 0))
+        idle_s = session.idle_s(now)
+        return Facts(facts, id=session.number, state=session.state(), age=now - session.started,
+                     idle=None if idle_s is None else round(idle_s, 1), up=up, down=down,
+                     rate=round((up + down - before) / max(now - when, 0.001)))
