@@ -136,9 +136,9 @@ class TextFormatter(logging.Formatter):
         return text
 
     def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
-        second, words = self._last
-        if second != int(record.created):
-            second = int(record.created)
+        second = int(record.created)
+        last, words = self._last
+        if second != last:
             words = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
             self._last = second, words
         return "%s,%03d" % (words, record.msecs)

@@ -11,7 +11,7 @@ from unittest import mock
 
 from socks5.server import session, sessions
 from socks5.protocol.codes import Cmd, Rep
-from socks5.server.counters import Shared
+from socks5.server.counters import GIVEN, Shared
 from socks5.server.session import Session
 from socks5.server.sessions import Full, Sessions
 from socks5.net.addresses import Endpoint
@@ -251,7 +251,7 @@ class Eviction(Case):
         for session in live:
             self.assertEqual([live.remove(session), live.remove(session)], [True, False])
         table = live._counts._table
-        self.assertEqual((len(live), sum(table) - table[Shared.GIVEN], live.negotiating, live._leaving,
+        self.assertEqual((len(live), sum(table) - table[GIVEN], live.negotiating, live._leaving,
                           live._weights.live()), (0, 0, 0, 0, 0))
 
 

@@ -91,7 +91,7 @@ class Writer:
         while self._fresh:
             item = self._fresh.popleft()
             if self._given == self._handled and not (self._lost or self._torn or self._closed):
-                item = self._left_of(next(self._blocks((item,))), at_once)
+                item = self._left_of(self._block(item), at_once)
             if item != b"":
                 self._given += self._enqueue(item)
 
@@ -214,7 +214,7 @@ class Writer:
             batch += [queue.get() for _ in range(min(queue.qsize(), BATCH))]
             items = [item for item in batch if item is not STOP]
             try:
-                self._write_all(self._blocks(items))
+                self._write_all(map(self._block, items))
             except MemoryError:
                 self._lose(len(items))
             if self._lost:
@@ -237,16 +237,14 @@ class Writer:
             self._release()
         return ending
 
-    def _blocks(self, items: Iterable[object]) -> Iterator[bytes]:
-        for item in items:
-            if type(item) is bytes:         # rendered, and perhaps written in part
-                yield item
-                continue
-            try:
-                text = self._render(item)
-            except Exception as exc:        # an argument that does not fit its format, say: one item, not the thread
-                text = "ERROR cannot be written: %s" % ascii(exc)
-            yield encoded(text, self._chunk_bytes)
+    def _block(self, item: object) -> bytes:
+        if type(item) is bytes:             # rendered, and perhaps written in part
+            return item
+        try:
+            text = self._render(item)
+        except Exception as exc:            # an argument that does not fit its format, say: one item, not the thread
+            text = "ERROR cannot be written: %s" % ascii(exc)
+        return encoded(text, self._chunk_bytes)
 
     def _write_all(self, blocks: Iterable[bytes]) -> int:
         """How many items were lost, which are also counted."""

@@ -8,6 +8,10 @@ from typing import Any, Hashable
 from ..relay.bucket import Buckets
 
 
+LIVE, GIVEN = 0, 1              # how many there are, how many numbers were given: a row begins with these
+ORIGINS = 16384
+
+
 class Counts:
     """How many there are of one thing, in all and of an origin. This process adds; the sums are those of all processes.
 
@@ -31,28 +35,28 @@ class Counts:
 
     def number(self) -> int:
         """For one more session: one that no other has, in any process, nor had in one that has ended. From 1."""
-        given = self._table[self._at + Shared.GIVEN]
-        self._table[self._at + Shared.GIVEN] = (given + 1) % (1 << 32)
+        given = self._table[self._at + GIVEN]
+        self._table[self._at + GIVEN] = (given + 1) % (1 << 32)
         return 1 + self._row + given * self._shared.rows
 
     def add(self, origin: Hashable, change: int) -> None:
-        table, place = self._table, self._at + self._place(origin)
-        table[self._at + Shared.LIVE] += change
-        table[place] += change
+        table, at = self._table, self._at
+        table[at + LIVE] += change
+        table[at + 2 + hash(origin) % ORIGINS] += change        # as in _place
 
     def live(self) -> int:
-        return self._sum(Shared.LIVE)
+        return self._sum(LIVE)
 
     def of(self, origin: Hashable) -> int:
         return self._sum(self._place(origin))
 
     def clear(self) -> int:
         """The process has died: it holds nothing any more, of any thing. How many sessions it had."""
-        lost = int(self._table[self._at + Shared.LIVE])
+        lost = int(self._table[self._at + LIVE])
         for table in self._shared.tables.values():
-            given = table[self._at + Shared.GIVEN]
+            given = table[self._at + GIVEN]
             table[self._at:self._at + Shared.ROW] = memoryview(bytes(4 * Shared.ROW)).cast("I")
-            table[self._at + Shared.GIVEN] = given
+            table[self._at + GIVEN] = given
         return lost
 
     def _sum(self, place: int) -> int:
@@ -61,7 +65,7 @@ class Counts:
     @staticmethod
     def _place(origin: Hashable) -> int:
         """Two origins may meet in one place, by chance but not on purpose: Python's hash of an address is keyed."""
-        return 2 + hash(origin) % Shared.ORIGINS
+        return 2 + hash(origin) % ORIGINS
 
 
 class UserCounts:
@@ -82,8 +86,6 @@ class UserCounts:
 class Shared:
     """Counters in memory that forked processes share. Each writes to its own row, and reads the sum of all."""
 
-    LIVE, GIVEN = 0, 1              # how many there are, how many numbers were given: a row begins with these
-    ORIGINS = 16384
     ROW = 2 + ORIGINS
     THINGS = ("sessions", "bind-ports 4", "bind-ports 6", "udp-ports 4", "udp-ports 6",     # ports by IP version
               "users", "users again")
@@ -99,7 +101,7 @@ class Shared:
 
     def given(self) -> int:
         """How many sessions have been admitted, in all processes."""
-        return sum(self.tables["sessions"][self.GIVEN::self.ROW])
+        return sum(self.tables["sessions"][GIVEN::self.ROW])
 
 
 class Meter:

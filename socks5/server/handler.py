@@ -92,6 +92,7 @@ class Handler(StreamRequestHandler):
         self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
         self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
+        self.watched = bool(self.story or self.session.record)  # by the trace or the status page
         self.debug = log.isEnabledFor(logging.DEBUG)
 
     @cached_property
@@ -131,6 +132,8 @@ class Handler(StreamRequestHandler):
 
     def take(self, kind: Type[M]) -> M:
         """The client's next message."""
+        if not self.watched:
+            return self.inbox.take(kind)
         record = self.session.record
         return record.take(kind, self.parse, self.inbox) if record else self.parse(kind)
 

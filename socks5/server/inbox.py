@@ -77,7 +77,7 @@ class Inbox(io.BufferedIOBase):
 
     def take(self, kind: Type[M]) -> M:
         """The next message. Nearly always it is all that has come, and has come before."""
-        if kind is not Login and len(self.peek()) <= MOST_BYTES:
+        if kind is not Login and len(self.held or self.peek()) <= MOST_BYTES:
             try:
                 message: M = whole(kind, self.held)
                 self.held = b""
