@@ -9,7 +9,7 @@ import unittest
 from ipaddress import ip_address, ip_network
 from unittest import mock
 
-from socks5.server import session, sessions
+from socks5.server import session as one_session, sessions
 from socks5.protocol.codes import Cmd, Rep
 from socks5.server.counters import GIVEN, Shared
 from socks5.server.session import Session
@@ -51,7 +51,7 @@ class Case(unittest.TestCase):
 
     def setUp(self):
         self.now = 100.0
-        for patch in [mock.patch.object(module, "monotonic", lambda: self.now) for module in (session, sessions)]:
+        for patch in [mock.patch.object(module, "monotonic", lambda: self.now) for module in (one_session, sessions)]:
             patch.start()
             self.addCleanup(patch.stop)
         self.stack = contextlib.ExitStack()
