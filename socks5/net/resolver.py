@@ -40,7 +40,8 @@ def normalise(host: Host) -> Host:
     name = host
     try:
         spelled = name.decode("ascii")
-        if "%" not in spelled:                  # a scope would choose one of our interfaces
+        like_one = ":" in spelled or spelled[-1:].isdigit()     # to try takes long, and most are names
+        if like_one and "%" not in spelled:     # a scope would choose one of our interfaces
             return ip_in(spelled)
     except ValueError:                          # UnicodeDecodeError is one
         pass
