@@ -117,7 +117,8 @@ class Rule:
             matches = name is not None and is_name(self.name, name)
         elif self.network is not None:
             # A deny matches an IPv4-embedded address in either form, an allow only the IPv4 address in it.
-            matches = inside(address) in self.network or not self.allow and address in self.network
+            real = inside(address)
+            matches = real in self.network or real is not address and not self.allow and address in self.network
         else:
             matches = True
         return matches and not (exposed and self.allow and self.network is None and not self.anywhere)

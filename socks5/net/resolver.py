@@ -29,15 +29,16 @@ NO_SUCH_NAME = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") i
 ASCII_NAME = re.compile(rb"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 
-@lru_cache(maxsize=4096)
 def normalise(host: Host) -> Host:
     """The IP address that `host` is or spells, IPv4-mapped ones as IPv4; else the name in ASCII (IDNA if it was UTF-8).
 
     Raises RequestRefused X'04' for anything else: empty, NUL, control characters, spaces, empty labels, foreign bytes.
     """
-    if not isinstance(host, bytes):
-        return unmapped(host)
-    name = host
+    return _spelled(host) if isinstance(host, bytes) else unmapped(host)
+
+
+@lru_cache(maxsize=4096)
+def _spelled(name: bytes) -> Host:
     try:
         spelled = name.decode("ascii")
         like_one = ":" in spelled or spelled[-1:].isdigit()     # to try takes long, and most are names

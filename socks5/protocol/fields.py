@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple, Union
@@ -20,15 +21,15 @@ DOMAINNAME = int(Atyp.DOMAINNAME)
 
 class IPv4(IPv4Address):
     """An IPv4Address that knows its hash, its text and its bytes, which the base works out anew whenever they are asked
-    for."""
+    for, and slowly."""
 
     __slots__ = ("hash", "text", "raw")
 
     def __init__(self, address: object) -> None:
         super().__init__(address)
         self.hash = super().__hash__()
-        self.text = super().__str__()
         self.raw = super().packed
+        self.text = "%d.%d.%d.%d" % tuple(self.raw)
 
     def __hash__(self) -> int:
         return self.hash
@@ -39,6 +40,10 @@ class IPv4(IPv4Address):
     @property
     def packed(self) -> bytes:
         return self.raw
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.raw[0] == 127                   # RFC 1122 §3.2.1.3
 
 
 class IPv6(IPv6Address):
@@ -127,24 +132,20 @@ def host_of(atyp: int, packed: bytes) -> Host:
     return IPv4(packed) if len(packed) == 4 else IPv6(packed)
 
 
-def pieces(layout: Layout, read: ReadExactly, raw: Raw) -> Iterator[Field]:
-    """Read one message. Yields each field once its bytes are in `raw`, before the next one is read."""
-    for field in layout:
-        size = field.size
-        if size is None:
-            raw[field.name] = take_address(read, raw["ATYP"][0])
+def split(layout: Layout, read: ReadExactly, raw: Optional[Raw] = None, strict: bool = True) -> Raw:
+    """Read one message. Returns the raw bytes of each field by its name, in `raw` if it is given, also when an exception
+    ends it. A value that `must` forbids is no exception unless `strict`."""
+    raw = {} if raw is None else raw
+    for name, size, _means, must, _secret in layout:
+        if isinstance(size, int):
+            data = read(size)
+        elif size is None:
+            data = take_address(read, raw["ATYP"][0])
         else:
-            raw[field.name] = read(int.from_bytes(raw[size], "big") if isinstance(size, str) else size)
-        yield field
-
-
-def split(layout: Layout, read: ReadExactly) -> Raw:
-    """Read one message. Returns the raw bytes of each field by its name."""
-    raw: Raw = {}
-    for field in pieces(layout, read, raw):
-        must = field.must
-        if must is not None and raw[field.name][0] != must:
-            raise ProtocolError("%s 0x%02x, expected 0x%02x" % (field.name, raw[field.name][0], must))
+            data = read(int.from_bytes(raw[size], "big"))
+        raw[name] = data
+        if must is not None and data[0] != must and strict:
+            raise ProtocolError("%s 0x%02x, expected 0x%02x" % (name, data[0], must))
     return raw
 
 
@@ -152,11 +153,10 @@ def dissect(layout: Layout, message: bytes) -> Iterator[Tuple[Field, bytes, str]
     """Yield each field of a message, its bytes and their meaning. Stops where the message is cut short. A wrong VER is
     shown, too."""
     raw: Raw = {}
-    try:
-        for field in pieces(layout, BytesReader(message), raw):
-            yield field, raw[field.name], field.words(raw)
-    except (EOFError, RequestRefused):
-        return
+    with suppress(EOFError, RequestRefused):
+        split(layout, BytesReader(message), raw, strict=False)
+    for field in layout[:len(raw)]:
+        yield field, raw[field.name], field.words(raw)
 
 
 def text(name: bytes) -> str:
