@@ -133,8 +133,8 @@ def host_of(atyp: int, packed: bytes) -> Host:
 
 
 def split(layout: Layout, read: ReadExactly, raw: Optional[Raw] = None, strict: bool = True) -> Raw:
-    """Read one message. Returns the raw bytes of each field by its name, in `raw` if it is given, also when an exception
-    ends it. A value that `must` forbids is no exception unless `strict`."""
+    """Read one message. Returns the raw bytes of each field by its name, in `raw` if it is given, as far as it gets.
+    Unless `strict`, a value that `must` forbids is taken."""
     raw = {} if raw is None else raw
     for name, size, _means, must, _secret in layout:
         if isinstance(size, int):
