@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import threading
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence
@@ -33,7 +34,14 @@ from .server.tracing import colourful
 from .status import beside
 from .status.line import ERASE
 
+try:
+    import resource
+except ImportError:                         # Windows
+    resource = None                         # type: ignore[assignment]
+
 EXIT_USAGE = 2
+STACK_BYTES = 1 << 20                       # of a thread, where the address space is limited; 8 MiB otherwise
+M_ARENA_MAX = -8                            # of mallopt(3)
 LOOPBACK: Dict[int, IP] = {4: ip_address("127.0.0.1"), 6: ip_address("::1")}
 SECTION = "socks5"
 INI_ERRORS = {
@@ -158,6 +166,7 @@ def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = Fal
     """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status. `passed` are listening
     sockets that systemd has opened; `live`: with a line on the terminal that shows what is going on. A reload calls
     read_again() for the options."""
+    save_address_space()
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
         check_out(config.out)
@@ -175,7 +184,9 @@ def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = Fal
     except OSError as exc:
         low = exc.errno == errno.EACCES and 0 < config.port < 1024
         why = (exc.strerror or str(exc.args[0])) + (low_port() if low else "")
-        return fail("cannot listen on %s: %s" % (exc.filename, why))
+        return fail("cannot listen on %s: %s" % (exc.filename, why) if exc.filename else "cannot start: %s" % why)
+    except MemoryError:
+        return fail("cannot start: out of memory")
     for warning in warnings(config, *access):
         logging.getLogger(__name__).warning(warning)
 
@@ -207,6 +218,20 @@ def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = Fal
         return fail("cannot start: %s" % (exc or "out of memory"))
     alone.remarks = remarks
     return alone.run(ready)
+
+
+def save_address_space() -> None:
+    """Under `ulimit -v` (LimitAS= of systemd), have each thread take 1 MiB of it. It would be 8 MiB for its stack, and
+    64 MiB more that glibc reserves for its memory; so at 200 MiB the third thread could not be started."""
+    if resource is None or resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return
+    threading.stack_size(STACK_BYTES)
+    try:
+        import ctypes                                       # here only: hardly a server needs it
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+        ctypes.CDLL("libgcc_s.so.1")                        # glibc loads it to end a thread, and aborts if it cannot
+    except (ImportError, OSError, AttributeError, MemoryError):     # not glibc
+        pass
 
 
 def low_port() -> str:

@@ -297,6 +297,44 @@ class RunningOut(unittest.TestCase):
                 hook.assert_not_called()
                 self.assertNotIn("Traceback", "".join(logs.output))
 
+    @unittest.skipUnless(resource and sys.platform.startswith("linux"), "no address space is limited here")
+    def test_address_space(self):
+        """`ulimit -v`: each thread takes a MiB of it, not 72. At 180 MiB the acceptor could not be started."""
+        limit = 180 << 20
+        with crowd_echo() as destination, spawned(*ALONE, preexec_fn=lambda: resource.setrlimit(
+                resource.RLIMIT_AS, (limit, limit))) as server, contextlib.ExitStack() as stack:
+            begun = [stack.enter_context(dial(server.port)) for _ in range(30)]
+            for client in begun:
+                client.sendall(ANYBODY[:1])                     # a thread waits for the rest
+            wait_until(lambda: threads(server.process.pid) > len(begun), "a thread for each")
+            for _ in range(5):
+                self.assertTrue(echoes(stack.enter_context(connect_through(("127.0.0.1", server.port), *destination))))
+
+    @unittest.skipUnless(acceptors.available, "no acceptors here")
+    def test_without_a_thread_to_accept_with(self):
+        """At the start it is the end, and the command says why in a line. Later it is told, and tried again."""
+        start = """
+import threading
+old = threading.Thread.start
+def start(thread):
+    if thread.name == "acceptor":
+        raise RuntimeError("can't start new thread")
+    old(thread)
+threading.Thread.start = start"""
+        with support.script(start) as path:
+            done = subprocess.run([sys.executable, str(path), "-p", "0", *ALONE], stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"^[^\n]*ERROR cannot start: can't start new thread\n$")
+        with running() as server, support.logging_of(self, "WARNING") as logs, crowd_echo() as destination:
+            for patched in (True, False):
+                with connect_through(server.server_address, *destination) as tunnel:
+                    self.assertTrue(echoes(tunnel))
+                    if patched:
+                        with mock.patch.object(server._acceptors, "refill", return_value=False):
+                            wait_until(lambda: logs.output, "a line")
+        self.assertEqual(logs.output, ["WARNING accept_failed errno=EAGAIN sessions=1"])
+
     def test_each_kind_of_trouble_is_told(self):
         """Once a minute each: one does not hide the other."""
         with running(max_sessions=1) as server, self.assertLogs("socks5", "WARNING") as logs, target() as destination:

@@ -15,7 +15,7 @@ from .control import Control
 from .files import Access
 from .orders import Order
 from .systemd import Notifier
-from .worker import obey, serve
+from .worker import CannotStart, obey, serve
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ class Alone(Control):
     def _serve(self) -> None:
         try:
             serve(self.server, self._hurry)
+        except CannotStart as exc:
+            log.error("cannot start: %s", exc)
+            self.status = 1
         except BaseException:
             log.exception("the server cannot go on")
             self.status = 1

@@ -24,9 +24,12 @@ class CannotStart(Exception):
 
 
 def serve(server: Server, hurry: threading.Event) -> None:
-    """Serve until server.stop(), then drain and close; `hurry` ends the drain at once."""
+    """Serve until server.stop(), then drain and close; `hurry` ends the drain at once. Raises CannotStart."""
     with server:
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        except RuntimeError as exc:                         # no thread to accept with
+            raise CannotStart(str(exc)) from None
         aborted = server.drain(server.config.drain_timeout, hurry)
     if aborted:
         log.warning("stopped with %d sessions cut off, in process %d", aborted, os.getpid())

@@ -38,6 +38,7 @@ class Acceptors:
         return getattr(self._here, "listener", None)
 
     def serve(self, listeners: Sequence[socket.socket]) -> None:
+        """Raises RuntimeError when not even the first thread can be started."""
         with self._lock:
             self._serving = True
             for listener in listeners:
@@ -45,12 +46,12 @@ class Acceptors:
                 if isinstance(listener, SharedListener):
                     listener.setblocking(False)             # or two threads that wake up for one client
                     self._wakeup = self._wakeup or Wakeup()
+        if not self.refill():
+            raise RuntimeError("can't start new thread")
 
-    def refill(self) -> None:
-        """None waits at first; and later, when none could be started."""
-        for listener, waiting in self._waiting.items():
-            if not waiting:
-                self.start(listener)
+    def refill(self) -> bool:
+        """None waits at first; and later, when none could be started. Whether one waits now for each listener."""
+        return all(waiting or self.start(listener) for listener, waiting in list(self._waiting.items()))
 
     def start(self, listener: socket.socket) -> bool:
         """One more; False when the system has no thread to give."""

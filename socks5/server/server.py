@@ -141,7 +141,7 @@ class Server(Newcomers):
     # ---- the thread of serve_forever ------------------------------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
-        """Serve until shutdown(). Calls service_actions() every poll_interval seconds at the least."""
+        """Serve until shutdown(); service_actions() every poll_interval seconds. RuntimeError: there is no thread."""
         self.relay_loop()
         self._stopped.clear()
         poll = new_poll()
@@ -151,8 +151,8 @@ class Server(Newcomers):
             listener.setblocking(acceptors.available)
             if not acceptors.available:
                 poll.register(fd, READ)
-        self._acceptors.serve(self.listeners if acceptors.available else [])
         try:
+            self._acceptors.serve(self.listeners if acceptors.available else [])
             while not self._stopping.is_set():
                 try:
                     self._serve_once(poll, by_fd, poll_interval)
@@ -165,7 +165,8 @@ class Server(Newcomers):
 
     def _serve_once(self, poll: Any, by_fd: Dict[int, socket.socket], poll_interval: float) -> None:
         """Wait; accept from listeners that are ready, where there are no acceptors; and do what else is due."""
-        self._acceptors.refill()
+        if not self._acceptors.refill():                        # EAGAIN: no thread
+            self._complain_of_accept("EAGAIN")
         for fd, _events in poll.poll(poll_interval * 1000):
             self._accepting = by_fd.get(fd)
             if self._accepting:
@@ -251,15 +252,18 @@ class Server(Newcomers):
         except (OSError, MemoryError) as error:
             exc = error if isinstance(error, OSError) else OSError(errno.ENOMEM, "out of memory")
             if exc.errno in EXHAUSTED:
-                self.complain("accept", "accept_failed errno=%(errno)s sessions=%(sessions)d",
-                              Facts(errno=name_of(exc), sessions=len(self.sessions)))
-                self.meter.accept_failed(name_of(exc))
+                self._complain_of_accept(name_of(exc))
                 sleep(REST_S)
             raise exc from None
         if not listener:                                        # or it has inherited all this
             request.setblocking(True)
             net_listeners.tune(request)
         return request, client_address
+
+    def _complain_of_accept(self, errno_name: str) -> None:
+        self.complain("accept", "accept_failed errno=%(errno)s sessions=%(sessions)d",
+                      Facts(errno=errno_name, sessions=len(self.sessions)))
+        self.meter.accept_failed(errno_name)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         if not self.config.allow_from or self.rules.admits(endpoint_of(client_address).ip):
