@@ -394,6 +394,26 @@ class Refused(Case):
                          ["WARNING auth_failed client=127.0.0.1 user=-"]
                          + ["WARNING auth_deferred client=127.0.0.1 user=- left_out=0"] * 2)
 
+    def test_want_of_something_of_ours_is_no_failure_of_the_client(self):
+        """No keytab, no replay cache (an errno: so would no descriptor be): fail2ban must not ban who has a ticket."""
+        keytab = Path(self.enter(tempfile.TemporaryDirectory()), "keytab")
+        keytab.write_bytes(ours.keytab.read_bytes())
+        keytab.chmod(0o600)
+        server, destination = self.enter(running(gssapi="any", keytab=str(keytab))), self.enter(target())
+        with mock.patch.object(throttle, "BURST", 1), logging_of(self) as logs:
+            for trouble, why in ((lambda: mock.patch.dict(os.environ, KRB5RCACHENAME="file2:/no/such/folder/rcache"),
+                                  "No such file"), (lambda: renamed(keytab), "not found")):
+                for _ in range(3):
+                    with self.subTest(why), trouble():
+                        self.assertEqual(self.abort_of(server, first_token()), b"\5\1\1\xff")
+                        wait_until(lambda: "ended=refused" in logs.output[-1], "a line")
+                        self.assertIn(why, logs.output[-1])
+                        self.assertRegex(logs.output[-2], "auth_deferred client=127.0.0.1 user=-")
+                        logs.records.clear()
+            self.through(server, destination)
+            self.assertEqual(self.abort_of(server, b"x"), b"\5\1\1\xff")
+        self.assertIn("auth_failed", "".join(logs.output))
+
     def test_who_has_a_ticket_but_not_the_level_is_named(self):
         with logging_of(self, "WARNING") as logs:
             server = self.serve()
@@ -594,6 +614,15 @@ class InPlace(Case):
         self.assertEqual(self.feed(opening, first, rng), b"1")
         for wrong in (first, third):
             self.assertRaises(GssError, self.feed, far.opening(), wrong, rng)
+
+
+@contextlib.contextmanager
+def renamed(path):
+    away = path.rename(path.with_suffix(".away"))
+    try:
+        yield
+    finally:
+        away.rename(path)
 
 
 def mutated(rng, raw):

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from ..protocol.codes import Protection
 from ..protocol.envelope import MARGIN_BYTES
-from ..protocol.errors import GssError
+from ..protocol.errors import GssError, GssUnavailable
 from ..protocol.messages import MAX_TOKEN_BYTES
 
 # MIT on Linux, Heimdal on Linux, either on BSD, macOS.
@@ -28,6 +28,7 @@ MUTUAL, REPLAY, SEQUENCE, CONF, INTEG, ANON = 2, 4, 8, 16, 32, 64
 INITIATE, ACCEPT = 1, 2
 INDEFINITE = 0xFFFFFFFF
 GSS_CODE, MECH_CODE = 1, 2          # for gss_display_status
+ERRNOS = range(1, 1 << 12)          # of a minor status: an errno as the system has it; codes of a mechanism are above
 STATUS_PARTS = 8                    # of one status in words
 STATUS_CHARS = 300
 NAME_BYTES = 255                    # of a principal: as long as a UNAME
@@ -119,11 +120,12 @@ class Library:
             return c_void_p(ctypes.addressof(oid))
 
     def call(self, name: str, *arguments: Any) -> int:
-        """The supplementary bits of the major status. Raises GssError."""
+        """The supplementary bits of the major status. Raises GssError, GssUnavailable for an errno."""
         minor = c_uint32()
         major = getattr(self.dll, name)(byref(minor), *arguments)
         if major & ERRORS:
-            raise GssError("%s: %s" % (name, self.words(major, minor.value)))
+            kind = GssUnavailable if minor.value in ERRNOS else GssError
+            raise kind("%s: %s" % (name, self.words(major, minor.value)))
         return int(major)
 
     def words(self, major: int, minor: int) -> str:
@@ -223,6 +225,14 @@ class Credentials:
             if self._handle is None:
                 self._handle = self._acquire()
             return self._handle
+
+    def usable(self) -> bool:
+        """Whether the keytab can still be read and has a key: without, the library refuses every token."""
+        try:
+            library().dll.gss_release_cred(byref(c_uint32()), byref(self._acquire()))
+            return True
+        except GssError:
+            return False
 
     def _acquire(self) -> c_void_p:
         gss, handle = library(), c_void_p()

@@ -98,14 +98,16 @@ class Logins:
                 del self._looks[attempt.proof]
             mine.over = True
 
-    def charge(self, origin: str, wait: Wait) -> Verdict:
-        """Have a security token that was wrong cost its origin a look. It is WRONG as soon as there is one, which may
-        take as long as `wait` has left; else DEFERRED. From its third failure on, passwords go first."""
+    def charge(self, origin: str, wait: Wait, usable: Callable[[], bool]) -> Verdict:
+        """Have a security token that was refused cost its origin a look. It is WRONG as soon as there is one, which may
+        take as long as `wait` has left; else DEFERRED, and also when our keys are not `usable`. From its third failure
+        on, passwords go first."""
         attempt = Attempt(self.secret, origin, TOKENS, b"", self._clock())
         if not self._wait_for_look(attempt, wait):
             return Verdict.DEFERRED
-        self.throttle.settle(attempt, False)
-        return Verdict.WRONG
+        wrong = usable()
+        self.throttle.settle(attempt, False if wrong else None)
+        return Verdict.WRONG if wrong else Verdict.DEFERRED
 
     def _look(self, attempt: Attempt, uname: bytes, passwd: bytes, check: Check, wait: Wait) -> Verdict:
         throttle = self.throttle

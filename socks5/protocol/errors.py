@@ -22,6 +22,11 @@ class GssError(ProtocolError):
     """A GSS-API call failed, or gave what is not wanted. The message is one line, with the mechanism's own words."""
 
 
+class GssUnavailable(GssError):
+    """The server lacks what the call needs: a descriptor, memory, its keytab, the replay cache. Says nothing about the
+    peer's token."""
+
+
 class RequestRefused(SocksError):
     """The reply is `rep`, and the connection is closed. `why` goes to the log.                     RFC 1928 §6"""
 

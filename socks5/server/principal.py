@@ -6,20 +6,23 @@ from typing import Any
 from ..access.logins import Verdict, origin_of
 from ..access.subnegotiation import LEVELS, accept
 from ..protocol.envelope import Envelope
-from ..protocol.errors import GssError
+from ..protocol.errors import GssError, GssUnavailable
 from ..protocol.messages import Abort
 from .inbox import LoginWait
 
 
 def by_gssapi(handler: Any) -> bytes:
     """A security context, then its protection level. The client's principal. Raises GssError when it is refused, which
-    waits while this client's address has had too many refusals."""
+    waits while this client's address has had too many refusals; for want of something of ours that is no refusal."""
     session, server = handler.session, handler.server
     context = server.users.gssapi.context()
     try:
         accept(context, handler.take, handler.send, LEVELS[server.config.gssapi_protection])
-    except GssError:
-        verdict = server.users.logins.charge(origin_of(session.client.ip, session.origin), LoginWait(handler))
+    except GssError as exc:
+        verdict = Verdict.DEFERRED
+        if not isinstance(exc, GssUnavailable):
+            verdict = server.users.logins.charge(origin_of(session.client.ip, session.origin), LoginWait(handler),
+                                                 context.credentials.usable)
         handler.login_failed(verdict, context.peer or None)
         handler.send(Abort())
         raise
