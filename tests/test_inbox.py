@@ -3,7 +3,7 @@ import socket
 import threading
 import unittest
 
-from socks5.protocol.messages import Greeting
+from socks5.protocol.messages import Greeting, Login, ProtectionLevel, SecurityToken, whole
 from socks5.server import inbox
 from socks5.server.inbox import Inbox, Record, linger
 from tests.support import PATIENCE_S, read_to_end
@@ -43,6 +43,17 @@ class Reading(unittest.TestCase):
         self.assertEqual(record.take(Greeting, self.inbox.take, self.inbox).methods, b"\0\2")
         self.assertEqual(record.messages[0][2], raw)
         self.assertEqual((self.inbox.heard, self.inbox.rest()), (None, b"early"))
+
+    def test_no_secret_is_remembered(self):
+        """A parsed message is kept for the next client that says the same, but neither a password nor a token: 1 KiB
+        for each GSSAPI login."""
+        for message, kept in ((Greeting(b"\0\1\2\3\4"), 1), (Login(b"name", b"password"), 0), (SecurityToken(b"once"), 0),
+                              (ProtectionLevel(b"once"), 0)):
+            with self.subTest(type(message).__name__):
+                whole.cache_clear()
+                self.theirs.sendall(message.pack())
+                self.assertEqual(self.inbox.take(type(message)), message)
+                self.assertEqual(whole.cache_info().currsize, kept)
 
     def test_as_io_promises(self):
         """What socketserver's rfile can do, and a TextIOWrapper relies on."""

@@ -27,8 +27,8 @@ STDLIB = set(getattr(sys, "stdlib_module_names", None) or """
     __future__ argparse array ast base64 binascii bisect collections concurrent configparser contextlib copy ctypes
     dataclasses datetime difflib email enum errno fcntl functools getpass grp hashlib heapq hmac html http importlib io
     ipaddress itertools json logging math mmap multiprocessing os pathlib pickle pkgutil platform pwd queue random re
-    resource secrets select selectors shutil signal socket socketserver ssl stat string struct subprocess sys tempfile
-    termios textwrap threading time traceback types typing unicodedata urllib uuid warnings weakref""".split())
+    resource secrets select selectors shutil signal socket socketserver ssl stat string struct subprocess sys sysconfig
+    tempfile termios textwrap threading time traceback types typing unicodedata urllib uuid warnings weakref""".split())
 
 
 @lru_cache(maxsize=None)

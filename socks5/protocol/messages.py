@@ -352,5 +352,5 @@ def parse_whole(kind: Any, data: bytes) -> Any:
     return message
 
 
-# Remembered, because clients say the same again and again. Not for a Login: its password would stay in memory.
+# Remembered, because clients say the same again and again. Not for a Login or a token: those would stay in memory.
 whole: Callable[[Any, bytes], Any] = lru_cache(maxsize=4096)(parse_whole)

@@ -20,7 +20,7 @@ from ..protocol.trace import M, Sent
 ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
 NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
 READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
-SECRET = {Login, SecurityToken, ProtectionLevel}        # a Record does not keep all of these
+SECRET = {Login, SecurityToken, ProtectionLevel}        # neither a Record nor whole() keeps all of these
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
 LINGER_BYTES = 1 << 16      # and how much of it
 
@@ -77,7 +77,7 @@ class Inbox(io.BufferedIOBase):
 
     def take(self, kind: Type[M]) -> M:
         """The next message. Nearly always it is all that has come, and has come before."""
-        if kind is not Login and len(self.held or self.peek()) <= MOST_BYTES:
+        if kind not in SECRET and len(self.held or self.peek()) <= MOST_BYTES:
             try:
                 message: M = whole(kind, self.held)
                 self.held = b""
