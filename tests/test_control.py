@@ -169,7 +169,7 @@ from socks5.process.files import Files, read_access
 with tempfile.TemporaryDirectory() as folder:
     config = Config(rules=os.path.join(folder, "rules"))
     with open(config.rules, "w") as file:
-        file.write("deny to any")
+        file.write("deny to any\\n")
     files = Files(config)
     resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
     held = []

@@ -62,6 +62,19 @@ class Case(unittest.TestCase):
 
 
 class Reading(Case):
+    def test_a_file_that_is_half_written(self):
+        """Cut off anywhere in a line, it is an error; "allow from ..." would become "allow"."""
+        raw = "# mail\ndeny port 25\nallow from 192.168.7.0/24 to .a.b port 1-44\nallow user \u00fc rate 1M\n".encode()
+        for cut in range(len(raw) + 1):
+            self.path.write_bytes(raw[:cut])
+            lines = raw[:cut].count(b"\n")
+            with self.subTest(raw[:cut]):
+                if raw[:cut].endswith(b"\n") or not cut:
+                    self.assertEqual(len(Rules(Config(rules=str(self.path)))), max(0, lines - 1))
+                else:
+                    with self.assertRaisesRegex(ConfigError, "rules:%d: .*half written" % (lines + 1)):
+                        Rules(Config(rules=str(self.path)))
+
     def test_every_part(self):
         for line, facts in (
                 ("allow", {}), ("deny", {}),

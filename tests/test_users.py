@@ -159,6 +159,15 @@ class Files(FileCase):
                 with self.subTest((uname, passwd)):
                     self.assertIs(users.check(uname, passwd), right)
 
+    def test_a_file_that_is_half_written(self):
+        """Cut off anywhere in a line, it is an error: no hash is the beginning of another."""
+        raw = "\n".join([self.line("alice", b"x"), self.line("bob", b"y"), ""])
+        for cut in range(1, len(raw) + 1):
+            self.path.write_text(raw[:cut], encoding="ascii")
+            whole = raw[:cut].endswith("\n") or raw[cut:cut + 1] == "\n"
+            with self.subTest(raw[:cut]), contextlib.nullcontext() if whole else self.assertRaises(ConfigError):
+                Users(Config(users=str(self.path)))
+
     def test_mistakes(self):
         good = self.line("bob", b"x")
         for name, lines, why in (

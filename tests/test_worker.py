@@ -36,7 +36,7 @@ class Framing(unittest.TestCase):
             with open(users, "w", encoding="ascii") as file:
                 file.write(line_for("bob", b"right"))
             with open(rules, "w", encoding="ascii") as file:
-                file.write("allow user bob to 192.0.2.0/24")
+                file.write("allow user bob to 192.0.2.0/24\n")
             access = files.read_access(Config(users=users, rules=rules, user=(("eve", "secret"),)))
         (_, (people, laws)), = orders.read(io.BytesIO(pack(Order.RELOAD, access)))
         people.join(access[0])                      # of which a worker has a copy since it was forked

@@ -161,6 +161,9 @@ class Rules:
     def __post_init__(self) -> None:
         path = self.config.rules
         lines = read_lines("--rules", path) if path else default_lines(self.config)
+        if path and lines[-1].strip():                          # "allow from ..." cut off may be "allow"
+            raise ConfigError("%s:%d: this line has no newline at its end: is the file half written?" % (
+                path, len(lines)))
         object.__setattr__(self, "path", path or "default rules")
         object.__setattr__(self, "rules", tuple(parse_lines(lines, self.path)))
         object.__setattr__(self, "judge", lru_cache(VERDICTS)(self.judge))
