@@ -236,6 +236,22 @@ class Voices(unittest.TestCase):
                                      {"addHandler", "setLevel"} if name == "log" else set())    # for the command line
 
 
+class Clocks(unittest.TestCase):
+    SHOWN = {"log", "brief", "protocol.facts", "status.history", "status.meter",    # dates that are only shown
+             "process.systemd"}                                                     # which wants CLOCK_MONOTONIC
+
+    def test_no_limit_goes_by_the_clock_that_is_set(self):
+        """It jumps; monotonic() does not."""
+        for name in modules():
+            with self.subTest(name):
+                tree = tree_of(name)
+                wall = [alias.name for node in walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "time"
+                        for alias in node.names if alias.name not in ("monotonic", "sleep")]
+                wall += [alias.name for node in walk(tree) if isinstance(node, ast.Import) for alias in node.names
+                         if alias.name in ("time", "datetime")]
+                self.assertTrue(name in self.SHOWN or not wall, wall)
+
+
 class Waiting(unittest.TestCase):
     def test_only_one_module_asks_the_kernel_to_wait(self):
         """select.select raises for descriptors from 1024 up: everybody takes new_poll(). epoll has no such limit."""

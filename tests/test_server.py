@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import unittest
+from datetime import datetime
 from ipaddress import ip_address
+from pathlib import Path
 from unittest import mock
 
 import socks5
@@ -18,11 +21,11 @@ from socks5.server import acceptors
 from socks5.server import server as module
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.net.addresses import Endpoint
-from socks5.protocol.messages import Address, Greeting, Reply, Request
+from socks5.protocol.messages import Address, Greeting, Login, Reply, Request
 from tests import support
 from tests.support import (HAS_IPV6, OTHER_THREADS, PATIENCE_S, ROOT, address, closed_port, connect_through,
-                           descriptors, dial, echoes, heard, need, read_to_end, reader_of, refuses, reset, run_cli,
-                           running, spawned, target, threads, wait_until)
+                           descriptors, dial, echoes, heard, need, need_program, read_to_end, reader_of, refuses,
+                           reset, run_cli, running, spawned, target, threads, wait_until)
 
 try:
     import resource
@@ -378,6 +381,45 @@ threading.Thread.start = start"""
                 tunnel.sendall(b"%04d" % number)
             for number, tunnel in enumerate(tunnels):
                 self.assertEqual(reader_of(tunnel)(4), b"%04d" % number)
+
+
+class ClockJumps(unittest.TestCase):
+    """The clock of the system is set, a month ahead and back: no limit, no lookup and no login goes by it."""
+
+    def test_sessions_and_logins(self):
+        faketime = need_program(self, "faketime")
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            clock = Path(folder, "clock")
+            clock.write_text("+0d\n")
+            library = subprocess.run([faketime, "-m", "-f", "+0d", "sh", "-c", "echo $LD_PRELOAD"],
+                                     stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S).stdout.strip()
+            destination = stack.enter_context(crowd_echo())
+            server = stack.enter_context(spawned(
+                *ALONE, "-u", "bob:x", "--idle-timeout", "60", "--udp-idle-timeout", "60", "--handshake-timeout", "60",
+                env={"LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
+                     "FAKETIME_DONT_FAKE_MONOTONIC": "1"}))
+            where = "127.0.0.1", server.port
+            tunnel = stack.enter_context(connect_through(where, *destination, user=(b"bob", b"x")))
+            for days in (30, -30):
+                half = stack.enter_context(dial(server.port))
+                half.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack())
+                self.assertEqual(reader_of(half)(2), b"\5\2")
+                seen = len(server.log)
+                clock.write_text("%+dd\n" % days)
+                with self.subTest(days):
+                    for password in (b"wrong", b"x", b"x"):
+                        status = 0 if password == b"x" else 1
+                        with dial(server.port) as client:
+                            client.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack()
+                                           + Login(b"bob", password).pack())
+                            self.assertEqual(reader_of(client)(4), b"\5\2\1" + bytes([status]))
+                    wait_until(lambda: len(server.log) > seen, "a line")
+                    ahead = datetime.strptime(server.log[-1][:10], "%Y-%m-%d") - datetime.now()
+                    self.assertAlmostEqual(ahead.days, days, delta=2)
+                    half.sendall(Login(b"bob", b"x").pack() + Request(Cmd.CONNECT, address(*destination)).pack())
+                    self.assertEqual(reader_of(half)(12)[:4], b"\1\0\5\0")
+                    self.assertTrue(echoes(half))
+                    self.assertTrue(echoes(tunnel))
 
 
 class Stopping(unittest.TestCase):

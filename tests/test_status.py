@@ -585,6 +585,16 @@ class Words(unittest.TestCase):
         last = history.since(0)[-1]
         self.assertNotIn(last, history.since(last[0]))
 
+    def test_history_when_the_clock_is_set(self):
+        """The page asks for what came after its last sample, which is in the future when the clock was set back."""
+        history = History(Board(1), lambda: 0)
+        for times, since, found in (((1000, 1001, 1002), 0, [1000, 1001, 1002]), ((500,), 1002, [500]),
+                                    ((501, 502), 500, [501, 502]), ((2000,), 502, [2000])):
+            for when in times:
+                with mock.patch("socks5.status.history.time", return_value=when):
+                    history._add()
+            self.assertEqual([one[0] for one in history.since(since)], found)
+
     def test_sessions_given_in_all_processes(self):
         shared = Shared(2)
         for row in (0, 1, 1):

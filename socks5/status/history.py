@@ -43,12 +43,15 @@ class History:
     def _add(self) -> None:
         one = sample(self._board, self._begun())
         with self._lock:
+            if self._samples and one[0] < self._samples[-1][0]:     # the clock was set back
+                self._samples.clear()
             self._samples.append(one)
 
     def since(self, when: float) -> List[Sample]:
+        """Those after this time; all for one that is still to come, which was before the clock was set back."""
         with self._lock:
             samples = list(self._samples)
-        return [one for one in samples if one[0] > when]
+        return [one for one in samples if one[0] > when or samples[-1][0] < when]
 
 
 def sample(board: Board, begun: int) -> Sample:
