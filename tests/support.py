@@ -374,6 +374,11 @@ def threads(pid="self"):
     return len(os.listdir("/proc/%s/task" % pid))
 
 
+def resident_kib(pid):
+    with open("/proc/%d/status" % pid) as file:
+        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
+
+
 def children(pid):
     with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
         return list(map(int, file.read().split()))

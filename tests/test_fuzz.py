@@ -20,7 +20,7 @@ from socks5.net.resolver import normalise
 from socks5.server.acceptors import MAX_WAITING
 from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Request, Selection
 from tests.support import (OTHER_THREADS, PATIENCE_S, ROOT, address, ask, closed_port, connect_through, descriptors,
-                           dial, need, negotiate, read_to_end, reader_of, reset, spawned, target, threads,
+                           dial, need, negotiate, read_to_end, reader_of, reset, resident_kib, spawned, target, threads,
                            wait_until)
 
 CASES = int(os.environ.get("SOCKS5_FUZZ") or 30000)
@@ -42,11 +42,6 @@ FOREIGN = [b"\x04\x01\x00\x50\x7f\x00\x00\x01user\0", b"GET http://localhost/ HT
            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"SSH-2.0-OpenSSH_9.2\r\n", b"\r\n\r\n", b"\0" * 300]
 NAMES = [b"localhost", b"LocalHost", b"127.0.0.1", b"::1", b"127.0.0.1\0.example", b"a..b", b"", b"\xff" * 255,
          b"x" * 64, b"*.example", b" ", b"%00", b"fe80::1%lo", b"\xc3\xa9\xcc\x81 ", "\u2026.\u3002".encode()]
-
-
-def resident_kib(pid):
-    with open("/proc/%d/status" % pid) as file:
-        return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
 
 
 # ---- what is sent ------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from socks5.protocol.messages import Datagram
 
 from .support import (
     FAR, HAS_IPV6, NEAR, OTHER_THREADS, PATIENCE_S, TwoHosts, address, ask, authorizing, closed_port, descriptors, dial,
-    free_ports, need, need_program, negotiate, reset, running, spawned, threads, wait_until)
+    free_ports, need, need_program, negotiate, reset, resident_kib, running, spawned, threads, wait_until)
 
 MOST = 65507                        # of a UDP datagram over IPv4: 65,535 less the headers
 IP_RECVERR = 11                     # linux/in.h
@@ -822,7 +822,9 @@ class TheEnd(unittest.TestCase):
             before, held = descriptors(pid), contextlib.ExitStack()
             idle_threads = OTHER_THREADS + MAX_WAITING
             with held:
-                for ending in itertools.islice(endings, 500):
+                for number, ending in enumerate(itertools.islice(endings, 500)):
+                    if number == 150:
+                        memory = resident_kib(pid)
                     udp = client.associate(proxy)
                     udp.settimeout(PATIENCE_S)
                     if ending == "name":
@@ -838,6 +840,7 @@ class TheEnd(unittest.TestCase):
                     else:
                         udp.close()
                 wait_until(lambda: descriptors(pid) <= before and threads(pid) <= idle_threads, "nothing is left")
+                self.assertLess(resident_kib(pid), memory + (10 << 10))         # with a buffer for each: 44 MiB
 
 
 # ---- many --------------------------------------------------------------------------------------------------------
