@@ -146,7 +146,7 @@ def quietly(call, *args):
 class Clients:
     def __init__(self, targets):
         self.targets = targets
-        self.datagrams, self.lost_datagrams = collections.Counter(), 0
+        self.datagrams, self.strangers = collections.Counter(), 0
 
     def connect(self, sock, target):
         support.negotiate(sock, USER)
@@ -231,7 +231,13 @@ class Clients:
     def bind(self, sock):
         support.negotiate(sock, USER)
         bnd = self.granted(support.ask(sock, Cmd.BIND, "0.0.0.0", 0)).bnd
-        with support.dial(bnd.port) as peer:
+        try:
+            peer = support.dial(bnd.port)
+        except ConnectionRefusedError:                      # then another program of this machine was faster:
+            self.granted(Reply.parse(reader_of(sock)))      # the proxy takes one peer, and names it
+            self.strangers += 1
+            return 0
+        with peer:
             self.granted(Reply.parse(reader_of(sock)))
             size = random.randrange(CHUNK)
             for seed, (here, there) in enumerate(((sock, peer), (peer, sock))):
@@ -408,11 +414,12 @@ class Soak:
     def tell(self, when, measures):
         failures = list(self.failures)
         excused = sum(map(self.excused, failures))
-        print("%s: %s; %d of %d datagrams lost; %d SIGHUP, %d kills that ended %d sessions; %d other failures" % (
+        print("%s: %s; %d of %d datagrams lost; %d SIGHUP, %d kills that ended %d sessions; %d BIND ports taken by other "
+              "programs; %d other failures" % (
             when, ", ".join("%s %d (%.0f MiB)" % (name, self.done[name], self.bytes[name] / (1 << 20))
                             for name in KINDS),
             self.clients.datagrams["lost"], self.clients.datagrams["sent"], self.hangups, len(self.kills), excused,
-            len(failures) - excused))
+            self.clients.strangers, len(failures) - excused))
         for pid, found in measures.items():
             role = "supervisor" if pid == self.pid else "worker, spared" if pid == self.spared else "worker"
             print("    %-14s %7d: %6d KiB, %3d descriptors, %3d threads" % (role, pid, *found), flush=True)
