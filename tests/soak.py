@@ -414,8 +414,8 @@ class Soak:
     def tell(self, when, measures):
         failures = list(self.failures)
         excused = sum(map(self.excused, failures))
-        print("%s: %s; %d of %d datagrams lost; %d SIGHUP, %d kills that ended %d sessions; %d BIND ports taken by other "
-              "programs; %d other failures" % (
+        print("%s: %s; %d of %d datagrams lost; %d SIGHUP, %d kills that ended %d sessions; %d BIND ports taken by "
+              "other programs; %d other failures" % (
             when, ", ".join("%s %d (%.0f MiB)" % (name, self.done[name], self.bytes[name] / (1 << 20))
                             for name in KINDS),
             self.clients.datagrams["lost"], self.clients.datagrams["sent"], self.hangups, len(self.kills), excused,
