@@ -414,12 +414,11 @@ class Soak:
     def tell(self, when, measures):
         failures = list(self.failures)
         excused = sum(map(self.excused, failures))
-        print("%s: %s; %d of %d datagrams lost; %d SIGHUP, %d kills that ended %d sessions; %d BIND ports taken by "
-              "other programs; %d other failures" % (
-            when, ", ".join("%s %d (%.0f MiB)" % (name, self.done[name], self.bytes[name] / (1 << 20))
-                            for name in KINDS),
-            self.clients.datagrams["lost"], self.clients.datagrams["sent"], self.hangups, len(self.kills), excused,
-            self.clients.strangers, len(failures) - excused))
+        done = ", ".join("%s %d (%.0f MiB)" % (name, self.done[name], self.bytes[name] / (1 << 20)) for name in KINDS)
+        counts, strangers = self.clients.datagrams, self.clients.strangers
+        print("%s: %s; %d of %d datagrams lost; %d SIGHUP, %d kills that ended %d sessions; %d strangers at BIND ports; "
+              "%d other failures" % (when, done, counts["lost"], counts["sent"], self.hangups, len(self.kills), excused,
+                                     strangers, len(failures) - excused))
         for pid, found in measures.items():
             role = "supervisor" if pid == self.pid else "worker, spared" if pid == self.spared else "worker"
             print("    %-14s %7d: %6d KiB, %3d descriptors, %3d threads" % (role, pid, *found), flush=True)
