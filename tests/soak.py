@@ -416,7 +416,7 @@ class Soak:
         excused = sum(map(self.excused, failures))
         done = ", ".join("%s %d (%.0f MiB)" % (name, self.done[name], self.bytes[name] / (1 << 20)) for name in KINDS)
         counts, strangers = self.clients.datagrams, self.clients.strangers
-        print("%s: %s; %d of %d datagrams lost; %d SIGHUP, %d kills that ended %d sessions; %d strangers at BIND ports; "
+        print("%s: %s; %d of %d datagrams lost; %d SIGHUP, %d kills that ended %d sessions; %d strangers at BINDs; "
               "%d other failures" % (when, done, counts["lost"], counts["sent"], self.hangups, len(self.kills), excused,
                                      strangers, len(failures) - excused))
         for pid, found in measures.items():
