@@ -125,7 +125,7 @@ passwords.derive = lambda *args: (print("hashed", flush=True), derive(*args))[-1
 
             def write(text):
                 with open(path, "w", encoding="ascii") as file:
-                    file.write(text)
+                    file.write(text + "\n")
 
             write("allow to any")
             with self.crew("--rules", path, count=2, script=command) as (server, _pids):
@@ -365,7 +365,7 @@ threading.Thread.start = start"""
 
     def write(self, path, text):
         with open(path, "w", encoding="ascii") as file:
-            file.write(text)
+            file.write(text + "\n")
         return path
 
     def test_a_server_that_does_not_stop_does_not_keep_the_program(self):
