@@ -343,13 +343,14 @@ class WhoMayIn(Case):
         """The level in clear is not authenticated: an attacker may put it in the place of the client's."""
         for least, holds in (("integrity", b"\1"), ("confidentiality", b"\2")):
             server = self.serve(gssapi_protection=least)
-            with self.subTest(least), logging_of(self) as logs, dial(server.server_address) as sock:
-                read = reader_of(sock)
-                sock.sendall(Greeting(b"\1").pack() + SecurityToken(first_token()).pack())
-                self.assertEqual(read(2), b"\5\1")
-                SecurityToken.parse(read)
-                sock.sendall(ProtectionLevel(b"\0").pack() + Request(Cmd.CONNECT, address("127.0.0.1", 1)).pack())
-                self.assertEqual(read_to_end(sock), b"\1\2\0\1" + holds)
+            with self.subTest(least), logging_of(self) as logs:
+                with dial(server.server_address) as sock:
+                    read = reader_of(sock)
+                    sock.sendall(Greeting(b"\1").pack() + SecurityToken(first_token()).pack())
+                    self.assertEqual(read(2), b"\5\1")
+                    SecurityToken.parse(read)
+                    sock.sendall(ProtectionLevel(b"\0").pack() + Request(Cmd.CONNECT, address("127.0.0.1", 1)).pack())
+                    self.assertEqual(read_to_end(sock), b"\1\2\0\1" + holds)
                 wait_until(lambda: logs.output, "a line")
                 self.assertIn("not encapsulated", logs.output[-1])
 
