@@ -396,6 +396,7 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
 
     def setUp(self):
         super().setUp()
+        support.need(self, support.HAS_IPV6, "IPv6")
 
         def answers():
             with socket.socket(socket.AF_INET6) as sock:
