@@ -510,14 +510,14 @@ class Refused(Case):
         credentials = gssapi.Credentials("", str(ours.keytab))
         taken = 0
         for number in range(MUTATIONS):
-            for raw, take in ((token, lambda raw: credentials.context().step(raw)),
-                              (sealed, lambda raw: Envelope(far).open_one(raw))):
-                try:
-                    found = take(mutated(rng, raw))
-                    taken += 1
-                    self.assertTrue(raw is token or found == b"payload " * 20, number)
-                except ProtocolError:
-                    pass
+            context = credentials.context()
+            with contextlib.suppress(ProtocolError):
+                context.step(mutated(rng, token))
+                self.assertIn((context.done, context.peer), ((True, ALICE), (False, b"")), number)
+                taken += context.done
+            with contextlib.suppress(ProtocolError):
+                self.assertEqual(Envelope(far).open_one(mutated(rng, sealed)), b"payload " * 20, number)
+                taken += 1
         self.assertLess(taken, MUTATIONS / 4)
 
 
@@ -667,6 +667,16 @@ class Library(Case):
         self.assertEqual(counts["gss_release_name"], counts["gss_import_name"] + counts["gss_display_name"])
         self.assertGreater(len(outputs), 30)
         self.assertEqual(set(outputs), {None})
+
+    def test_a_token_stays_as_it_is(self):
+        """Both libraries decrypt a message where it is: that may not be memory of Python's, which is immutable."""
+        near, far = pair()
+        for level in (Protection.INTEGRITY, Protection.CONFIDENTIALITY):
+            near.level = far.level = level
+            token = near.wrap(MARK)
+            before = bytes(bytearray(token))
+            self.assertEqual(far.unwrap(token), MARK)
+            self.assertEqual(token, before)
 
     def doCleanups_of_sockets(self):
         self._cleanups[:] = [(function, *rest) for function, *rest in self._cleanups
@@ -845,10 +855,11 @@ class Others(Case):
         says "Undocumented SOCKS5 mode". Later ones send their request, in clear, and get the page.
         """
         curl, strace = need_program(self, "curl"), need_program(self, "strace")
+        ways = [[], ["--socks5-gssapi-nec"]][:1 if gssapi.library().heimdal else 2]
         features = subprocess.run([curl, "--version"], stdout=subprocess.PIPE).stdout
         need(self, b"GSS-API" in features, "a curl with GSS-API")
         server = self.serve()
-        for nec in ([], ["--socks5-gssapi-nec"]):
+        for nec in ways:
             with self.subTest(nec), logging_of(self, "DEBUG") as logs:
                 done = subprocess.run(
                     [strace, "-f", "-o", os.devnull, "-e", "trace=recvfrom", "-e", "inject=recvfrom:delay_enter=30000",
