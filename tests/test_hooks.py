@@ -3,6 +3,7 @@ import contextlib
 import errno
 import functools
 import logging
+import os
 import socket
 import struct
 import subprocess
@@ -268,6 +269,7 @@ class Hooks(Case):
         self.assertEqual(heard(client), b"")
         self.assertEqual(len(server.sessions), 0)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_a_server_that_was_made_before_a_fork(self):
         support.need(self, sys.platform == "linux", "fork and /proc")
         script = """
@@ -294,6 +296,7 @@ os.waitpid(pid, 0)
 """
         self.succeeds(script)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_a_fork_when_the_relay_loop_runs_already(self):
         """The child has a loop of its own, and the parent's goes on."""
         support.need(self, sys.platform == "linux", "fork and /proc")
