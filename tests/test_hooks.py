@@ -68,7 +68,8 @@ class Hooks(Case):
             wait_until(lambda: any(name == "service_actions" for name, _thread in calls))
         called = [name for name, _thread in calls if name != "service_actions"]
         self.assertEqual(sorted(called), sorted(set(HOOKS) - {"handle_error", "service_actions"}))
-        self.assertEqual(called.index("session_ended"), len(called) - 1)
+        if loop.MANY:
+            self.assertEqual(called.index("session_ended"), len(called) - 1)
         threads = {name: thread for name, thread in calls}
         main = threading.current_thread().name
         self.assertEqual([threads[name] for name in ("server_bind", "server_activate", "close_request",

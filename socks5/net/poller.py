@@ -102,7 +102,7 @@ def new_poll() -> "Union[select.poll, SelectPoll]":
 def one_of_many(shared: int, own: int) -> Callable[[], object]:
     """A function that waits until a descriptor of two is readable. Several threads wait for `shared`, and one of them
     is enough. It may return without either."""
-    if EXCLUSIVE:
+    if EXCLUSIVE and hasattr(select, "epoll"):
         try:
             epoll = select.epoll()
             epoll.register(shared, READ | EXCLUSIVE)
