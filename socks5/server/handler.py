@@ -22,6 +22,7 @@ from ..commands.bind import PeerWait, Rendezvous, expected
 from ..commands.connect import Source, connect
 from ..commands.rates import Rates
 from ..commands.udp import Association
+from ..commands.dialogue import Dialogue
 from ..commands.upstream import Chain, Links
 from ..config import Config
 from ..values import Upstream
@@ -243,12 +244,12 @@ class Handler(StreamRequestHandler):
             self.relay(remote)
 
     def connect_through(self, chain: Chain, hosts: Sequence[Host], port: int) -> None:
-        remote, bnd = chain.connect(hosts, port)
-        with ClosedOnError(remote):
+        dialogue, bnd = chain.connect(hosts, port)
+        with ClosedOnError(dialogue.sock):
             self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
             self.session.judged = hosts[0]
             self.reply(Rep.SUCCEEDED, bnd)                      # the upstream's own end: what the destination sees
-            self.relay(remote)
+            self.relay(dialogue.sock, dialogue)
 
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
@@ -267,7 +268,7 @@ class Handler(StreamRequestHandler):
             session.reached, session.notes = peer, waiting.also("via %s" % upstream.name if upstream else "")
             self.inbox.feed(waiting.early)
             self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
-            self.relay(remote)
+            self.relay(remote, waiting.dialogue)
 
     def udp_associate(self, dst: Address) -> None:
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
@@ -294,15 +295,17 @@ class Handler(StreamRequestHandler):
             session.ended_by = session.ended_by or association.ended_by
             session.why, session.notes = session.why or association.why, links.also(association.summary())
 
-    def relay(self, remote: socket.socket) -> None:
+    def relay(self, remote: socket.socket, dialogue: Optional[Dialogue] = None) -> None:
         """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
-        What the client sent behind its request goes first."""
+        What the client sent behind its request goes first. `dialogue`: with the upstream that `remote` is."""
         config = self.server.config
         if self.timeout is not None:
             self.connection.settimeout(None)
         tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
                         self.session, self.session.origin)
-        tunnel = ProtectedTunnel(tunnel, self.envelope) if self.envelope else tunnel
+        envelope, held = (dialogue.envelope, dialogue.held) if dialogue else (None, b"")
+        if self.envelope or envelope:
+            tunnel = ProtectedTunnel(tunnel, self.envelope, envelope, held)
         if self.server.rates.on:
             self.server.rates.apply(tunnel)
         self.server.relay(tunnel)
