@@ -44,6 +44,7 @@ MARK = b"this is the payload that nobody on the way may read"
 BULK = random.Random(1).getrandbits(8 * 300000).to_bytes(300000, "big")
 MUTATIONS = int(os.environ.get("SOCKS5_GSSAPI_MUTATIONS", "600"))       # CI may ask for 10,000: 10 s
 ANOTHER_PYTHON = "/usr/bin/python3"                                     # Debian's python3-gssapi belongs to it
+DCE_STYLE = 0x1000          # a flag that asks for a third token
 ours = None
 
 
@@ -77,16 +78,22 @@ class Case(unittest.TestCase):
         self.addCleanup(sock.close)
         return sock
 
-    def established(self, port, level="integrity"):
-        """(socket, envelope, context) after the sub-negotiation."""
+    def established(self, port, level="integrity", flags=0, sent=None):
+        """(socket, envelope, context) after the sub-negotiation; `sent` collects our messages."""
         sock = dial(port)
         self.addCleanup(sock.close)
         sock.sendall(Greeting(bytes([Method.GSSAPI])).pack())
         read = reader_of(sock)
         self.assertEqual(read(2), b"\5\1")
         context = gssapi.Initiator("rcmd@localhost")
-        subnegotiation.initiate(context, lambda kind: kind.parse(read), lambda message: sock.sendall(message.pack()),
-                                subnegotiation.LEVELS[level])
+        context.wanted |= flags
+
+        def send(message):
+            sock.sendall(message.pack())
+            if sent is not None:
+                sent.append(type(message))
+
+        subnegotiation.initiate(context, lambda kind: kind.parse(read), send, subnegotiation.LEVELS[level])
         return sock, Envelope(context), context
 
 
@@ -320,6 +327,28 @@ class WhoMayIn(Case):
         self.assertEqual(subnegotiation.choose(b"\3", Protection.CLEAR), Protection.CONFIDENTIALITY)
         for wrong in (b"", b"\4", b"\xff", b"\1\1"):
             self.assertRaises(GssError, subnegotiation.choose, wrong, Protection.CLEAR)
+
+    def test_tokens_in_several_rounds(self):
+        """In DCE's style the client answers the server's token with another one."""
+        server, destination, sent = self.serve(), self.enter(target()), []
+        sock, envelope, _ = self.established(server.server_address[1], "confidentiality", DCE_STYLE, sent)
+        self.assertEqual(sent, [SecurityToken, SecurityToken, ProtectionLevel])
+        sock.sendall(envelope.seal(Request(Cmd.CONNECT, address(*destination)).pack() + MARK))
+        back = b""
+        while len(back) < 10 + len(MARK):
+            back += envelope.open(sock.recv(4096))
+        self.assertEqual((back[1], back[10:]), (Rep.SUCCEEDED, MARK))
+
+    def test_not_in_too_many_rounds_and_not_for_ever(self):
+        context = mock.Mock(done=False, step=lambda token: b"more")
+        for both in (subnegotiation.accept, subnegotiation.initiate):
+            with self.assertRaisesRegex(GssError, "no security context after 10 tokens"):
+                both(context, lambda kind: SecurityToken(b"again"), lambda message: None, Protection.CLEAR)
+        server = self.serve(handshake_timeout=0.5)
+        for begun in (b"", first_token()[:-1]):
+            with dial(server.server_address) as sock:
+                sock.sendall(Greeting(b"\1").pack() + SecurityToken(begun + b"x").pack()[:-1])
+                self.assertEqual(read_to_end(sock)[:2], b"\5\1")
 
     def test_the_message_with_the_level_is_not_encrypted(self):
         """RFC 1961 section 4.3: what the context protects begins behind it."""
