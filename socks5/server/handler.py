@@ -91,6 +91,7 @@ class Handler(StreamRequestHandler):
             self.connection.settimeout(self.timeout)
         self.rfile = self.inbox = Inbox(self.connection)
         self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
+        self.dialogue: Optional[Dialogue] = None                # with the upstream that `remote` is
         self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
         self.watched = bool(self.story or self.session.record)  # by the trace or the status page
@@ -249,7 +250,8 @@ class Handler(StreamRequestHandler):
             self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
             self.session.judged = hosts[0]
             self.reply(Rep.SUCCEEDED, bnd)                      # the upstream's own end: what the destination sees
-            self.relay(dialogue.sock, dialogue)
+            self.dialogue = dialogue
+            self.relay(dialogue.sock)
 
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
@@ -268,7 +270,8 @@ class Handler(StreamRequestHandler):
             session.reached, session.notes = peer, waiting.also("via %s" % upstream.name if upstream else "")
             self.inbox.feed(waiting.early)
             self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
-            self.relay(remote, waiting.dialogue)
+            self.dialogue = waiting.dialogue
+            self.relay(remote)
 
     def udp_associate(self, dst: Address) -> None:
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
@@ -295,15 +298,15 @@ class Handler(StreamRequestHandler):
             session.ended_by = session.ended_by or association.ended_by
             session.why, session.notes = session.why or association.why, links.also(association.summary())
 
-    def relay(self, remote: socket.socket, dialogue: Optional[Dialogue] = None) -> None:
+    def relay(self, remote: socket.socket) -> None:
         """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
-        What the client sent behind its request goes first. `dialogue`: with the upstream that `remote` is."""
+        What the client sent behind its request goes first."""
         config = self.server.config
         if self.timeout is not None:
             self.connection.settimeout(None)
         tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
                         self.session, self.session.origin)
-        envelope, held = (dialogue.envelope, dialogue.held) if dialogue else (None, b"")
+        envelope, held = (self.dialogue.envelope, self.dialogue.held) if self.dialogue else (None, b"")
         if self.envelope or envelope:
             tunnel = ProtectedTunnel(tunnel, self.envelope, envelope, held)
         if self.server.rates.on:
