@@ -295,11 +295,11 @@ class EveryDriver:
             return lambda ends: getattr(ends, name).shutdown(socket.SHUT_WR)
         for name, before, stuck, expected in (
                 ("silent", None, False, ("idle", "nothing moved for 0.3 s")),
-                ("stuck", None, True, ("idle", "nothing moved for 0.3 s")),
+                ("stuck", None, True, ("idle", "nothing moved for 2 s")),       # longer than it takes to see that it is
                 ("client closed", close("client"), False, ("half-closed", "nothing moved for 0.2 s")),
                 ("remote closed", close("remote"), False, ("half-closed", "nothing moved for 0.2 s"))):
             with self.subTest(name):
-                standing = self.tunnel(b"", SMALL, before, idle_s=0.3, half_closed_s=0.2)
+                standing = self.tunnel(b"", SMALL, before, idle_s=2 if stuck else 0.3, half_closed_s=0.2)
                 if stuck:
                     send_until_stuck(standing.client)
                 self.assertEqual(standing.ended(), expected)
