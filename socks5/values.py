@@ -201,7 +201,7 @@ def credentials(text: str) -> Tuple[str, str]:
 class Upstream(NamedTuple):
     """A SOCKS5 proxy through which we reach destinations. Its password is not shown.
 
-    service     of GSSAPI, in place of a password; "": not by GSSAPI
+    service     SERVICE@HOST for GSSAPI, in place of a password; "": not by GSSAPI
     """
 
     name: str
@@ -238,6 +238,7 @@ def upstream(text: str) -> Upstream:
     user = None
     if gssapi:
         by = service("rcmd" if login is None else unquote(login))
+        by = by if "@" in by else "%s@%s" % (by, bracketed or host)
         return Upstream(name or DEFAULT_UPSTREAM, bracketed or host, at, None, by)
     if login is not None:
         pair = [unquote_to_bytes(part.encode("utf-8", "surrogateescape")) for part in login.split(":", 1)]

@@ -185,7 +185,7 @@ class Parse(unittest.TestCase):
         for text, upstream in (
                 ("socks5://192.0.2.1:1080", Upstream("upstream", "192.0.2.1", 1080)),
                 ("socks5h://proxy.example:9050/", Upstream("upstream", "proxy.example", 9050)),
-                ("socks5+gssapi://h:1", Upstream("upstream", "h", 1, None, "rcmd")),
+                ("socks5+gssapi://h:1", Upstream("upstream", "h", 1, None, "rcmd@h")),
                 ("up=socks5+gssapi://sockd%40h.example@192.0.2.1:1",
                  Upstream("up", "192.0.2.1", 1, None, "sockd@h.example")),
                 ("of-fice=socks5://a%40b:c%2Cd%ff@h_1:1", Upstream("of-fice", "h_1", 1, (b"a@b", b"c,d\xff"))),

@@ -866,7 +866,7 @@ class Chained(Case):
     def test_check(self):
         status, out, err = run_cli("--check", "--upstream", "up=socks5+gssapi://sockd@proxy.example:1080")
         self.assertEqual((status, err), (0, ""))
-        self.assertIn("upstream up (proxy.example:1080), by GSSAPI as sockd@proxy.example\n", out)
+        self.assertIn("upstream up (proxy.example:1080), by GSSAPI for 'sockd@proxy.example'\n", out)
         with mock.patch.object(gssapi, "LIBRARIES", ("libno-such-library.so",)):
             gssapi.library.cache_clear()
             self.addCleanup(gssapi.library.cache_clear)

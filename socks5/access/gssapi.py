@@ -251,7 +251,7 @@ class Credentials:
 class Context:
     """A security context. step() until `done`; then `flags` and `peer` are known, and `level` says what wrap() does.
 
-    may_be_replay   what came so far may be a recording of another login; what unwrap() takes is none
+    may_be_replay   the login may be a copy of an earlier one, until unwrap() has taken a message
     """
 
     def __init__(self) -> None:

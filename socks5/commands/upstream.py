@@ -90,8 +90,7 @@ class Chain:
             deadline.at = self.deadline
             dialogue = Dialogue(sock, deadline, self.client)
             service = self.upstream.service
-            dialogue.negotiate(self.upstream.user, Gssapi(service).at(self.upstream.host) if service else None,
-                               ordered=cmd != Cmd.UDP_ASSOCIATE)
+            dialogue.negotiate(self.upstream.user, Gssapi(service) if service else None, cmd != Cmd.UDP_ASSOCIATE)
             return dialogue, dialogue.ask(cmd, dst)
         except ClientLeft:
             sock.close()
