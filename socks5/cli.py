@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence
 from . import __version__, log as logs, selftest
 from .access.check import admission, report, warnings
 from .access.files import open_file
-from .access.users import line_for, service_credentials, set_line
+from .access.users import line_for, need_gssapi, service_credentials, set_line
 from .config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
 from .values import SAME
 from .net import listeners as listening
@@ -282,8 +282,11 @@ def check_out(addresses: Sequence[str]) -> None:
 
 
 def check_upstreams(config: Config) -> None:
-    """Raise ConfigError when an upstream is this server itself, as far as that shows without a lookup."""
+    """Raise ConfigError when an upstream is this server itself, as far as that shows without a lookup, or needs a
+    library that is not here."""
     for upstream in config.upstream:
+        if upstream.service:
+            need_gssapi("--upstream %s" % upstream.name)
         try:
             hosts = list(LOOPBACK.values()) if upstream.host == "localhost" else [ip_address(upstream.host)]
         except ValueError:                                  # a name

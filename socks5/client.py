@@ -70,7 +70,7 @@ def bind(proxy: HostPort, expected_peer: HostPort = ("0.0.0.0", 0), user: Option
 def associate(proxy: HostPort, user: Optional[User] = None, timeout: Optional[float] = TIMEOUT_S,
               gssapi: Union[bool, Gssapi] = False) -> Association:
     """Ask `proxy` to relay datagrams for as long as the Association is open."""
-    session = _Session(proxy, user, timeout, gssapi)
+    session = _Session(proxy, user, timeout, gssapi, ordered=False)
     try:
         # All zeros: behind NAT we do not know the address from which our datagrams arrive. RFC 1928 §4
         relay = session.ask(Cmd.UDP_ASSOCIATE, UNSPECIFIED)
@@ -212,13 +212,14 @@ class _Session:
     """An authenticated connection to the proxy. All its steps share one deadline."""
 
     def __init__(self, proxy: HostPort, user: Optional[User], timeout: Optional[float],
-                 gssapi: Union[bool, Gssapi]) -> None:
+                 gssapi: Union[bool, Gssapi], ordered: bool = True) -> None:
         deadline = Deadline(timeout)
         self.sock = _dial(proxy, deadline)
         try:
             self._dialogue = Dialogue(self.sock, deadline)
             wanted = Gssapi() if gssapi is True else gssapi or None
-            self._dialogue.negotiate(user and (_bytes(user[0]), _bytes(user[1])), wanted and wanted.at(proxy[0]))
+            self._dialogue.negotiate(user and (_bytes(user[0]), _bytes(user[1])), wanted and wanted.at(proxy[0]),
+                                     ordered)
             self.envelope = self._dialogue.envelope
         except BaseException:
             self.sock.close()

@@ -74,8 +74,9 @@ class Config:
              "address of the client's connection")
     upstream: Tuple[Upstream, ...] = option(
         (), "--upstream", values.upstream, "outgoing", metavar="[NAME=]URL", many=True, secret=True,
-        help="connect through the SOCKS5 proxy at socks5://[USER:PASSWORD@]HOST:PORT; with NAME=, only where --rules "
-             "say via NAME; or set SOCKS5_UPSTREAM=[NAME=]URL,...")
+        help="connect through the SOCKS5 proxy at socks5://[USER:PASSWORD@]HOST:PORT, or by GSSAPI at "
+             "socks5+gssapi://[SERVICE@]HOST:PORT; with NAME=, only where --rules say via NAME; or set "
+             "SOCKS5_UPSTREAM=[NAME=]URL,...")
     advertise: Tuple[str, ...] = option(
         (), "--advertise", values.own_address, "outgoing", metavar="ADDRESS", many=True,
         help="address in replies to BIND and UDP ASSOCIATE, for a server behind NAT; one each for IPv4 and IPv6")

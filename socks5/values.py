@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Callable, NamedTuple, Optional, Tuple, TypeVar, Union
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 N = TypeVar("N", int, float)
 Network = Union[IPv4Network, IPv6Network]
@@ -17,7 +17,7 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 LEAST_RATE, MOST_RATE = 1 << 10, 1 << 40
 NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([KMGkmg]?)"
 RATE = re.compile("%s(?::%s)?" % (NUMBER, NUMBER), re.ASCII)
-UPSTREAM = re.compile(r"(?:([A-Za-z0-9_-]{1,64})=)?socks5h?://(?:([^@/\s]*)@)?"
+UPSTREAM = re.compile(r"(?:([A-Za-z0-9_-]{1,64})=)?socks5h?(\+gssapi)?://(?:([^@/\s]*)@)?"
                       r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]{1,253})):([0-9]{1,5})/?", re.ASCII)
 
 
@@ -199,12 +199,16 @@ def credentials(text: str) -> Tuple[str, str]:
 
 
 class Upstream(NamedTuple):
-    """A SOCKS5 proxy through which we reach destinations. Its password is not shown."""
+    """A SOCKS5 proxy through which we reach destinations. Its password is not shown.
+
+    service     SERVICE@HOST for GSSAPI, in place of a password; "": not by GSSAPI
+    """
 
     name: str
     host: str                                   # an IP address or a name
     port: int
     user: Optional[Tuple[bytes, bytes]] = None
+    service: str = ""
 
     def __str__(self) -> str:
         return "upstream %s (%s)" % (self.name, ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port))
@@ -214,12 +218,13 @@ class Upstream(NamedTuple):
 
 
 def upstream(text: str) -> Upstream:
-    """Parse [NAME=]socks5://[USER:PASSWORD@]HOST:PORT. USER and PASSWORD may have bytes as %XX, as in any URL."""
+    """Parse [NAME=]socks5://[USER:PASSWORD@]HOST:PORT or [NAME=]socks5+gssapi://[SERVICE@]HOST:PORT. USER, PASSWORD and
+    SERVICE may have bytes as %XX, as in any URL."""
     found = UPSTREAM.fullmatch(text)
     problem = "not [NAME=]socks5://[USER:PASSWORD@]HOST:PORT"           # the text may hold a password
     if not found:
         raise ValueError(problem)
-    name, login, bracketed, host, number = found.groups()
+    name, gssapi, login, bracketed, host, number = found.groups()
     try:
         if bracketed:
             IPv6Address(bracketed)
@@ -231,6 +236,10 @@ def upstream(text: str) -> Upstream:
     if name == DIRECT or not at:
         raise ValueError("an upstream is not called %s" % DIRECT if at else problem)
     user = None
+    if gssapi:
+        by = service("rcmd" if login is None else unquote(login))
+        by = by if "@" in by else "%s@%s" % (by, bracketed or host)
+        return Upstream(name or DEFAULT_UPSTREAM, bracketed or host, at, None, by)
     if login is not None:
         pair = [unquote_to_bytes(part.encode("utf-8", "surrogateescape")) for part in login.split(":", 1)]
         if len(pair) < 2 or not all(1 <= len(part) <= 255 for part in pair):

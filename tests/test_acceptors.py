@@ -146,7 +146,7 @@ class Shared(Waiting):
     def test_by_poll(self):
         """Where epoll cannot wake one thread only, and where no descriptor is left for it."""
         for name, patch in (("none", mock.patch.object(poller, "EXCLUSIVE", 0)),
-                            ("EMFILE", mock.patch("select.epoll", side_effect=OSError(24, "full")))):
+                            ("EMFILE", mock.patch("select.epoll", create=True, side_effect=OSError(24, "full")))):
             with self.subTest(name), patch:
                 self.serve_one()
                 self.acceptors.release(64)

@@ -16,8 +16,8 @@ from socks5.protocol.trace import Trace
 from socks5.relay.watch import Watch
 from socks5.server import newcomers
 from socks5.server.newcomers import client_of
-from tests.support import (ask, closed_port, dial, logging_of, negotiate, read_to_end, reader_of, run_cli, running,
-                           spawned, target, threads, wait_until)
+from tests.support import (HAS_IPV6, ask, closed_port, dial, logging_of, need, negotiate, read_to_end, reader_of,
+                           run_cli, running, spawned, target, threads, wait_until)
 
 HERE = (ip_network("127.0.0.1"),)           # the load balancer; 127.0.0.2 and the like are other clients
 LOCAL = ProxyHeader(2).pack()
@@ -284,6 +284,7 @@ class SeesTheClient(Case):
 
     def test_a_client_over_the_other_family_is_given_an_address_that_it_reaches(self):
         """The load balancer reaches us over IPv4, on loopback."""
+        need(self, HAS_IPV6, "IPv6")
         self.serve(allow_from=(ip_network("::/0"), ip_network("0.0.0.0/0")), open=True)
         for client in ("::1", "127.0.0.9"):
             with self.subTest(client):

@@ -27,11 +27,13 @@ def bench(*args, path=os.environ.get("PATH", os.defpath)):
 
 
 class Bench(unittest.TestCase):
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_rates(self):
         done = bench("--rates")
         self.assertIn(done.returncode, (0, 1), done.stderr)
         self.assertRegex(done.stdout, r"\n16K +1 +[0-9]+ +[0-9.]+ +1\.00\n$")
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_prints_table_chart_and_rst(self):
         done = bench("--only", "conn,bulk-down", "--servers", "direct,ours=-w 1", "--rst")
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -46,6 +48,7 @@ class Bench(unittest.TestCase):
                 self.assertRegex(done.stdout, pattern)
         self.assertLessEqual(max(len(line) for line in re.findall(".*█.*", done.stdout)), 70)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_counts_instructions(self):
         """By a valgrind of our own, for which every run takes 12,000 more than the one before: a twentieth of the units
         of each load is 12 or 100."""
@@ -66,6 +69,7 @@ class Bench(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1))
         self.assertIn("valgrind", done.stderr)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_a_server_that_does_not_start_is_told_and_the_others_go_on(self):
         done = bench("--only", "rr", "--servers", "ours=--no-such-option,direct")
         self.assertEqual(done.returncode, 0, done.stderr)
@@ -78,6 +82,7 @@ class Bench(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stdout), (2, ""))
                 self.assertIn(args[-1], done.stderr)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_ended_in_the_middle_it_ends_what_it_started(self):
         need(self, os.path.exists("/proc/self/task"), "/proc")
         with subprocess.Popen([*BENCH, "--rounds", "1000", "--only", "rr-64", "--servers", "ours"],

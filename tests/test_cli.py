@@ -386,10 +386,11 @@ class Beyond(Case):
 
 class Serving(Case):
     def test_says_where_it_listens_and_ends_on_a_signal(self):
-        status, out, _ = main("-p", "0")
-        self.assertEqual(status, 0)
-        self.assertRegex(out, r"\Alistening on 127\.0\.0\.1:[1-9]\d*\n"
-                              r"clients: programs on this machine; no password is required\n\Z")
+        for workers in ("1", "2"):
+            status, out, _ = main("-p", "0", "-w", workers)
+            self.assertEqual(status, 0)
+            self.assertRegex(out, r"\Alistening on 127\.0\.0\.1:[1-9]\d*\n"
+                                  r"clients: programs on this machine; no password is required\n\Z")
 
     def test_the_same_as_json(self):
         status, out, err = main("-p", "0", "--log-format", "json", "--allow-from", "192.0.2.0/24", "-u", ANY_USER,

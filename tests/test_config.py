@@ -49,7 +49,8 @@ WRONG = {
                       "socks5://[::x]:1080",
                       "socks5://:1080", "socks5://a b:1080", "socks5://alice@h:1080", "socks5://:x@h:1080",
                       "socks5://alice:@h:1080", "socks5://a:b@c@h:1080", "direct=socks5://h:1080", "a b=socks5://h:1",
-                      "socks5://" + "a" * 256 + ":x@h:1", "socks5://h:1080/path"),
+                      "socks5://" + "a" * 256 + ":x@h:1", "socks5://h:1080/path",
+                      "socks5+gssapi://@h:1080", "socks5+gssapi://a%2Fb@h:1080"),
     values.rate: ("", "x", "-1", "1023", "1/2", "1M/2M/3M", "2T", "1025G", "1M:", ":1M", "1M:2000G", "/1M", "1M/",
                   "1e6", "0x10K", "inf", "nan", "1 M", "1,5M", "9" * 5000),
     values.network: ("", "x", "192.0.2.1/24", "192.0.2.0/33", "::/129", "example.com", "192.0.2.0-192.0.2.9"),
@@ -184,6 +185,9 @@ class Parse(unittest.TestCase):
         for text, upstream in (
                 ("socks5://192.0.2.1:1080", Upstream("upstream", "192.0.2.1", 1080)),
                 ("socks5h://proxy.example:9050/", Upstream("upstream", "proxy.example", 9050)),
+                ("socks5+gssapi://h:1", Upstream("upstream", "h", 1, None, "rcmd@h")),
+                ("up=socks5+gssapi://sockd%40h.example@192.0.2.1:1",
+                 Upstream("up", "192.0.2.1", 1, None, "sockd@h.example")),
                 ("of-fice=socks5://a%40b:c%2Cd%ff@h_1:1", Upstream("of-fice", "h_1", 1, (b"a@b", b"c,d\xff"))),
                 ("socks5://al:with:colon@[::1]:1", Upstream("upstream", "::1", 1, (b"al", b"with:colon"))),
                 ("socks5://\u20ac:\udcff@h:1", Upstream("upstream", "h", 1, (b"\xe2\x82\xac", b"\xff")))):

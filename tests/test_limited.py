@@ -9,6 +9,7 @@ from socks5.net.poller import READ, URGENT, WRITE
 from socks5.relay import limited
 from socks5.relay.bucket import Limit, OwnBucket
 from socks5.relay.limited import Timers, limit, read_on
+from socks5.relay.loop import MANY
 from socks5.relay.pipe import CHUNK_BYTES
 from socks5.relay.tunnel import UNREGISTERED, Tunnel
 from tests import test_loop
@@ -168,6 +169,7 @@ class LoopTest(test_loop.LoopTest):
         with contextlib.suppress(OSError):
             standing.client.close()
 
+    @unittest.skipUnless(MANY, "by select(), every tunnel has a thread")
     def test_a_slow_one_needs_no_thread(self):
         standing = self.slow(MIB)
         test_loop.send_hashed(standing.remote, 1 << 30)

@@ -12,7 +12,7 @@ from unittest import mock
 from socks5.net import lookups as module
 from socks5.net import resolver
 from socks5.net.lookups import Busy, Names, Waiting
-from socks5.net.poller import SelectPoll
+from socks5.net.poller import SelectPoll, new_poll
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.messages import Datagram
@@ -288,9 +288,9 @@ class Requests(LookupCase):
             with listener.accept()[0] as ours, contextlib.ExitStack() as stack:
                 polled = threading.Event()
 
-                class Poll(SelectPoll if not hasattr(select, "poll") else object):
+                class Poll:
                     def __init__(self):
-                        self.poll_object = select.poll()
+                        self.poll_object = new_poll()
                         self.register = self.poll_object.register
 
                     def poll(self, timeout):

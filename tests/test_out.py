@@ -15,7 +15,7 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError, RequestRefused
 
 from .support import (
-    FAR, NEAR, PATIENCE_S, TwoHosts, connect_through, need, read_to_end, run_cli, running, target, wait_until)
+    FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, connect_through, need, read_to_end, run_cli, running, target, wait_until)
 from .test_udp import udp_socket
 
 OTHER = {4: "198.51.100.11", 6: "2001:db8:51::11"}      # more addresses of the near host
@@ -99,6 +99,7 @@ class Hosts(TwoHosts, unittest.TestCase):
 
     def setUp(self):
         super().setUp()
+        need(self, HAS_IPV6, "IPv6")
 
         def answers():
             with socket.socket(socket.AF_INET6) as sock:

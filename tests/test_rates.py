@@ -119,6 +119,7 @@ class Streams(Rated):
             self.flows(lambda: one.total + two.total, 200 * KIB)
             self.assertAlmostEqual((one.total - before[0]) / (two.total - before[1]), 1, delta=0.3)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_over_two_processes(self):
         with target(pour) as to, spawned("-u", "alice:secret", "--rate-per-user", "300K", "-w", "2") as server:
             readers = self.readers(server.port, to, 6, user=ALICE)
@@ -315,6 +316,7 @@ class PerUser(Rated):
             kept[0].close()
             wait_until(lambda: self.rep(server.port, to, ALICE) == Rep.SUCCEEDED, "a place is free")
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_of_a_dead_process_nothing_is_counted(self):
         with target() as to, spawned("-u", "alice:secret", "--max-per-user", "1", "-w", "2") as server:
             self.tunnels(server.port, to, 1, ALICE)

@@ -22,7 +22,8 @@ global
     maxconn 2000
 defaults
     mode tcp
-    timeout connect 3s
+    timeout connect 20s
+    timeout check 20s
     timeout client 1h
     timeout server 1h
     option redispatch 1

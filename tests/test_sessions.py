@@ -1,7 +1,6 @@
 """sessions.py: limits, shares, eviction, deadlines; alone, and in the server."""
 import contextlib
 import logging
-import select
 import socket
 import threading
 import time
@@ -15,6 +14,7 @@ from socks5.server.counters import GIVEN, Shared
 from socks5.server.session import Session
 from socks5.server.sessions import Full, Sessions
 from socks5.net.addresses import Endpoint
+from socks5.net.poller import READ, new_poll
 from socks5.protocol.messages import Address
 from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, heard, logging_of, negotiate, reader_of,
                            running, target, text_of, wait_until)
@@ -22,9 +22,9 @@ from tests.support import (HAS_IPV6, PATIENCE_S, ask, connect_through, dial, hea
 
 def gone(clients):
     """How many of them the server has closed."""
-    poll = select.poll()
+    poll = new_poll()
     for client in clients:
-        poll.register(client, select.POLLIN)
+        poll.register(client.fileno(), READ)
     return len(poll.poll(0))
 
 

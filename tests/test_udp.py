@@ -36,6 +36,7 @@ MOST = 65507                        # of a UDP datagram over IPv4: 65,535 less t
 IP_RECVERR = 11                     # linux/in.h
 HEADER = 10                         # of ours, with an IPv4 address
 FAMILIES = ["127.0.0.1"] + ["::1"] * HAS_IPV6
+VERSIONS = [4] + [6] * HAS_IPV6
 ALONE = ("-w", "1") if hasattr(socks5.Config, "workers") else ()        # what /proc is asked about is one process
 
 
@@ -880,7 +881,7 @@ class OtherHosts(TwoHosts, unittest.TestCase):
     """BND.ADDR is where the other host can reach it; and what is between them is no loopback."""
 
     def test_the_client_is_on_the_other_host(self):
-        for version in (4, 6):
+        for version in VERSIONS:
             with self.subTest("IPv%d" % version), contextlib.ExitStack() as stack:
                 server = stack.enter_context(self.proxy("-l", NEAR[version], "--open"))
                 there = stack.enter_context(self.far(udp_socket, FAR[version]))
@@ -902,7 +903,7 @@ class OtherHosts(TwoHosts, unittest.TestCase):
             with self.near(client.associate, ("127.0.0.1", server.port)) as udp:
                 udp.settimeout(PATIENCE_S)
                 udp.sendto(b"no way", ("203.0.113.9", 9))
-                for version in (4, 6):
+                for version in VERSIONS:
                     with self.subTest("IPv%d" % version), self.far(udp_socket, FAR[version]) as there:
                         udp.sendto(b"there", there.getsockname()[:2])
                         data, mapped = there.recvfrom(100)

@@ -61,7 +61,8 @@ def ways(config: Config, rules: Rules) -> List[str]:
     """Where what is allowed goes."""
     if not config.upstream:
         return []
-    lines = ["%s%s" % (upstream, ", as user %s" % text(upstream.user[0]) if upstream.user else "")
+    lines = ["%s%s" % (upstream, ", as user %s" % text(upstream.user[0]) if upstream.user else
+                       ", by GSSAPI for %s" % text(upstream.service.encode()) if upstream.service else "")
              for upstream in config.upstream]
     lines.append("an allow without via goes %s" % (
         "via %s" % DEFAULT_UPSTREAM if config.upstream_of(None) else "directly to the destination"))

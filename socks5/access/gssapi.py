@@ -20,12 +20,13 @@ from ..protocol.messages import MAX_TOKEN_BYTES
 # MIT on Linux, Heimdal on Linux, either on BSD, macOS.
 LIBRARIES = ("libgssapi_krb5.so.2", "libgssapi.so.3", "libgssapi_krb5.so", "libgssapi.so",
              "/System/Library/Frameworks/GSS.framework/GSS")
-COMPLETE, CONTINUE_NEEDED = 0, 1
+HEIMDALS = "__gss_c_nt_hostbased_service_oid_desc"          # a name that MIT's library lacks
 ERRORS = 0xFFFF0000                 # of a major status: calling and routine errors
 DUPLICATE, OLD, UNSEQ, GAP = 2, 4, 8, 16
 REPEATED, MOVED = DUPLICATE | OLD, DUPLICATE | OLD | UNSEQ | GAP
+MOVES = {DUPLICATE: "repeated", OLD: "too old", UNSEQ: "out of order", GAP: "not the next one"}
 MUTUAL, REPLAY, SEQUENCE, CONF, INTEG, ANON = 2, 4, 8, 16, 32, 64
-INITIATE, ACCEPT = 1, 2
+CONTINUE_NEEDED, ACCEPT = 1, 2      # a bit of a status; a gss_cred_usage_t
 INDEFINITE = 0xFFFFFFFF
 GSS_CODE, MECH_CODE = 1, 2          # for gss_display_status
 ERRNOS = range(1, 1 << 12)          # of a minor status: an errno as the system has it; codes of a mechanism are above
@@ -82,7 +83,7 @@ PROTOTYPES: Dict[str, Tuple[Any, ...]] = {
     "gss_release_buffer": (BUFFER,),
 }
 FROM_STORE = (c_void_p, c_uint32, c_void_p, c_int, POINTER(KeyValues), HANDLE, HANDLE, MINOR)
-# Extensions of MIT's library. Heimdal has them, too, but they were not tried with it.
+# Extensions of MIT's library. Heimdal's gss_unwrap_iov does not take a STREAM.
 IN_PLACE: Dict[str, Tuple[Any, ...]] = {
     "gss_wrap_iov_length": (c_void_p, c_int, c_uint32, POINTER(c_int), POINTER(Part), c_int),
     "gss_wrap_iov": (c_void_p, c_int, c_uint32, POINTER(c_int), POINTER(Part), c_int),
@@ -102,7 +103,8 @@ class Library:
         self.from_store = hasattr(self.dll, "gss_acquire_cred_from")
         if self.from_store:
             self._declare("gss_acquire_cred_from", FROM_STORE)
-        self.in_place = "krb5" in path and all(hasattr(self.dll, name) for name in IN_PLACE)
+        self.heimdal = hasattr(self.dll, HEIMDALS)
+        self.in_place = not self.heimdal and all(hasattr(self.dll, name) for name in IN_PLACE)
         for name, arguments in IN_PLACE.items() if self.in_place else ():
             self._declare(name, arguments)
         self.hostbased = self._hostbased()
@@ -112,12 +114,9 @@ class Library:
         function.argtypes, function.restype = (MINOR, *arguments), c_uint32
 
     def _hostbased(self) -> c_void_p:
-        """GSS_C_NT_HOSTBASED_SERVICE: a pointer in MIT's library, the thing itself in Heimdal's."""
-        try:
-            return c_void_p.in_dll(self.dll, "GSS_C_NT_HOSTBASED_SERVICE")
-        except ValueError:
-            oid = ctypes.c_char.in_dll(self.dll, "__gss_c_nt_hostbased_service_oid_desc")
-            return c_void_p(ctypes.addressof(oid))
+        """GSS_C_NT_HOSTBASED_SERVICE: a pointer in MIT's library, the address of the thing itself in Heimdal's."""
+        return (c_void_p(ctypes.addressof(ctypes.c_char.in_dll(self.dll, HEIMDALS))) if self.heimdal else
+                c_void_p.in_dll(self.dll, "GSS_C_NT_HOSTBASED_SERVICE"))
 
     def call(self, name: str, *arguments: Any) -> int:
         """The supplementary bits of the major status. Raises GssError, GssUnavailable for an errno."""
@@ -130,7 +129,7 @@ class Library:
 
     def words(self, major: int, minor: int) -> str:
         """Both statuses as one line."""
-        parts = [*self._status(major, GSS_CODE), *(self._status(minor, MECH_CODE) if minor else ())]
+        parts = self._status(major, GSS_CODE) + (self._status(minor, MECH_CODE) if minor else ())
         line = " ".join(" ".join(parts).split())
         return ascii(line)[1:-1][:STATUS_CHARS] or "status 0x%08x" % major
 
@@ -207,6 +206,7 @@ class Credentials:
         self.service = service
         self.keytab = keytab
         self._lock = threading.Lock()
+        self._gss = library()
         self._handle: Optional[c_void_p] = self._acquire()
 
     def __getstate__(self) -> Tuple[str, str]:
@@ -214,7 +214,7 @@ class Credentials:
 
     def __setstate__(self, state: Tuple[str, str]) -> None:
         self.service, self.keytab = state
-        self._lock, self._handle = threading.Lock(), None
+        self._lock, self._gss, self._handle = threading.Lock(), library(), None
 
     def context(self) -> Acceptor:
         """The server's side of a new security context."""
@@ -235,7 +235,7 @@ class Credentials:
             return False
 
     def _acquire(self) -> c_void_p:
-        gss, handle = library(), c_void_p()
+        gss, handle = self._gss, c_void_p()
         keytab = self.keytab.encode("utf-8", "surrogateescape")
         with Name(gss, self.service) as name:
             if keytab and gss.from_store:
@@ -243,21 +243,26 @@ class Credentials:
                 gss.call("gss_acquire_cred_from", name, INDEFINITE, None, ACCEPT,
                          byref(KeyValues(1, ctypes.pointer(element))), byref(handle), None, None)
                 return handle
-            if keytab:                                      # Heimdal's library: for the whole process
+            if keytab:                                      # Heimdal's: for the whole process, from now on
                 register = gss.dll.gsskrb5_register_acceptor_identity
                 register.argtypes, register.restype = (c_char_p,), c_uint32
-                register(b"FILE:" + keytab)
+                status = register(b"FILE:" + keytab)
+                if status & ERRORS:
+                    raise GssError("gsskrb5_register_acceptor_identity: %s" % gss.words(status, 0))
             gss.call("gss_acquire_cred", name, INDEFINITE, None, ACCEPT, byref(handle), None, None)
         return handle
 
     def __del__(self) -> None:
         handle = vars(self).get("_handle")
         if handle:
-            library().dll.gss_release_cred(byref(c_uint32()), byref(handle))
+            self._gss.dll.gss_release_cred(byref(c_uint32()), byref(handle))
 
 
 class Context:
-    """A security context. step() until `done`; then `flags` and `peer` are known, and `level` says what wrap() does."""
+    """A security context. step() until `done`; then `flags` and `peer` are known, and `level` says what wrap() does.
+
+    may_be_replay   the login may be a copy of an earlier one, until unwrap() has taken a message
+    """
 
     def __init__(self) -> None:
         self.gss = library()
@@ -266,6 +271,7 @@ class Context:
         self.peer = b""
         self.done = False
         self.level = Protection.CLEAR
+        self.may_be_replay = False
 
     def step(self, token: bytes) -> bytes:
         """Take the peer's token; the token for the peer, or b"" if there is none. Raises GssError."""
@@ -287,16 +293,18 @@ class Context:
             return token.bytes()
 
     def unwrap(self, token: bytes, ordered: bool = True) -> bytes:
-        state = c_int()
+        state, memory = c_int(), ctypes.create_string_buffer(token)         # which the library changes
         with Output(self.gss) as data:
-            bits = self.gss.call("gss_unwrap", self.handle, byref(Buffer.of(token)), byref(data), byref(state), None)
-            self.check_unwrapped(bits, MOVED if ordered else REPEATED, state)
+            source = Buffer(len(token), ctypes.addressof(memory))
+            bits = self.gss.call("gss_unwrap", self.handle, byref(source), byref(data), byref(state), None)
+            strict = ordered or not data.length             # Heimdal's gives no data where the order is wrong
+            self.check_unwrapped(bits, MOVED if strict else REPEATED, state)
             return data.bytes()
 
     def check_unwrapped(self, bits: int, wrong: int, state: c_int) -> None:
         """Raises GssError for a message that is lost, repeated or moved, as `wrong` says, or not encrypted."""
         if bits & wrong:
-            raise GssError("gss_unwrap: %s" % self.gss.words(bits, 0))
+            raise GssError("gss_unwrap: a message that is " + next(MOVES[bit] for bit in MOVES if bits & bit))
         if self.level == Protection.CONFIDENTIALITY and not state:
             raise GssError("gss_unwrap: the message is not encrypted")
 
@@ -357,6 +365,7 @@ class Acceptor(Context):
     def __init__(self, credentials: Credentials) -> None:
         super().__init__()
         self.credentials = credentials
+        self.may_be_replay = self.gss.heimdal               # which does not remember the tokens that it has accepted
 
     def step(self, token: bytes) -> bytes:
         flags, peer = c_uint32(), c_void_p()
@@ -367,6 +376,8 @@ class Acceptor(Context):
                                      None, None)
                 if not bits & CONTINUE_NEEDED:
                     self.done, self.flags, self.peer = True, flags.value, self._name(peer, flags.value)
+                    if self.may_be_replay and not self.flags & MUTUAL:      # without a new key from this side
+                        raise GssError("a client without mutual authentication: this may be a replay")
                 return answer.bytes()
         finally:
             if peer:
@@ -380,12 +391,14 @@ class Acceptor(Context):
 
 
 class Initiator(Context):
-    """The client's side, with the user's own tickets. step() may ask a KDC, and waits for it."""
+    """The client's side, with the user's own tickets. step() may ask a KDC, and waits for it.
 
-    def __init__(self, service: str, flags: int = MUTUAL | REPLAY | SEQUENCE | CONF | INTEG) -> None:
+    `ordered` is not for datagrams. RFC 1961 section 3"""
+
+    def __init__(self, service: str, ordered: bool = True) -> None:
         super().__init__()
         self.service = service
-        self.wanted = flags
+        self.wanted = MUTUAL | REPLAY | CONF | INTEG | SEQUENCE * ordered
 
     def step(self, token: bytes) -> bytes:
         flags = c_uint32()

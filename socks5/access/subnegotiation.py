@@ -31,6 +31,8 @@ def accept(context: Context, take: Take, send: Send, least: Protection) -> None:
         raise GssError("no security context after %d tokens" % MAX_ROUNDS)
     token = take(ProtectionLevel).token
     in_clear = len(token) == 1                              # NEC's reference implementation; curl --socks5-gssapi-nec
+    if in_clear and context.may_be_replay:
+        raise GssError("the protection level is not wrapped: this may be a replay")
     level = choose(token if in_clear else context.unwrap(token), least)
     if not context.supports(level):
         raise GssError("the security context cannot give %s" % level.name.lower())

@@ -103,6 +103,17 @@ class Users:
             turns.give_back(turn)
 
 
+def need_gssapi(option: str) -> None:
+    """Raise ConfigError where there is no GSS-API library."""
+    try:
+        from .gssapi import library                         # loads ctypes, which not every Python has
+        library()
+    except ImportError as exc:
+        raise ConfigError("%s: this Python has no ctypes: %s" % (option, exc)) from None
+    except GssError as exc:
+        raise ConfigError("%s: %s" % (option, exc)) from None
+
+
 def service_credentials(config: Config) -> Optional[Credentials]:
     """The keys for --gssapi; None without it. Raises ConfigError, also when all users of this machine may read the
     keytab."""

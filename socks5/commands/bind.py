@@ -22,6 +22,7 @@ from ..net.poller import READ, new_poll
 from ..net.shares import ANY_PORT, Ports
 from ..protocol.fields import Host, text
 from ..protocol.messages import Address
+from .dialogue import Dialogue
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class PeerWait:
     bnd         where the peer has to connect
     awaited     a socket that is readable when accept() is to be called
     early       the bytes that the client sent meanwhile, for the peer
+    dialogue    with the upstream that listens, if one does
     deadline    of wait()
     unexpected  the number of unexpected peers
     """
@@ -67,6 +69,7 @@ class PeerWait:
     deadline = float("inf")
     unexpected = 0
     early = b""
+    dialogue: Optional[Dialogue] = None
     bnd: Place
 
     def __init__(self, client: socket.socket) -> None:

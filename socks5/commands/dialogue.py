@@ -81,8 +81,11 @@ class Dialogue:
         if client is not None:
             self._poll.register(client.fileno(), 0)         # a reset is reported unasked; a FIN may be a half-close
 
-    def negotiate(self, user: Optional[Tuple[bytes, bytes]], gssapi: Optional[Gssapi] = None) -> None:
-        """Agree on a METHOD. The password is only sent to a proxy that asks for it.      RFC 1928 §3, RFC 1929"""
+    def negotiate(self, user: Optional[Tuple[bytes, bytes]], gssapi: Optional[Gssapi] = None,
+                  ordered: bool = True) -> None:
+        """Agree on a METHOD. The password is only sent to a proxy that asks for it. `ordered`: no datagrams will come.
+
+        RFC 1928 §3, RFC 1929"""
         offered: List[int] = [Method.GSSAPI if gssapi else Method.NO_AUTHENTICATION]
         offered += [Method.USERNAME_PASSWORD] if user else []
         login = Login(*user).pack() if user else b""
@@ -95,14 +98,14 @@ class Dialogue:
             if self._take(LoginStatus.parse).status:
                 raise ProxyError("the proxy refused the user name or password")
         elif gssapi:
-            self._by_gssapi(gssapi)
+            self._by_gssapi(gssapi, ordered)
 
-    def _by_gssapi(self, gssapi: Gssapi) -> None:
+    def _by_gssapi(self, gssapi: Gssapi, ordered: bool) -> None:
         """RFC 1961. Raises ProxyError, also without a library, a ticket or a KDC."""
         try:
             from ..access.gssapi import Initiator       # loads ctypes, which not every Python has
 
-            context = Initiator(gssapi.service)
+            context = Initiator(gssapi.service, ordered)
             subnegotiation.initiate(context, self._take_gssapi, lambda message: self._send(message.pack()),
                                     subnegotiation.LEVELS[gssapi.protection])
         except (ImportError, ProtocolError) as exc:

@@ -1,4 +1,4 @@
-"""The socket of a UDP association whose client came by GSSAPI: each datagram is one encapsulated message.
+"""The socket of a UDP association with a client or an upstream by GSSAPI: each datagram is one encapsulated message.
 
 It has the methods that udp.py and datagrams.py call of a socket. RFC 1961 section 5.
 """
@@ -16,7 +16,8 @@ class EnvelopedSocket:
     """Opens what it receives from `client` and seals what it sends."""
 
     def __init__(self, sock: socket.socket, envelope: Envelope, client: str) -> None:
-        """`client` is the only IP address from which datagrams are opened; what comes from others is returned empty."""
+        """`client`, or the upstream, is the only IP address from which datagrams are opened; what comes from others is
+        returned empty."""
         self.sock = sock
         self.envelope = envelope
         self.client = client

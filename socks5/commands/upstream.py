@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from time import monotonic
-from typing import Callable, Container, Counter, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Container, Counter, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..values import Upstream
 from ..net.addresses import IP, Endpoint, Sockaddr, family_of, is_here
@@ -19,10 +19,11 @@ from ..protocol.codes import Cmd, Rep
 from ..protocol.errors import REP_OF_ERRNO, ProxyError, RequestRefused, name_of
 from ..protocol.fields import Host
 from ..protocol.messages import UNSPECIFIED, Address, Datagram
-from .bind import PeerWait
+from .bind import PeerWait, Place
 from .connect import Source, connect
 from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, bound
-from .dialogue import ClientLeft, Deadline, Dialogue
+from .dialogue import ClientLeft, Deadline, Dialogue, Gssapi
+from .enveloped import EnvelopedSocket
 
 LEAST_S = 0.001             # of a time limit: 0 would mean for ever
 TELLING = list(dict.fromkeys(REP_OF_ERRNO.values()))        # the most specific REP first
@@ -50,13 +51,12 @@ class Chain:
         self.own_ports = own_ports
         self.reached: Optional[Endpoint] = None
 
-    def connect(self, hosts: Sequence[Host], port: int) -> Tuple[socket.socket, Address]:
-        """Connect to the first of `hosts` that the upstream reaches: the socket, and BND of the reply."""
+    def connect(self, hosts: Sequence[Host], port: int) -> Tuple[Dialogue, Address]:
+        """Connect to the first of `hosts` that the upstream reaches: the dialogue, and BND of the reply."""
         failures: List[RequestRefused] = []
         for host in hosts:
             try:
-                dialogue, bnd = self.ask(Cmd.CONNECT, Address(host, port))
-                return dialogue.sock, bnd
+                return self.ask(Cmd.CONNECT, Address(host, port))
             except RequestRefused as exc:
                 failures.append(exc)
                 if exc.rep not in TELLING:                  # the next address would fare no better
@@ -76,7 +76,7 @@ class Chain:
             if isinstance(relay.host, bytes):
                 raise ProxyError("the proxy's relay has a name and no address: %s" % str(relay))
             ours = self.source(relay.host) if self.source else None
-            return Link(self.upstream, dialogue.sock, Endpoint(relay.host, relay.port), ours)
+            return Link(self.upstream, dialogue, Endpoint(relay.host, relay.port), ours)
         except OSError as exc:
             dialogue.sock.close()
             raise self.refusal(exc) from None
@@ -89,7 +89,8 @@ class Chain:
             deadline = Deadline(None)
             deadline.at = self.deadline
             dialogue = Dialogue(sock, deadline, self.client)
-            dialogue.negotiate(self.upstream.user)
+            service = self.upstream.service
+            dialogue.negotiate(self.upstream.user, Gssapi(service) if service else None, cmd != Cmd.UDP_ASSOCIATE)
             return dialogue, dialogue.ask(cmd, dst)
         except ClientLeft:
             sock.close()
@@ -137,12 +138,19 @@ class UpstreamWait(PeerWait):
                  permit: Callable[[IP], bool]) -> None:
         super().__init__(chain.client)
         self.chain = chain
-        self.dialogue = dialogue
+        self.dialogue: Dialogue = dialogue
         self.awaited = dialogue.sock
         self.any_peer = not isinstance(expected, bytes) and expected.is_unspecified
         self.permit = permit
         self.bnd = bnd
         self.accepted = False
+
+    def wait(self, timeout_s: float) -> Tuple[socket.socket, Place]:
+        """The second reply may have come along with the first: then the socket would not be readable again."""
+        if self.dialogue.held:
+            self.deadline = monotonic() + (timeout_s or float("inf"))
+            return self.accept()
+        return super().wait(timeout_s)
 
     def __exit__(self, *_: object) -> None:
         if not self.accepted:
@@ -169,11 +177,13 @@ class Link:
     relay   the upstream's address for datagrams; those of other senders are dropped
     """
 
-    def __init__(self, upstream: Upstream, control: socket.socket, relay: Endpoint, source: Optional[IP]) -> None:
+    def __init__(self, upstream: Upstream, dialogue: Dialogue, relay: Endpoint, source: Optional[IP]) -> None:
         self.upstream = upstream
-        self.control = control
+        self.control = dialogue.sock
         self.relay: Sockaddr = (str(relay.ip), relay.port)
-        self.sock = bound(family_of(relay.ip), str(source) if source else "", ANY_PORT)
+        self.sock: Any = bound(family_of(relay.ip), str(source) if source else "", ANY_PORT)
+        if dialogue.envelope:
+            self.sock = EnvelopedSocket(self.sock, dialogue.envelope, str(relay.ip))
 
     def alive(self) -> bool:
         """Whether the upstream keeps the association open, asked when `control` is readable."""

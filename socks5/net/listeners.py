@@ -92,8 +92,9 @@ def open_one(text: str, port: int, dual: bool, reuse: bool) -> socket.socket:
     """A bound socket; an IPv6 one takes IPv4 as well if it is `dual`."""
     host, _, scope = text.partition("%")
     six = ip_address(host).version == 6
-    listener = Listener(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
+    listener = None
     try:
+        listener = Listener(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM)
         if reuse:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if six:
@@ -109,7 +110,8 @@ def open_one(text: str, port: int, dual: bool, reuse: bool) -> socket.socket:
             return open_one(text, port, dual, reuse)
         return listener
     except OSError as exc:
-        listener.close()
+        if listener:
+            listener.close()
         exc.filename = "%s port %d" % (text, port)
         raise
 

@@ -13,6 +13,7 @@ import errno
 import os
 import select
 import socket
+from time import monotonic
 from typing import Callable, Dict, List, Optional, Tuple, Union
 
 # The numbers of poll(2), which are epoll's as well.
@@ -22,6 +23,7 @@ WRITE = getattr(select, "POLLOUT", 0x04)
 BROKEN = getattr(select, "POLLERR", 0x08)
 HANG_UP = getattr(select, "POLLHUP", 0x10)      # closed both ways; reported whether asked for or not, like BROKEN
 
+LOOK_MS = 500                                   # how often SelectPoll looks for a reset that select() does not tell of
 MAX_SELECT = 1024 if os.name == "posix" else 500    # descriptors from this number up; or sockets, on Windows
 EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)    # wake one of the threads that wait for a descriptor, not all
 BATCH = 256                                     # events that an event loop takes at a time
@@ -29,7 +31,9 @@ Events = List[Tuple[int, int]]                  # (descriptor, events) pairs
 
 
 class SelectPoll:
-    """select.poll() for systems that have only select(): the same four methods."""
+    """select.poll() for systems that have only select(): the same four methods.
+
+    A reset of a socket of which neither READ nor WRITE is wanted is told as well, up to LOOK_MS late. A FIN is not."""
 
     def __init__(self) -> None:
         self._wanted: Dict[int, int] = {}
@@ -47,6 +51,18 @@ class SelectPoll:
         del self._wanted[fd]
 
     def poll(self, timeout_ms: Optional[float] = None) -> Events:
+        quiet = [fd for fd, events in list(self._wanted.items()) if not events & (READ | WRITE)]
+        if not quiet:
+            return self._select(timeout_ms)
+        until = float("inf") if timeout_ms is None else monotonic() + timeout_ms / 1000
+        while True:
+            broken = [(fd, BROKEN | HANG_UP) for fd in quiet if was_reset(fd)]
+            left_ms = max(0.0, (until - monotonic()) * 1000)
+            found = self._select(0 if broken else min(left_ms, LOOK_MS))
+            if found or broken or left_ms <= LOOK_MS:
+                return found + broken
+
+    def _select(self, timeout_ms: Optional[float]) -> Events:
         wanted = list(self._wanted.items())
         readers = [fd for fd, events in wanted if events & READ]
         writers = [fd for fd, events in wanted if events & WRITE]
@@ -61,6 +77,23 @@ class SelectPoll:
         return list(found.items())
 
 
+def was_reset(fd: int) -> bool:
+    """Whether this connection was reset or is closed both ways. Its error stays, for the owner's next call.
+
+    Not for a listener, or while a connect is under way."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:                                 # no socket
+        return False
+    try:
+        sock.getpeername()
+        return False
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN and sock.type == socket.SOCK_STREAM
+    finally:
+        sock.detach()
+
+
 def new_poll() -> "Union[select.poll, SelectPoll]":
     """For one thread and the few descriptors that it waits for. poll() takes milliseconds."""
     return select.poll() if hasattr(select, "poll") else SelectPoll()
@@ -69,7 +102,7 @@ def new_poll() -> "Union[select.poll, SelectPoll]":
 def one_of_many(shared: int, own: int) -> Callable[[], object]:
     """A function that waits until a descriptor of two is readable. Several threads wait for `shared`, and one of them
     is enough. It may return without either."""
-    if EXCLUSIVE:
+    if EXCLUSIVE and hasattr(select, "epoll"):
         try:
             epoll = select.epoll()
             epoll.register(shared, READ | EXCLUSIVE)

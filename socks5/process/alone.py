@@ -61,6 +61,11 @@ class Alone(Control):
         self._ended = True
         log.error("the server did not stop in time")
 
+    def close(self) -> None:
+        if not self._started:                   # a signal was faster
+            self.server.server_close()
+        super().close()
+
     def _serve(self) -> None:
         try:
             serve(self.server, self._hurry)

@@ -1,4 +1,4 @@
-"""A tunnel whose client's side is encoded: a Pipe that decodes and one that encodes what goes through.
+"""A tunnel of which one side is encoded, or both: a Pipe that decodes and one that encodes what goes through.
 
 All else is as in any tunnel: half-close, reset, backpressure, time limits, a thread of its own while it is busy. No
 kernel pipe: the bytes have to be seen. Kerberos takes some 150 us to encrypt or decrypt FIRST_BYTES in one message:
@@ -8,6 +8,7 @@ in line. Knows no SOCKS.
 """
 from __future__ import annotations
 
+from functools import partial
 from typing import Callable, Optional, Tuple, Union
 
 from ..protocol.envelope import PAYLOAD_BYTES, Envelope, Opening, Sealing
@@ -23,25 +24,36 @@ CUT = "the end within a message"
 Place = Union[Sealing, Opening]
 
 
+def read_bytes(size: int, _coded: int) -> int:
+    """The payload of what was encoded."""
+    return size
+
+
+def coded_bytes(_size: int, coded: int) -> int:
+    """The payload of what was decoded."""
+    return coded
+
+
 class CodingPipe(Pipe):
     """A Pipe that passes on code(what it read), and whose `total` counts plain bytes that were delivered.
 
+    measure         how many of them there are, from the sizes of what was read and of its code
     unfinished      says how many bytes are kept because their message is not whole; an EOF would cut it off
     payload         plain bytes in `chunk`; they count when all of it is delivered
     size            of one read
     place           while it is busy: memory into which it receives, and in which the bytes are coded without a copy
     """
 
-    __slots__ = ("code", "unfinished", "encodes", "payload", "size", "place", "make_place")
+    __slots__ = ("code", "unfinished", "measure", "payload", "size", "place", "make_place")
 
-    def __init__(self, plain: Pipe, code: Callable[[bytes], bytes], encodes: bool,
+    def __init__(self, plain: Pipe, code: Callable[[bytes], bytes], measure: Callable[[int, int], int],
                  unfinished: Callable[[], int] = lambda: 0,
                  make_place: Callable[[], Optional[Place]] = lambda: None) -> None:
-        """`plain` is the Pipe in whose place it is: what that has in hand is plain."""
+        """`plain` is the Pipe in whose place it is: what that has in hand is passed on as it is."""
         early = bytes(plain.chunk)
         super().__init__(plain.source, plain.sink, plain.origin, plain.target, early)
         self.code = code
-        self.encodes = encodes
+        self.measure = measure
         self.unfinished = unfinished
         self.payload = len(early)
         self.size = FIRST_BYTES
@@ -65,7 +77,7 @@ class CodingPipe(Pipe):
             self.full = BUSY_READS
         if coded:
             self.chunk, self.held = coded, len(coded)
-            self.payload = size if self.encodes else len(coded)
+            self.payload = self.measure(size, len(coded))
             self.drain()
         return self.done or self.held > 0 or self.full > 0
 
@@ -107,13 +119,44 @@ class CodingPipe(Pipe):
 
 
 class ProtectedTunnel(Tunnel):
-    """A Tunnel between a client that speaks through an envelope, and a remote."""
+    """A Tunnel whose client or remote, or both, speak through an envelope."""
 
     __slots__ = ()
 
-    def __init__(self, plain: Tunnel, envelope: Envelope) -> None:
-        """In the place of `plain`, which has not begun."""
+    def __init__(self, plain: Tunnel, client: Optional[Envelope], remote: Optional[Envelope] = None,
+                 held: bytes = b"") -> None:
+        """In the place of `plain`, which has not begun. `held` was read from the remote already, and is plain."""
         super().__init__(plain.client, plain.remote, b"", plain.idle_s, plain.half_closed_s, plain.session,
                          plain.owner)
-        self.up = CodingPipe(plain.up, envelope.open, False, lambda: envelope.unfinished, envelope.opening)
-        self.down = CodingPipe(plain.down, envelope.seal, True, make_place=envelope.sealing)
+        self.up = coding(plain.up, client, remote, bytes(plain.up.chunk))
+        self.down = coding(plain.down, remote, client, held)
+
+
+def coding(plain: Pipe, opens: Optional[Envelope], seals: Optional[Envelope], early: bytes) -> Pipe:
+    """A pipe from a side that is opened to a side that is sealed for. `early` is plain, and goes first."""
+    plain.chunk = seals.seal(early) if seals and early else early
+    if opens and seals:
+        both = Recoder(opens, seals)
+        pipe = CodingPipe(plain, both.code, both.measure, lambda: both.opens.unfinished)
+    elif opens:
+        pipe = CodingPipe(plain, opens.open, coded_bytes, partial(getattr, opens, "unfinished"), opens.opening)
+    elif seals:
+        pipe = CodingPipe(plain, seals.seal, read_bytes, make_place=seals.sealing)
+    pipe.payload = len(early)
+    return pipe
+
+
+class Recoder:
+    """From one envelope into another."""
+
+    def __init__(self, opens: Envelope, seals: Envelope) -> None:
+        self.opens, self.seals = opens, seals
+        self.plain = 0
+
+    def code(self, data: bytes) -> bytes:
+        plain = self.opens.open(data)
+        self.plain = len(plain)
+        return self.seals.seal(plain) if plain else b""
+
+    def measure(self, _size: int, _coded: int) -> int:
+        return self.plain

@@ -22,6 +22,7 @@ from ..commands.bind import PeerWait, Rendezvous, expected
 from ..commands.connect import Source, connect
 from ..commands.rates import Rates
 from ..commands.udp import Association
+from ..commands.dialogue import Dialogue
 from ..commands.upstream import Chain, Links
 from ..config import Config
 from ..values import Upstream
@@ -90,6 +91,7 @@ class Handler(StreamRequestHandler):
             self.connection.settimeout(self.timeout)
         self.rfile = self.inbox = Inbox(self.connection)
         self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
+        self.dialogue: Optional[Dialogue] = None                # with the upstream that `remote` is
         self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
         self.watched = bool(self.story or self.session.record)  # by the trace or the status page
@@ -243,12 +245,13 @@ class Handler(StreamRequestHandler):
             self.relay(remote)
 
     def connect_through(self, chain: Chain, hosts: Sequence[Host], port: int) -> None:
-        remote, bnd = chain.connect(hosts, port)
-        with ClosedOnError(remote):
+        dialogue, bnd = chain.connect(hosts, port)
+        with ClosedOnError(dialogue.sock):
             self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
             self.session.judged = hosts[0]
             self.reply(Rep.SUCCEEDED, bnd)                      # the upstream's own end: what the destination sees
-            self.relay(remote)
+            self.dialogue = dialogue
+            self.relay(dialogue.sock)
 
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
@@ -267,6 +270,7 @@ class Handler(StreamRequestHandler):
             session.reached, session.notes = peer, waiting.also("via %s" % upstream.name if upstream else "")
             self.inbox.feed(waiting.early)
             self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
+            self.dialogue = waiting.dialogue
             self.relay(remote)
 
     def udp_associate(self, dst: Address) -> None:
@@ -302,7 +306,9 @@ class Handler(StreamRequestHandler):
             self.connection.settimeout(None)
         tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
                         self.session, self.session.origin)
-        tunnel = ProtectedTunnel(tunnel, self.envelope) if self.envelope else tunnel
+        envelope, held = (self.dialogue.envelope, self.dialogue.held) if self.dialogue else (None, b"")
+        if self.envelope or envelope:
+            tunnel = ProtectedTunnel(tunnel, self.envelope, envelope, held)
         if self.server.rates.on:
             self.server.rates.apply(tunnel)
         self.server.relay(tunnel)

@@ -344,7 +344,8 @@ class Server(Newcomers):
         """The handler has ended, or there was none."""
         session = self.sessions.get(request)
         if not session:
-            self.close_request(request)
+            if request.fileno() >= 0:                           # else the session is over, and has closed it
+                self.close_request(request)
         elif not session.tunnel:
             self.end_session(session)
 
