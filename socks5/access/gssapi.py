@@ -82,7 +82,8 @@ PROTOTYPES: Dict[str, Tuple[Any, ...]] = {
     "gss_display_status": (c_uint32, c_int, c_void_p, MINOR, BUFFER),
     "gss_release_buffer": (BUFFER,),
 }
-FROM_STORE = (c_void_p, c_uint32, c_void_p, c_int, POINTER(KeyValues), HANDLE, HANDLE, MINOR)
+FROM_STORE: Dict[str, Tuple[Any, ...]] = {
+    "gss_acquire_cred_from": (c_void_p, c_uint32, c_void_p, c_int, POINTER(KeyValues), HANDLE, HANDLE, MINOR)}
 # Extensions of MIT's library. Heimdal's gss_unwrap_iov does not take a STREAM.
 IN_PLACE: Dict[str, Tuple[Any, ...]] = {
     "gss_wrap_iov_length": (c_void_p, c_int, c_uint32, POINTER(c_int), POINTER(Part), c_int),
@@ -98,25 +99,16 @@ class Library:
         """Raises OSError when there is no such library, AttributeError when it is another one."""
         self.path = path
         self.dll = ctypes.CDLL(path)
-        for name, arguments in PROTOTYPES.items():
-            self._declare(name, arguments)
-        self.from_store = hasattr(self.dll, "gss_acquire_cred_from")
-        if self.from_store:
-            self._declare("gss_acquire_cred_from", FROM_STORE)
         self.heimdal = hasattr(self.dll, HEIMDALS)
+        self.from_store = all(hasattr(self.dll, name) for name in FROM_STORE)
         self.in_place = not self.heimdal and all(hasattr(self.dll, name) for name in IN_PLACE)
-        for name, arguments in IN_PLACE.items() if self.in_place else ():
-            self._declare(name, arguments)
-        self.hostbased = self._hostbased()
-
-    def _declare(self, name: str, arguments: Tuple[Any, ...]) -> None:
-        function = getattr(self.dll, name)
-        function.argtypes, function.restype = (MINOR, *arguments), c_uint32
-
-    def _hostbased(self) -> c_void_p:
-        """GSS_C_NT_HOSTBASED_SERVICE: a pointer in MIT's library, the address of the thing itself in Heimdal's."""
-        return (c_void_p(ctypes.addressof(ctypes.c_char.in_dll(self.dll, HEIMDALS))) if self.heimdal else
-                c_void_p.in_dll(self.dll, "GSS_C_NT_HOSTBASED_SERVICE"))
+        for name, arguments in {**PROTOTYPES, **(FROM_STORE if self.from_store else {}),
+                                **(IN_PLACE if self.in_place else {})}.items():
+            function = getattr(self.dll, name)
+            function.argtypes, function.restype = (MINOR, *arguments), c_uint32
+        # GSS_C_NT_HOSTBASED_SERVICE: a pointer in MIT's library, the address of the thing itself in Heimdal's.
+        self.hostbased = (c_void_p(ctypes.addressof(ctypes.c_char.in_dll(self.dll, HEIMDALS))) if self.heimdal else
+                          c_void_p.in_dll(self.dll, "GSS_C_NT_HOSTBASED_SERVICE"))
 
     def call(self, name: str, *arguments: Any) -> int:
         """The supplementary bits of the major status. Raises GssError, GssUnavailable for an errno."""
@@ -391,9 +383,7 @@ class Acceptor(Context):
 
 
 class Initiator(Context):
-    """The client's side, with the user's own tickets. step() may ask a KDC, and waits for it.
-
-    `ordered` is not for datagrams. RFC 1961 section 3"""
+    """The client's side, with the user's own tickets. step() may wait for a KDC. Datagrams are not `ordered`."""
 
     def __init__(self, service: str, ordered: bool = True) -> None:
         super().__init__()
