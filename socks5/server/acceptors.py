@@ -17,7 +17,7 @@ from ..net.poller import one_of_many
 from ..net.wakeup import Wakeup
 
 available = hasattr(socket, "TCP_DEFER_ACCEPT")     # Linux has this option
-MAX_WAITING = 8             # for each listener; a thread that comes back when there are so many ends
+MAX_WAITING = 16            # for each listener; a thread that comes back when there are so many ends
 RELEASE_S = 1.0
 REST_S = 0.1                # when memory has run out
 
@@ -47,9 +47,10 @@ class Acceptors:
                     self._wakeup = self._wakeup or Wakeup()
 
     def refill(self) -> None:
-        """None waits at first; and later, when none could be started."""
+        """None waits at first; and later, when none could be started. All at once: what a thread needs would otherwise
+        be allocated amid a crowd's tunnels, and keep their memory from being given back."""
         for listener, waiting in self._waiting.items():
-            if not waiting:
+            for _ in range(MAX_WAITING if not waiting else 0):
                 self.start(listener)
 
     def start(self, listener: socket.socket) -> bool:
