@@ -262,10 +262,9 @@ class Loop:
         """End the tunnels whose deadline has passed."""
         with self._gate:
             self._shrink()
-            for tunnel in [tunnel for tunnel in self._tunnels if tunnel.deadline() <= now]:
-                if not tunnel.lent and not tunnel.ended:
-                    tunnel.expire()
-                    self._look_at(tunnel)
+            for tunnel in [one for one in self._tunnels if one.deadline() <= now and not (one.lent or one.ended)]:
+                tunnel.expire()
+                self._look_at(tunnel)
         self._sweep_at = now + SWEEP_S
 
     def _shrink(self) -> None:

@@ -87,7 +87,7 @@ class Tunnel:
                     self.moved_at = now
                     if mine.done:
                         self._pass_eof_on(mine, other)
-                return bool(filled)
+                return filled is True
             acted = look = False
             if events & ~WRITE and not mine.held and not mine.done:
                 # A bare hang-up says nothing about urgent data: it was not asked for when this batch was made.
