@@ -96,6 +96,7 @@ class Waiting(unittest.TestCase):
             wait_until(lambda: not self.fails, "all three")
             hook.assert_not_called()
 
+    @mock.patch.object(acceptors, "MAX_WAITING", 1)
     def test_a_thread_that_cannot_be_started(self):
         self.acceptors.serve([self.listener])
         self.acceptors.refill()

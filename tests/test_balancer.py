@@ -323,7 +323,7 @@ class Silent(Case):
         wait_until(lambda: not len(self.server.sessions))
 
     def waiting(self):
-        return sum(isinstance(watched, Watch) for watched, _side in list(self.server.relay_loop()._watched.values()))
+        return sum(isinstance(watched, Watch) for watched in list(self.server.relay_loop()._watched.values()))
 
 
 class Options(unittest.TestCase):

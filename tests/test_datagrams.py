@@ -11,7 +11,7 @@ from socks5.commands import datagrams
 from socks5.commands.datagrams import BURST, SEGMENT_BYTES, Buffers, bound, segments, send
 from socks5.net.shares import ANY_PORT, Ports
 
-from .support import HAS_IPV6, PATIENCE_S, descriptors
+from .support import HAS_IPV6, PATIENCE_S, descriptors, wait_until
 
 FAMILIES = [("IPv4", socket.AF_INET, "127.0.0.1")] + [("IPv6", socket.AF_INET6, "::1")] * HAS_IPV6
 
@@ -29,11 +29,12 @@ class SharedBuffers(unittest.TestCase):
     def test_a_thread_waits_until_one_is_given_back(self):
         buffers, found = Buffers(1000, most=1), []
         taken = buffers.take()
-        with patch.object(datagrams, "BUFFER_WAIT_S", PATIENCE_S):
-            thread = threading.Thread(target=lambda: found.append(buffers.take()))
+        with patch.object(datagrams, "BUFFER_WAIT_S", 3600):
+            thread = threading.Thread(target=lambda: found.append(buffers.take()), daemon=True)
             thread.start()
+            wait_until(lambda: buffers._waiting, "it waits")
             buffers.give_back(taken)
-            thread.join()
+            thread.join(PATIENCE_S)
         self.assertIs(found[0][0], taken[0])
 
     def test_stuck_threads_stop_nobody_and_what_was_allocated_meanwhile_is_not_kept(self):

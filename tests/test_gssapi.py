@@ -1287,7 +1287,7 @@ class Envelopes(unittest.TestCase):
         def pipe_for(message):
             far, stream = Envelope(self.Reversed()), io.BytesIO(message * (1 + (1 << 20) // len(message)))
             source = mock.Mock(recv=mock.Mock(side_effect=lambda size, _flags: stream.read(size)))
-            return source, CodingPipe(Pipe(source, mock.Mock(send=lambda data, _flags: len(data)), "client", "remote"),
+            return source, CodingPipe(Pipe(source, mock.Mock(send=lambda data, _flags: len(data))),
                                       far.open, coded_bytes, lambda: far.unfinished)
 
         envelope = Envelope(self.Reversed())
@@ -1319,7 +1319,7 @@ class Envelopes(unittest.TestCase):
             near, source, sink, far = [stack.enter_context(sock) for sock in (*socket.socketpair(),
                                                                               *socket.socketpair())]
             sink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            pipe = Watched(Pipe(source, sink, "remote", "client"), Envelope(self.Reversed()).seal, read_bytes)
+            pipe = Watched(Pipe(source, sink), Envelope(self.Reversed()).seal, read_bytes)
             near.sendall(bytes(16000))
             pipe.fill()
             while pipe.held:

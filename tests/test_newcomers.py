@@ -40,7 +40,7 @@ class Newcomers(unittest.TestCase):
         return there
 
     def waiting(self):
-        return sum(isinstance(watched, Watch) for watched, _side in list(self.server.relay_loop()._watched.values()))
+        return sum(isinstance(watched, Watch) for watched in list(self.server.relay_loop()._watched.values()))
 
     def lines(self, text):
         return sum(text in line for line in self.logs.output)

@@ -48,20 +48,35 @@ class Buffers:
         self.most = most
         self._free: List[Optional[Buffer]] = [None] * most      # None: allocated when it is first needed
         self._returned = Condition()
+        self._waiting = 0                                       # threads that wait for a buffer
 
     def take(self) -> Buffer:
-        with self._returned:
-            # If none comes, others are stuck: a trace to a full pipe, a fork amid a burst.
-            free = self._free.pop() if self._returned.wait_for(lambda: self._free, BUFFER_WAIT_S) else None
+        try:
+            free = self._free.pop()
+        except IndexError:
+            free = self._wait()
         if free:
             return free
         buffer = bytearray(self.size)
         return buffer, memoryview(buffer)
 
-    def give_back(self, buffer: Buffer) -> None:
+    def _wait(self) -> Optional[Buffer]:
         with self._returned:
-            if len(self._free) < self.most:
-                self._free.append(buffer)
+            self._waiting += 1                              # before it looks again: see give_back
+            try:
+                # If none comes, others are stuck: a trace to a full pipe, a fork amid a burst.
+                self._returned.wait_for(lambda: self._free, BUFFER_WAIT_S)
+                return self._free.pop()
+            except IndexError:
+                return None
+            finally:
+                self._waiting -= 1
+
+    def give_back(self, buffer: Buffer) -> None:
+        if len(self._free) < self.most:
+            self._free.append(buffer)
+        if self._waiting:
+            with self._returned:
                 self._returned.notify()
 
 

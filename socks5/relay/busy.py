@@ -7,6 +7,7 @@ much to move, in a thread of its own: it sends the bytes through kernel pipes (s
 from __future__ import annotations
 
 from time import monotonic
+from typing import Callable
 
 from ..net.poller import new_poll
 from .limited import pause
@@ -90,3 +91,16 @@ def relay_busy(tunnel: Tunnel, until_quiet: bool) -> None:
                 return
         if not tunnel.ended and now >= tunnel.deadline():
             tunnel.expire()
+
+
+def borrow(tunnel: Tunnel, relay: Callable[[Tunnel], None], failed: Callable[[], object]) -> None:
+    """Relay a lent tunnel in the calling thread, which closes nothing. failed() is told of a bug."""
+    try:
+        relay(tunnel)
+    except OSError as exc:                          # poll() or select() takes no more
+        tunnel.end("server", exc.strerror or str(exc))
+    except Exception:
+        failed()
+        tunnel.end("server", "a bug of the server")
+    if tunnel.aborted and not tunnel.ended:
+        tunnel.end(tunnel.aborted)

@@ -13,6 +13,7 @@ after the batch of events in which the tunnel ended.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import select
 import socket
@@ -20,17 +21,18 @@ import threading
 from collections import deque
 from functools import partial
 from time import monotonic, sleep
-from typing import Any, Callable, Deque, Dict, List, Set, Tuple
+from typing import Any, Callable, Deque, Dict, List, Set
 
 from ..net.poller import BATCH, READ, new_poller
 from ..net.shares import Share
 from . import affinity, splice
-from .busy import QUIET_S, relay_busy, relay_first
+from .busy import QUIET_S, borrow, relay_busy, relay_first
 from .limited import Timers, read_on
 from .pipe import DONTWAIT
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel, rewatch
 from .watch import Bell, Watch
 
+CROWD = 256                         # tunnels; when nearly all of so many have ended, their memory is given back
 SWEEP_S = 1.0                       # how late a time limit may be noticed; no wait is longer
 MAX_LENT = splice.MAX_PIPES         # threads of busy tunnels at a time; further ones stay in the loop
 MANY = hasattr(select, "poll")      # whether one thread can wait for thousands of descriptors
@@ -47,8 +49,9 @@ class Loop:
         self._ended = ended
         self._failed = failed
         self._poller = new_poller()
-        self._watched: Dict[int, Tuple[Any, int]] = {}          # by descriptor: Tunnel or Watch or Bell, and side
+        self._watched: Dict[int, Any] = {}                      # by descriptor: Tunnel, Watch or Bell
         self._tunnels: Set[Tunnel] = set()
+        self._most, self._few = 0, False                        # tunnels at a time; whether few of these are left
         self._over: List[Tunnel] = []                           # to be closed after this batch
         self._calls: Deque[Callable[[], object]] = deque()
         self._timers = Timers()                                 # of directions that a rate limit holds back
@@ -60,8 +63,8 @@ class Loop:
         self._sweep_at = 0.0
         self.process = os.getpid()                              # of its thread; a forked child needs a loop of its own
         self._bell = Bell()
-        self._poller.register(self._bell.fileno(), READ)
-        self._watched[self._bell.fileno()] = self._bell, CLIENT
+        self._poller.register(self._bell.fd, READ)
+        self._watched[self._bell.fd] = self._bell
         self._thread = threading.Thread(target=self._run, name="relay loop", daemon=True)
 
     def start(self) -> None:
@@ -88,9 +91,9 @@ class Loop:
             alone = not self._first
             self._first += 1
         if not MANY:
-            self._borrow(tunnel, partial(relay_busy, until_quiet=False))
+            borrow(tunnel, partial(relay_busy, until_quiet=False), self._failed)
         elif alone:                                 # several threads would fight for the interpreter's lock
-            self._borrow(tunnel, relay_first)
+            borrow(tunnel, relay_first, self._failed)
         if tunnel.ended or not self._taken_over(tunnel):
             self._close_tunnel(tunnel)
             with self._gate:
@@ -126,7 +129,7 @@ class Loop:
         with self._gate:
             self._check_open()
             self._poller.register(watch.fd, READ)
-            self._watched[watch.fd] = watch, CLIENT
+            self._watched[watch.fd] = watch
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Have the loop's thread call it, after the events that it is busy with."""
@@ -191,11 +194,11 @@ class Loop:
             now = monotonic()
             for fd, events in ready:
                 try:
-                    subject, side = watched[fd]
+                    subject = watched[fd]
                 except KeyError:                # unregistered by an earlier event of this batch; or not published yet
                     continue
                 try:
-                    if subject.handle(side, events, now):
+                    if subject.handle(CLIENT if fd == subject.fd else REMOTE, events, now):
                         self._look_at(subject)
                 except Exception:               # one exception costs one tunnel
                     self._bug(fd, subject)
@@ -258,14 +261,26 @@ class Loop:
     def _sweep(self, now: float) -> None:
         """End the tunnels whose deadline has passed."""
         with self._gate:
-            tunnels = list(self._tunnels)
-        late = [tunnel for tunnel in tunnels if tunnel.deadline() <= now]
-        with self._gate:
-            for tunnel in late:
-                if not tunnel.lent and not tunnel.ended:
-                    tunnel.expire()
-                    self._look_at(tunnel)
+            self._shrink()
+            for tunnel in [one for one in self._tunnels if one.deadline() <= now and not (one.lent or one.ended)]:
+                tunnel.expire()
+                self._look_at(tunnel)
         self._sweep_at = now + SWEEP_S
+
+    def _shrink(self) -> None:
+        """When a crowd has left, give its memory back. A table keeps what it needed for as many entries as it ever had.
+        The interpreter's free lists have blocks all over its arenas, none of which it can give back."""
+        few, self._most = self._few, max(self._most, len(self._tunnels))
+        self._few = len(self._tunnels) <= self._most // 8
+        if self._most < CROWD or not (few and self._few):       # the second time: those that were ending have ended
+            return
+        self._most = 0
+        for table in (self._watched, self._tunnels):
+            kept: Any = table.copy()
+            table.clear()
+            table.update(kept)
+        if gc.get_freeze_count():                   # or it would look at all objects of a larger program
+            gc.collect()
 
     def _close_ended(self) -> None:
         over, self._over = self._over, []
@@ -336,39 +351,24 @@ class Loop:
                 self._poller.unregister(fd)
             raise exc if isinstance(exc, OSError) else OSError(errno.EBADF, str(exc)) from None
         tunnel.watched = wanted
-        self._watched.update({client: (tunnel, CLIENT), remote: (tunnel, REMOTE)})
+        tunnel.fd = client
+        self._watched.update({client: tunnel, remote: tunnel})
         if tunnel.change or tunnel.paused():
             self.call_soon(partial(self._change, tunnel))
 
     def _unregister(self, tunnel: Tunnel) -> None:
-        for sock, events in zip((tunnel.client, tunnel.remote), tunnel.watched):
-            fd = sock.fileno()
-            if events == UNREGISTERED:
-                self._watched.pop(fd, None)
-            else:
-                self._forget(fd)
+        for sock in (tunnel.client, tunnel.remote):
+            self._forget(sock.fileno())
         tunnel.watched = (UNREGISTERED, UNREGISTERED)
 
     def _forget(self, fd: int) -> None:
         if self._watched.pop(fd, None):
             try:
                 self._poller.unregister(fd)
-            except (OSError, KeyError):             # closed by its owner before its time
+            except (OSError, KeyError):             # not registered, or closed by its owner before its time
                 pass
 
     # ---- tunnels in threads of their own --------------------------------------------------------------------------
-
-    def _borrow(self, tunnel: Tunnel, relay: Callable[[Tunnel], None]) -> None:
-        """Relay a lent tunnel in the calling thread, which closes nothing."""
-        try:
-            relay(tunnel)
-        except OSError as exc:                          # poll() or select() takes no more
-            tunnel.end("server", exc.strerror or str(exc))
-        except Exception:
-            self._failed()
-            tunnel.end("server", "a bug of the server")
-        if tunnel.aborted and not tunnel.ended:
-            tunnel.end(tunnel.aborted)
 
     def _lend(self, tunnel: Tunnel) -> None:
         """Give a busy tunnel a thread of its own, and take it back when there is none to be had."""
@@ -382,7 +382,7 @@ class Loop:
     def _relay_busy(self, tunnel: Tunnel) -> None:
         """The thread of a busy tunnel."""
         affinity.unpin()
-        self._borrow(tunnel, partial(relay_busy, until_quiet=True))
+        borrow(tunnel, partial(relay_busy, until_quiet=True), self._failed)
         self.call_soon(lambda: self._take_back(tunnel))
 
     def _take_back(self, tunnel: Tunnel) -> None:

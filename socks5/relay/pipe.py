@@ -31,38 +31,34 @@ _buffers: List[memoryview] = []
 
 
 class Broken(Exception):
-    """The connection to `side` ("client" or "remote") failed while bytes were moved."""
+    """The connection of this socket failed while bytes were moved."""
 
-    def __init__(self, side: str, error: OSError) -> None:
-        super().__init__(side, error)
-        self.side = side
+    def __init__(self, sock: socket.socket, error: OSError) -> None:
+        super().__init__(sock, error)
+        self.sock = sock
         self.error = error
 
 
 class Pipe:
     """From the socket `source` to the socket `sink`.
 
-    origin, target  their names, "client" and "remote" or the other way round
-    held            bytes in hand: in `chunk`, or in the kernel pipe where there is one
-    total           bytes that the sink has taken
-    done            the source has said EOF, and nothing is in hand
-    full            how many reads in a row filled their buffer: from a few on, a kernel pipe is worth its price
-    urgent          `chunk` is the one byte that the source sent as urgent data
-    parked          bytes of `chunk` that count for splice.parked: what a kernel pipe held when it was given back
-    room            bytes of one read
-    resume_at       when it may read again, while a rate limit holds it back; 0: now
+    held        bytes in hand: in `chunk`, or in the kernel pipe where there is one
+    total       bytes that the sink has taken
+    done        the source has said EOF, and nothing is in hand
+    full        how many reads in a row filled their buffer: from a few on, a kernel pipe is worth its price
+    urgent      `chunk` is the one byte that the source sent as urgent data
+    parked      bytes of `chunk` that count for splice.parked: what a kernel pipe held when it was given back
+    room        bytes of one read
+    resume_at   when it may read again, while a rate limit holds it back; 0: now
     """
 
-    __slots__ = ("source", "sink", "origin", "target", "chunk", "kernel", "held", "total", "done", "full", "urgent",
-                 "parked", "room", "resume_at")
+    __slots__ = ("source", "sink", "chunk", "kernel", "held", "total", "done", "full", "urgent", "parked", "room",
+                 "resume_at")
 
-    def __init__(self, source: socket.socket, sink: socket.socket, origin: str, target: str,
-                 early: bytes = b"") -> None:
+    def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
         """`early` is what was read from the source before the tunnel stood."""
         self.source = source
         self.sink = sink
-        self.origin = origin
-        self.target = target
         self.chunk: Union[bytes, memoryview] = early
         self.kernel: Optional[splice.KernelPipe] = None
         self.held = len(early)
@@ -93,13 +89,13 @@ class Pipe:
             except BlockingIOError:
                 sent = 0
             except OSError as exc:
-                raise Broken(self.target, exc) from None
+                raise Broken(self.sink, exc) from None
             if sent < size:
                 self.chunk, self.held = bytes(buffer[sent:size]), size - sent
         except BlockingIOError:
             return None
         except OSError as exc:
-            raise Broken(self.origin, exc) from None
+            raise Broken(self.source, exc) from None
         finally:
             _buffers.append(buffer)
         self.total += sent
@@ -118,7 +114,7 @@ class Pipe:
         except BlockingIOError:
             pass
         except OSError as exc:
-            raise Broken(self.origin, exc) from None
+            raise Broken(self.source, exc) from None
         if self.held:
             self.drain()
             return True
@@ -136,7 +132,7 @@ class Pipe:
         except BlockingIOError:
             return None
         except OSError as exc:
-            raise Broken(self.origin, exc) from None
+            raise Broken(self.source, exc) from None
         self.held = len(self.chunk)
         self.done = not self.held
         if self.held:
@@ -163,7 +159,7 @@ class Pipe:
         except BlockingIOError:
             return
         except OSError as exc:
-            raise Broken(self.target, exc) from None
+            raise Broken(self.sink, exc) from None
         self.held -= sent
         self.total += sent
         if self.parked and not self.held:

@@ -51,7 +51,7 @@ class CodingPipe(Pipe):
                  make_place: Callable[[], Optional[Place]] = lambda: None) -> None:
         """`plain` is the Pipe in whose place it is: what that has in hand is passed on as it is."""
         early = bytes(plain.chunk)
-        super().__init__(plain.source, plain.sink, plain.origin, plain.target, early)
+        super().__init__(plain.source, plain.sink, early)
         self.code = code
         self.measure = measure
         self.unfinished = unfinished
@@ -68,9 +68,9 @@ class CodingPipe(Pipe):
         except BlockingIOError:
             return None
         except OSError as exc:
-            raise Broken(self.origin, exc) from None
+            raise Broken(self.source, exc) from None
         except ProtocolError as exc:
-            raise Broken(self.origin, OSError(0, str(exc))) from None
+            raise Broken(self.source, OSError(0, str(exc))) from None
         self.done = not size
         self.full = self.full + 1 if size == most else 0
         if len(coded) < size // 2 and size - unfinished >= COSTLY_BYTES:
@@ -100,7 +100,7 @@ class CodingPipe(Pipe):
         except BlockingIOError:
             return
         except OSError as exc:
-            raise Broken(self.target, exc) from None
+            raise Broken(self.sink, exc) from None
         self.held -= sent
         self.chunk = memoryview(self.chunk)[sent:] if self.held else b""
         if not self.held:

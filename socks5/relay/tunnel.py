@@ -30,6 +30,7 @@ class Tunnel:
     up, down        client to remote, remote to client
     idle_s          seconds without a byte after which the tunnel ends, 0 for never; half_closed_s after the first EOF
     moved_at        when a byte was last moved, by time.monotonic()
+    fd              the client's descriptor, by which the loop tells the sides apart
     watched         the events for which the loop has registered each side; UNREGISTERED for none
     hung_up         the sides that are closed both ways, as bits 1 (client) and 2 (remote)
     lent            a thread of its own has it: the loop must not touch it
@@ -40,8 +41,8 @@ class Tunnel:
     why             the error that ended it, or ""
     """
 
-    __slots__ = ("session", "owner", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "watched",
-                 "hung_up", "lent", "change", "aborted", "ended", "ended_by", "why")
+    __slots__ = ("session", "owner", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "fd",
+                 "watched", "hung_up", "lent", "change", "aborted", "ended", "ended_by", "why")
 
     def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", idle_s: float = 0,
                  half_closed_s: float = 0, session: Any = None, owner: str = "") -> None:
@@ -50,11 +51,12 @@ class Tunnel:
         self.owner = owner
         self.client = client
         self.remote = remote
-        self.up = Pipe(client, remote, "client", "remote", early)
-        self.down = Pipe(remote, client, "remote", "client")
+        self.up = Pipe(client, remote, early)
+        self.down = Pipe(remote, client)
         self.idle_s = idle_s
         self.half_closed_s = half_closed_s
         self.moved_at = 0.0
+        self.fd = -1
         self.watched = (UNREGISTERED, UNREGISTERED)
         self.hung_up = 0
         self.lent = False
@@ -85,7 +87,7 @@ class Tunnel:
                     self.moved_at = now
                     if mine.done:
                         self._pass_eof_on(mine, other)
-                return bool(filled)
+                return filled is True
             acted = look = False
             if events & ~WRITE and not mine.held and not mine.done:
                 # A bare hang-up says nothing about urgent data: it was not asked for when this batch was made.
@@ -162,7 +164,7 @@ class Tunnel:
         if self.aborted:                    # the owner has shut this socket down to wake us up: no EOF of the peer
             self.end(self.aborted)
             return
-        self.ended_by = self.ended_by or pipe.origin
+        self.ended_by = self.ended_by or self._name_of(pipe.source)
         if other.done:                      # both are: close() says the rest
             self.ended = True
             return
@@ -178,16 +180,20 @@ class Tunnel:
             return True
         error = error_of(pipe.source)
         if error:
-            raise Broken(pipe.origin, error)
+            raise Broken(pipe.source, error)
         if events & HANG_UP:
             self.hung_up |= 1 << side
         return True
 
     def _fail(self, broken: Broken) -> None:
+        side = self._name_of(broken.sock)
         self.ended = True
-        self.ended_by = self.ended_by or broken.side
-        self.why = "%s: %s" % (broken.side, broken.error.strerror or broken.error)
-        reset_on_close(self.client if broken.side == "remote" else self.remote)
+        self.ended_by = self.ended_by or side
+        self.why = "%s: %s" % (side, broken.error.strerror or broken.error)
+        reset_on_close(self.client if side == "remote" else self.remote)
+
+    def _name_of(self, sock: socket.socket) -> str:
+        return "client" if sock is self.client else "remote"
 
 
 def rewatch(poller: Any, fd: int, before: int, wanted: int) -> None:

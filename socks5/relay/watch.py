@@ -51,9 +51,7 @@ class Bell:
         self._heard, self._rung = socket.socketpair()
         for sock in (self._heard, self._rung):
             sock.setblocking(False)
-
-    def fileno(self) -> int:
-        return self._heard.fileno()
+        self.fd = self._heard.fileno()
 
     def ring(self) -> None:
         try:

@@ -17,7 +17,7 @@ from ..net.poller import one_of_many
 from ..net.wakeup import Wakeup
 
 available = hasattr(socket, "TCP_DEFER_ACCEPT")     # Linux has this option
-MAX_WAITING = 8             # for each listener; a thread that comes back when there are so many ends
+MAX_WAITING = 16            # for each listener; a thread that comes back when there are so many ends
 RELEASE_S = 1.0
 REST_S = 0.1                # when memory has run out
 
@@ -50,8 +50,16 @@ class Acceptors:
             raise RuntimeError("can't start new thread")
 
     def refill(self) -> bool:
-        """None waits at first; and later, when none could be started. Whether one waits now for each listener."""
-        return all(waiting or self.start(listener) for listener, waiting in list(self._waiting.items()))
+        """None waits at first; and later, when none could be started. Whether one waits now for each listener.
+
+        All at once: what a thread needs would otherwise be allocated amid a crowd's tunnels, and keep their memory from
+        being given back."""
+        covered = True
+        for listener in [listener for listener, waiting in self._waiting.items() if not waiting]:
+            covered = self.start(listener) and covered
+            for _ in range(1, MAX_WAITING if covered else 0):
+                self.start(listener)
+        return covered
 
     def start(self, listener: socket.socket) -> bool:
         """One more; False when the system has no thread to give."""

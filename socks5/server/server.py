@@ -68,7 +68,7 @@ class Server(Newcomers):
         session_ended                   not in socketserver: once for every session that was admitted, however it
                                         ended, one after the other [a thread for this alone]
 
-    Attributes: `config`, `sessions`, `addresses`, of which `server_address` is the first; `methods` has each METHOD, best
+    Attributes: `config`, `sessions`, `addresses`, whose first one is `server_address`; `methods` has each METHOD, best
     first, to its sub-negotiation; request_queue_size, allow_reuse_address and timeout as in socketserver.
 
     What differs from socketserver: the Config has the addresses, so address_family and socket_type mean nothing;

@@ -212,6 +212,8 @@ class Sessions:
         with self._lock:
             if self._live.pop(session.sock, None) is None:
                 return False
+            if not self._live:
+                self._live.clear()                          # or it keeps the memory for as many as there ever were
             self._settle(session)
             self._leaving -= session.leaving
             self._counts.add(session.origin, -1)
