@@ -24,7 +24,7 @@ from socks5.protocol.messages import Address, Greeting, Login, LoginStatus, Repl
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "socks5_server.py"
-PATIENCE_S = 20             # for what should happen at once: long, because machines are slow
+PATIENCE_S = 60             # for what should happen at once: long, because machines are slow
 OTHER_THREADS = 4           # of a server that is one process, beside acceptors: signals, serve_forever, relay loop, log
 PORTS = 200                 # of one test process, for free_ports(); its neighbours have others
 FIRST_PORT = 20000 + os.getpid() % 50 * PORTS

@@ -425,13 +425,13 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
                 self.assertIn("%s silent" % host, why)
 
     def test_the_most_telling_failure_wins(self):
-        cases = [("unreachable before timed out", ["198.18.1.1", self.SILENT[4]], Rep.NETWORK_UNREACHABLE),
-                 ("refused before unreachable", ["198.18.1.1", support.FAR[4]], Rep.CONNECTION_REFUSED),
-                 ("the host before its network", ["198.18.1.1", self.ABSENT[4]], Rep.HOST_UNREACHABLE),
-                 ("in whatever order", [support.FAR[4], self.SILENT[4], "198.18.1.1"], Rep.CONNECTION_REFUSED)]
-        for name, addresses, rep in cases:
+        cases = [("unreachable before timed out", ["198.18.1.1", self.SILENT[4]], 0.8, Rep.NETWORK_UNREACHABLE),
+                 ("refused before unreachable", ["198.18.1.1", support.FAR[4]], 0, Rep.CONNECTION_REFUSED),
+                 ("the host before its network", ["198.18.1.1", self.ABSENT[4]], 0, Rep.HOST_UNREACHABLE),
+                 ("in whatever order", [support.FAR[4], self.SILENT[4], "198.18.1.1"], 0.8, Rep.CONNECTION_REFUSED)]
+        for name, addresses, timeout, rep in cases:
             with self.subTest(name), resolving(*addresses):
-                self.assertEqual(self.near(outcome, NAME, 80, connect_timeout=0.8)[0], rep)
+                self.assertEqual(self.near(outcome, NAME, 80, connect_timeout=timeout)[0], rep)
 
     def test_a_dead_ipv6_address_delays_a_live_ipv4_one_little(self):
         def delay():

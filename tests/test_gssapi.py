@@ -806,7 +806,7 @@ import gssapi
 port, level, host = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 to_port, udp_port = int(sys.argv[4]), int(sys.argv[5])
 def dial():
-    sock = socket.create_connection(("127.0.0.1", port), 20)
+    sock = socket.create_connection(("127.0.0.1", port), 60)
     def read(size):
         data = b""
         while len(data) < size:
@@ -869,7 +869,7 @@ sock.sendall(seal(b"\\5\\3\\0\\1" + bytes(6)))
 reply = take(10)
 assert reply[:2] == b"\\5\\0"
 udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-udp.settimeout(20)
+udp.settimeout(60)
 udp.connect((socket.inet_ntoa(reply[4:8]), struct.unpack("!H", reply[8:])[0]))
 header = b"\\0\\0\\0\\1" + socket.inet_aton(host) + struct.pack("!H", udp_port)
 for text in (b"one", b"", b"x" * 9000):
