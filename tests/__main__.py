@@ -23,9 +23,10 @@ AT_ONCE = 4 * (os.cpu_count() or 1)     # tests wait more than they compute
 LEAVING_S = 30                          # for threads that end by themselves, but later
 # They begin first, in this order, which is measured; the others by size.
 LONGEST = ("test_rates.py", "test_programs.py", "test_supervisor.py", "test_status.py", "test_loop.py",
-           "test_systemd.py", "test_fuzz.py", "test_cli.py", "test_bench.py", "test_bind.py", "test_end_to_end.py", "test_clients.py",
-           "test_status_page.py", "test_gssapi.py", "test_server.py", "test_udp.py", "test_connect.py", "test_log.py",
-           "test_users.py", "test_limited.py", "test_throttle.py", "test_trace.py", "test_handler.py")
+           "test_systemd.py", "test_fuzz.py", "test_cli.py", "test_bench.py", "test_bind.py",
+           "test_end_to_end.py", "test_clients.py", "test_status_page.py", "test_gssapi.py",
+           "test_server.py", "test_udp.py", "test_connect.py", "test_log.py", "test_users.py",
+           "test_limited.py", "test_throttle.py", "test_trace.py", "test_handler.py")
 FOLDER = Path(__file__).resolve().parent
 # A feature, and how a Python loses it as it starts.
 WITHOUT = {
