@@ -113,6 +113,9 @@ class Pages(unittest.TestCase):
                 self.assertEqual(total(port, "socks5_workers"), int(count))
                 if os.path.exists("/proc/self/fd"):
                     self.assertGreater(total(port, "socks5_open_fds"), 5)
+                    with open("/proc/%d/limits" % server.process.pid) as file:      # the server raises it
+                        soft, = re.findall(r"Max open files +\d+ +(\d+)", file.read())
+                    self.assertEqual(total(port, "socks5_max_fds"), int(count) * int(soft))
                 wait_until(lambda: total(port, "socks5_sessions") == 0, "the sweep")
 
     def test_a_handshake_field_by_field_and_no_password(self):
