@@ -240,6 +240,14 @@ class Standards(unittest.TestCase):
         self.assertIn(["socks5_handshake_seconds_sum", {}, 1.5], values)
         self.assertNotIn("unknown", {kind for kind, _values in found.values()})
 
+    def test_the_buckets_ascend(self):
+        for name, counted in (("handshake", 2), ("connect", 0)):
+            with self.subTest(name):
+                rows = re.findall(r'^socks5_%s_seconds_bucket{le="(.+)"} (\d+)$' % name, self.page(), re.M)
+                bounds, counts = [float(bound) for bound, _ in rows], [int(count) for _, count in rows]
+                self.assertEqual((bounds, counts), (sorted(set(bounds)), sorted(counts)))
+                self.assertEqual((bounds[-1], counts[-1]), (float("inf"), counted))
+
     def test_every_name_begins_with_ours_and_has_help(self):
         text = self.page()
         names = set(re.findall(r"^# TYPE (\S+)", text, re.M))
