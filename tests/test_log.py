@@ -183,6 +183,7 @@ class Json(unittest.TestCase):
 
     def test_time(self):
         self.assertEqual(logs.utc(0.0625), "1970-01-01T00:00:00.062Z")
+        self.assertEqual(logs.utc(1.9999), "1970-01-01T00:00:01.999Z")
         self.assertRegex(as_json("x")["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
 
     def test_a_long_line_is_cut_and_valid(self):

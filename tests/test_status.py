@@ -326,11 +326,12 @@ class WhoMayAsk(unittest.TestCase):
 
     def test_sessions_are_asked_for_by_one_request_at_a_time(self):
         """28 at once made a round trip through the same process take 300 times as long."""
-        asked, go_on = threading.Event(), threading.Event()
+        asked, go_on, daemons = threading.Event(), threading.Event(), []
 
         class Slow(views.Source):
             def sessions(self, query, limit):
                 if not asked.is_set():
+                    daemons.append(threading.current_thread().daemon)
                     asked.set()
                     go_on.wait(PATIENCE_S)
                 return b"{}"
@@ -349,6 +350,7 @@ class WhoMayAsk(unittest.TestCase):
             go_on.set()
             first.join(PATIENCE_S)
             self.assertEqual((codes, get(port, "/sessions")[0]), ([200], 200))
+        self.assertEqual(daemons, [True], "the end of the program waits for no answer")
 
     def test_beyond_loopback_only_with_a_password(self):
         self.assertRaises(ConfigError, Config, status=("0.0.0.0", 9180))
