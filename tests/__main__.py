@@ -107,10 +107,10 @@ def run_one(name, options):
 
 # ---- all files ---------------------------------------------------------------------------------------------------
 
-def environment(folder):
+def environment(folder, place):
     """Where Python is told to write no bytecode, each server that a test starts would compile all modules: it is kept
-    in `folder` instead."""
-    environ = dict(os.environ)
+    in `folder` instead. No two files of one run have the same `place` for the ports of support.free_ports()."""
+    environ = dict(os.environ, SOCKS5_TEST_PLACE=str(os.getpid() + place))
     if environ.pop("PYTHONDONTWRITEBYTECODE", ""):
         environ["PYTHONPYCACHEPREFIX"] = folder
     return environ
@@ -132,8 +132,8 @@ def run_all(pattern, verbose, options):
         LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST), -path.stat().st_size))
     failed, skipped, tests = [], [], 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
-        environ = environment(folder)
-        for done in as_completed([pool.submit(run_file, path, options, environ) for path in paths]):
+        for done in as_completed([pool.submit(run_file, path, options, environment(folder, place))
+                                  for place, path in enumerate(paths)]):
             path, well, output = done.result()
             ran, seconds = re.findall(r"^Ran (\d+) tests? in (.*)s$", "Ran 0 tests in 0s\n" + output, re.MULTILINE)[-1]
             print("%-24s %4s tests in %7s s  %s" % (path.name, ran, seconds, "ok" if well else "FAILED"), flush=True)

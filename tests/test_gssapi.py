@@ -365,7 +365,7 @@ class WhoMayIn(Case):
             with self.subTest(flags=flags, required=required.name, answer=answer):
                 context = self.Recording(flags)
                 with contextlib.nullcontext() if holds else self.assertRaisesRegex(GssError, "protection level is"):
-                    subnegotiation.initiate(context, lambda kind: ProtectionLevel(answer), lambda message: None, required)
+                    subnegotiation.initiate(context, lambda _: ProtectionLevel(answer), lambda _: None, required)
                 self.assertEqual(context.level, answer[1] if holds else Protection.CLEAR)
         came = iter([SecurityToken(b"t"), ProtectionLevel(b"x\2")])
         with self.assertRaisesRegex(GssError, "cannot give confidentiality"):
