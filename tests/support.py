@@ -18,6 +18,7 @@ from pathlib import Path
 
 import socks5
 from socks5 import log
+from socks5.access.passwords import Hash
 from socks5.net import lookups
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.messages import Address, Greeting, Login, LoginStatus, Reply, Request, Selection
@@ -148,6 +149,11 @@ def script(text):
                    "from socks5 import cli\nsys.exit(cli.main())\n" % (str(ROOT), text))
         file.flush()
         yield file.name
+
+
+def users_line(name, password):
+    """A line of a users file, whose hash takes no time, but is one of the slow ones to the server."""
+    return "%s:%s" % (name, Hash.of(password, "scrypt", (2, 1, 1)))
 
 
 def run_cli(*args, env=None, input=None, cwd=None, timeout=PATIENCE_S, python=sys.executable):

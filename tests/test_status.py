@@ -19,7 +19,6 @@ from pathlib import Path
 from unittest import mock
 
 from socks5 import client, log
-from socks5.access.users import line_for
 from socks5.config import Config, ConfigError
 from socks5.net.addresses import Endpoint
 from socks5.protocol.codes import Cmd, Rep
@@ -32,7 +31,7 @@ from socks5.status.history import History
 from socks5.status.meter import AT_ONCE, BOUNDS_S, BUCKETS, Board, Meter
 from tests.support import (
     PATIENCE_S, ROOT, SCRIPT, ask, children, closed_port, connect_through, dial, heard, negotiate, need, need_program,
-    read_to_end, reader_of, run_cli, script, served, spawned, target, wait_until)
+    read_to_end, reader_of, run_cli, script, served, spawned, target, users_line, wait_until)
 
 FORKS = hasattr(os, "fork")
 SESSIONS = int(os.environ.get("SOCKS5_STATUS_SESSIONS", "1000"))    # of which metrics and log must agree; 8 or more
@@ -375,13 +374,13 @@ class WhoMayAsk(unittest.TestCase):
     def test_a_reload_brings_new_passwords_to_the_page(self):
         with tempfile.TemporaryDirectory() as folder:
             users = Path(folder, "users")
-            users.write_text(line_for("bob", b"first"))
+            users.write_text(users_line("bob", b"first"))
             users.chmod(0o600)
             for count in ("1", "2") if FORKS else ("1",):
                 with self.subTest(workers=count), \
                         spawned("-w", count, "--status", "0.0.0.0:0", "--users", users) as server:
                     port = int(server.wait_line(r"status on http://0.0.0.0:(\d+)/$", server.lines).group(1))
-                    users.write_text(line_for("bob", b"second%s" % count.encode()))
+                    users.write_text(users_line("bob", b"second%s" % count.encode()))
                     server.signal(signal.SIGHUP)
                     server.wait_line(r"reloaded users=1")
                     coded = "Basic " + base64.b64encode(b"bob:second" + count.encode()).decode()

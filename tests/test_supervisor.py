@@ -16,7 +16,7 @@ try:
 except ImportError:                     # Windows
     resource = None
 
-from socks5.access import throttle, users
+from socks5.access import throttle
 from socks5.config import Config
 from socks5.process import control
 from socks5.process import supervisor as workers
@@ -24,7 +24,7 @@ from socks5.process.files import read_access
 from socks5.protocol.codes import Cmd, Rep
 from tests.support import (
     PATIENCE_S, SCRIPT, Spawned, ask, children, connect_through, dial, echoes, free_ports, heard, need, negotiate,
-    read_to_end, reader_of, refuses, script, spawned, target, threads, wait_until)
+    read_to_end, reader_of, refuses, script, spawned, target, threads, users_line, wait_until)
 
 ANYBODY = b"\x05\x01\x00"
 
@@ -107,7 +107,7 @@ passwords.derive = lambda *args: (print("hashed", flush=True), derive(*args))[-1
         with tempfile.TemporaryDirectory() as folder, script(text) as command:
             path = os.path.join(folder, "users")
             with open(path, "w", encoding="ascii") as file:
-                file.write(users.line_for("bob", b"right"))
+                file.write(users_line("bob", b"right"))
             with self.crew("--users", path, count=2, script=command) as (server, _pids):
                 for turn in range(3):
                     for _ in range(10):
@@ -507,7 +507,7 @@ Server.serve_forever = lambda self: 1 // 0
 
 def large_users(folder):
     """The path of a users file that is more than a socket takes."""
-    line = users.line_for("x", b"x").partition(":")[2]
+    line = users_line("x", b"x").partition(":")[2]
     path = os.path.join(folder, "users")
     with open(path, "w", encoding="ascii") as file:
         file.writelines("user%d%s:%s\n" % (number, "x" * 200, line) for number in range(3000))
