@@ -533,6 +533,17 @@ class Parts(unittest.TestCase):
                 self.assertAlmostEqual(supervisor.start_at[0] - now[0], expected)
                 self.assertEqual(supervisor.shared.row(0).live(), 0)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_a_start_that_fails_waits_before_the_next(self):
+        with mock.patch.object(workers, "monotonic", lambda: 1000.0), self.assertLogs("socks5", "ERROR"):
+            supervisor = workers.Supervisor(Config(), [], 2, read_access(Config()))
+            self.addCleanup(supervisor.close)
+            supervisor.start_at.update({0: 1000.0, 1: 1001.0})
+            with mock.patch.object(supervisor, "start", side_effect=OSError(11, "no more processes")) as start:
+                supervisor.work()
+            start.assert_called_once_with(0)
+            self.assertEqual(supervisor.start_at, {0: 1000.0 + workers.RESTART_MOST_S, 1: 1001.0})
+
     def test_how_it_died(self):
         self.assertEqual(workers.how_it_died(9), "signal-9")
         self.assertEqual(workers.how_it_died(1 << 8), "exit-1")
