@@ -819,6 +819,8 @@ class TheEnd(unittest.TestCase):
         endings = itertools.cycle(["FIN", "RST", "datagram socket first", "early", "name", "idle"])
         with remote() as where, spawned(*ALONE, "-q", "--udp-idle-timeout", 2) as server:
             proxy, pid = ("127.0.0.1", server.port), server.process.pid
+            with associated(proxy) as first:                    # the server has opened what it keeps
+                exchange(self, first, where)
             before, held = descriptors(pid), contextlib.ExitStack()
             idle_threads = OTHER_THREADS + MAX_WAITING
             with held:
