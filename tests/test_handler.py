@@ -332,7 +332,8 @@ class Sockets(unittest.TestCase):
                 self.assertTrue(support.echoes(tunnel))
                 tunnel.shutdown(socket.SHUT_WR)
                 self.assertEqual(tunnel.recv(1), b"")
-                self.assertEqual([session.cmd for session in server.sessions if session.association], ["UDP_ASSOCIATE"])
+                wait_until(lambda: [session.cmd for session in server.sessions if session.association]
+                           == ["UDP_ASSOCIATE"], "it stands")
 
 
 class Deadline(Case):

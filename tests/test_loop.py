@@ -513,7 +513,8 @@ class LentTest(LoopTest):
                 self.assertEqual(fate(standing.client), "reset")    # the remote's is told to the thread that sends
 
     def test_a_lent_tunnel_that_stalls_has_its_limits(self):
-        standing, _thread = self.busy(self.tunnel(idle_s=0.3))
+        standing, _thread = self.busy()
+        standing.tunnel.idle_s = 0.3
         self.assertEqual(standing.ended(), ("idle", "nothing moved for 0.3 s"))
 
     def test_the_sweep_leaves_a_lent_tunnel_to_its_thread(self):
