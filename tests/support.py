@@ -15,6 +15,7 @@ import threading
 import time
 from ipaddress import ip_address
 from pathlib import Path
+from unittest import mock
 
 import socks5
 from socks5 import log
@@ -175,6 +176,16 @@ def logging_of(test, level="INFO"):
     """As test.assertLogs("socks5", level), but `output` are lines as the text log shows them."""
     with test.assertLogs("socks5", level) as logs:
         yield Lines(logs.records)
+
+
+@contextlib.contextmanager
+def time_zone(name):
+    try:
+        with mock.patch.dict(os.environ, TZ=name):
+            time.tzset()
+            yield
+    finally:
+        time.tzset()
 
 
 class Lines:
