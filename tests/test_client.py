@@ -3,6 +3,7 @@ import contextlib
 import errno
 import socket
 import threading
+import time
 import unittest
 import warnings
 from functools import partial
@@ -79,10 +80,11 @@ class ThroughOurServer(unittest.TestCase):
         self.assertEqual(str(error), "the proxy answered X'05', Connection refused")
 
     def test_a_proxy_that_is_silent_and_sockets_without_a_time_limit(self):
-        port = closed_port()
+        port, began = closed_port(), time.monotonic()
         with silent("127.0.0.1", port):
             for ask in (partial(client.connect, destination=("192.0.2.1", 80)), client.bind, client.associate):
                 self.assertRaises(socket.timeout, ask, ("127.0.0.1", port), timeout=0.05)
+        self.assertLess(time.monotonic() - began, PATIENCE_S / 2)
         with running() as server, target() as there, client.connect(server.server_address, there) as sock, \
                 client.bind(server.server_address, timeout=9) as waiting:
             self.assertEqual((sock.gettimeout(), waiting.sock.gettimeout()), (None, None))
