@@ -911,7 +911,8 @@ class Others(Case):
         for nec in ([], ["--socks5-gssapi-nec"]):
             with self.subTest(nec), logging_of(self, "DEBUG") as logs:
                 done = subprocess.run(
-                    [strace, "-f", "-o", os.devnull, "-e", "trace=recvfrom", "-e", "inject=recvfrom:delay_enter=1000000",
+                    [strace, "-f", "-o", os.devnull, "-e", "trace=recvfrom",
+                     "-e", "inject=recvfrom:delay_enter=1000000",                                   # microseconds
                      curl, "-q", "-v", "-sS", "--noproxy", "", "--max-time", str(PATIENCE_S), *nec, "--socks5-gssapi",
                      "--socks5-hostname", "localhost:%d" % server.server_address[1], "http://127.0.0.1:1/"],
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE_S)
