@@ -298,9 +298,10 @@ class EveryDriver:
                 ("client closed", close("client"), False, ("half-closed", "nothing moved for 0.2 s")),
                 ("remote closed", close("remote"), False, ("half-closed", "nothing moved for 0.2 s"))):
             with self.subTest(name):
-                standing = self.tunnel(b"", SMALL, before, idle_s=0.3, half_closed_s=0.2)
+                standing = self.tunnel(b"", SMALL, before, idle_s=0 if stuck else 0.3, half_closed_s=0.2)
                 if stuck:
                     send_until_stuck(standing.client)
+                    standing.tunnel.idle_s = 0.3
                 self.assertEqual(standing.ended(), expected)
                 if not before:
                     self.assertEqual((fate(standing.client), fate(standing.remote)), ("reset", "reset"))
@@ -359,11 +360,12 @@ class EveryDriver:
 
     def test_a_tunnel_with_urgent_data_in_it_has_its_limits(self):
         """The sink takes nothing, an urgent byte waits behind all: no event of it counts as traffic."""
-        standing = self.tunnel(buffers=SMALL, idle_s=0.4)
+        standing = self.tunnel(buffers=SMALL)
         send_until_stuck(standing.client)
         with contextlib.suppress(BlockingIOError):
             standing.client.setblocking(False)
             standing.client.send(b"!", socket.MSG_OOB)
+        standing.tunnel.idle_s = 0.4
         self.assertEqual(standing.ended()[0], "idle")
 
     def test_nothing_spins(self):
