@@ -203,11 +203,10 @@ class Levels(Case):
             connection.recv(1)
             reset(connection)
 
-        server, destination = self.serve(idle_timeout=0.5), self.enter(target(reset_it))
-        sock = self.through(server, destination)
+        sock = self.through(self.serve(), self.enter(target(reset_it)))
         sock.sendall(b"x")
         self.assertRaises(ConnectionResetError, sock.recv, 1)
-        sock = self.through(server, self.enter(target(lambda connection: connection.recv(1))))
+        sock = self.through(self.serve(idle_timeout=0.5), self.enter(target(lambda connection: connection.recv(1))))
         self.assertRaises(ConnectionResetError, sock.recv, 1)           # after 0.5 s without a byte
 
     def test_bind(self):

@@ -339,7 +339,7 @@ class Sockets(unittest.TestCase):
 class Deadline(Case):
     """The whole negotiation has one absolute deadline."""
 
-    OPTIONS = {"handshake_timeout": 1, "user": USERS}
+    OPTIONS = {"handshake_timeout": 2, "user": USERS}
 
     def test_every_way_to_be_slow(self):
         """All at once. A silent connection may reach accept() a second late, because of TCP_DEFER_ACCEPT."""

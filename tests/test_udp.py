@@ -778,7 +778,7 @@ class TheEnd(unittest.TestCase):
         cases = [("FIN", fin, {}, "ended=client why=-"),
                  ("RST", rst, {}, "ended=client why='Connection reset by peer'"),
                  ("half-closed", half, {}, "ended=client why=-"), ("drain", stop, {}, "ended=server-stopped why=-"),
-                 ("idle", idle, {"udp_idle_timeout": 1}, "ended=idle why=-")]
+                 ("idle", idle, {"udp_idle_timeout": 2}, "ended=idle why=-")]
         for name, end, options, words in cases:
             with self.subTest(name), running(**options) as server, remote() as where:
                 with session_line(self, server) as line, associated(server) as udp:
