@@ -19,12 +19,14 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-AT_ONCE = 3 * (os.cpu_count() or 1)     # tests wait more than they compute
-LEAVING_S = 10                          # for threads that end by themselves, but later
+AT_ONCE = 4 * (os.cpu_count() or 1)     # tests wait more than they compute
+LEAVING_S = 30                          # for threads that end by themselves, but later
 # They begin first, in this order, which is measured; the others by size.
-LONGEST = ("test_loop.py", "test_supervisor.py", "test_status.py", "test_status_page.py", "test_gssapi.py",
-           "test_server.py", "test_udp.py", "test_bench.py", "test_connect.py", "test_log.py", "test_users.py",
-           "test_fuzz.py", "test_programs.py", "test_selftest.py", "test_handler.py", "test_systemd.py")
+LONGEST = ("test_rates.py", "test_programs.py", "test_supervisor.py", "test_status.py", "test_loop.py",
+           "test_systemd.py", "test_fuzz.py", "test_cli.py", "test_bench.py", "test_bind.py",
+           "test_end_to_end.py", "test_clients.py", "test_status_page.py", "test_gssapi.py",
+           "test_server.py", "test_udp.py", "test_connect.py", "test_log.py", "test_users.py",
+           "test_limited.py", "test_throttle.py", "test_trace.py", "test_handler.py")
 FOLDER = Path(__file__).resolve().parent
 # A feature, and how a Python loses it as it starts.
 WITHOUT = {
@@ -105,10 +107,10 @@ def run_one(name, options):
 
 # ---- all files ---------------------------------------------------------------------------------------------------
 
-def environment(folder):
+def environment(folder, place):
     """Where Python is told to write no bytecode, each server that a test starts would compile all modules: it is kept
-    in `folder` instead."""
-    environ = dict(os.environ)
+    in `folder` instead. No two files of one run have the same `place` for the ports of support.free_ports()."""
+    environ = dict(os.environ, SOCKS5_TEST_PLACE=str(os.getpid() + place))
     if environ.pop("PYTHONDONTWRITEBYTECODE", ""):
         environ["PYTHONPYCACHEPREFIX"] = folder
     return environ
@@ -130,8 +132,8 @@ def run_all(pattern, verbose, options):
         LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST), -path.stat().st_size))
     failed, skipped, tests = [], [], 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
-        environ = environment(folder)
-        for done in as_completed([pool.submit(run_file, path, options, environ) for path in paths]):
+        for done in as_completed([pool.submit(run_file, path, options, environment(folder, place))
+                                  for place, path in enumerate(paths)]):
             path, well, output = done.result()
             ran, seconds = re.findall(r"^Ran (\d+) tests? in (.*)s$", "Ran 0 tests in 0s\n" + output, re.MULTILINE)[-1]
             print("%-24s %4s tests in %7s s  %s" % (path.name, ran, seconds, "ok" if well else "FAILED"), flush=True)

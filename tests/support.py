@@ -15,19 +15,21 @@ import threading
 import time
 from ipaddress import ip_address
 from pathlib import Path
+from unittest import mock
 
 import socks5
 from socks5 import log
+from socks5.access.passwords import Hash
 from socks5.net import lookups
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.messages import Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "socks5_server.py"
-PATIENCE_S = 20             # for what should happen at once: long, because machines are slow
+PATIENCE_S = 60             # for what should happen at once: long, because machines are slow
 OTHER_THREADS = 4           # of a server that is one process, beside acceptors: signals, serve_forever, relay loop, log
-PORTS = 200                 # of one test process, for free_ports(); its neighbours have others
-FIRST_PORT = 20000 + os.getpid() % 50 * PORTS
+PORTS = 200                 # of one test process, for free_ports(); its neighbours have others, below 32,000
+FIRST_PORT = 20000 + int(os.environ.get("SOCKS5_TEST_PLACE") or os.getpid()) % 60 * PORTS
 _ports = itertools.count()
 lookups.REST_S = 0.05       # a test is over when its threads are: those that look names up would rest for a second
 HAS_IPV6 = False
@@ -150,6 +152,11 @@ def script(text):
         yield file.name
 
 
+def users_line(name, password):
+    """A line of a users file, whose hash takes no time, but is one of the slow ones to the server."""
+    return "%s:%s" % (name, Hash.of(password, "scrypt", (2, 1, 1)))
+
+
 def run_cli(*args, env=None, input=None, cwd=None, timeout=PATIENCE_S, python=sys.executable):
     """Run our command to its end: (exit status, stdout, stderr)."""
     done = subprocess.run([python, str(SCRIPT), *map(str, args)], capture_output=True, text=True, input=input, cwd=cwd,
@@ -169,6 +176,16 @@ def logging_of(test, level="INFO"):
     """As test.assertLogs("socks5", level), but `output` are lines as the text log shows them."""
     with test.assertLogs("socks5", level) as logs:
         yield Lines(logs.records)
+
+
+@contextlib.contextmanager
+def time_zone(name):
+    try:
+        with mock.patch.dict(os.environ, TZ=name):
+            time.tzset()
+            yield
+    finally:
+        time.tzset()
 
 
 class Lines:

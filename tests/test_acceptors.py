@@ -20,13 +20,14 @@ class Waiting(unittest.TestCase):
         self.addCleanup(self.listener.close)
         self.listener.listen(64)
         self.go_on = threading.Event()
-        self.served, self.uncovered = [], []
+        self.served, self.uncovered, self.calls = [], [], 0
         self.acceptors = acceptors.Acceptors(self.accept_one)
         self.addCleanup(self.acceptors.release, 64)
         self.addCleanup(self.go_on.set)
 
     def accept_one(self):
         covered = True
+        self.calls += 1
         try:
             connection, _ = self.acceptors.listener().accept()
         except OSError:
@@ -143,6 +144,13 @@ class Shared(Waiting):
                     connection.sendall(connection.recv(1))
                 self.assertEqual(read_to_end(early), b"x")
             self.assertEqual(len(self.served), served)
+
+    def test_they_do_not_ask_again_and_again_while_none_comes(self):
+        self.serve_one()
+        wait_until(lambda: self.waiting() >= 4, "all wait")
+        before = self.calls
+        threading.Event().wait(0.2)                         # one that spins asks thousands of times
+        self.assertLessEqual(self.calls - before, 4)        # those that were about to, when the client had gone
 
     def test_by_poll(self):
         """Where epoll cannot wake one thread only, and where no descriptor is left for it."""

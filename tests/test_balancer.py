@@ -16,8 +16,8 @@ from socks5.protocol.trace import Trace
 from socks5.relay.watch import Watch
 from socks5.server import newcomers
 from socks5.server.newcomers import client_of
-from tests.support import (HAS_IPV6, ask, closed_port, dial, logging_of, need, negotiate, read_to_end, reader_of,
-                           run_cli, running, spawned, target, threads, wait_until)
+from tests.support import (HAS_IPV6, PATIENCE_S, ask, closed_port, dial, logging_of, need, negotiate, read_to_end,
+                           reader_of, run_cli, running, spawned, target, threads, wait_until)
 
 HERE = (ip_network("127.0.0.1"),)           # the load balancer; 127.0.0.2 and the like are other clients
 LOCAL = ProxyHeader(2).pack()
@@ -254,6 +254,7 @@ class SeesTheClient(Case):
             negotiate(sock)
             self.assertEqual(ask(sock, Cmd.CONNECT, *self.echo).rep, Rep.SUCCEEDED)
         self.refused(self.dial(header("127.0.0.9", 99)), "max-sessions 20 reached")
+        wait_until(lambda: len(self.server.sessions) == 18, "the place of the refused one is free")
         self.assertEqual(self.reply(header("127.0.0.8"), *self.echo), Rep.SUCCEEDED)
         for sock in held:
             sock.sendall(b"?")
@@ -276,7 +277,7 @@ class SeesTheClient(Case):
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as others:
             for udp, host in ((remote, "127.0.0.1"), (mine, "127.0.0.9"), (others, "127.0.0.1")):
                 udp.bind((host, 0))
-                udp.settimeout(20)
+                udp.settimeout(PATIENCE_S)
             to = Address(ip_address("127.0.0.1"), remote.getsockname()[1])
             others.sendto(Datagram(to, b"not mine").pack(), (str(bnd.host), bnd.port))
             mine.sendto(Datagram(to, b"mine").pack(), (str(bnd.host), bnd.port))

@@ -430,7 +430,8 @@ class RunningOut(unittest.TestCase):
             ways.append(lambda waiting: waiting.sock.sendall(b"x" * 70000))
         with spawned("-q") as server:
             proxy, pid = ("127.0.0.1", server.port), server.process.pid
-            wait_until(lambda: threads(pid) > 2, "the relay loop and an acceptor have begun")
+            with client.bind(proxy, ("127.0.0.2", 21)) as waiting:      # the server has opened what it keeps
+                finished(waiting)
             before = descriptors(pid), threads(pid)
             for _ in range(2):
                 with contextlib.ExitStack() as stack:
@@ -442,7 +443,8 @@ class RunningOut(unittest.TestCase):
             self.settles(server, before)
         with spawned("-q", "--bind-timeout", "0.5") as server, contextlib.ExitStack() as stack:
             proxy, pid = ("127.0.0.1", server.port), server.process.pid
-            wait_until(lambda: threads(pid) > 2, "the relay loop and an acceptor have begun")
+            with client.bind(proxy, ("127.0.0.2", 21)) as waiting:
+                self.assertRaises(ProxyError, waiting.accept, PATIENCE_S)
             before = descriptors(pid), threads(pid)
             for waiting in [stack.enter_context(client.bind(proxy, ("127.0.0.2", 21))) for _ in range(66)]:
                 self.assertRaises(ProxyError, waiting.accept, PATIENCE_S)

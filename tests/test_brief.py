@@ -11,7 +11,7 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.facts import Facts, FactsRecord
 from socks5.protocol.messages import Address
 from socks5.server.session import Session
-from tests.support import address
+from tests.support import address, time_zone
 
 CLIENT = Endpoint(ip_address("192.0.2.7"), 4711)
 
@@ -61,6 +61,13 @@ class Lines(unittest.TestCase):
         self.assertEqual(self.line(record, brief=True), clock + " 192.0.2.7 -> example.com:443 ok 3.4 s")
         self.assertIn(" INFO session client=192.0.2.7:4711 user=- ", self.line(record))
         self.assertTrue(log.formatter("json", None, "", brief=True).format(record).startswith("{"))
+
+    @unittest.skipUnless(hasattr(time, "tzset"), "no tzset")
+    def test_local_time(self):
+        record = FactsRecord("socks5.x", logging.INFO, Session.LINE, facts())
+        record.created = 1700000000.25
+        with time_zone("XXX-5:30"):
+            self.assertRegex(self.line(record, brief=True), r"\A03:43:20 192\.0\.2\.7 -> ")
 
     def test_other_lines(self):
         record = FactsRecord("socks5.x", logging.WARNING, "auth_failed client=%(client)s", Facts(client=CLIENT))

@@ -14,7 +14,8 @@ from unittest import mock
 
 from socks5.access import passwords
 from socks5.access.passwords import Hash
-from socks5.access.check import report
+from socks5.access.check import report, warnings
+from socks5.access.rules import Rules
 from socks5.cli import main
 from socks5.config import Config
 from tests.support import PATIENCE_S, SCRIPT, connect_through, run_cli, spawned, target
@@ -110,6 +111,15 @@ class CommandLine(Case):
         with spawned("-u", "alice:secret", "--rules", rules) as server:
             server.wait_line("WARNING %s:1: there is no user 'eve'" % rules)
             self.assertEqual(len([line for line in server.log if "no user" in line]), 1)
+
+    def test_a_principal_need_not_be_in_the_users_file(self):
+        path = self.write("rules", "deny user eve", "deny user eve@EXAMPLE.ORG")
+        for gssapi, warned in (("", [1, 2]), ("any", [1])):
+            with self.subTest(gssapi=gssapi):
+                config = Config(rules=path, **({"gssapi": gssapi} if gssapi else {}))
+                found = warnings(config, mock.Mock(names=frozenset()), Rules(config))
+                self.assertEqual([line.split(": there is no user ")[0] for line in found],
+                                 ["%s:%d" % (path, number) for number in warned])
 
     def test_2_and_the_error(self):
         bad_rules, bad_users = self.write("rules", "allow", "allow nobody"), self.write("users", "bob:secret")

@@ -3,8 +3,10 @@ import contextlib
 import errno
 import socket
 import threading
+import time
 import unittest
 import warnings
+from functools import partial
 
 from socks5 import client
 from socks5.protocol.codes import Rep
@@ -12,6 +14,7 @@ from socks5.protocol.errors import ProxyError, SocksError
 from socks5.protocol.messages import Address, Datagram
 
 from .support import HAS_IPV6, PATIENCE_S, closed_port, echo, need, read_to_end, running, target
+from .test_connect import silent
 
 OK = bytes.fromhex("05 00 00 01 7f000001 1f90")         # 127.0.0.1:8080
 FREE = bytes.fromhex("05 00")                           # METHOD 00
@@ -75,6 +78,16 @@ class ThroughOurServer(unittest.TestCase):
         self.assertIsInstance(error, OSError)
         self.assertEqual((error.rep, error.errno), (Rep.CONNECTION_REFUSED, errno.ECONNREFUSED))
         self.assertEqual(str(error), "the proxy answered X'05', Connection refused")
+
+    def test_a_proxy_that_is_silent_and_sockets_without_a_time_limit(self):
+        port, began = closed_port(), time.monotonic()
+        with silent("127.0.0.1", port):
+            for ask in (partial(client.connect, destination=("192.0.2.1", 80)), client.bind, client.associate):
+                self.assertRaises(socket.timeout, ask, ("127.0.0.1", port), timeout=0.05)
+        self.assertLess(time.monotonic() - began, PATIENCE_S / 2)
+        with running() as server, target() as there, client.connect(server.server_address, there) as sock, \
+                client.bind(server.server_address, timeout=9) as waiting:
+            self.assertEqual((sock.gettimeout(), waiting.sock.gettimeout()), (None, None))
 
     def test_bind(self):
         with running() as server, client.bind(server.server_address, ("127.0.0.1", 0)) as waiting:

@@ -245,7 +245,7 @@ import socks
 proxy, host, port, rdns, user, password = sys.argv[1:]
 sock = socks.socksocket()
 sock.set_proxy(socks.SOCKS5, "127.0.0.1", int(proxy), rdns == "yes", user or None, password or None)
-sock.settimeout(20)
+sock.settimeout(60)
 sock.connect((host, int(port)))
 print("bnd", sock.getproxysockname()[0])
 sock.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")

@@ -146,13 +146,6 @@ class Ways(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1), done.stderr)
         self.assertIn("no module dataclasses", done.stderr)
 
-    def test_isolated_python(self):
-        """-I -S: no environment, no site-packages; the standard library is all it needs."""
-        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from socks5.cli import main; sys.exit(main())"
-        done = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(self.copy()), "--version"],
-                              cwd=str(self.elsewhere), capture_output=True)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
-
 
 class Big(unittest.TestCase):
     """A file as large as what people download; its hash must match."""

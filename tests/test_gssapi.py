@@ -23,6 +23,7 @@ from socks5.commands.dialogue import Deadline, Dialogue
 from socks5.commands.enveloped import EnvelopedSocket
 from socks5.commands.upstream import UpstreamWait
 from socks5.config import Config, ConfigError
+from socks5.net.encapsulated import ProtectedSocket
 from socks5.protocol.codes import Cmd, Method, Protection, Rep
 from socks5.protocol.envelope import PAYLOAD_BYTES, Envelope
 from socks5.protocol.errors import GssError, ProtocolError, ProxyError
@@ -211,11 +212,10 @@ class Levels(Case):
             connection.recv(1)
             reset(connection)
 
-        server, destination = self.serve(idle_timeout=0.5), self.enter(target(reset_it))
-        sock = self.through(server, destination)
+        sock = self.through(self.serve(), self.enter(target(reset_it)))
         sock.sendall(b"x")
         self.assertRaises(ConnectionResetError, sock.recv, 1)
-        sock = self.through(server, self.enter(target(lambda connection: connection.recv(1))))
+        sock = self.through(self.serve(idle_timeout=0.5), self.enter(target(lambda connection: connection.recv(1))))
         self.assertRaises(ConnectionResetError, sock.recv, 1)           # after 0.5 s without a byte
 
     def test_bind(self):
@@ -350,23 +350,25 @@ class WhoMayIn(Case):
                 sock.sendall(Greeting(b"\1").pack() + SecurityToken(begun + b"x").pack()[:-1])
                 self.assertEqual(read_to_end(sock)[:2], b"\5\1")
 
+    class Recording(gssapi.Context):
+        """Established, without a library: an octet in front is all that it wraps a message in."""
+
+        def __init__(self, flags=gssapi.CONF | gssapi.INTEG):
+            self.done, self.flags, self.level, self.wrapped = True, flags, Protection.CLEAR, []
+
+        def step(self, token):
+            return b""
+
+        def unwrap(self, token, ordered=True):
+            return token[1:]
+
+        def wrap(self, data):
+            self.wrapped.append((data, self.level))
+            return data
+
     def test_the_message_with_the_level_is_not_encrypted(self):
         """RFC 1961 section 4.3: what the context protects begins behind it."""
-        class Recording(gssapi.Context):
-            def __init__(self):
-                self.done, self.flags, self.level, self.wrapped = True, gssapi.CONF | gssapi.INTEG, Protection.CLEAR, []
-
-            def step(self, token):
-                return b""
-
-            def unwrap(self, token, ordered=True):
-                return token[1:]
-
-            def wrap(self, data):
-                self.wrapped.append((data, self.level))
-                return data
-
-        context, came = Recording(), iter([SecurityToken(b"t"), ProtectionLevel(b"x\2")])
+        context, came = self.Recording(), iter([SecurityToken(b"t"), ProtectionLevel(b"x\2")])
         subnegotiation.accept(context, lambda kind: next(came), lambda message: None, Protection.CLEAR)
         self.assertEqual((context.wrapped, context.level), ([(b"\2", Protection.CLEAR)], Protection.CONFIDENTIALITY))
 
@@ -384,6 +386,20 @@ class WhoMayIn(Case):
                     self.assertEqual(read_to_end(sock), b"\1\2\0\1" + holds)
                 wait_until(lambda: logs.output, "a line")
                 self.assertIn("not encapsulated", logs.output[-1])
+
+    def test_a_level_that_the_context_cannot_give_or_that_is_too_low(self):
+        for flags, required, answer, holds in ((gssapi.CONF | gssapi.INTEG, Protection.INTEGRITY, b"x\2", True),
+                                               (gssapi.INTEG, Protection.INTEGRITY, b"x\1", True),
+                                               (gssapi.INTEG, Protection.INTEGRITY, b"x\2", False),
+                                               (gssapi.CONF | gssapi.INTEG, Protection.CONFIDENTIALITY, b"x\1", False)):
+            with self.subTest(flags=flags, required=required.name, answer=answer):
+                context = self.Recording(flags)
+                with contextlib.nullcontext() if holds else self.assertRaisesRegex(GssError, "protection level is"):
+                    subnegotiation.initiate(context, lambda _: ProtectionLevel(answer), lambda _: None, required)
+                self.assertEqual(context.level, answer[1] if holds else Protection.CLEAR)
+        came = iter([SecurityToken(b"t"), ProtectionLevel(b"x\2")])
+        with self.assertRaisesRegex(GssError, "cannot give confidentiality"):
+            subnegotiation.accept(self.Recording(gssapi.INTEG), lambda kind: next(came), self.fail, Protection.CLEAR)
 
     def test_nec_level_in_clear(self):
         server = self.serve()
@@ -977,7 +993,7 @@ import gssapi
 port, level, host = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 to_port, udp_port = int(sys.argv[4]), int(sys.argv[5])
 def dial():
-    sock = socket.create_connection(("127.0.0.1", port), 20)
+    sock = socket.create_connection(("127.0.0.1", port), 60)
     def read(size):
         data = b""
         while len(data) < size:
@@ -1040,7 +1056,7 @@ sock.sendall(seal(b"\\5\\3\\0\\1" + bytes(6)))
 reply = take(10)
 assert reply[:2] == b"\\5\\0"
 udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-udp.settimeout(20)
+udp.settimeout(60)
 udp.connect((socket.inet_ntoa(reply[4:8]), struct.unpack("!H", reply[8:])[0]))
 header = b"\\0\\0\\0\\1" + socket.inet_aton(host) + struct.pack("!H", udp_port)
 for text in (b"one", b"", b"x" * 9000):
@@ -1263,6 +1279,17 @@ class Envelopes(unittest.TestCase):
                 sock.sendto(b"\0copy", ours.getsockname())
                 self.assertEqual(inside.recvfrom_into(view), (size, sock.getsockname()))
         self.assertEqual(opened, [b"\0copy"])
+
+    def test_a_protected_socket_as_a_file(self):
+        ours, theirs = socket.socketpair()
+        with theirs, ProtectedSocket(ours, Envelope(self.Reversed()), b"held, ") as sock, sock.makefile("rb") as file:
+            theirs.sendall(Envelope(self.Reversed()).seal(b"and sent\nbehind"))
+            self.assertEqual(file.readline(), b"held, and sent\n")
+            self.assertEqual(file.read(6), b"behind")
+            theirs.sendall(Envelope(self.Reversed()).seal(b"more"))
+            buffer = bytearray(b"-----")
+            self.assertEqual((sock.recv_into(buffer, 2), buffer), (2, b"mo---"))
+            self.assertEqual((sock.recv_into(buffer), buffer), (2, b"re---"))
 
     def test_the_messages(self):
         """Each packs and parses to itself, reads nothing behind, and any cut is EOF. RFC 1961 sections 3 to 5"""

@@ -332,13 +332,14 @@ class Sockets(unittest.TestCase):
                 self.assertTrue(support.echoes(tunnel))
                 tunnel.shutdown(socket.SHUT_WR)
                 self.assertEqual(tunnel.recv(1), b"")
-                self.assertEqual([session.cmd for session in server.sessions if session.association], ["UDP_ASSOCIATE"])
+                wait_until(lambda: [session.cmd for session in server.sessions if session.association]
+                           == ["UDP_ASSOCIATE"], "it stands")
 
 
 class Deadline(Case):
     """The whole negotiation has one absolute deadline."""
 
-    OPTIONS = {"handshake_timeout": 1, "user": USERS}
+    OPTIONS = {"handshake_timeout": 2, "user": USERS}
 
     def test_every_way_to_be_slow(self):
         """All at once. A silent connection may reach accept() a second late, because of TCP_DEFER_ACCEPT."""

@@ -366,7 +366,7 @@ class SessionEnded(Case):
     def test_tunnels(self):
         self.check("client", "client", self.tunnel(lambda tunnel: tunnel.close()))
         self.check("reset", "client", self.tunnel(reset))
-        self.check("idle", "idle", self.tunnel(lambda tunnel: None), idle_timeout=0.1)
+        self.check("idle", "idle", self.tunnel(lambda tunnel: None), idle_timeout=1)
         with target(lambda sock: sock.recv(1)) as destination:
             def act(server):
                 with connect_through(server.server_address, *destination) as tunnel:

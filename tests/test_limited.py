@@ -125,6 +125,7 @@ class LoopTest(test_loop.LoopTest):
                 else:
                     standing.remote.close()
                 self.assert_calm()
+                self.loop.change_all(lambda tunnel: limit(tunnel, [], []))
                 self.assertEqual(test_loop.read_exactly(standing.client, 30000), bytes(30000))
                 self.assertEqual(test_loop.fate(standing.client), "reset" if how == "reset" else "EOF")
                 self.assertEqual(standing.ended()[0], "client")

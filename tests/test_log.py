@@ -28,7 +28,7 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.facts import Facts, FactsRecord, tell
 from socks5.server.session import Session
 from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, need, running, spawned, target,
-                           wait_until)
+                           time_zone, wait_until)
 
 EVIL = b"\n2026-11-22 17:21:31,010 WARNING auth_failed client=192.0.2.1 user='x'\r\n\x1b[2J\xff'\"\\"
 CLIENT = Endpoint(ip_address("127.0.0.1"), 5)
@@ -150,18 +150,11 @@ class Text(unittest.TestCase):
 
     @unittest.skipUnless(hasattr(time, "tzset"), "no tzset")
     def test_local_time_in_text_and_utc_in_json(self):
-        def again():
-            time.tzset()
-
-        before = os.environ.get("TZ")
-        self.addCleanup(again)
-        self.addCleanup(lambda: os.environ.pop("TZ") if before is None else os.environ.update(TZ=before))
-        os.environ["TZ"] = "XXX-5:30"
-        time.tzset()
         line = record("x")
         line.created, line.msecs = 1700000000.25, 250
-        self.assertEqual(logs.TextFormatter(True).format(line), "2023-11-15 03:43:20,250 INFO x")
-        self.assertEqual(json.loads(logs.JsonFormatter().format(line))["time"], "2023-11-14T22:13:20.250Z")
+        with time_zone("XXX-5:30"):
+            self.assertEqual(logs.TextFormatter(True).format(line), "2023-11-15 03:43:20,250 INFO x")
+            self.assertEqual(json.loads(logs.JsonFormatter().format(line))["time"], "2023-11-14T22:13:20.250Z")
 
 
 class Json(unittest.TestCase):
@@ -183,6 +176,7 @@ class Json(unittest.TestCase):
 
     def test_time(self):
         self.assertEqual(logs.utc(0.0625), "1970-01-01T00:00:00.062Z")
+        self.assertEqual(logs.utc(1.9999), "1970-01-01T00:00:01.999Z")
         self.assertRegex(as_json("x")["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
 
     def test_a_long_line_is_cut_and_valid(self):

@@ -19,12 +19,12 @@ PYTHON = {
     "requests": """
 import requests, sys
 proxy, url = sys.argv[1:]
-print(requests.get(url, proxies={"http": proxy}, timeout=20).text, end="")
+print(requests.get(url, proxies={"http": proxy}, timeout=60).text, end="")
 """,
     "httpx": """
 import httpx, sys
 proxy, url = sys.argv[1:]
-with httpx.Client(proxy=proxy.replace("socks5h", "socks5"), timeout=20) as client:
+with httpx.Client(proxy=proxy.replace("socks5h", "socks5"), timeout=60) as client:
     print(client.get(url).text, end="")
 """,
     "python_socks": """
@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 from python_socks.sync import Proxy
 proxy, url = sys.argv[1:]
 where = urlsplit(url)
-sock = Proxy.from_url(proxy.replace("socks5h", "socks5"), rdns=True).connect(where.hostname, where.port, timeout=20)
+sock = Proxy.from_url(proxy.replace("socks5h", "socks5"), rdns=True).connect(where.hostname, where.port, timeout=60)
 sock.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
 print(sock.makefile("rb").read().split(b"\\r\\n\\r\\n", 1)[1].decode(), end="")
 """,

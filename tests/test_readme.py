@@ -1,14 +1,13 @@
 """README.rst: it renders, its examples are true, and what it shows of the log is what the log has.
 
 Other parts are tested where they belong: options in test_cli, traces in test_trace, Python that runs in test_server,
-units in test_systemd, fail2ban in test_users.
+units in test_systemd, fail2ban in test_users, `pip install` in test_end_to_end.
 """
 import contextlib
 import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import threading
 import unittest
 from pathlib import Path
 
-import socks5
 from socks5 import cli
 from socks5.access.rules import Rules
 from socks5.config import Config
@@ -158,22 +156,6 @@ class Promises(unittest.TestCase):
             with connect_through(server.port, *echo) as tunnel:
                 self.assertTrue(echoes(tunnel))
             self.assertEqual(server.end(), 0)
-
-    def test_it_can_be_installed(self):
-        found = subprocess.run([PYTHON, "-c", "import setuptools, wheel, pip"], stderr=subprocess.DEVNULL)
-        need(self, found.returncode == 0, "pip with setuptools and wheel (for SOCKS5_VENV_PYTHON)")
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, "copy")
-            copy.mkdir()
-            for name in ("setup.cfg", "pyproject.toml", "README.rst", "LICENSE", "socks5_server.py"):
-                shutil.copy(str(ROOT / name), str(copy))
-            shutil.copytree(str(ROOT / "socks5"), str(copy / "socks5"))
-            subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps",
-                            "--disable-pip-version-check", "--target", folder + "/site", str(copy)], check=True,
-                           timeout=120, stdin=subprocess.DEVNULL)
-            done = subprocess.run([PYTHON, folder + "/site/bin/socks5-server", "--version"], stdout=subprocess.PIPE,
-                                  env=dict(os.environ, PYTHONPATH=folder + "/site"), timeout=PATIENCE_S)
-        self.assertEqual(done.stdout, b"socks5-server %s\n" % socks5.__version__.encode())
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class HAProxy(Case):
         folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         self.admin, self.port = folder / "admin", closed_port()
         self.replicas = {name: self.stack.enter_context(spawned("--proxy-protocol", "127.0.0.1", "--open",
-                                                                "--drain-timeout", "60")) for name in "abc"}
+                                                                "--drain-timeout", "600")) for name in "abc"}
         (folder / "cfg").write_text(HAPROXY % {"admin": self.admin, "port": self.port} + "".join(
             "    server %s 127.0.0.1:%d\n" % (name, replica.port) for name, replica in self.replicas.items()))
         self.start(program, "-db", "-f", folder / "cfg", port=self.port)

@@ -12,11 +12,10 @@ from unittest import mock
 from socks5.server import handler
 
 from socks5 import client, selftest
-from socks5.access.users import line_for
 from socks5.config import Config
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.codes import Rep
-from tests.support import HAS_IPV6, read_to_end, run_cli, running, target
+from tests.support import HAS_IPV6, read_to_end, run_cli, running, target, users_line
 
 PARTS = ["CONNECT to an IPv4 address", "CONNECT to an IPv6 address", "CONNECT to a name", "half-close", "BIND",
          "UDP ASSOCIATE", "UDP ASSOCIATE, in 3 fragments", "a destination that a rule denies",
@@ -55,7 +54,7 @@ class AllIsWell(unittest.TestCase):
     def test_with_users_of_whom_only_hashes_are_known(self):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "users")
-            path.write_text(line_for("alice", b"x") + "\n")
+            path.write_text(users_line("alice", b"x") + "\n")
             path.chmod(0o600)
             self.check(users=str(path))
             self.assertNotIn("self-test", path.read_text())

@@ -546,7 +546,7 @@ class NothingLeaks(unittest.TestCase):
             reset(connection)
 
         with target() as echo, target(hang_up) as resetting, \
-                spawned(*ALONE, "-q", "--handshake-timeout", "0.5") as server:
+                spawned(*ALONE, "-q", "--handshake-timeout", "1.5") as server:
             pid, port = server.process.pid, server.port
             ways = self.ways(port, echo, resetting)
 

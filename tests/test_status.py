@@ -19,7 +19,6 @@ from pathlib import Path
 from unittest import mock
 
 from socks5 import client, log
-from socks5.access.users import line_for
 from socks5.config import Config, ConfigError
 from socks5.net.addresses import Endpoint
 from socks5.protocol.codes import Cmd, Rep
@@ -32,7 +31,7 @@ from socks5.status.history import History
 from socks5.status.meter import AT_ONCE, BOUNDS_S, BUCKETS, Board, Meter
 from tests.support import (
     PATIENCE_S, ROOT, SCRIPT, ask, children, closed_port, connect_through, dial, heard, negotiate, need, need_program,
-    read_to_end, reader_of, run_cli, script, served, spawned, target, wait_until)
+    read_to_end, reader_of, run_cli, script, served, spawned, target, users_line, wait_until)
 
 FORKS = hasattr(os, "fork")
 SESSIONS = int(os.environ.get("SOCKS5_STATUS_SESSIONS", "1000"))    # of which metrics and log must agree; 8 or more
@@ -113,6 +112,9 @@ class Pages(unittest.TestCase):
                 self.assertEqual(total(port, "socks5_workers"), int(count))
                 if os.path.exists("/proc/self/fd"):
                     self.assertGreater(total(port, "socks5_open_fds"), 5)
+                    with open("/proc/%d/limits" % server.process.pid) as file:      # the server raises it
+                        soft, = re.findall(r"Max open files +\d+ +(\d+)", file.read())
+                    self.assertEqual(total(port, "socks5_max_fds"), int(count) * int(soft))
                 wait_until(lambda: total(port, "socks5_sessions") == 0, "the sweep")
 
     def test_a_handshake_field_by_field_and_no_password(self):
@@ -175,7 +177,7 @@ class Pages(unittest.TestCase):
 
     def test_draining_is_said_until_the_end(self):
         for count in ("1", "2") if FORKS else ("1",):
-            with self.subTest(workers=count), target() as echo, status("-w", count, "--drain-timeout", "60") as (
+            with self.subTest(workers=count), target() as echo, status("-w", count, "--drain-timeout", "600") as (
                     server, port), connect_through(server.port, *echo) as tunnel:
                 self.assertEqual(get(port, "/healthz")[::2], (200, b"ok\n"))
                 server.signal(signal.SIGTERM)
@@ -236,6 +238,14 @@ class Standards(unittest.TestCase):
         self.assertIn(["socks5_handshake_seconds_bucket", {"le": "+Inf"}, 2.0], values)
         self.assertIn(["socks5_handshake_seconds_sum", {}, 1.5], values)
         self.assertNotIn("unknown", {kind for kind, _values in found.values()})
+
+    def test_the_buckets_ascend(self):
+        for name, counted in (("handshake", 2), ("connect", 0)):
+            with self.subTest(name):
+                rows = re.findall(r'^socks5_%s_seconds_bucket{le="(.+)"} (\d+)$' % name, self.page(), re.M)
+                bounds, counts = [float(bound) for bound, _ in rows], [int(count) for _, count in rows]
+                self.assertEqual((bounds, counts), (sorted(set(bounds)), sorted(counts)))
+                self.assertEqual((bounds[-1], counts[-1]), (float("inf"), counted))
 
     def test_every_name_begins_with_ours_and_has_help(self):
         text = self.page()
@@ -315,11 +325,12 @@ class WhoMayAsk(unittest.TestCase):
 
     def test_sessions_are_asked_for_by_one_request_at_a_time(self):
         """28 at once made a round trip through the same process take 300 times as long."""
-        asked, go_on = threading.Event(), threading.Event()
+        asked, go_on, daemons = threading.Event(), threading.Event(), []
 
         class Slow(views.Source):
             def sessions(self, query, limit):
                 if not asked.is_set():
+                    daemons.append(threading.current_thread().daemon)
                     asked.set()
                     go_on.wait(PATIENCE_S)
                 return b"{}"
@@ -338,6 +349,7 @@ class WhoMayAsk(unittest.TestCase):
             go_on.set()
             first.join(PATIENCE_S)
             self.assertEqual((codes, get(port, "/sessions")[0]), ([200], 200))
+        self.assertEqual(daemons, [True], "the end of the program waits for no answer")
 
     def test_beyond_loopback_only_with_a_password(self):
         self.assertRaises(ConfigError, Config, status=("0.0.0.0", 9180))
@@ -362,13 +374,13 @@ class WhoMayAsk(unittest.TestCase):
     def test_a_reload_brings_new_passwords_to_the_page(self):
         with tempfile.TemporaryDirectory() as folder:
             users = Path(folder, "users")
-            users.write_text(line_for("bob", b"first"))
+            users.write_text(users_line("bob", b"first"))
             users.chmod(0o600)
             for count in ("1", "2") if FORKS else ("1",):
                 with self.subTest(workers=count), \
                         spawned("-w", count, "--status", "0.0.0.0:0", "--users", users) as server:
                     port = int(server.wait_line(r"status on http://0.0.0.0:(\d+)/$", server.lines).group(1))
-                    users.write_text(line_for("bob", b"second%s" % count.encode()))
+                    users.write_text(users_line("bob", b"second%s" % count.encode()))
                     server.signal(signal.SIGHUP)
                     server.wait_line(r"reloaded users=1")
                     coded = "Basic " + base64.b64encode(b"bob:second" + count.encode()).decode()

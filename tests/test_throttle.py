@@ -283,6 +283,9 @@ class Bounds(Case):
         for number in range(5000):
             self.look(b"x", b"u%d" % number, "origin %d" % number)
         self.assertFalse(self.look())
+        again = self.attempt(b"right", b"al")               # whose failures, none, are not remembered any more
+        self.assertTrue(self.throttle.is_known(again))
+        self.assertFalse(self.throttle.is_news(again))
         self.assertTrue(self.look(b"right", b"al", right=True))
 
     def enter(self, context):

@@ -779,7 +779,7 @@ class TheEnd(unittest.TestCase):
         cases = [("FIN", fin, {}, "ended=client why=-"),
                  ("RST", rst, {}, "ended=client why='Connection reset by peer'"),
                  ("half-closed", half, {}, "ended=client why=-"), ("drain", stop, {}, "ended=server-stopped why=-"),
-                 ("idle", idle, {"udp_idle_timeout": 1}, "ended=idle why=-")]
+                 ("idle", idle, {"udp_idle_timeout": 2}, "ended=idle why=-")]
         for name, end, options, words in cases:
             with self.subTest(name), running(**options) as server, remote() as where:
                 with session_line(self, server) as line, associated(server) as udp:
@@ -820,6 +820,8 @@ class TheEnd(unittest.TestCase):
         endings = itertools.cycle(["FIN", "RST", "datagram socket first", "early", "name", "idle"])
         with remote() as where, spawned(*ALONE, "-q", "--udp-idle-timeout", 2) as server:
             proxy, pid = ("127.0.0.1", server.port), server.process.pid
+            with associated(proxy) as first:                    # the server has opened what it keeps
+                exchange(self, first, where)
             before, held = descriptors(pid), contextlib.ExitStack()
             idle_threads = OTHER_THREADS + MAX_WAITING
             with held:
@@ -862,7 +864,7 @@ class Many(unittest.TestCase):
         with spawned("-q") as server, remote(lambda data: data) as where, associated(("127.0.0.1", server.port)) as udp:
             header = Datagram(address(*where), b"").pack()
             sock, sent, received, lost = udp.sock, 0, 0, 0
-            sock.settimeout(0.5)
+            sock.settimeout(3)
             pad = bytes(500)
             while received + lost < count:
                 while sent < count and sent - received - lost < flight:

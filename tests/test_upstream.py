@@ -315,6 +315,13 @@ class Ways(Case):
         self.assertEqual(len([line for line in lines if "reached=%s:%d " % other.server_address in line]), 2)
         self.assertEqual(len([line for line in lines if "dst=%s:%d" % there in line]), 1)
 
+    def test_a_name_that_a_rule_denies_goes_to_no_upstream(self):
+        with running() as other, target() as there:
+            server = self.chained(url(other), rules=self.rules("deny to localhost", "allow"))
+            self.assertEqual(refusal(self, client.connect, server.server_address, ("localhost", there[1])),
+                             Rep.NOT_ALLOWED)
+            self.tunnel(server, there)
+
     def test_a_rule_needs_the_address(self):
         with running() as other, target() as there, logging_of(self) as logs:
             server = self.chained(url(other), rules=self.rules("deny to 10.0.0.0/8", "allow to any"))

@@ -403,10 +403,10 @@ class Guessing(Quiet):
         with mock.patch.object(throttle, "INTERVAL_S", 1.5), running(
                 user=(("bob", "x"), ("al", "y"))) as server, contextlib.ExitStack() as stack:
             where = server.server_address
-            for number in range(14):
-                stack.enter_context(offered(where, b"bob", b"%d" % number, "127.0.0.%d" % (number + 1)))
-            wait_until(lambda: len(server.sessions) == 4 and max(each.number for each in server.sessions) >= 11,
-                       "ten were looked at, four wait")
+            for client in [stack.enter_context(offered(where, b"bob", b"%d" % number, "127.0.0.%d" % (number + 1)))
+                           for number in range(14)]:
+                Selection.parse(reader_of(client))
+            wait_until(lambda: len(server.sessions) <= 4, "ten were looked at, four wait")
             for name, uname, passwd in (("the same user", b"bob", b"x"), ("a known one", b"bob", b"x"),
                                         ("another", b"al", b"y")):
                 with self.subTest(name):
@@ -431,6 +431,30 @@ class Guessing(Quiet):
         self.assertEqual(said, [0] * 20 + [None] * 980)
         now[0] += 1
         self.assertEqual([made.lines_left_out(), made.lines_left_out()], [980, None])
+
+    def test_a_password_that_is_known_is_news_when_there_are_failures_or_time_has_passed(self):
+        now = [1000.0]
+        made = Logins(lambda: now[0])
+
+        def judged(uname, passwd, right):
+            now[0] += 0.001
+            return made.judge("192.0.2.1", uname, passwd, lambda *_: right, Wait(0))
+
+        def all_looks_are_taken():
+            for number in range(throttle.BURST):
+                self.assertEqual(judged(b"bob", b"%d" % number, False), Verdict.WRONG)
+            self.assertEqual(judged(b"al", b"y", True), Verdict.DEFERRED)
+
+        self.assertEqual(judged(b"bob", b"x", True), Verdict.RIGHT)
+        all_looks_are_taken()
+        self.assertEqual(judged(b"bob", b"x", True), Verdict.RIGHT)
+        self.assertEqual(judged(b"al", b"y", True), Verdict.RIGHT, "the failures are forgotten")
+        for _ in range(3):                                  # known for a day since the last time
+            now[0] += 0.9 * throttle.KNOWN_S
+            self.assertEqual(judged(b"bob", b"x", True), Verdict.RIGHT)
+        now[0] += 0.9 * throttle.KNOWN_S
+        all_looks_are_taken()
+        self.assertEqual(judged(b"bob", b"x", True), Verdict.RIGHT)
 
     def test_a_client_that_leaves_is_not_waited_for(self):
         for name, options, leave in (("reset", {}, reset), ("deadline", {"handshake_timeout": 1}, read_to_end)):
@@ -536,8 +560,8 @@ class Many(Quiet):
             with self.subTest(error=error), running(users=str(self.path)) as server:
                 for failing, status in ((mock.patch("hashlib.scrypt", side_effect=error), 1),
                                         (contextlib.nullcontext(), 0)):
-                    with failing, offered(server.server_address, b"u1", b"p1") as client, \
-                            logging_of(self) as logs:
+                    with failing, logging_of(self) as logs, \
+                            offered(server.server_address, b"u1", b"p1") as client:
                         read = reader_of(client)
                         Selection.parse(read)
                         self.assertEqual(LoginStatus.parse(read).status, status)

@@ -9,12 +9,11 @@ import unittest
 from ipaddress import ip_address
 
 from socks5.access.rules import Asker
-from socks5.access.users import line_for
 from socks5.config import Config
 from socks5.process import files, orders, worker
 from socks5.process.orders import Order, Outbox, pack
 from socks5.protocol.codes import Cmd
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, users_line
 
 
 class Framing(unittest.TestCase):
@@ -34,7 +33,7 @@ class Framing(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             users, rules = os.path.join(folder, "users"), os.path.join(folder, "rules")
             with open(users, "w", encoding="ascii") as file:
-                file.write(line_for("bob", b"right"))
+                file.write(users_line("bob", b"right"))
             with open(rules, "w", encoding="ascii") as file:
                 file.write("allow user bob to 192.0.2.0/24\n")
             access = files.read_access(Config(users=users, rules=rules, user=(("eve", "secret"),)))
