@@ -94,6 +94,10 @@ class CodingPipe(Pipe):
         if not self.held:
             self.total += self.payload          # another thread may read it at any time: encoded bytes never count
 
+    def taken(self) -> int:
+        """The same in plain bytes."""
+        return self.total + self.payload if self.held else self.total
+
     def use_kernel(self, owner: str = "") -> None:
         """Not here, but a thread of its own may read more at a time, and has memory in which the bytes are coded."""
         self.size = MORE_BYTES
