@@ -15,7 +15,7 @@ from urllib.request import urlopen
 from socks5.client import associate
 from socks5.protocol.codes import Cmd, Rep
 from socks5.relay import splice
-from socks5.values import rate
+from socks5.values import rate, upstream
 from tests import support
 from tests.support import (
     ask, connect_through, dial, logging_of, negotiate, run_cli, running, spawned, target, wait_until)
@@ -301,6 +301,27 @@ class Datagrams(Rated):
                 rules.write_text("allow to any rate 150K\n")
                 self.assertTrue(server.reload())
                 self.flows(lambda: slowly() + quickly(), 150 * KIB)
+
+
+    def test_the_rate_of_a_rule_holds_through_an_upstream(self):
+        """By address; and by a name that the upstream resolves, and whose answers come from an address."""
+        for host, up, down in (("127.0.0.1", 100, 50), ("localhost", 50, 100)):
+            with self.subTest(host), tempfile.TemporaryDirectory() as folder, running() as above:
+                remote, rules = self.remote(), Path(folder) / "rules"
+                port = remote.getsockname()[1]
+                rules.write_text("allow to %s port %d rate %dK/%dK\nallow to any\n" % (
+                    "any" if host == "127.0.0.1" else host, port, up, down))
+                way = upstream("socks5://127.0.0.1:%d" % above.server_address[1])
+                with running(rules=str(rules), upstream=(way,)) as server, associate(server.server_address[:2]) as udp:
+                    udp.sendto(b"x" * 1000, (host, port))
+                    _, back = remote.recvfrom(2048)
+                    arrived, answered = self.count(remote, partial(remote.recvfrom, 2048)), self.count(udp, udp.recvfrom)
+                    self.flood(udp, (host, port))
+                    self.flood(remote, back)
+                    self.flows(arrived, up * KIB)
+                    self.flows(answered, down * KIB)
+                    session, = server.sessions
+                    self.assertGreater(session.association.losses()["beyond the rate"], 100)
 
 
 class PerUser(Rated):
