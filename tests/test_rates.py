@@ -10,13 +10,15 @@ import time
 import unittest
 from functools import partial
 from pathlib import Path
+from unittest import mock
 from urllib.request import urlopen
 
+from socks5 import client
 from socks5.client import associate
 from socks5.protocol.codes import Cmd, Rep
 from socks5.relay import splice
 from socks5.values import rate, upstream
-from tests import support
+from tests import realm, support
 from tests.support import (
     ask, connect_through, dial, logging_of, negotiate, run_cli, running, spawned, target, wait_until)
 
@@ -179,6 +181,45 @@ class Streams(Rated):
             wait_until(lambda: reader.total, "the burst")
         reader.join(support.PATIENCE_S)
         self.assertFalse(reader.is_alive())
+
+
+class Protected(Rated):
+    """Tunnels of GSSAPI clients: plain bytes count, and a principal is a user."""
+
+    def setUp(self):
+        realm.need_realm(self)
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        made = stack.enter_context(realm.realm())
+        made.principal("alice")
+        stack.enter_context(mock.patch.dict(os.environ, made.login("alice")))
+        self.enter, self.keytab = stack.enter_context, str(made.keytab)
+
+    def through(self, to, text):
+        server = self.enter(running(gssapi="any", keytab=self.keytab, rate_per_user=rate(text)))
+        sock = client.connect(server.server_address[:2], to, gssapi=client.Gssapi("rcmd@localhost"))
+        self.addCleanup(sock.close)
+        sock.settimeout(support.PATIENCE_S)
+        return sock, server
+
+    def test_down_and_both_ways(self):
+        to, echo = self.enter(target(pour)), self.enter(target())
+        for text in ("100K", "8M"):                         # the second one is busy
+            with self.subTest(text):
+                reader = Reader(self.through(to, text)[0])
+                self.flows(lambda: reader.total, rate(text).down.bytes_s)
+        sock, server = self.through(echo, "200K")
+        reader = Reader(sock)
+        threading.Thread(target=pour_quietly, args=(sock,), daemon=True).start()
+        self.flows(lambda: reader.total, 100 * KIB)
+        session, = server.sessions
+        self.assertEqual(session.user, b"alice@EXAMPLE.ORG")
+
+    def test_up(self):
+        swallowed[0] = 0
+        sock, _server = self.through(self.enter(target(swallow)), "200K/0")
+        threading.Thread(target=pour_quietly, args=(sock,), daemon=True).start()
+        self.flows(lambda: swallowed[0], 200 * KIB)
 
 
 def pour_quietly(sock):

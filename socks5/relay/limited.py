@@ -60,7 +60,7 @@ class Gate:
         filled = fill()
         if room < pipes.CHUNK_BYTES:        # so little is not worth a thread
             pipe.full = 0
-        flow.use(pipe.taken() - before, now)
+        flow.use(max(0, pipe.taken() - before), now)        # a message is less when it is opened
         return paused or filled             # the owner has to look when it was paused until now
 
     def reserve(self, pipe: Pipe, now: float) -> int:
