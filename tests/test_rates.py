@@ -343,7 +343,6 @@ class Datagrams(Rated):
                 self.assertTrue(server.reload())
                 self.flows(lambda: slowly() + quickly(), 150 * KIB)
 
-
     def test_the_rate_of_a_rule_holds_through_an_upstream(self):
         """By address; and by a name that the upstream resolves, and whose answers come from an address."""
         for host, up, down in (("127.0.0.1", 100, 50), ("localhost", 50, 100)):
@@ -356,7 +355,8 @@ class Datagrams(Rated):
                 with running(rules=str(rules), upstream=(way,)) as server, associate(server.server_address[:2]) as udp:
                     udp.sendto(b"x" * 1000, (host, port))
                     _, back = remote.recvfrom(2048)
-                    arrived, answered = self.count(remote, partial(remote.recvfrom, 2048)), self.count(udp, udp.recvfrom)
+                    arrived = self.count(remote, partial(remote.recvfrom, 2048))
+                    answered = self.count(udp, udp.recvfrom)
                     self.flood(udp, (host, port))
                     self.flood(remote, back)
                     self.flows(arrived, up * KIB)

@@ -521,7 +521,7 @@ class Counting(unittest.TestCase):
         request = Request(cmd, Address(ip_address("127.0.0.1"), 1))
         went = [(0.02, Request, request.pack()), *((1.0 + n, Reply, Reply(rep)) for n, rep in enumerate(replies))]
         for after_s, kind, message in went:
-            session.record.messages.append((session.started + after_s, kind, message, kind is Request))
+            session.record.append((session.started + after_s, kind, message, kind is Request))
         session.cmd, session.rep = cmd.word, replies[-1].word if replies else ""
         return session
 
@@ -539,6 +539,7 @@ class Counting(unittest.TestCase):
                     if swept:
                         self.meter.sweep(sessions)
                         self.assertEqual(sum(self.counted("handshake")), 1)
+                    self.assertTrue(sessions.end(session))
                     self.meter.ended(session)
                     self.meter.sweep(sessions)
                     self.assertEqual(self.counted("handshake").index(1), bisect.bisect_left(BOUNDS_S, 0.02))
