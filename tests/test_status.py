@@ -35,7 +35,7 @@ from tests.support import (
     read_to_end, reader_of, run_cli, script, served, spawned, target, wait_until)
 
 FORKS = hasattr(os, "fork")
-SESSIONS = int(os.environ.get("SOCKS5_STATUS_SESSIONS", "1000"))    # of which metrics and log must agree; 8 or more
+SESSIONS = int(os.environ.get("SOCKS5_STATUS_SESSIONS", "2000"))    # of which metrics and log must agree; 8 or more
 
 
 def get(port, path, method="GET", host="127.0.0.1", **headers):
@@ -398,7 +398,7 @@ def code_of(port, path="/healthz"):
 @unittest.skipUnless(FORKS, "this system has no fork")
 class Processes(unittest.TestCase):
     def test_totals_agree_with_the_log_over_several_workers_and_a_killed_one(self):
-        """SOCKS5_STATUS_SESSIONS=10000 makes it ten times as many, and as long."""
+        """SOCKS5_STATUS_SESSIONS=10000 makes it five times as many: 10 s."""
         need(self, os.path.exists("/proc/self/task"), "/proc")
         closed = closed_port()
         with target() as echo, status("-w", "3") as (server, port):
