@@ -565,6 +565,13 @@ class Words(unittest.TestCase):
         self.assertEqual(line.text((10.0, 0, 1000, 5, 2), (12.0, 3000, 1000, 9, 1)),
                          "1 session   2 conn/s   up 1.5 kB/s   down 0 B/s   total 9 conn, up 3.0 kB, down 1.0 kB")
 
+    def test_the_line_loses_whole_parts_where_it_is_too_long(self):
+        words = "1 session   up 1.5 kB/s, down 20 B/s"
+        for room, left in ((99, words), (len(words), words), (len(words) - 1, words[:23]), (23, words[:23]),
+                           (22, "1 session"), (9, "1 session"), (8, "")):
+            with self.subTest(room=room):
+                self.assertEqual(line.fitting(words, room), left)
+
     def test_the_log_erases_the_line_first(self):
         written = []
 
@@ -654,7 +661,7 @@ class Terminal(unittest.TestCase):
                 wait_for(rb"\r\x1b\[K0 sessions   0 conn/s ")
                 with connect_through(port, *echo) as tunnel:
                     tunnel.sendall(b"x" * 1000)
-                    wait_for(rb"\r\x1b\[K1 session .*total 1 conn, up 1.0 kB, down")
+                    wait_for(rb"\r\x1b\[K1 session .*total 1 conn, up 1.0 kB")
                 wait_for(rb"\r\x1b\[K\d\d:\d\d:\d\d 127\.0\.0\.1 -> 127\.0\.0\.1:%d ok 2\.0 kB \d+\.\d s[^\r]*\r\n"
                          % echo[1])
                 wait_for(rb"\r\x1b\[K0 sessions .*total 1 conn")
