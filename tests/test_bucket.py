@@ -26,7 +26,7 @@ def play(flows, seconds, late_s=0.0, sizes=None):
     while turns[0][0] < 100.0 + seconds:
         now, number = heapq.heappop(turns)
         flow = flows[number]
-        flow.resume()
+        flow.resume_at = 0.0
         if not flow.granted and not flow.reserve(min(flow.portion(), (sizes or {}).get(number, GIB)), now):
             heapq.heappush(turns, (flow.resume_at + late_s, number))
             continue
@@ -81,7 +81,7 @@ class Streams(unittest.TestCase):
         bulk, small = Flow([limit]), Flow([limit])
         now = 100.0
         while bulk.reserve(bulk.portion(), now):
-            bulk.granted = 0
+            bulk.use(bulk.granted, now)
         self.assertFalse(small.reserve(10, now))
         self.assertLess(small.resume_at - now, 0.05)
         self.assertEqual(small.held_back, (now, "rate-per-user"))
@@ -90,7 +90,8 @@ class Streams(unittest.TestCase):
         limit = Limit("rule", OwnBucket(), MIB, 8 * MIB)
         flow, now, size = Flow([limit]), 100.0, 0
         while flow.reserve(flow.portion(), now):
-            size, flow.granted = size + flow.granted, 0
+            size += flow.granted
+            flow.use(flow.granted, now)
         self.assertAlmostEqual(size / MIB, 8, delta=0.1)
         flow.close()
         later = Flow([limit])
@@ -108,7 +109,7 @@ class Streams(unittest.TestCase):
         flow = Flow([Limit("rule", counted, 10 * MIB)])
         for number in range(10000):
             self.assertTrue(flow.reserve(10, 100 + number / 1000))
-            flow.granted = 0
+            flow.use(10, 100 + number / 1000)
         self.assertLess(counted.draws, 10)
 
     def test_what_is_reserved_is_given_back(self):
@@ -120,6 +121,19 @@ class Streams(unittest.TestCase):
         first.close()
         third = Flow([limit])
         self.assertTrue(third.reserve(4 * KIB, 100.21))
+
+    def test_what_receivers_that_take_nothing_keep_reserved_is_little(self):
+        """It was 20 ms of the rate for each, and 200 could read 4 s of it at once when they went on."""
+        for rate in (MIB, GIB):
+            for processes in (1, 4):
+                with self.subTest(rate=rate, processes=processes):
+                    flows = [Flow([limit]) for limit in limits(processes, rate) for _ in range(200 // processes)]
+                    for flow in flows:
+                        flow.reserve(flow.portion(), 100.0)
+                    self.assertLess(sum(flow.granted for flow in flows) / rate, 0.3)
+                    for flow in flows:
+                        flow.close()
+                    self.assertEqual(flows[0].portion(), Flow(limits(1, rate)).portion(), "all have left")
 
     def test_no_rubbish_in_the_memory_stops_a_flow_for_ever(self):
         flow = Flow([limits(1, MIB)[0]])
@@ -137,8 +151,7 @@ class Datagrams(unittest.TestCase):
             passed += size * flow.passes(size, now)
             for stream in streams:
                 if stream.resume_at <= now:
-                    stream.resume()
-                    stream.granted = 0
+                    stream.use(stream.granted, now)
                     stream.reserve(stream.portion(), now)
         return passed
 
@@ -170,7 +183,7 @@ class Memory(unittest.TestCase):
         buckets = Buckets()
         one, two = (Flow([Limit("rate-per-user", buckets.bucket(name), KIB)]) for name in (b"alice", b"bob"))
         while one.reserve(100, 100):
-            one.granted = 0
+            one.use(100, 100)
         self.assertTrue(two.reserve(100, 100))
 
     def test_a_full_table_forgets_the_fullest(self):

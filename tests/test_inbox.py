@@ -3,9 +3,10 @@ import socket
 import threading
 import unittest
 
-from socks5.protocol.messages import Greeting, Login, ProtectionLevel, SecurityToken, whole
+from socks5.protocol.errors import RequestRefused
+from socks5.protocol.messages import Greeting, Login, ProtectionLevel, Request, SecurityToken, whole
 from socks5.server import inbox
-from socks5.server.inbox import Inbox, Record, linger
+from socks5.server.inbox import Inbox, linger
 from tests.support import PATIENCE_S, read_to_end
 
 
@@ -35,13 +36,14 @@ class Reading(unittest.TestCase):
         self.assertRaises(EOFError, self.inbox.read_exactly, 1)
 
     def test_bytes_are_kept_a_second_time_only_while_a_record_takes_a_message(self):
-        record, raw = Record(), Greeting(b"\0\2").pack()
+        raw = Greeting(b"\0\2").pack()
         self.theirs.sendall(raw + raw[:1])
         self.assertEqual(self.inbox.take(Greeting).methods, b"\0\2")
         self.assertIsNone(self.inbox.heard)
+        self.inbox.record = record = []
         self.theirs.sendall(raw[1:] + b"early")
-        self.assertEqual(record.take(Greeting, self.inbox.take, self.inbox).methods, b"\0\2")
-        self.assertEqual(record.messages[0][2], raw)
+        self.assertEqual(self.inbox.take(Greeting).methods, b"\0\2")
+        self.assertEqual([(kind, kept) for _when, kind, kept, _came in record], [(Greeting, raw)])
         self.assertEqual((self.inbox.heard, self.inbox.rest()), (None, b"early"))
 
     def test_no_secret_is_remembered(self):
@@ -54,6 +56,21 @@ class Reading(unittest.TestCase):
                 self.theirs.sendall(message.pack())
                 self.assertEqual(self.inbox.take(type(message)), message)
                 self.assertEqual(whole.cache_info().currsize, kept)
+
+    def test_a_record_keeps_what_came_whole_in_pieces_or_as_a_bad_message(self):
+        bad = b"\5\x09\0\1\x7f\0\0\1\0\x50"                        # CMD 9
+        for kind, pieces, kept in ((Greeting, (b"\5\1\0",), b"\5\1\0"), (Greeting, (b"\5", b"\1\0"), b"\5\1\0"),
+                                   (Greeting, (b"\5\1\0\5",), b"\5\1\0"), (Request, (bad,), bad)):
+            with self.subTest(pieces):
+                self.inbox.record = record = []
+                self.inbox.feed(pieces[0])
+                self.theirs.sendall(b"".join(pieces[1:]))
+                if kind is Greeting:
+                    self.assertEqual(self.inbox.take(kind).methods, b"\0")
+                else:
+                    self.assertRaises(RequestRefused, self.inbox.take, kind)
+                self.assertEqual([entry[1:] for entry in record], [(kind, kept, True)])
+                self.inbox.rest()
 
     def test_as_io_promises(self):
         """What socketserver's rfile can do, and a TextIOWrapper relies on."""

@@ -7,7 +7,7 @@ from unittest import mock
 
 from socks5.net.poller import READ, URGENT, WRITE
 from socks5.relay import limited
-from socks5.relay.bucket import Limit, OwnBucket
+from socks5.relay.bucket import PORTION_S, Limit, OwnBucket
 from socks5.relay.limited import Timers, limit, read_on
 from socks5.relay.loop import MANY
 from socks5.relay.pipe import CHUNK_BYTES
@@ -33,9 +33,6 @@ class LimitedPlay(Play):
         shared = Limit("rate-per-user", OwnBucket(), rate, rate)
         own = Limit("rule", OwnBucket(), 10 * rate)
         limit(self.tunnel, self.rng.choice([[shared], [shared, own], []]), [shared])
-        (client, remote), tunnel = self.ends, self.tunnel
-        client.pipe = remote.back = tunnel.up
-        remote.pipe = client.back = tunnel.down
         self.limits = shared, own
 
     def clock(self):
@@ -65,7 +62,7 @@ class LimitedPlay(Play):
 
     def judge(self):
         super().judge()
-        assert [one._waiting for one in self.limits] == [0, 0], "closed, and still waiting"
+        assert [one._sharing for one in self.limits] == [0, 0], "closed, and still has some"
 
 
 class ModelTest(unittest.TestCase):
@@ -90,7 +87,6 @@ class KernelPipeTest(unittest.TestCase):
             slow = Limit("rule", OwnBucket(), 1, 7)
             limit(play.tunnel, [slow], [slow])
             client, tunnel = play.ends[0], play.tunnel
-            client.pipe = play.ends[1].back = tunnel.up
             tunnel.up.use_kernel()
             before = client.read
             client.arrive(60)
@@ -130,15 +126,15 @@ class LoopTest(test_loop.LoopTest):
                 self.assertEqual(test_loop.fate(standing.client), "reset" if how == "reset" else "EOF")
                 self.assertEqual(standing.ended()[0], "client")
 
-    def test_the_end_of_a_paused_tunnel_leaves_its_queue(self):
+    def test_the_end_of_a_paused_tunnel_gives_back_what_it_has_reserved(self):
         standing = self.slow(KIB)
         standing.remote.sendall(bytes(10000))
         wait_until(lambda: standing.tunnel.down.resume_at, "paused")
-        slow, = standing.tunnel.down.flow.limits
-        self.assertEqual(slow._waiting, 1)
+        slow, = standing.tunnel.down.gate.flow.limits
+        self.assertEqual(slow._sharing, 1)
         test_loop.reset(standing.client)
         standing.ended()
-        self.assertEqual(slow._waiting, 0)
+        self.assertEqual(slow._sharing, 0)
 
     def test_urgent_data_keeps_its_place(self):
         standing = self.slow()
@@ -176,7 +172,7 @@ class LoopTest(test_loop.LoopTest):
         test_loop.send_hashed(standing.remote, 1 << 30)
         test_loop.read_exactly(standing.client, MIB)
         self.assertFalse(standing.tunnel.lent)
-        self.assertLess(MIB * 0.02, CHUNK_BYTES)
+        self.assertLess(MIB * PORTION_S, CHUNK_BYTES)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ import time
 import unittest
 from functools import partial
 from pathlib import Path
+from unittest import mock
 from urllib.request import urlopen
 
+from socks5 import client
 from socks5.client import associate
 from socks5.protocol.codes import Cmd, Rep
 from socks5.relay import splice
-from socks5.values import rate
-from tests import support
+from socks5.values import rate, upstream
+from tests import realm, support
 from tests.support import (
     ask, connect_through, dial, logging_of, negotiate, run_cli, running, spawned, target, wait_until)
 
@@ -182,6 +184,45 @@ class Streams(Rated):
         self.assertFalse(reader.is_alive())
 
 
+class Protected(Rated):
+    """Tunnels of GSSAPI clients: plain bytes count, and a principal is a user."""
+
+    def setUp(self):
+        realm.need_realm(self)
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        made = stack.enter_context(realm.realm())
+        made.principal("alice")
+        stack.enter_context(mock.patch.dict(os.environ, made.login("alice")))
+        self.enter, self.keytab = stack.enter_context, str(made.keytab)
+
+    def through(self, to, text):
+        server = self.enter(running(gssapi="any", keytab=self.keytab, rate_per_user=rate(text)))
+        sock = client.connect(server.server_address[:2], to, gssapi=client.Gssapi("rcmd@localhost"))
+        self.addCleanup(sock.close)
+        sock.settimeout(support.PATIENCE_S)
+        return sock, server
+
+    def test_down_and_both_ways(self):
+        to, echo = self.enter(target(pour)), self.enter(target())
+        for text in ("100K", "8M"):                         # the second one is busy
+            with self.subTest(text):
+                reader = Reader(self.through(to, text)[0])
+                self.flows(lambda: reader.total, rate(text).down.bytes_s)
+        sock, server = self.through(echo, "200K")
+        reader = Reader(sock)
+        threading.Thread(target=pour_quietly, args=(sock,), daemon=True).start()
+        self.flows(lambda: reader.total, 100 * KIB)
+        session, = server.sessions
+        self.assertEqual(session.user, b"alice@EXAMPLE.ORG")
+
+    def test_up(self):
+        swallowed[0] = 0
+        sock, _server = self.through(self.enter(target(swallow)), "200K/0")
+        threading.Thread(target=pour_quietly, args=(sock,), daemon=True).start()
+        self.flows(lambda: swallowed[0], 200 * KIB)
+
+
 def pour_quietly(sock):
     with contextlib.suppress(OSError):
         pour(sock)
@@ -306,6 +347,27 @@ class Datagrams(Rated):
                 rules.write_text("allow to any rate 150K\n")
                 self.assertTrue(server.reload())
                 self.flows(lambda: slowly() + quickly(), 150 * KIB)
+
+    def test_the_rate_of_a_rule_holds_through_an_upstream(self):
+        """By address; and by a name that the upstream resolves, and whose answers come from an address."""
+        for host, up, down in (("127.0.0.1", 100, 50), ("localhost", 50, 100)):
+            with self.subTest(host), tempfile.TemporaryDirectory() as folder, running() as above:
+                remote, rules = self.remote(), Path(folder) / "rules"
+                port = remote.getsockname()[1]
+                rules.write_text("allow to %s port %d rate %dK/%dK\nallow to any\n" % (
+                    "any" if host == "127.0.0.1" else host, port, up, down))
+                way = upstream("socks5://127.0.0.1:%d" % above.server_address[1])
+                with running(rules=str(rules), upstream=(way,)) as server, associate(server.server_address[:2]) as udp:
+                    udp.sendto(b"x" * 1000, (host, port))
+                    _, back = remote.recvfrom(2048)
+                    arrived = self.count(remote, partial(remote.recvfrom, 2048))
+                    answered = self.count(udp, udp.recvfrom)
+                    self.flood(udp, (host, port))
+                    self.flood(remote, back)
+                    self.flows(arrived, up * KIB)
+                    self.flows(answered, down * KIB)
+                    session, = server.sessions
+                    self.assertGreater(session.association.losses()["beyond the rate"], 100)
 
 
 class PerUser(Rated):

@@ -34,7 +34,7 @@ from tests.support import (
     read_to_end, reader_of, run_cli, script, served, spawned, target, users_line, wait_until)
 
 FORKS = hasattr(os, "fork")
-SESSIONS = int(os.environ.get("SOCKS5_STATUS_SESSIONS", "1000"))    # of which metrics and log must agree; 8 or more
+SESSIONS = int(os.environ.get("SOCKS5_STATUS_SESSIONS", "2000"))    # of which metrics and log must agree; 8 or more
 
 
 def get(port, path, method="GET", host="127.0.0.1", **headers):
@@ -410,7 +410,7 @@ def code_of(port, path="/healthz"):
 @unittest.skipUnless(FORKS, "this system has no fork")
 class Processes(unittest.TestCase):
     def test_totals_agree_with_the_log_over_several_workers_and_a_killed_one(self):
-        """SOCKS5_STATUS_SESSIONS=10000 makes it ten times as many, and as long."""
+        """SOCKS5_STATUS_SESSIONS=10000 makes it five times as many: 10 s."""
         need(self, os.path.exists("/proc/self/task"), "/proc")
         closed = closed_port()
         with target() as echo, status("-w", "3") as (server, port):
@@ -533,7 +533,7 @@ class Counting(unittest.TestCase):
         request = Request(cmd, Address(ip_address("127.0.0.1"), 1))
         went = [(0.02, Request, request.pack()), *((1.0 + n, Reply, Reply(rep)) for n, rep in enumerate(replies))]
         for after_s, kind, message in went:
-            session.record.messages.append((session.started + after_s, kind, message, kind is Request))
+            session.record.append((session.started + after_s, kind, message, kind is Request))
         session.cmd, session.rep = cmd.word, replies[-1].word if replies else ""
         return session
 
@@ -551,6 +551,7 @@ class Counting(unittest.TestCase):
                     if swept:
                         self.meter.sweep(sessions)
                         self.assertEqual(sum(self.counted("handshake")), 1)
+                    self.assertTrue(sessions.end(session))
                     self.meter.ended(session)
                     self.meter.sweep(sessions)
                     self.assertEqual(self.counted("handshake").index(1), bisect.bisect_left(BOUNDS_S, 0.02))
@@ -575,6 +576,13 @@ class Words(unittest.TestCase):
     def test_the_line(self):
         self.assertEqual(line.text((10.0, 0, 1000, 5, 2), (12.0, 3000, 1000, 9, 1)),
                          "1 session   2 conn/s   up 1.5 kB/s   down 0 B/s   total 9 conn, up 3.0 kB, down 1.0 kB")
+
+    def test_the_line_loses_whole_parts_where_it_is_too_long(self):
+        words = "1 session   up 1.5 kB/s, down 20 B/s"
+        for room, left in ((99, words), (len(words), words), (len(words) - 1, words[:23]), (23, words[:23]),
+                           (22, "1 session"), (9, "1 session"), (8, "")):
+            with self.subTest(room=room):
+                self.assertEqual(line.fitting(words, room), left)
 
     def test_the_log_erases_the_line_first(self):
         written = []
@@ -665,7 +673,7 @@ class Terminal(unittest.TestCase):
                 wait_for(rb"\r\x1b\[K0 sessions   0 conn/s ")
                 with connect_through(port, *echo) as tunnel:
                     tunnel.sendall(b"x" * 1000)
-                    wait_for(rb"\r\x1b\[K1 session .*total 1 conn, up 1.0 kB, down")
+                    wait_for(rb"\r\x1b\[K1 session .*total 1 conn, up 1.0 kB")
                 wait_for(rb"\r\x1b\[K\d\d:\d\d:\d\d 127\.0\.0\.1 -> 127\.0\.0\.1:%d ok 2\.0 kB \d+\.\d s[^\r]*\r\n"
                          % echo[1])
                 wait_for(rb"\r\x1b\[K0 sessions .*total 1 conn")

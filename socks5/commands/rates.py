@@ -15,6 +15,7 @@ from ..net.addresses import IP, Sockaddr, ip_of
 from ..net.resolver import name_in, normalise
 from ..protocol.codes import Cmd
 from ..protocol.fields import Host
+from ..protocol.messages import Datagram
 from ..relay import limited
 from ..relay.bucket import NEVER, Buckets, Flow, HeldBack, Limit, OwnBucket
 from ..relay.loop import Loop
@@ -119,34 +120,55 @@ class Rates:
 
 
 class Police:
-    """Which datagrams of an association are within its rates. One thread calls, but for held_back()."""
+    """Which datagrams of an association are within its rates. One thread calls, but for held_back().
+
+    A datagram counts for the first rule that allows its remote, which is known by that rule's place (Verdict.where);
+    "" stands for all rules without a rate. An upstream that resolves a name does not say to which address: an answer
+    through it counts as that address does or, where no rule has a rate for it, as the last name with its port.
+    """
 
     def __init__(self, rates: Rates, session: Any) -> None:
         self._rates = rates
         self._session = session
         self._asker = Asker(session.client.ip, session.user, Cmd.UDP_ASSOCIATE)
         self._flows: Dict[str, Tuple[Flow, Flow]] = {}          # by the rule that has the rate; "": no rule has one
-        self._rules: Dict[Tuple[Any, ...], str] = {}            # the rule, by the remote's address and port
+        self._rules: Dict[Tuple[Any, ...], str] = {}            # the rule, by the remote's address, or "", and port
+        self._headers: Dict[bytes, str] = {}                    # the same by the header in which an upstream names it
 
-    def passes(self, way: int, size: int, remote: Optional[Sockaddr] = None) -> bool:
-        """Whether a datagram with so much payload may pass now. None: it goes through an upstream, where no rule's rate
-        holds."""
-        where = ""
-        if self._rates.rated and remote:
-            known = self._rules.get(remote[:2])
-            where = self.learn(ip_of(remote), int(remote[1]), b"") if known is None else known
-        flow = (self._flows.get(where) or self._open(where))[way]
+    def passes(self, way: int, size: int, rule: str) -> bool:
+        """Whether a datagram with so much payload, which this rule allows, may pass now."""
+        flow = (self._flows.get(rule) or self._open(rule))[way]
         return not flow.limits or flow.passes(max(size, 1), monotonic())
 
-    def learn(self, address: IP, port: int, host: Host) -> str:
-        """By which rule this remote is reached, which the client called so; "" if that has no rate."""
+    def rule_to(self, address: Optional[IP], port: int, host: Host) -> str:
+        """By which rule a remote is reached, which the client called `host`. No address: an upstream resolves that."""
         if not self._rates.rated:
             return ""
-        verdict = self._rates.rules.judge(self._asker, address, port, name_in(host) or None)
-        where = verdict.where if verdict.allowed and verdict.rate else ""
-        if where and where not in self._flows:
-            self._open(where, verdict.rate)
-        return remember(self._rules, (str(address), port), where)
+        rules, name = self._rates.rules, name_in(host) or None
+        verdict = (rules.judge(self._asker, address, port, name) if address else
+                   rules.judge_name(self._asker, port, name or b""))
+        rule = verdict.where if verdict and verdict.allowed and verdict.rate else ""
+        if rule and verdict and rule not in self._flows:
+            self._open(rule, verdict.rate)
+        return remember(self._rules, (str(address) if address else "", port), rule)
+
+    def rule_from(self, remote: Sockaddr) -> str:
+        """The same for the sender of an answer."""
+        if not self._rates.rated:
+            return ""
+        known = self._rules.get(remote[:2])
+        return self.rule_to(ip_of(remote), int(remote[1]), b"") if known is None else known
+
+    def rule_of(self, header: bytes) -> str:
+        """The same for the header of an answer that comes through an upstream."""
+        if not self._rates.rated:
+            return ""
+        known = self._headers.get(header)
+        if known is None:
+            host, port = Datagram.parse(header).dst
+            known = "" if isinstance(host, bytes) else self.rule_from((str(host), port))
+            known = remember(self._headers, header, known or self._rules.get(("", port), ""))
+        return known
 
     def _open(self, where: str, rate: AnyRate = ()) -> Tuple[Flow, Flow]:
         limits = self._rates.shared(self._session)

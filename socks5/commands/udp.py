@@ -32,7 +32,7 @@ from .fragments import Fragments
 from .rates import DOWN as DOWN_WAY, UP as UP_WAY, Police
 from .upstream import Link, Links
 
-Route = Tuple[socket.socket, Sockaddr, int]          # the number of header bytes that go along: to an upstream, all
+Route = Tuple[socket.socket, Sockaddr, int, str]     # header bytes that go along: to an upstream, all; the rule's place
 Way = Callable[[Optional[IP], int, Host], Optional[Upstream]]
 OnDatagram = Callable[[str, bytes, Sockaddr], None]
 
@@ -206,7 +206,7 @@ class Association:
                     run = []
                     self._look_at(bytes(view[at:at + size]), sender)
                     continue
-            if police and not police.passes(UP_WAY, size - start, route[1] if route and not route[2] else None):
+            if police and not police.passes(UP_WAY, size - start, route[3] if route else ""):
                 self.dropped[BEYOND] += 1
                 continue
             if run and (size - skip != length or route is not to):
@@ -238,7 +238,7 @@ class Association:
             except OSError as exc:
                 self.dropped[name_of(exc)] += 1
                 continue
-            if police and not police.passes(DOWN_WAY, size, sender):
+            if police and not police.passes(DOWN_WAY, size, police.rule_from(sender)):
                 self.dropped[BEYOND] += 1
                 continue
             if run and size != length:
@@ -258,8 +258,10 @@ class Association:
     def _from_link(self, link: Link, fd: int, view: memoryview) -> None:
         if fd == link.sock.fileno():
             for run, length in link.receive(view, self.dropped):
-                if self.police:
-                    came, run = len(run), [one for one in run if self.police.passes(DOWN_WAY, length)]
+                police = self.police
+                if police:
+                    came, run = len(run), [one for one in run if police.passes(
+                        DOWN_WAY, length, police.rule_of(bytes(one[:len(one) - length])))]
                     self.dropped[BEYOND] += came - len(run)
                 self._down(run, length)
         elif not link.alive():
@@ -315,7 +317,8 @@ class Association:
             return None
         upstream = self.way and self.way(None, datagram.dst.port, host)
         if upstream:
-            self._send_through(upstream, datagram, host)
+            rule = self.police.rule_to(None, datagram.dst.port, host) if self.police else ""
+            self._send_through(upstream, datagram, host, rule)
             return None
         if not self._waiting:
             self._waiting = Waiting(self.names, self.owner)
@@ -331,16 +334,15 @@ class Association:
                 reason = "not allowed"
                 continue
             upstream = self.way and self.way(address, port, host)
+            rule = self.police.rule_to(address, port, host) if self.police else ""
             if upstream:
-                self._send_through(upstream, datagram, address)
+                self._send_through(upstream, datagram, address, rule)
                 return
-            if self.police:
-                self.police.learn(address, port, host)
-                if not self.police.passes(UP_WAY, len(datagram.data), (str(address), port)):
-                    reason = BEYOND
-                    break
+            if self.police and not self.police.passes(UP_WAY, len(datagram.data), rule):
+                reason = BEYOND
+                break
             try:
-                route = self._sockets.toward(address), (str(address), port), 0
+                route = self._sockets.toward(address), (str(address), port), 0, rule
                 route[0].sendto(datagram.data, route[1])
             except OSError as exc:
                 reason = name_of(exc)
@@ -351,9 +353,9 @@ class Association:
             return
         self.dropped[reason] += 1
 
-    def _send_through(self, upstream: Upstream, datagram: Datagram, host: Host) -> None:
+    def _send_through(self, upstream: Upstream, datagram: Datagram, host: Host, rule: str) -> None:
         """Send it to an upstream, and so from now on what has its header, unless that names another host."""
-        if self.police and not self.police.passes(UP_WAY, len(datagram.data)):
+        if self.police and not self.police.passes(UP_WAY, len(datagram.data), rule):
             self.dropped[BEYOND] += 1
             return
         try:
@@ -366,7 +368,7 @@ class Association:
             self.datagrams[0] += 1
             self.up += len(datagram.data)
             if host == datagram.dst.host:
-                remember(self._routes, header, route)
+                remember(self._routes, header, (*route, rule))
 
 
 def watch(poll: Any, readable: Any) -> None:

@@ -3,8 +3,9 @@
 A bucket is a virtual queue (GCRA, ITU-T I.371): it stores one number, the time at which all that was taken from it is
 paid for. Who takes some bytes is told when they may be read: now, or after those of all others that asked before. So
 sessions take turns, in all processes, and none polls for tokens. Each takes about PORTION_S of the rate at a time, and
-less while others wait: the lock costs some 10 us a portion, and no byte. A process that is killed loses what it had
-taken, a portion or two.
+less while others have some: the lock costs some 10 us a portion, and no byte. What is taken and not read yet, because
+the receiver is slow, may be read later beyond the rate: at most some tenths of a second of it, however many sessions
+there are. A process that is killed loses what it had taken.
 
 Any thread may call. Sizes in bytes, times in seconds by time.monotonic(). Knows no sockets.
 """
@@ -18,8 +19,8 @@ from ..access.shared import Lock, Table, digest
 
 RECORDS = 16384                 # buckets. Beyond that, the fullest is dropped: its owner gets up to one burst too much
 BURST_S = 0.2                   # a bucket holds as much as flows in this time, if nothing else is said
-PORTION_S = 0.02                # what one session takes at a time, while no other waits;
-SHARED_BY = 10                  # divided by as many as wait, up to this
+PORTION_S = 0.01                # what one session takes at a time, while no other has any;
+SHARED_BY = 20                  # divided by as many as have some, up to this
 LEAST_BYTES = 256               # a portion at the lowest rates
 SPARE_BYTES = 1 << 16           # what a process takes ahead from a bucket that has enough, for small messages
 SLACK_S = 0.002                 # a wait that is no longer is not worth a timer; it is made up for later
@@ -89,7 +90,7 @@ class Limit:
     name    what sets the limit, for the status page
     """
 
-    __slots__ = ("name", "_bucket", "_bytes_s", "_burst_s", "_portion", "_spare", "_waiting", "_pot", "_pot_at",
+    __slots__ = ("name", "_bucket", "_bytes_s", "_burst_s", "_portion", "_spare", "_sharing", "_pot", "_pot_at",
                  "_lock", "__weakref__")
 
     def __init__(self, name: str, bucket: Bucket, bytes_s: float, burst_bytes: float = 0) -> None:
@@ -99,17 +100,18 @@ class Limit:
         self._burst_s = max(burst_bytes / bytes_s, PORTION_S) if burst_bytes else BURST_S
         self._portion = int(bytes_s * PORTION_S)
         self._spare = max(LEAST_BYTES, min(self._portion, SPARE_BYTES))
-        self._waiting = 0                           # flows of this process that wait for it
+        self._sharing = 0                           # flows of this process that have some of it, or wait for it
         self._pot, self._pot_at = 0, 0.0            # taken and not used yet; when it may be read
         self._lock = threading.Lock()
 
     def portion(self) -> int:
-        """What a session should ask for at a time, at the most: then those that wait get their turns soon."""
-        return max(LEAST_BYTES, self._portion // max(1, min(self._waiting, SHARED_BY)))
+        """What a flow should ask for at a time, at the most: then those that wait get their turns soon."""
+        return max(LEAST_BYTES, self._portion // max(1, min(self._sharing, SHARED_BY)))
 
-    def reserve(self, size: int, now: float) -> float:
-        """Take it: from when on it may be read."""
+    def reserve(self, size: int, now: float, joins: bool = False) -> float:
+        """Take it: from when on it may be read. `joins` says that the flow has none yet."""
         with self._lock:
+            self._sharing += joins
             if self._pot >= size:
                 self._pot -= size
                 return self._pot_at
@@ -118,15 +120,11 @@ class Limit:
             self._pot = taken - lacks
             return self._pot_at
 
-    def give_back(self, size: int) -> None:
-        """What was reserved and not read."""
+    def leave(self, size: int) -> None:
+        """A flow has no more of it; so much was reserved and not read."""
         with self._lock:
+            self._sharing -= 1
             self._pot = min(self._pot + size, 2 * max(self._portion, SPARE_BYTES))
-
-    def wait(self, change: int) -> None:
-        """One flow more waits, or one less."""
-        with self._lock:
-            self._waiting += change
 
 
 class HeldBack(NamedTuple):
@@ -160,52 +158,49 @@ class Flow:
         return min(limit.portion() for limit in self.limits)
 
     def reserve(self, size: int, now: float) -> bool:
-        """Reserve it of every limit. Whether it may be read now; else resume_at says when."""
-        self.granted = size
-        slowest = max(((limit.reserve(size, now), limit) for limit in self.limits), key=lambda pair: pair[0])
+        """Reserve it of every limit, beside what is granted already. Whether that may be read now; else resume_at says
+        when."""
+        joins = not self.granted
+        self.granted += size
+        slowest = max(((limit.reserve(size, now, joins), limit) for limit in self.limits), key=lambda pair: pair[0])
         self.used_at = max(now, slowest[0])
         if slowest[0] <= now + SLACK_S:
             return True
         self.resume_at = slowest[0]
         self.held_back = HeldBack(now, slowest[1].name)
-        for limit in self.limits:
-            limit.wait(1)
         return False
 
-    def resume(self) -> None:
-        """It waits no longer."""
-        if self.resume_at:
-            self.resume_at = 0.0
-            for limit in self.limits:
-                limit.wait(-1)
-
     def use(self, size: int, now: float) -> None:
-        self.granted = max(0, self.granted - size)
         self.used_at = now
+        if size < self.granted:
+            self.granted -= size
+        elif self.granted:
+            self._leave(0)
 
     def stale(self, now: float) -> bool:
-        return now > self.used_at + STALE_S
+        """Whether something is granted and was not used for long."""
+        return self.granted > 0 and now > self.used_at + STALE_S
 
     def close(self) -> None:
         """Give back what is reserved."""
-        self.resume()
-        for limit in self.limits if self.granted else ():
-            limit.give_back(self.granted)
+        self.resume_at = 0.0
+        if self.granted:
+            self._leave(self.granted)
+
+    def _leave(self, size: int) -> None:
         self.granted = 0
+        for limit in self.limits:
+            limit.leave(size)
 
     def passes(self, size: int, now: float) -> bool:
         """For a datagram, which cannot wait: whether it may pass now. The flow waits its turn as a stream does, but
         what comes meanwhile is lost."""
         if self.resume_at > now + SLACK_S:
             return False
-        self.resume()
+        self.resume_at = 0.0
         if self.stale(now):
             self.close()
-        rest = self.granted
-        if rest < size:
-            passes = self.reserve(max(size, self.portion()), now)
-            self.granted += rest
-            if not passes:
-                return False
+        if self.granted < size and not self.reserve(max(size, self.portion()), now):
+            return False
         self.use(size, now)
         return True

@@ -11,12 +11,11 @@ import heapq
 import itertools
 import sys
 from time import monotonic
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 from . import pipe as pipes
 from .bucket import NEVER, Flow, HeldBack, Limit
 from .pipe import Pipe
-from .protected import CodingPipe
 from .splice import PIPE_BYTES
 from .tunnel import CLIENT, INCOMING, REMOTE, Tunnel
 
@@ -30,119 +29,73 @@ except ImportError:                         # Windows
 Limits = Sequence[Limit]
 
 
-class Limited:
-    """What the two kinds of Pipe have in common that are limited. `flow` has what their limits granted."""
+class Gate:
+    """In front of a Pipe: it is read only as far as its limits have granted bytes. Its owner alone may call.
 
-    __slots__ = ()
-    flow: Flow
-    timed_at: float                         # the resume_at for which the loop has a timer
+    flow        what the limits have granted
+    timed_at    the resume_at of the Pipe for which the loop has a timer
+    """
 
-    def fill(self: Any) -> Optional[bool]:
-        now, flow, paused = monotonic(), self.flow, self.resume_at > 0
-        if self.resume_at > now:            # a hang-up is reported while it waits
+    __slots__ = ("flow", "timed_at")
+
+    def __init__(self, limits: Limits) -> None:
+        self.flow = Flow(limits)
+        self.timed_at = 0.0
+
+    def fill(self, pipe: Pipe, fill: Callable[[], Optional[bool]]) -> Optional[bool]:
+        """Call `fill` of the Pipe, if bytes are granted or can be had now. Answers as that does."""
+        now, flow, paused = monotonic(), self.flow, pipe.resume_at > 0
+        if pipe.resume_at > now:            # a hang-up is reported while it waits
             return None
-        self.resume()
-        if flow.granted and flow.stale(now):
+        self.resume(pipe)
+        if flow.stale(now):
             flow.close()
-        if not flow.granted and not self.reserve(now):
+        room = flow.granted or self.reserve(pipe, now)
+        if not room:
             return True                     # paused: the owner has to look
-        room = flow.granted
-        self.room = min(room, pipes.CHUNK_BYTES)
-        if self.kernel is not None:
-            self.kernel.room = min(room, PIPE_BYTES)
-        before = self.total
-        filled: Optional[bool] = self.plain_fill()
+        pipe.room = min(room, pipes.CHUNK_BYTES)
+        if pipe.kernel is not None:
+            pipe.kernel.room = min(room, PIPE_BYTES)
+        before = pipe.taken()
+        filled = fill()
         if room < pipes.CHUNK_BYTES:        # so little is not worth a thread
-            self.full = 0
-        flow.use(self.read_since(before), now)
+            pipe.full = 0
+        flow.use(max(0, pipe.taken() - before), now)        # a message is less when it is opened
         return paused or filled             # the owner has to look when it was paused until now
 
-    def reserve(self: Any, now: float) -> bool:
-        """Reserve what may be read next. False: it is paused until then."""
+    def reserve(self, pipe: Pipe, now: float) -> int:
+        """Reserve what is to be read next: how much may be read now. 0: the Pipe is paused."""
         flow = self.flow
-        if not flow.limits:                 # a reload has lifted them
-            flow.granted, flow.used_at = PIPE_BYTES, now
-            return True
         size = flow.portion()
-        if self.kernel is None:             # no more than there is, unless that is a whole read
-            there = readable(self.source)
+        if pipe.kernel is None:             # no more than there is, unless that is a whole read
+            there = readable(pipe.source)
             size = size if there >= pipes.CHUNK_BYTES else min(size, there)
         if not size:                        # EOF or an error, which cost nothing
-            flow.granted, flow.used_at = 1, now
-            return True
-        may: bool = flow.reserve(size, now)
-        self.resume_at = flow.resume_at
-        return may
+            return 1
+        if flow.reserve(size, now):
+            return flow.granted
+        pipe.resume_at = flow.resume_at
+        return 0
 
-    def resume(self: Any) -> None:
-        """It is not paused any more."""
-        if self.resume_at:
-            self.resume_at = 0.0
-            self.flow.resume()
+    def resume(self, pipe: Pipe) -> None:
+        """The Pipe is not paused any more."""
+        pipe.resume_at = self.flow.resume_at = 0.0
 
-    def limit(self: Any, limits: Limits) -> None:
-        """From now on these limits hold."""
-        self.resume_at = 0.0
+    def close(self, pipe: Pipe) -> None:
+        """Give back what is reserved."""
+        self.resume(pipe)
         self.flow.close()
-        held_back = self.flow.held_back
-        self.flow = Flow(limits)
-        self.flow.held_back = held_back
-
-    def close(self: Any) -> None:
-        self.resume_at = 0.0
-        self.flow.close()
-        super().close()                     # type: ignore[misc]
-
-
-class LimitedPipe(Limited, Pipe):
-    __slots__ = ("flow", "timed_at")
-
-    def plain_fill(self) -> Optional[bool]:
-        return Pipe.fill(self)
-
-    def read_since(self, before: int) -> int:
-        """Bytes that were read since `total` was so much."""
-        return self.total - before + self.held
-
-
-class LimitedCodingPipe(Limited, CodingPipe):
-    __slots__ = ("flow", "timed_at")
-
-    def plain_fill(self) -> Optional[bool]:
-        self.payload = 0                    # of what was delivered before
-        return CodingPipe.fill(self)
-
-    def read_since(self, _before: int) -> int:
-        """The same in plain bytes."""
-        return self.payload
-
-
-KINDS: Dict[Type[Pipe], Type[Any]] = {Pipe: LimitedPipe, CodingPipe: LimitedCodingPipe}
 
 
 def limit(tunnel: Tunnel, up: Limits, down: Limits) -> None:
     """Have these limits hold for a tunnel from now on. By the thread that has it."""
     for pipe, limits in ((tunnel.up, up), (tunnel.down, down)):
-        if isinstance(pipe, Limited):
-            pipe.limit(limits)
-        elif limits:
-            made = limited(pipe, limits)
-            if pipe is tunnel.up:
-                tunnel.up = made
-            else:
-                tunnel.down = made
-
-
-def limited(pipe: Pipe, limits: Limits) -> Pipe:
-    """A Pipe that goes on where this one is."""
-    kind = KINDS[type(pipe)]
-    made: Any = object.__new__(kind)
-    for above in type(pipe).__mro__:
-        for name in getattr(above, "__slots__", ()):
-            setattr(made, name, getattr(pipe, name))
-    made.flow = Flow(limits)
-    made.timed_at = 0.0
-    return made                             # type: ignore[no-any-return]
+        if pipe.gate is not None:
+            pipe.gate.close(pipe)
+        pipe.gate = Gate(limits) if limits else None
+        pipe.room = pipes.CHUNK_BYTES
+        if pipe.kernel is not None:
+            pipe.kernel.room = PIPE_BYTES
 
 
 def readable(sock: Any) -> int:
@@ -158,7 +111,7 @@ def readable(sock: Any) -> int:
 
 def held_back(tunnel: Tunnel) -> HeldBack:
     """When a limit held this tunnel back last, and which."""
-    return max(pipe.flow.held_back if isinstance(pipe, Limited) else NEVER for pipe in (tunnel.up, tunnel.down))
+    return max(pipe.gate.flow.held_back if pipe.gate else NEVER for pipe in (tunnel.up, tunnel.down))
 
 
 def pause(tunnel: Tunnel, wait_s: float) -> float:
@@ -168,8 +121,8 @@ def pause(tunnel: Tunnel, wait_s: float) -> float:
     for pipe in (tunnel.up, tunnel.down):
         if pipe.resume_at > now:
             wait_s = min(wait_s, pipe.resume_at - now)
-        elif isinstance(pipe, Limited):
-            pipe.resume()
+        elif pipe.resume_at:
+            pipe.gate.resume(pipe)
     return wait_s
 
 
@@ -186,8 +139,8 @@ class Timers:
     def note(self, tunnel: Tunnel) -> None:
         """This tunnel may be paused."""
         for side, pipe in ((CLIENT, tunnel.up), (REMOTE, tunnel.down)):
-            if pipe.resume_at and isinstance(pipe, Limited) and pipe.timed_at != pipe.resume_at:
-                pipe.timed_at = pipe.resume_at
+            if pipe.resume_at and pipe.gate.timed_at != pipe.resume_at:
+                pipe.gate.timed_at = pipe.resume_at
                 heapq.heappush(self.heap, (pipe.resume_at, next(self._numbers), tunnel, side))
 
     def wait_s(self, most_s: float) -> float:
@@ -200,8 +153,8 @@ class Timers:
         while heap and heap[0][0] <= now:
             when, _, tunnel, side = heapq.heappop(heap)
             pipe = tunnel.down if side else tunnel.up
-            if isinstance(pipe, Limited) and pipe.timed_at == when:
-                pipe.timed_at = 0.0             # or a tunnel that is lent now would have no timer when it is back
+            if pipe.gate and pipe.gate.timed_at == when:
+                pipe.gate.timed_at = 0.0        # or a tunnel that is lent now would have no timer when it is back
             if pipe.resume_at == when and not tunnel.lent and not tunnel.ended:
                 yield tunnel, side
 
@@ -210,12 +163,12 @@ def read_on(tunnel: Tunnel, side: int, now: float) -> None:
     """For the relay loop: read what is granted by now. What comes next is reserved at once, which saves two calls to
     the poller while the direction is paused most of the time."""
     tunnel.handle(side, INCOMING, now)      # urgent data included: without that, recv() would skip the urgent byte
-    pipe: Any = tunnel.down if side else tunnel.up
-    if not (tunnel.ended or pipe.held or pipe.done or pipe.resume_at or pipe.flow.granted):
-        pipe.reserve(now)
+    pipe = tunnel.down if side else tunnel.up
+    if pipe.gate and not (tunnel.ended or pipe.held or pipe.done or pipe.resume_at or pipe.gate.flow.granted):
+        pipe.gate.reserve(pipe, now)
 
 
 def limits_of(tunnel: Tunnel) -> Tuple[Limits, Limits]:
     """Those in force, up and down."""
-    up, down = (pipe.flow.limits if isinstance(pipe, Limited) else () for pipe in (tunnel.up, tunnel.down))
+    up, down = (pipe.gate.flow.limits if pipe.gate else () for pipe in (tunnel.up, tunnel.down))
     return up, down

@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import sys
-from typing import List, Optional, Union
+from typing import Any, List, Optional, Union
 
 from . import splice
 
@@ -49,11 +49,12 @@ class Pipe:
     urgent      `chunk` is the one byte that the source sent as urgent data
     parked      bytes of `chunk` that count for splice.parked: what a kernel pipe held when it was given back
     room        bytes of one read
-    resume_at   when it may read again, while a rate limit holds it back; 0: now
+    gate        limits what is read (limited.Gate); None while no rate limit holds
+    resume_at   when it may read again, while the gate holds it back; 0: now
     """
 
     __slots__ = ("source", "sink", "chunk", "kernel", "held", "total", "done", "full", "urgent", "parked", "room",
-                 "resume_at")
+                 "gate", "resume_at")
 
     def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
         """`early` is what was read from the source before the tunnel stood."""
@@ -68,6 +69,7 @@ class Pipe:
         self.urgent = False
         self.parked = 0
         self.room = CHUNK_BYTES
+        self.gate: Any = None
         self.resume_at = 0.0
 
     def fill(self) -> Optional[bool]:
@@ -191,10 +193,16 @@ class Pipe:
             self.kernel = None
 
     def close(self) -> None:
-        """Let go of what is in hand. The sockets are the owner's."""
+        """Let go of what is in hand, and of what the gate has reserved. The sockets are the owner's."""
         self.close_kernel()
+        if self.gate is not None:
+            self.gate.close(self)
         self.chunk = b""
         self._unpark()
+
+    def taken(self) -> int:
+        """Bytes that were read: those that the sink has taken, and those in hand."""
+        return self.total + self.held
 
     def _unpark(self) -> None:
         splice.park(-self.parked)

@@ -106,6 +106,12 @@ class CodingPipe(Pipe):
         if not self.held:
             self.total += self.payload          # another thread may read it at any time: encoded bytes never count
 
+    def taken(self) -> int:
+        """The same in plain bytes, and what is kept of a message that is not whole: so a long one is read in portions,
+        and paid for only once."""
+        kept = self.place.unfinished if self.place else self.unfinished()
+        return self.total + (self.payload if self.held else 0) + kept
+
     def use_kernel(self, owner: str = "") -> None:
         """Not here, but a thread of its own may read more at a time, and has memory in which the bytes are coded."""
         self.size = MORE_BYTES

@@ -82,7 +82,7 @@ class Tunnel:
         mine, other = (self.up, self.down) if side == CLIENT else (self.down, self.up)
         try:
             if events == READ and not mine.held and not mine.done:      # nearly always
-                filled = mine.fill()
+                filled = mine.fill() if mine.gate is None else mine.gate.fill(mine, mine.fill)
                 if filled is not None:
                     self.moved_at = now
                     if mine.done:
@@ -91,7 +91,8 @@ class Tunnel:
             acted = look = False
             if events & ~WRITE and not mine.held and not mine.done:
                 # A bare hang-up says nothing about urgent data: it was not asked for when this batch was made.
-                filled = mine.fill() if events & (READ | URGENT) == READ else mine.fill_urgent()
+                fill = mine.fill if events & (READ | URGENT) == READ else mine.fill_urgent
+                filled = fill() if mine.gate is None else mine.gate.fill(mine, fill)
                 if filled is not None:
                     acted = True
                     self.moved_at = now
@@ -153,7 +154,7 @@ class Tunnel:
     def close(self) -> None:
         """Close the remote and what is in hand; the client's socket is closed with its session."""
         for pipe in (self.up, self.down):
-            if pipe.held or pipe.kernel is not None or pipe.resume_at:
+            if pipe.held or pipe.kernel is not None or pipe.gate is not None:
                 pipe.close()
         self.remote.close()
 

@@ -89,12 +89,11 @@ class Handler(StreamRequestHandler):
         self.connection = self.request
         if self.timeout is not None:
             self.connection.settimeout(self.timeout)
-        self.rfile = self.inbox = Inbox(self.connection)
+        self.session = self.server.session_of(self.request, self.client_address)
+        self.rfile = self.inbox = Inbox(self.connection, self.session.record)
         self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
         self.dialogue: Optional[Dialogue] = None                # with the upstream that `remote` is
-        self.session = self.server.session_of(self.request, self.client_address)
         self.story = self.session.story
-        self.watched = bool(self.story or self.session.record)  # by the trace or the status page
         self.debug = log.isEnabledFor(logging.DEBUG)
 
     @cached_property
@@ -134,20 +133,14 @@ class Handler(StreamRequestHandler):
 
     def take(self, kind: Type[M]) -> M:
         """The client's next message."""
-        if not self.watched:
-            return self.inbox.take(kind)
-        record = self.session.record
-        return record.take(kind, self.parse, self.inbox) if record else self.parse(kind)
-
-    def parse(self, kind: Type[M]) -> M:
-        return self.story.take(kind, self.inbox.read_exactly) if self.story else self.inbox.take(kind)
+        return self.inbox.parse(kind, partial(self.story.take, kind)) if self.story else self.inbox.take(kind)
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
         if self.story:
             self.story.sent(message, self.session.why)
-        if self.session.record:
-            self.session.record.sent(message)
+        if self.inbox.record is not None:
+            self.inbox.sent(message)
         raw = message if isinstance(message, bytes) else message.pack()
         self.connection.sendall(self.envelope.seal(raw) if self.envelope else raw)
 

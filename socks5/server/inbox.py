@@ -8,12 +8,13 @@ from __future__ import annotations
 import io
 import socket
 from time import monotonic
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type
+from typing import Any, Callable, List, Optional, Tuple, Type
 
 from ..protocol.envelope import Envelope
 
 from ..access.passwords import Wait
 from ..net.poller import new_poll
+from ..protocol.errors import SocksError
 from ..protocol.messages import HEADER_BYTES, MOST_BYTES, Login, ProtectionLevel, SecurityToken, whole
 from ..protocol.trace import M, Sent
 
@@ -24,6 +25,11 @@ SECRET = {Login, SecurityToken, ProtectionLevel}        # neither a Record nor w
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
 LINGER_BYTES = 1 << 16      # and how much of it
 
+# The messages of one handshake as they went over the wire: when, the message's type, its bytes or the message itself,
+# and whether the client sent it. Kept only where a status page may ask for them, and nothing is formatted before. A
+# Login ends after its UNAME and a message of RFC 1961 before its TOKEN: neither secrets nor 64 KiB are kept.
+Record = List[Tuple[float, Type[Any], Any, bool]]
+
 
 class Inbox(io.BufferedIOBase):
     """The handler's rfile: a buffered reader whose buffer can be taken over by the tunnel.
@@ -31,10 +37,11 @@ class Inbox(io.BufferedIOBase):
     A reader of io's own would do; but nothing says how much it has read ahead without reading on.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, record: Optional[Record] = None) -> None:
         self.sock = sock
+        self.record = record
         self.held = b""
-        self.heard: Optional[bytes] = None          # while a Record takes a message: all that came; `held` is its end
+        self.heard: Optional[bytes] = None          # while a message is recorded: all that came; `held` is its end
         self.envelope: Optional[Envelope] = None
 
     def protect(self, envelope: Envelope) -> None:
@@ -80,11 +87,35 @@ class Inbox(io.BufferedIOBase):
         if kind not in SECRET and len(self.held or self.peek()) <= MOST_BYTES:
             try:
                 message: M = whole(kind, self.held)
+                if self.record is not None:
+                    self.record.append((monotonic(), kind, self.held, True))
                 self.held = b""
                 return message
-            except EOFError:                        # it is in pieces, or more has come behind it
+            except (EOFError, SocksError):          # it is in pieces, or more has come behind it; or it is a bad one
                 pass
-        return kind.parse(self.read_exactly)
+        return self.parse(kind, kind.parse)
+
+    def parse(self, kind: Type[M], parse: Callable[[Callable[[int], bytes]], M]) -> M:
+        """The next message by parse(read_exactly). What it has read is recorded, also where that was no message."""
+        if self.record is None:
+            return parse(self.read_exactly)
+        self.heard = self.held
+        try:
+            return parse(self.read_exactly)
+        finally:
+            raw, self.heard = self.heard, None
+            if self.held:
+                raw = raw[:len(raw) - len(self.held)]
+            if kind in SECRET:
+                raw = raw[:HEADER_BYTES if kind is not Login else 2 + raw[1] if len(raw) > 1 else 2]
+            self.record.append((monotonic(), kind, raw, True))
+
+    def sent(self, message: Sent) -> None:
+        """Record a message of ours."""
+        if self.record is not None:
+            kind: Any = type(message)
+            kept = message.pack()[:HEADER_BYTES] if kind in SECRET else message     # type: ignore[union-attr]
+            self.record.append((monotonic(), kind, kept, False))
 
     def peek(self, size: int = 1) -> bytes:
         """What is in hand, or else what comes next, without taking it; b"" at the end."""
@@ -120,43 +151,6 @@ class Inbox(io.BufferedIOBase):
         """Take what is in hand."""
         rest, self.held = self.held, b""
         return rest
-
-
-class Record:
-    """The messages of one handshake as they went over the wire, and what of the session was counted already. Made only
-    where a status page may ask for it; nothing of it is parsed or formatted before.
-
-    messages    when, the message's type, its bytes or the message itself, and whether the client sent it. A Login ends
-                after its UNAME and a message of RFC 1961 before its TOKEN: neither secrets nor 64 KiB are kept
-    answered    the first reply to its request is in the counters
-    counted     the session is over, and in the counters
-    up, down    bytes that are in the counters already
-    udp         what an association has done, as far as it is in the counters
-    """
-
-    answered = counted = False                      # of the class: most sessions never set them
-    up = down = 0
-    udp: Optional[Dict[Tuple[str, str], int]] = None
-
-    def __init__(self) -> None:
-        self.messages: List[Tuple[float, Type[Any], Any, bool]] = []
-
-    def take(self, kind: Type[M], parse: Callable[[Type[M]], M], inbox: Inbox) -> M:
-        """The client's next message, parsed by `parse`."""
-        inbox.heard = inbox.held
-        try:
-            return parse(kind)
-        finally:
-            raw, inbox.heard = inbox.heard, None
-            if inbox.held:
-                raw = raw[:len(raw) - len(inbox.held)]
-            if kind in SECRET:
-                raw = raw[:HEADER_BYTES if kind is not Login else 2 + raw[1] if len(raw) > 1 else 2]
-            self.messages.append((monotonic(), kind, raw, True))
-
-    def sent(self, message: Sent) -> None:
-        kept = message.pack()[:HEADER_BYTES] if isinstance(message, (SecurityToken, ProtectionLevel)) else message
-        self.messages.append((monotonic(), type(message), kept, False))
 
 
 class Outbox(io.BufferedIOBase):

@@ -362,7 +362,7 @@ class Server(Newcomers):
             tell(log, logging.DEBUG if health_check else logging.INFO, Session.LINE, facts)
             if session.story:
                 session.story.end(facts)
-            if session.record:
+            if session.record is not None:
                 self.meter.ended(session)
         finally:                                                # also where memory has run out
             try:

@@ -36,7 +36,7 @@ class Line:
         self.due = monotonic() + EVERY_S
         now = sample(self._board, self._begun())
         words, self._before = text(self._before, now), now
-        self._writer.put(words[:columns(self._fd) - 1])
+        self._writer.put(fitting(words, columns(self._fd) - 1))
 
     def close(self) -> None:
         self._writer.put("")
@@ -54,6 +54,13 @@ def columns(fd: int) -> int:
         return os.get_terminal_size(fd).columns or COLUMNS
     except OSError:
         return COLUMNS
+
+
+def fitting(words: str, room: int) -> str:
+    """As many of its parts as there is room for: no figure is cut."""
+    if len(words) <= room:
+        return words
+    return words[:max(0, *(words.rfind(between, 0, room + len(between)) for between in ("   ", ", ")))]
 
 
 def text(before: Tuple[float, ...], now: Tuple[float, ...]) -> str:

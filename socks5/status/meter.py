@@ -14,7 +14,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from time import monotonic, sleep
-from typing import Deque, List, Tuple
+from typing import Deque, Dict, List, Tuple
 
 from ..commands import rates
 from ..commands.udp import BEYOND, Association
@@ -22,7 +22,6 @@ from ..net.writer import lost_in_all
 from ..protocol.codes import Cmd, Rep
 from ..protocol.messages import Request
 from ..server import counters
-from ..server.inbox import Record
 from ..server.session import Session
 from ..server.sessions import Sessions
 
@@ -68,7 +67,8 @@ HANDSHAKE_SUM, CONNECTED_SUM = PLACES["handshake", SUM], PLACES["connect", SUM]
 ENDED = {("" if command == NONE else command, "" if rep == NONE else rep): PLACES["session", command + " " + rep]
          for command in COMMANDS for rep in REPS}
 SUCCEEDED, CONNECT = Rep.SUCCEEDED.name, Cmd.CONNECT.name
-GOOD = ("", SUCCEEDED)
+GOOD = "", SUCCEEDED
+Count = Tuple[str, str]
 
 KEPT = 200                              # sessions that are over, and as many that were refused, in each process
 AT_ONCE = 100                           # sessions between two moments in which other threads may have the interpreter
@@ -101,6 +101,21 @@ class Board:
             self.table[row * ROW + place] = 0
 
 
+class Counted:
+    """What of a session that is not over is in the counters already.
+
+    answered    the first reply to its request
+    udp         what its association has done
+    """
+
+    __slots__ = ("up", "down", "answered", "udp")
+
+    def __init__(self) -> None:
+        self.up = self.down = 0
+        self.answered = False
+        self.udp: Dict[Count, int] = {}
+
+
 class Meter(counters.Meter):
     """Counts what happens in one server process, into its row, and remembers the last sessions that are over.
 
@@ -114,34 +129,34 @@ class Meter(counters.Meter):
         self._row = row
         self._table = board.table[row * ROW:(row + 1) * ROW]
         self._lock = threading.Lock()                   # += is not atomic; held for some microseconds
+        self._counted: Dict[Session, Counted] = {}      # few: most sessions end before the first sweep
         self._lost = 0
 
     # ---- what the server tells; see server/counters.py ------------------------------------------------------------
 
     def begin(self, session: Session) -> None:
-        session.record = Record()
+        session.record = []
 
     def udp(self, session: Session, association: Association) -> None:
-        if session.record:
-            with self._lock:
-                self._count_udp(session.record, association)
+        with self._lock:
+            if not session.ended_at:
+                self._count_udp(self._counted.setdefault(session, Counted()), association)
 
     def ended(self, session: Session) -> None:
-        record, table = session.record, self._table
-        if record is None:
-            return
-        up, down = session.up - record.up, session.down - record.down
+        table, rep, up, down = self._table, session.rep, session.up, session.down
         with self._lock:
-            record.counted = True
-            table[ENDED[session.cmd, session.rep]] += 1
+            counted = self._counted.pop(session, None) if self._counted else None
+            if counted:
+                up, down = up - counted.up, down - counted.down
+            table[ENDED[session.cmd, rep]] += 1
             if up:
                 table[UP] += up
             if down:
                 table[DOWN] += down
-            if session.rep and not record.answered:
-                self._count_answer(session, record)
+            if rep and not (counted and counted.answered):
+                self._count_answer(session)
             self.finished.append(session)
-            if session.ended_by == "refused" or session.rep not in GOOD:
+            if rep not in GOOD or session.ended_by == "refused":
                 self.refusals.append(session)
 
     def last(self) -> Tuple[List[Session], List[Session]]:
@@ -166,21 +181,20 @@ class Meter(counters.Meter):
         for number, session in enumerate(sessions):
             if number % AT_ONCE == AT_ONCE - 1:
                 sleep(0)                                # let others have the interpreter
-            record, association = session.record, session.association
+            association = session.association
             states[session.state()] += 1
             held[rates.held_back(session, now)] += 1
-            if record is None:
-                continue
             with self._lock:
-                if not record.counted:
+                if session.record is not None and not session.ended_at:     # or ended() counts it
+                    counted = self._counted.setdefault(session, Counted())
                     up, down = session.moved()
-                    self._table[UP] += up - record.up
-                    self._table[DOWN] += down - record.down
-                    record.up, record.down = up, down
-                    if session.rep and not record.answered:
-                        self._count_answer(session, record)
+                    self._table[UP] += up - counted.up
+                    self._table[DOWN] += down - counted.down
+                    counted.up, counted.down = up, down
+                    if session.rep and not counted.answered:
+                        counted.answered = self._count_answer(session)
                     if association:
-                        self._count_udp(record, association)
+                        self._count_udp(counted, association)
         lost = lost_in_all()
         self._table[PLACES["lost", ""]] += lost - self._lost
         self._lost = lost
@@ -195,33 +209,34 @@ class Meter(counters.Meter):
         with self._lock:
             self._table[PLACES[what, which if which in known else OTHER]] += 1
 
-    def _count_answer(self, session: Session, record: Record) -> None:
-        """How long its handshake took, and its connect. Not when it happens, which would cost each connection more."""
-        messages, table = record.messages, self._table
-        asked = len(messages) - 2                       # of a CONNECT, a BIND that waits, a refusal
-        while asked >= 0 and messages[asked][1] is not Request:
+    def _count_answer(self, session: Session) -> bool:
+        """How long its handshake took, and its connect: whether that is known. Not when it happens, which would cost
+        each connection more."""
+        record = session.record or []
+        asked = len(record) - 2                         # of a CONNECT, a BIND that waits, a refusal
+        while asked >= 0 and record[asked][1] is not Request:
             asked -= 1
         if asked < 0:
-            return
-        record.answered = True
-        seconds = messages[asked][0] - session.started
+            return False
+        table, at = self._table, record[asked][0]
+        seconds = at - session.started
         table[HANDSHAKE + bisect_left(BOUNDS_S, seconds)] += 1
         table[HANDSHAKE_SUM] += int(seconds * 1e6)
         if session.rep == SUCCEEDED and session.cmd == CONNECT:
-            seconds = messages[asked + 1][0] - messages[asked][0]
+            seconds = record[asked + 1][0] - at
             table[CONNECTED + bisect_left(BOUNDS_S, seconds)] += 1
             table[CONNECTED_SUM] += int(seconds * 1e6)
+        return True
 
-    def _count_udp(self, record: Record, association: Association) -> None:
+    def _count_udp(self, counted: Counted, association: Association) -> None:
         """The association's own thread may be counting on: what is missed now comes with the next call."""
-        seen = record.udp or {}
-        now = {(("datagrams", way)): count for way, count in zip(WAYS, association.datagrams)}
+        now: Dict[Count, int] = {("datagrams", way): count for way, count in zip(WAYS, association.datagrams)}
         for reason, count in association.losses().items():
             key = "dropped", reason if reason in DROPS else OTHER
             now[key] = now.get(key, 0) + count
         for key, count in now.items():
-            self._table[PLACES[key]] += count - seen.get(key, 0)
-        record.udp = now
+            self._table[PLACES[key]] += count - counted.udp.get(key, 0)
+        counted.udp = now
 
 
 def descriptor_limit() -> int:

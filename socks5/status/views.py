@@ -113,7 +113,7 @@ def handshake(session: Session) -> Json:
     """The facts, and the messages as they are kept: seconds since accept, the type, the bytes in hex, and whether the
     client sent them."""
     messages = []
-    for when, kind, message, came in list(session.record.messages) if session.record else []:
+    for when, kind, message, came in list(session.record or ()):
         raw = message if isinstance(message, bytes) else message.pack()
         messages.append([round(when - session.started, 6), kind.__name__, raw.hex(), came])
     return dict(facts(session), messages=messages)
