@@ -574,7 +574,7 @@ class Refused(Case):
             read_to_end(sock)
         wait_until(lambda: len(server.meter.finished) == 2)
         for session in server.meter.finished:
-            for _when, kind, message, _came in session.record.messages:
+            for _when, kind, message, _came in session.record:
                 self.assertLess(len(message if isinstance(message, bytes) else message.pack()), 30, kind)
         good, bad = [views.explain(views.handshake(session))["messages"] for session in server.meter.finished]
         both = [("SecurityToken", UP), ("SecurityToken", DOWN), ("ProtectionLevel", UP), ("ProtectionLevel", DOWN)]
