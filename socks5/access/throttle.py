@@ -37,9 +37,9 @@ REPEATED = 3                                # failures of a user from an origin:
 QUIET_S = 60.0                              # an origin without a failure for so long is not guessing
 
 PENDING = 256                               # attempts that wait for a look, for an origin in a process
-POLL_S = 0.1                                # how often one that waits asks again
+POLL_S = 0.1                                # how often a waiting attempt asks again
 SHORTEST_S = 0.001                          # a wait that rounding cannot make nothing
-STALE_S = 0.5                               # one that has not asked for so long does not wait any more
+STALE_S = 0.5                               # an attempt that has not asked for so long has ended
 
 ORIGINS = PAIRS = GOOD = 16384              # records, 60 bytes or less each
 NAMES = 16384

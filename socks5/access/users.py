@@ -1,6 +1,6 @@
 """Which METHOD to choose, who the users are, and whether a user name and password are right.
 
-Bytes in, decisions out; reads no socket. Passwords in a users file are slow to check (passwords.py). One that was right
+Bytes in, decisions out; reads no socket. Passwords in a users file are slow to check (passwords.py). A right password
 is known by a keyed digest from then on, in all server processes, until its line changes. RFC 1928 section 3, RFC 1929.
 """
 from __future__ import annotations

@@ -198,7 +198,7 @@ class Sockets:
 
 
 def segments(sock: socket.socket) -> bool:
-    """Does the kernel know UDP_SEGMENT? One that does not would send all as one long datagram."""
+    """Does the kernel know UDP_SEGMENT? A kernel that does not would send all as one long datagram."""
     try:
         return LINUX and sock.getsockopt(SOL_UDP, UDP_SEGMENT) == 0
     except OSError:

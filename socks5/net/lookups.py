@@ -188,7 +188,7 @@ class Names:
             self._turns[held][client] = None
 
     def _next(self) -> Optional[bytes]:
-        """The name to be looked up next, which is under way from now on; None if there is none that may."""
+        """The name to be looked up next, which is under way from now on; None if there is none."""
         free = THREADS - len(self._running)
         turns = self._turns if free > RESERVE else self._turns[:1] if free else ()
         client = next((client for turn in turns for client in turn), None)

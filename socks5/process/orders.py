@@ -49,7 +49,7 @@ class Outbox:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self._begun = memoryview(b"")               # the rest of the one that is being sent
+        self._begun = memoryview(b"")               # the rest of the order that is being sent
         self._waiting: Dict[Order, bytes] = {}
 
     def put(self, order: Order, message: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Several server processes: the supervisor forks them, replaces one that died, and passes on what signals ask for.
+"""Several server processes: the supervisor forks them, replaces a worker that died, passes on what signals ask for.
 
 It has one thread and serves no client. The workers wait in accept() on the same listening sockets, which are made
 before they are forked. Each has a GIL of its own, so together they use several CPUs.

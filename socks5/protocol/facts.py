@@ -1,7 +1,7 @@
 """The facts of a line in the log: typed values with names, and how they read as text.
 
 A line is logged as log.info("word key=%(key)s ...", Facts(key=value)). The values stay what they are until a formatter
-takes them: `%` shows them as words that no peer can forge a line with, whichever formatter that is; one that wants the
+takes them: `%` shows them as words that no peer can forge a line with, whichever formatter that is; a formatter of
 values (JSON) takes them with get(). Runs in any thread.
 """
 from __future__ import annotations

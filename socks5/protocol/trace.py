@@ -2,7 +2,7 @@
 
 A Story turns the messages of one session into blocks of lines, each of which begins with the session's number, and
 hands each block to a callable. It walks over the same Layout that the messages are parsed with, so it cannot show
-another protocol than the one that is spoken. Passwords are masked; payload is counted, not shown.
+another protocol than is spoken. Passwords are masked; payload is counted, not shown.
 
 Opens and writes nothing: server/tracing.py does. Runs in the thread that serves the session.
 """

@@ -16,7 +16,7 @@ from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel, rewatch
 FIRST_S = 0.005                     # how long a tunnel that has just been made is waited for at a time,
 FIRST_TURNS = 16                    # and how often
 QUIET_S = 0.5                       # how often a busy tunnel is looked at:
-QUIET_BYTES = 256 * 1024            # one that moved less in that time is quiet again and gives its kernel pipes back
+QUIET_BYTES = 256 * 1024            # if it moved less in that time, it is quiet again and gives its kernel pipes back
 
 
 class Turns:

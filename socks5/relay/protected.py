@@ -1,4 +1,4 @@
-"""A tunnel of which one side is encoded, or both: a Pipe that decodes and one that encodes what goes through.
+"""A tunnel of which one side is encoded, or both: a Pipe decodes, another encodes what goes through.
 
 All else is as in any tunnel: half-close, reset, backpressure, time limits, a thread of its own while it is busy. No
 kernel pipe: the bytes have to be seen. Kerberos takes some 150 us to encrypt or decrypt FIRST_BYTES in one message:

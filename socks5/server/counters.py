@@ -34,7 +34,7 @@ class Counts:
         return self._shared.buckets
 
     def number(self) -> int:
-        """For one more session: one that no other has, in any process, nor had in one that has ended. From 1."""
+        """The number of one more session: no other session has it or had it, in any process. From 1."""
         given = self._table[self._at + GIVEN]
         self._table[self._at + GIVEN] = (given + 1) % (1 << 32)
         return 1 + self._row + given * self._shared.rows

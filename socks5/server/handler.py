@@ -144,7 +144,7 @@ class Handler(StreamRequestHandler):
         raw = message if isinstance(message, bytes) else message.pack()
         self.connection.sendall(self.envelope.seal(raw) if self.envelope else raw)
 
-    # ---- §3: the method, and who is it? ---------------------------------------------------------------------------
+    # ---- §3: the method, and the user ----------------------------------------------------------------------------
 
     def negotiate(self) -> None:
         """Agree on a METHOD and run its sub-negotiation. Raises ProtocolError when there is nothing to agree on."""

@@ -135,7 +135,7 @@ class Table:
         self._before: Dict[int, Tuple[float, int]] = {}         # id: when, and bytes both ways
 
     def log(self, sessions: Iterable[Session]) -> None:
-        """One line for each session, the oldest first, and one that counts them."""
+        """One line for each session, the oldest first, and a line with their number."""
         seen = {}
         for session in sorted(sessions, key=lambda session: session.number):
             facts = self.facts(session)

@@ -48,7 +48,7 @@ class History:
             self._samples.append(one)
 
     def since(self, when: float) -> List[Sample]:
-        """Those after this time; all for one that is still to come, which was before the clock was set back."""
+        """Those after this time; all of them if it is still to come: then the clock was set back."""
         with self._lock:
             samples = list(self._samples)
         return [one for one in samples if one[0] > when or samples[-1][0] < when]
