@@ -153,8 +153,9 @@ class Hooks(Case):
             def get_request(self):
                 request, client_address = super().get_request()
                 if troubles:
+                    trouble = troubles.pop()                # before the client can notice, and the next one comes
                     request.close()
-                    raise troubles.pop()
+                    raise trouble
                 return Wrapped(fileno=request.detach()), client_address
 
         with running(server_class=Server) as server:
