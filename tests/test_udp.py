@@ -596,9 +596,9 @@ class NamesOfRemotes(unittest.TestCase):
                 udp.sendto(b"x", ("slow.test", where[1]))
                 exchange(self, udp, where)
                 wait_until(lambda: self.asked)
-            before = threading.active_count()
+            self.assertTrue(any(thread.name == "names" for thread in threading.enumerate()))
             self.hang.set()
-            wait_until(lambda: threading.active_count() < before, "the lookup thread ends")
+            wait_until(lambda: not any(thread.name == "names" for thread in threading.enumerate()), "its thread ends")
             with associated(server) as udp:
                 exchange(self, udp, where)
 
