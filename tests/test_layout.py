@@ -25,10 +25,11 @@ TOP_LEVEL = {"setup.cfg", "pyproject.toml", "socks5_server.py", "socks5", "tests
 # Python before 3.10 cannot say what its standard library is: this is what we use of it.
 STDLIB = set(getattr(sys, "stdlib_module_names", None) or """
     __future__ argparse array ast base64 binascii bisect collections concurrent configparser contextlib copy ctypes
-    dataclasses datetime difflib email enum errno fcntl functools getpass grp hashlib heapq hmac html http importlib io
-    ipaddress itertools json logging math mmap multiprocessing os pathlib pickle pkgutil platform pwd queue random re
-    resource secrets select selectors shutil signal socket socketserver ssl stat string struct subprocess sys sysconfig
-    tempfile termios textwrap threading time traceback types typing unicodedata urllib uuid warnings weakref""".split())
+    dataclasses datetime difflib email enum errno fcntl functools gc getpass grp hashlib heapq hmac html http
+    importlib io ipaddress itertools json logging math mmap multiprocessing os pathlib pickle pkgutil platform pwd
+    queue random re resource secrets select selectors shutil signal socket socketserver ssl stat string struct
+    subprocess sys sysconfig tempfile termios textwrap threading time traceback types typing unicodedata urllib uuid
+    warnings weakref""".split())
 
 
 @lru_cache(maxsize=None)
