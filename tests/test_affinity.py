@@ -27,7 +27,7 @@ def workers(server, count):
     return [affinities(pid) for pid in children(server.process.pid)]
 
 
-@unittest.skipUnless(len(CPUS) > 1, "needs sched_setaffinity(2), a GIL and two CPUs")
+@unittest.skipUnless(len(CPUS) > 1 and hasattr(os, "fork"), "needs sched_setaffinity(2), fork(2), a GIL and two CPUs")
 class Affinity(unittest.TestCase):
     def test_each_worker_has_a_cpu_of_its_own_and_the_supervisor_all(self):
         with spawned("-w", "2") as server, target() as remote:
