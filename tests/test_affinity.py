@@ -5,7 +5,7 @@ import threading
 import unittest
 from pathlib import Path
 
-from socks5.relay import affinity, splice
+from socks5.relay import affinity, loop, splice
 from tests.support import children, connect_through, spawned, target, wait_until
 
 CPUS = os.sched_getaffinity(0) if affinity.available else ()
@@ -49,7 +49,7 @@ class Affinity(unittest.TestCase):
             found = affinities(server.process.pid)
         self.assertEqual(found, len(found) * [CPUS])
 
-    @unittest.skipUnless(splice.available, "os.splice is Linux, Python 3.10 and newer")
+    @unittest.skipUnless(splice.available and loop.MANY, "needs splice(2) of Python 3.10, and poll(2)")
     def test_the_thread_of_a_busy_tunnel_runs_on_any_cpu(self):
         over = threading.Event()
 

@@ -857,6 +857,7 @@ class TrapTest(LoopTest):
             remote.close()
         self.assertLess(used / count, 2048)
 
+    @IN_LOOP
     def test_tables_shrink_when_a_crowd_has_left(self):
         """What stays is served as ever."""
         with mock.patch.object(loop_module, "CROWD", 64):
