@@ -221,7 +221,8 @@ def upstream(text: str) -> Upstream:
     """Parse [NAME=]socks5://[USER:PASSWORD@]HOST:PORT or [NAME=]socks5+gssapi://[SERVICE@]HOST:PORT. USER, PASSWORD and
     SERVICE may have bytes as %XX, as in any URL."""
     found = UPSTREAM.fullmatch(text)
-    problem = "not [NAME=]socks5://[USER:PASSWORD@]HOST:PORT"           # the text may hold a password
+    # The text may hold a password: it is not shown.
+    problem = "not [NAME=]socks5://[USER:PASSWORD@]HOST:PORT or [NAME=]socks5+gssapi://[SERVICE@]HOST:PORT"
     if not found:
         raise ValueError(problem)
     name, gssapi, login, bracketed, host, number = found.groups()
@@ -237,6 +238,8 @@ def upstream(text: str) -> Upstream:
         raise ValueError("an upstream is not called %s" % DIRECT if at else problem)
     user = None
     if gssapi:
+        if ":" in unquote(login or ""):
+            raise ValueError("GSSAPI takes a SERVICE before the @, and no password")
         by = service("rcmd" if login is None else unquote(login))
         by = by if "@" in by else "%s@%s" % (by, bracketed or host)
         return Upstream(name or DEFAULT_UPSTREAM, bracketed or host, at, None, by)

@@ -50,7 +50,8 @@ WRONG = {
                       "socks5://:1080", "socks5://a b:1080", "socks5://alice@h:1080", "socks5://:x@h:1080",
                       "socks5://alice:@h:1080", "socks5://a:b@c@h:1080", "direct=socks5://h:1080", "a b=socks5://h:1",
                       "socks5://" + "a" * 256 + ":x@h:1", "socks5://h:1080/path",
-                      "socks5+gssapi://@h:1080", "socks5+gssapi://a%2Fb@h:1080"),
+                      "socks5+gssapi://@h:1080", "socks5+gssapi://a%2Fb@h:1080",
+                      "socks5+gssapi://alice:secret@h:1080", "socks5+gssapi://alice%3Asecret@h:1080"),
     values.rate: ("", "x", "-1", "1023", "1/2", "1M/2M/3M", "2T", "1025G", "1M:", ":1M", "1M:2000G", "/1M", "1M/",
                   "1e6", "0x10K", "inf", "nan", "1 M", "1,5M", "9" * 5000),
     values.network: ("", "x", "192.0.2.1/24", "192.0.2.0/33", "::/129", "example.com", "192.0.2.0-192.0.2.9"),
@@ -194,6 +195,13 @@ class Parse(unittest.TestCase):
             with self.subTest(text):
                 self.assertEqual(values.upstream(text), upstream)
                 self.assertNotIn("with:colon", repr(Config(upstream=(upstream,))) + repr(upstream) + str(upstream))
+
+    def test_a_wrong_upstream_does_not_show_its_password(self):
+        for text in ("socks5+gssapi://alice:secret@h:1", "socks5+gssapi://alice%3Asecret@h:1",
+                     "socks5://alice:secret@h"):
+            with self.subTest(text), self.assertRaises(ValueError) as caught:
+                values.upstream(text)
+            self.assertNotIn("secret", str(caught.exception))
 
     def test_the_upstream_of_a_rule(self):
         plain, office = values.upstream("socks5://192.0.2.1:1080"), values.upstream("office=socks5://192.0.2.2:1080")

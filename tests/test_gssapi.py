@@ -79,6 +79,19 @@ class Case(unittest.TestCase):
         self.addCleanup(sock.close)
         return sock
 
+    def comes_back(self, sock, data):
+        """What is sent while it is read: more than the buffers on the way may hold."""
+        sock.settimeout(PATIENCE_S)
+        writer = threading.Thread(target=sock.sendall, args=(data,))
+        writer.start()
+        back = b""
+        while len(back) < len(data):
+            piece = sock.recv(1 << 16)
+            self.assertTrue(piece)
+            back += piece
+        writer.join()
+        self.assertEqual(back, data)
+
     def established(self, port, level="integrity", flags=0, sent=None):
         """(socket, envelope, context) after the sub-negotiation; `sent` collects our messages."""
         sock = dial(port)
@@ -142,20 +155,13 @@ class Levels(Case):
                 with running(gssapi="rcmd@localhost", keytab=str(ours.keytab)) as server, \
                         recorded(server.server_address[1]) as (port, seen):
                     with client.connect(("localhost", port), destination, gssapi=Gssapi("rcmd", level)) as sock:
-                        sock.settimeout(PATIENCE_S)
-                        writer = threading.Thread(target=sock.sendall, args=(MARK + BULK,))
-                        writer.start()
-                        back = b""
-                        while len(back) < len(MARK + BULK):
-                            back += sock.recv(1 << 16)
-                        writer.join()
-                        self.assertEqual(back, MARK + BULK)
+                        self.comes_back(sock, MARK + BULK)
                         sock.shutdown(socket.SHUT_WR)
                         self.assertEqual(sock.recv(1), b"")
                     wait_until(lambda: any("cmd=CONNECT" in line for line in logs.output), "the session's line")
                 line = next(line for line in logs.output if "cmd=CONNECT" in line)
                 self.assertIn("user='alice@EXAMPLE.ORG'", line)
-                self.assertIn("up=%d down=%d" % (len(back), len(back)), line)       # plain bytes
+                self.assertIn("up=%d down=%d" % (2 * (len(MARK + BULK),)), line)    # plain bytes
                 self.assertEqual(MARK in b"".join(seen), level != "confidentiality")
 
     def test_half_close_then_all_of_the_answer(self):
@@ -813,19 +819,6 @@ class Chained(Case):
         return upstream, self.enter(running(upstream=(values.upstream("socks5+gssapi://localhost:%d" % port),),
                                             **options))
 
-    def both_ways(self, sock):
-        sock.settimeout(PATIENCE_S)
-        writer = threading.Thread(target=sock.sendall, args=(MARK + BULK,))
-        writer.start()
-        back = b""
-        while len(back) < len(MARK + BULK):
-            back += sock.recv(1 << 16)
-        writer.join()
-        self.assertEqual(back, MARK + BULK)
-        sock.shutdown(socket.SHUT_WR)
-        self.assertEqual(sock.recv(1), b"")
-        self.assertNotIn(MARK, b"".join(self.seen))
-
     def test_connect_of_a_client_without_and_with_gssapi(self):
         destination = self.enter(target())
         for own in (None, "clear", "integrity", "confidentiality"):
@@ -834,7 +827,10 @@ class Chained(Case):
                 _upstream, server = self.chain(**options)
                 gss = Gssapi("rcmd@localhost", own) if own else False
                 with client.connect(server.server_address[:2], destination, gssapi=gss) as sock:
-                    self.both_ways(sock)
+                    self.comes_back(sock, MARK + BULK)
+                    sock.shutdown(socket.SHUT_WR)
+                    self.assertEqual(sock.recv(1), b"")
+                self.assertNotIn(MARK, b"".join(self.seen))
                 wait_until(lambda: sum("cmd=CONNECT" in line for line in logs.output) == 2, "both sessions' lines")
                 for line in logs.output:
                     self.assertTrue("cmd=CONNECT" not in line or "up=%d down=%d" % (2 * (len(MARK + BULK),)) in line)
@@ -1141,16 +1137,7 @@ class Others(Case):
             for level in LEVELS:
                 with self.subTest(level), client.connect(("127.0.0.1", port), destination,
                                                          gssapi=Gssapi("rcmd@localhost", level)) as sock:
-                    sock.settimeout(PATIENCE_S)
-                    writer = threading.Thread(target=sock.sendall, args=(BULK,))
-                    writer.start()
-                    back = b""
-                    while len(back) < len(BULK):
-                        piece = sock.recv(1 << 16)
-                        self.assertTrue(piece)
-                        back += piece
-                    writer.join()
-                    self.assertEqual(back, BULK)
+                    self.comes_back(sock, BULK)
 
     def test_our_server_through_dante(self):
         """Dante's server as the upstream of ours."""
@@ -1158,16 +1145,7 @@ class Others(Case):
         with dante(program, port, ours), running(
                 upstream=(values.upstream("socks5+gssapi://rcmd@localhost:%d" % port),)) as server:
             with client.connect(server.server_address[:2], destination) as sock:
-                sock.settimeout(PATIENCE_S)
-                writer = threading.Thread(target=sock.sendall, args=(BULK,))
-                writer.start()
-                back = b""
-                while len(back) < len(BULK):
-                    piece = sock.recv(1 << 16)
-                    self.assertTrue(piece)
-                    back += piece
-                writer.join()
-                self.assertEqual(back, BULK)
+                self.comes_back(sock, BULK)
 
     SOCKSIFIED = """
 import socket, sys

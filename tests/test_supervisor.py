@@ -388,10 +388,13 @@ Server.drain = lambda *args: (print("draining", flush=True), threading.Event().w
             server.wait_line("the server did not stop in time")
 
     def test_a_server_that_breaks_ends_the_program_with_1(self):
-        text = "from socks5 import Server\nServer.serve_forever = lambda self: 1 // 0"
-        with script(text) as path, spawned("-w", "1", script=path) as server:
-            self.assertEqual(server.process.wait(PATIENCE_S), 1)
-            server.wait_line("ZeroDivisionError")
+        """With the traceback, also where a hook raises what a want of threads raises as well."""
+        for hook, error in ("serve_forever", ZeroDivisionError), ("service_actions", RuntimeError):
+            text = "from socks5 import Server\ndef fail(self):\n    raise %s\nServer.%s = fail" % (error.__name__, hook)
+            with self.subTest(hook), script(text) as path, spawned("-w", "1", script=path) as server:
+                self.assertEqual(server.process.wait(PATIENCE_S), 1)
+                server.wait_line("Traceback")
+                server.wait_line(error.__name__)
 
 
 class Slow(unittest.TestCase):

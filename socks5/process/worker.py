@@ -11,6 +11,7 @@ import socket
 import threading
 from typing import Callable, Iterable, NoReturn, Optional
 
+from ..server.acceptors import NoThread
 from ..server.server import Server
 from . import signals
 from .files import Access
@@ -28,7 +29,7 @@ def serve(server: Server, hurry: threading.Event) -> None:
     with server:
         try:
             server.serve_forever()
-        except RuntimeError as exc:                         # no thread to accept with
+        except NoThread as exc:
             raise CannotStart(str(exc)) from None
         aborted = server.drain(server.config.drain_timeout, hurry)
     if aborted:

@@ -7,6 +7,7 @@ epoll_wait(), also for a descriptor that wakes them.
 """
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 from time import monotonic, sleep
@@ -20,6 +21,10 @@ available = hasattr(socket, "TCP_DEFER_ACCEPT")     # Linux has this option
 MAX_WAITING = 16            # for each listener; a thread that comes back when there are so many ends
 RELEASE_S = 1.0
 REST_S = 0.1                # when memory has run out
+
+
+class NoThread(RuntimeError):
+    """Not even the first acceptor could be started."""
 
 
 class Acceptors:
@@ -38,7 +43,7 @@ class Acceptors:
         return getattr(self._here, "listener", None)
 
     def serve(self, listeners: Sequence[socket.socket]) -> None:
-        """Raises RuntimeError when not even the first thread can be started."""
+        """Raises NoThread."""
         with self._lock:
             self._serving = True
             for listener in listeners:
@@ -47,7 +52,7 @@ class Acceptors:
                     listener.setblocking(False)             # or two threads that wake up for one client
                     self._wakeup = self._wakeup or Wakeup()
         if not self.refill():
-            raise RuntimeError("can't start new thread")
+            raise NoThread("can't start new thread")
 
     def refill(self) -> bool:
         """None waits at first; and later, when none could be started. Whether one waits now for each listener.
@@ -56,9 +61,8 @@ class Acceptors:
         being given back."""
         covered = True
         for listener in [listener for listener, waiting in self._waiting.items() if not waiting]:
-            covered = self.start(listener) and covered
-            for _ in range(1, MAX_WAITING if covered else 0):
-                self.start(listener)
+            started = [*itertools.takewhile(bool, (self.start(listener) for _ in range(MAX_WAITING)))]
+            covered = covered and bool(started)
         return covered
 
     def start(self, listener: socket.socket) -> bool:

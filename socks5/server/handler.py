@@ -20,9 +20,9 @@ from ..access.users import Users
 from ..commands.authorize import Authorizer
 from ..commands.bind import PeerWait, Rendezvous, expected
 from ..commands.connect import Source, connect
+from ..commands.dialogue import Dialogue
 from ..commands.rates import Rates
 from ..commands.udp import Association
-from ..commands.dialogue import Dialogue
 from ..commands.upstream import Chain, Links
 from ..config import Config
 from ..values import Upstream

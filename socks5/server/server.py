@@ -140,7 +140,7 @@ class Server(Newcomers):
     # ---- the thread of serve_forever ------------------------------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
-        """Serve until shutdown(); service_actions() every poll_interval seconds. RuntimeError: there is no thread."""
+        """Serve until shutdown(); service_actions() every poll_interval seconds. NoThread: none can accept."""
         self.relay_loop()
         self._stopped.clear()
         poll = new_poll()
