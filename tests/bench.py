@@ -26,6 +26,7 @@ import platform
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -34,7 +35,7 @@ import time
 from pathlib import Path
 
 import bench_rates
-from bench_load import ENDING, GIB, Trouble, dial, listen, measure
+from bench_load import ENDING, GIB, HOST, Trouble, dial, measure
 
 SCRIPT = Path(__file__).resolve().parent.parent / "socks5_server.py"
 
@@ -87,9 +88,10 @@ def serving(name, args, *wrapper):
     if name == "direct":
         yield 0, None
         return
-    with listen() as sock, tempfile.TemporaryDirectory() as folder:
+    with reserve() as sock, tempfile.TemporaryDirectory() as folder:
         port, file = sock.getsockname()[1], Path(folder) / "conf"
-        sock.close()
+        if sys.platform != "linux":         # there the server could not listen beside it
+            sock.close()
         if name == "dante":
             wait_ports()
         if name in PEERS:
@@ -112,6 +114,14 @@ def serving(name, args, *wrapper):
             end(child, 60 if wrapper else 5)
 
 
+def reserve():
+    """A socket that reserves its port for a server with SO_REUSEADDR: nothing else is given a port that is bound."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((HOST, 0))
+    return sock
+
+
 def wait_ports():
     """Closed connections keep their ports for 60 s: a server that binds before it connects may find none free."""
     for _ in range(60):
@@ -125,7 +135,8 @@ def wait_listening(port, child):
         with contextlib.suppress(OSError):
             dial(port).close()
             time.sleep(0.3)                 # and its other processes
-            return
+            if child.poll() is None:
+                return
         if child.poll() is not None:
             break
         time.sleep(0.05)
