@@ -127,9 +127,10 @@ class TextFormatter(logging.Formatter):
         self.timed = timed
 
     def format(self, record: logging.LogRecord) -> str:
-        words = words_of(record)
-        text = "%s %s %s" % (self.formatTime(record), record.levelname, words) if self.timed else \
-            "%s %s" % (record.levelname, words)
+        words = record.words() if isinstance(record, FactsRecord) else words_of(record)
+        text = f"{self.formatTime(record)} {record.levelname} {words}" if self.timed else f"{record.levelname} {words}"
+        if not (record.exc_text or record.exc_info or record.stack_info):
+            return text
         trouble = record.exc_text or record.exc_info and self.formatException(record.exc_info)
         for more in filter(None, (trouble, record.stack_info)):
             text += "".join("\n" + MARK + printable(line) for line in more.split("\n"))
@@ -141,7 +142,7 @@ class TextFormatter(logging.Formatter):
         if second != last:
             words = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
             self._last = second, words
-        return "%s,%03d" % (words, record.msecs)
+        return f"{words},{int(record.msecs):03d}"
 
 
 def words_of(record: logging.LogRecord) -> str:

@@ -6,7 +6,7 @@ import unittest
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.messages import Greeting, Login, ProtectionLevel, Request, SecurityToken, whole
 from socks5.server import inbox
-from socks5.server.inbox import Inbox, linger
+from socks5.server.inbox import Inbox, InboxFile, linger
 from tests.support import PATIENCE_S, read_to_end
 
 
@@ -16,6 +16,7 @@ class Reading(unittest.TestCase):
         self.addCleanup(self.theirs.close)
         self.addCleanup(ours.close)
         self.inbox = Inbox(ours)
+        self.rfile = InboxFile(self.inbox)
 
     def test_exactly_what_is_asked_for(self):
         self.theirs.sendall(b"abcdef")
@@ -25,14 +26,14 @@ class Reading(unittest.TestCase):
 
     def test_peek_takes_nothing(self):
         self.theirs.sendall(b"abc")
-        self.assertEqual([self.inbox.peek(), self.inbox.peek(1), self.inbox.read(3)], [b"abc", b"abc", b"abc"])
+        self.assertEqual([self.inbox.peek(), self.rfile.peek(1), self.rfile.read(3)], [b"abc", b"abc", b"abc"])
 
     def test_the_end(self):
         self.theirs.sendall(b"ab")
         self.theirs.close()
         self.assertRaises(EOFError, self.inbox.read_exactly, 3)
         self.assertEqual(self.inbox.rest(), b"ab", "what came is not lost")
-        self.assertEqual([self.inbox.peek(), self.inbox.read(), self.inbox.readline()], [b""] * 3)
+        self.assertEqual([self.inbox.peek(), self.rfile.read(), self.rfile.readline()], [b""] * 3)
         self.assertRaises(EOFError, self.inbox.read_exactly, 1)
 
     def test_bytes_are_kept_a_second_time_only_while_a_record_takes_a_message(self):
@@ -78,11 +79,11 @@ class Reading(unittest.TestCase):
         self.theirs.sendall(lines)
         self.theirs.shutdown(socket.SHUT_WR)
         buffer = bytearray(2)
-        self.assertEqual((self.inbox.readline(), self.inbox.readinto(buffer), bytes(buffer)), (b"one\r\n", 2, b"tw"))
-        self.assertEqual((self.inbox.readline(), self.inbox.read1(3), self.inbox.read(0)), (b"o\n", b"thr", b""))
-        self.assertEqual((self.inbox.readable(), self.inbox.writable(), self.inbox.seekable()), (True, False, False))
-        self.assertEqual(self.inbox.read(4), b"ee\0\0")
-        self.assertEqual(self.inbox.read(None), bytes(9998))
+        self.assertEqual((self.rfile.readline(), self.rfile.readinto(buffer), bytes(buffer)), (b"one\r\n", 2, b"tw"))
+        self.assertEqual((self.rfile.readline(), self.rfile.read1(3), self.rfile.read(0)), (b"o\n", b"thr", b""))
+        self.assertEqual((self.rfile.readable(), self.rfile.writable(), self.rfile.seekable()), (True, False, False))
+        self.assertEqual(self.rfile.read(4), b"ee\0\0")
+        self.assertEqual(self.rfile.read(None), bytes(9998))
 
 
 class Writing(unittest.TestCase):

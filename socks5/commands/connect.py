@@ -42,13 +42,13 @@ def connect(addresses: Sequence[IP], port: int, timeout_s: float,
     The time limit for all addresses together is timeout_s (0: none). Raises RequestRefused with the REP of the most
     specific failure, or ConnectionResetError if `client` resets its connection.
     """
-    began, first, *others = monotonic(), *interleave(addresses)
-    sock, error = dial(first, port, source)
+    began, addresses = monotonic(), interleave(addresses)
+    sock, error = dial(addresses[0], port, source)
     if sock and not error:                              # nearly always, where it is near
-        return sock, first
+        return sock, addresses[0]
     with _Race(port, timeout_s, client, began, source, room) as race:
-        race.note(first, sock, error)
-        return race.run(others)
+        race.note(addresses[0], sock, error)
+        return race.run(addresses[1:])
 
 
 def dial(address: IP, port: int, source: Optional[Source] = None) -> Tuple[Optional[socket.socket], int]:
@@ -87,10 +87,10 @@ def bind(sock: socket.socket, source: IP) -> None:
     sock.bind((str(source), 0))
 
 
-def interleave(addresses: Sequence[IP]) -> List[IP]:
+def interleave(addresses: Sequence[IP]) -> Sequence[IP]:
     """Alternate address families, the first one of `addresses` first.                  RFC 8305 §4"""
     if len(addresses) == 1:
-        return list(addresses)
+        return addresses
     first = [address for address in addresses if address.version == addresses[0].version]
     other = [address for address in addresses if address.version != addresses[0].version]
     mixed = [address for pair in zip(first, other) for address in pair]

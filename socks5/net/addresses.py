@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..values import SAME
 
-from ..protocol.fields import IPv4, IPv6
+from ..protocol.fields import IPv4, IPv6, bracketed
 
 IP = Union[IPv4Address, IPv6Address]
 Sockaddr = Tuple[Union[str, int], ...]
@@ -23,10 +23,12 @@ class Endpoint(NamedTuple):
     ip: IP
     port: int
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         """192.0.2.1:80 or [2001:db8::1]:80"""
-        host = str(self.ip)
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        return f"{bracketed(self.ip)}:{self.port}"
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 def unmapped(address: IP) -> IP:

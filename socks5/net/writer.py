@@ -244,7 +244,8 @@ class Writer:
             text = self._render(item)
         except Exception as exc:            # an argument that does not fit its format, say: one item, not the thread
             text = "ERROR cannot be written: %s" % ascii(exc)
-        return encoded(text, self._chunk_bytes)
+        data = text.encode("ascii", "backslashreplace") + b"\n"
+        return data if len(data) <= self._chunk_bytes else cut(data, self._chunk_bytes)
 
     def _write_all(self, blocks: Iterable[bytes]) -> int:
         """How many items were lost, which are also counted."""
@@ -259,7 +260,7 @@ class Writer:
     def _tell_lost(self) -> None:
         with self._lock:
             count, self._lost = self._lost, 0
-        if count and self._write_all([encoded(self._lost_text(count), self._chunk_bytes)]):
+        if count and self._write_all([self._lost_text(count).encode() + b"\n"]):
             self._lose(count - 1)           # that line is not one of those which were to be written
 
     def _write_chunk(self, data: bytes) -> bool:
@@ -284,13 +285,10 @@ class Writer:
         return not data
 
 
-def encoded(text: str, most_bytes: int) -> bytes:
-    """Lines of ASCII, each ended by a newline and no longer than most_bytes."""
-    data = text.encode("ascii", "backslashreplace") + b"\n"
-    if len(data) > most_bytes:
-        data = b"".join(line if len(line) <= most_bytes else line[:most_bytes - len(CUT)] + CUT
-                        for line in data.splitlines(True))
-    return data
+def cut(lines: bytes, most_bytes: int) -> bytes:
+    """Lines of text, none longer than most_bytes."""
+    return b"".join(line if len(line) <= most_bytes else line[:most_bytes - len(CUT)] + CUT
+                    for line in lines.splitlines(True))
 
 
 def chunks(blocks: Iterable[bytes], most_bytes: int) -> Iterator[Tuple[bytes, int]]:

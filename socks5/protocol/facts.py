@@ -11,7 +11,7 @@ import re
 import time
 from enum import EnumMeta
 from functools import lru_cache
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from .fields import text
 
@@ -80,14 +80,20 @@ class FactsRecord(logging.LogRecord):
     relativeCreated = 0.0
     exc_info = exc_text = stack_info = taskName = None
 
-    def __init__(self, name: str, level: int, line: str, facts: Facts) -> None:
+    def __init__(self, name: str, level: int, line: str, facts: Optional[Facts] = None) -> None:
         self.created = time.time()
         self.msecs = self.created % 1 * 1000
         self.name = name
         self.levelno = level
         self.levelname = LEVELS.get(level) or logging.getLevelName(level)
         self.msg = line
-        self.args = facts
+        if facts is not None:                       # else a subclass has them
+            self.args = facts
+
+    def words(self) -> str:
+        """The message, printable."""
+        facts = self.args
+        return (facts if isinstance(facts, Facts) else Facts(facts)).fill(self.msg)     # type: ignore[arg-type]
 
     def getMessage(self) -> str:
         """The line. A logging.Formatter asks for it first, then looks into __dict__ for what else its format shows."""
@@ -98,9 +104,3 @@ class FactsRecord(logging.LogRecord):
 
 BLANK = ("pathname", "filename", "module", "funcName", "threadName", "processName", "lineno", "thread", "process",
          "relativeCreated", "exc_info", "exc_text", "stack_info", "taskName")
-
-
-def tell(log: logging.Logger, level: int, line: str, facts: Facts) -> None:
-    """log.log(level, line, facts), for lines that come with every session."""
-    if log.isEnabledFor(level):
-        log.handle(FactsRecord(log.name, level, line, facts))

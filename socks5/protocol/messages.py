@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, NamedTuple, Type, TypeVar
 
 from .codes import METHOD_RANGES, Atyp, Cmd, Method, Mtyp, Rep, phrase
 from .errors import RequestRefused
-from .fields import BytesReader, Field, Host, Layout, Raw, ReadExactly, host_of, split, text
+from .fields import BytesReader, Field, Host, Layout, Raw, ReadExactly, bracketed, host_of, split, text
 
 VER = 0x05          # RFC 1928 §3
 AUTH_VER = 0x01     # RFC 1929 §2: the version of the sub-negotiation, not of SOCKS
@@ -37,7 +37,7 @@ AUTH_VERSION = Field("VER", 1, lambda raw: "version %d of the username/password 
                      must=AUTH_VER)
 RESERVED = Field("RSV", 1, lambda raw: "reserved")
 ATYP = Field("ATYP", 1, lambda raw: phrase(Atyp, raw[0]))
-IPV4, IPV6 = bytes([Atyp.IPV4]), bytes([Atyp.IPV6])
+IPV4, NAME, IPV6 = bytes([Atyp.IPV4]), bytes([Atyp.DOMAINNAME]), bytes([Atyp.IPV6])
 PORT_BYTES = 2
 BY_NUMBER = {int(cmd): cmd for cmd in Cmd}         # much faster than Cmd(number)
 
@@ -67,20 +67,20 @@ class Address(NamedTuple):
 
     def pack(self) -> bytes:
         """ATYP, ADDR and PORT. Raises ValueError for a name that is empty or longer than 255 bytes."""
-        port = self.port.to_bytes(2, "big")
-        if isinstance(self.host, bytes):
-            if not 1 <= len(self.host) <= 255:
-                raise ValueError("a name has 1 to 255 bytes, not %d" % len(self.host))
-            return bytes([Atyp.DOMAINNAME, len(self.host)]) + self.host + port
-        return (IPV4 if isinstance(self.host, IPv4Address) else IPV6) + self.host.packed + port
+        host, port = self.host, self.port.to_bytes(2, "big")
+        if isinstance(host, bytes):
+            if not 1 <= len(host) <= 255:
+                raise ValueError("a name has 1 to 255 bytes, not %d" % len(host))
+            return b"%b%c%b%b" % (NAME, len(host), host, port)
+        return (IPV4 if isinstance(host, IPv4Address) else IPV6) + host.packed + port
 
-    def __str__(self) -> str:
+    def text(self) -> str:
         """192.0.2.1:80, [2001:db8::1]:80 or 'example.com':80. Safe to log: a name is quoted."""
         host = self.host
-        if isinstance(host, bytes):
-            return "%s:%d" % (text(host), self.port)
-        shown = str(host)
-        return f"[{shown}]:{self.port}" if ":" in shown else f"{shown}:{self.port}"
+        return f"{text(host) if isinstance(host, bytes) else bracketed(host)}:{self.port}"
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply
@@ -126,6 +126,9 @@ class Selection(NamedTuple):
 
     def pack(self) -> bytes:
         return bytes([VER, self.method])
+
+
+SELECTIONS = [Selection(method) for method in range(256)]
 
 
 # ---- username/password, RFC 1929 ---------------------------------------------------------------------------------

@@ -56,10 +56,25 @@ class Turns:
 
 
 def relay_first(tunnel: Tunnel) -> None:
-    """Relay until the tunnel has ended, is aborted, quiet or busy, or has had its turns."""
-    turns = Turns(tunnel)
+    """Relay until the tunnel has ended, is aborted, quiet or busy, or has had its turns.
+
+    What a rate limit holds back, or another thread wants changed, is for the loop: such a tunnel is quiet soon."""
+    client, remote, wait_ms = tunnel.client.fileno(), tunnel.remote.fileno(), FIRST_S * 1000
+    poll, watched, look = new_poll(), (UNREGISTERED, UNREGISTERED), True
     for _ in range(FIRST_TURNS):
-        if not turns.turn(FIRST_S) or tunnel.ended or tunnel.aborted or turns.look and tunnel.busy():
+        if look:
+            wanted = tunnel.interest()
+            rewatch(poll, client, watched[CLIENT], wanted[CLIENT])
+            rewatch(poll, remote, watched[REMOTE], wanted[REMOTE])
+            watched, look = wanted, False
+        ready = poll.poll(wait_ms)
+        now = monotonic()
+        for fd, events in ready:
+            if tunnel.handle(CLIENT if fd == client else REMOTE, events, now):
+                look = True
+                if tunnel.ended:
+                    return
+        if not ready or tunnel.aborted or look and tunnel.busy():
             return
 
 

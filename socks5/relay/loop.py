@@ -57,7 +57,7 @@ class Loop:
         self._timers = Timers()                                 # of directions that a rate limit holds back
         self._lent = 0                                          # to threads of their own
         self._threads = Share(MAX_LENT)                         # for busy tunnels
-        self._first = 0                                         # still in the threads that brought them
+        self._first, self._alone = 0, threading.Lock()          # still in threads that brought them; one relays
         self._gate = threading.Lock()                           # held while a tunnel comes in or leaves such a thread
         self._stopping = ""                                     # why, once it is to stop: nothing comes in then
         self._sweep_at = 0.0
@@ -88,12 +88,12 @@ class Loop:
             self._check_open()
             tunnel.lent = True
             self._tunnels.add(tunnel)
-            alone = not self._first
             self._first += 1
         if not MANY:
             borrow(tunnel, partial(relay_busy, until_quiet=False), self._failed)
-        elif alone:                                 # several threads would fight for the interpreter's lock
+        elif self._alone.acquire(False):            # several threads would fight for the interpreter's lock
             borrow(tunnel, relay_first, self._failed)
+            self._alone.release()
         if tunnel.ended or not self._taken_over(tunnel):
             self._close_tunnel(tunnel)
             with self._gate:

@@ -36,13 +36,13 @@ from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
 from ..protocol.messages import (
-    HTTP_HELP, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request, Selection)
+    HTTP_HELP, SELECTIONS, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request)
 from ..protocol.proxy import begins
 from ..protocol.trace import M, Sent
 from ..relay.protected import ProtectedTunnel
 from ..relay.tunnel import Tunnel
 from .counters import Meter
-from .inbox import ClosedOnError, Inbox, LoginWait, Outbox, linger
+from .inbox import Inbox, InboxFile, LoginWait, Outbox, linger
 from .principal import by_gssapi
 from .session import Session
 from .sessions import HEAVIEST, Full, Sessions
@@ -90,11 +90,15 @@ class Handler(StreamRequestHandler):
         if self.timeout is not None:
             self.connection.settimeout(self.timeout)
         self.session = self.server.session_of(self.request, self.client_address)
-        self.rfile = self.inbox = Inbox(self.connection, self.session.record)
+        self.inbox = Inbox(self.connection, self.session.record)
         self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
         self.dialogue: Optional[Dialogue] = None                # with the upstream that `remote` is
         self.story = self.session.story
         self.debug = log.isEnabledFor(logging.DEBUG)
+
+    @cached_property
+    def rfile(self) -> InboxFile:                               # type: ignore[override]
+        return InboxFile(self.inbox)
 
     @cached_property
     def wfile(self) -> Outbox:                                  # type: ignore[override]
@@ -156,7 +160,7 @@ class Handler(StreamRequestHandler):
         method = users.choose(offered, methods)
         if self.debug:
             self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
-        self.send(Selection(method))
+        self.send(SELECTIONS[method])
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
         self.session.user = methods[method](self)
@@ -227,8 +231,8 @@ class Handler(StreamRequestHandler):
         addresses = self.may.not_ourselves(dst.port, hosts)     # type: ignore[arg-type]    # no name is among them
         remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection, self.source(),
                              self.has_room)
-        with ClosedOnError(remote):
-            session.reached = Endpoint(ip, dst.port)
+        try:
+            session.reached = dst if ip is dst.host else Endpoint(ip, dst.port)
             try:
                 tune(remote)
                 here = remote.getsockname()
@@ -236,15 +240,21 @@ class Handler(StreamRequestHandler):
                 raise RequestRefused(rep_of(exc), "reset by the destination at once") from None
             self.reply(Rep.SUCCEEDED, Address(ip_of(here), here[1]))
             self.relay(remote)
+        except BaseException:                                   # else the socket is the relay loop's
+            remote.close()
+            raise
 
     def connect_through(self, chain: Chain, hosts: Sequence[Host], port: int) -> None:
         dialogue, bnd = chain.connect(hosts, port)
-        with ClosedOnError(dialogue.sock):
+        try:
             self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
             self.session.judged = hosts[0]
             self.reply(Rep.SUCCEEDED, bnd)                      # the upstream's own end: what the destination sees
             self.dialogue = dialogue
             self.relay(dialogue.sock)
+        except BaseException:
+            dialogue.sock.close()
+            raise
 
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
@@ -259,12 +269,15 @@ class Handler(StreamRequestHandler):
         with waiting:
             self.reply(Rep.SUCCEEDED, waiting.bnd)              # the first: where we listen, or the upstream
             remote, peer = waiting.wait(config.bind_timeout)
-        with ClosedOnError(remote):                             # the listener is closed: one peer only
+        try:                                                    # the listener is closed: one peer only
             session.reached, session.notes = peer, waiting.also("via %s" % upstream.name if upstream else "")
             self.inbox.feed(waiting.early)
             self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
             self.dialogue = waiting.dialogue
             self.relay(remote)
+        except BaseException:
+            remote.close()
+            raise
 
     def udp_associate(self, dst: Address) -> None:
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""

@@ -31,11 +31,13 @@ LINGER_BYTES = 1 << 16      # and how much of it
 Record = List[Tuple[float, Type[Any], Any, bool]]
 
 
-class Inbox(io.BufferedIOBase):
-    """The handler's rfile: a buffered reader whose buffer can be taken over by the tunnel.
+class Inbox:
+    """What the client has sent: a buffer that the tunnel can take over.
 
     A reader of io's own would do; but nothing says how much it has read ahead without reading on.
     """
+
+    __slots__ = ("sock", "record", "held", "heard", "envelope")
 
     def __init__(self, sock: socket.socket, record: Optional[Record] = None) -> None:
         self.sock = sock
@@ -67,9 +69,6 @@ class Inbox(io.BufferedIOBase):
             if self.heard is not None:
                 self.heard += data
             return data
-
-    def readable(self) -> bool:
-        return True
 
     def read_exactly(self, size: int) -> bytes:
         """Exactly `size` bytes. Raises EOFError when the client closes before."""
@@ -117,14 +116,14 @@ class Inbox(io.BufferedIOBase):
             kept = message.pack()[:HEADER_BYTES] if kind in SECRET else message     # type: ignore[union-attr]
             self.record.append((monotonic(), kind, kept, False))
 
-    def peek(self, size: int = 1) -> bytes:
+    def peek(self) -> bytes:
         """What is in hand, or else what comes next, without taking it; b"" at the end."""
         if not self.held:
             self.held = self._receive()
         return self.held
 
-    def read(self, size: Any = -1) -> bytes:
-        """As io.BufferedIOBase: up to `size` bytes, fewer only at the end; all until the end for None or -1."""
+    def read(self, size: Optional[int]) -> bytes:
+        """Up to `size` bytes, fewer only at the end; all until the end for None or a negative size."""
         held = self.held
         while size is None or size < 0 or len(held) < size:
             data = self._receive()
@@ -135,22 +134,37 @@ class Inbox(io.BufferedIOBase):
         self.held = held[end:]
         return held[:end]
 
+    def rest(self) -> bytes:
+        """Take what is in hand."""
+        rest, self.held = self.held, b""
+        return rest
+
+
+class InboxFile(io.BufferedIOBase):
+    """The handler's rfile: an Inbox as a file. Made when it is asked for: such an object costs more than a greeting."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self.inbox = inbox
+
+    def readable(self) -> bool:
+        return True
+
+    def peek(self, size: int = 1) -> bytes:
+        return self.inbox.peek()
+
+    def read(self, size: Any = -1) -> bytes:
+        """As io.BufferedIOBase: up to `size` bytes, fewer only at the end; all until the end for None or -1."""
+        return self.inbox.read(size)
+
     def read1(self, size: int = -1) -> bytes:
         """At most one recv()."""
-        held = self.peek()
-        end = len(held) if size < 0 else size
-        self.held = held[end:]
-        return held[:end]
+        held = len(self.inbox.peek())
+        return self.inbox.read(held if size < 0 else min(size, held))
 
     def readinto(self, buffer: Any) -> int:
         data = self.read(len(buffer))
         buffer[:len(data)] = data
         return len(data)
-
-    def rest(self) -> bytes:
-        """Take what is in hand."""
-        rest, self.held = self.held, b""
-        return rest
 
 
 class Outbox(io.BufferedIOBase):
@@ -181,20 +195,6 @@ def linger(sock: socket.socket) -> None:
             left -= received
     except OSError:                             # a time-out, or gone: nothing more to wait for
         pass
-
-
-class ClosedOnError:
-    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
-        if kind:
-            self.sock.close()
 
 
 class LoginWait(Wait):

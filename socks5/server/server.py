@@ -26,14 +26,14 @@ from ..net.lookups import Names
 from ..net.poller import READ, new_poll
 from ..net.shares import Ports
 from ..protocol.errors import name_of
-from ..protocol.facts import Facts, tell
+from ..protocol.facts import Facts
 from ..relay.loop import Loop
 from ..relay.tunnel import Tunnel
 from . import acceptors, tracing
 from .counters import Counts, Meter, Shared
 from .handler import Handler, method_table
 from .newcomers import COMPLAIN_EVERY_S, REFUSED, Newcomers
-from .session import Session, Table
+from .session import Session, Table, tell
 from .sessions import UNKNOWN, Full, Sessions, Teller
 
 log = logging.getLogger(__name__)
@@ -357,11 +357,10 @@ class Server(Newcomers):
         if not self.sessions.end(session):                      # the relay loop and the handler's thread may both come
             return
         try:
-            facts = session.facts()
             health_check = session.ended_by == "client" and not session.greeted and self.is_balancer(session.client)
-            tell(log, logging.DEBUG if health_check else logging.INFO, Session.LINE, facts)
+            tell(log, logging.DEBUG if health_check else logging.INFO, session)
             if session.story:
-                session.story.end(facts)
+                session.story.end(session.facts())
             if session.record is not None:
                 self.meter.ended(session)
         finally:                                                # also where memory has run out

@@ -63,6 +63,7 @@ class Sessions:
         self._lock = threading.Lock()
         self._counts = counts or Shared(1).row(0)
         self._users = UserCounts(self._counts)
+        self._by_origin = bool(per_origin) or maximum != NO_LIMIT       # whether other processes' counts are asked for
         self._weights = Tally()                             # of all live sessions here, by origin
         # Below it there is a place for every origin: see fits().
         self._plenty = maximum_here - kept(maximum_here, HEAVIEST) if maximum == NO_LIMIT else 0
@@ -103,10 +104,17 @@ class Sessions:
                 self._find_place(origin, 1, 1)
             session.number = self._counts.number()
             self._live[sock] = session
-            self._counts.add(origin, 1)
+            self._count(origin, 1)
             self._weights.add(origin, 1)
             self._negotiating[session] = None
         return session
+
+    def _count(self, origin: str, change: int) -> None:
+        """A session has come or gone: for the limits that hold over all processes."""
+        if self._by_origin:
+            self._counts.add(origin, change)
+        else:
+            self._counts.live_is(len(self._live))
 
     def move(self, session: Session, client: Endpoint, origin: str) -> None:
         """The session is of this client, as a load balancer says: from now on it counts for `origin`. Raises Full, and
@@ -117,14 +125,14 @@ class Sessions:
             if 0 < self.per_origin <= self._counts.of(origin):
                 raise self._too_many_of(origin)
             session.weight, weight = 0, session.weight      # it is not evicted in its own favour, nor counted twice
-            self._counts.add(session.origin, -1)
+            self._count(session.origin, -1)
             self._weights.add(session.origin, -weight)
             try:
                 self._find_place(origin, 1, weight)
                 session.client, session.origin = client, origin
             finally:
                 session.weight = weight
-                self._counts.add(session.origin, 1)
+                self._count(session.origin, 1)
                 self._weights.add(session.origin, weight)
 
     def _too_many_of(self, origin: str) -> Full:
@@ -216,7 +224,7 @@ class Sessions:
                 self._live.clear()                          # or it keeps the memory for as many as there ever were
             self._settle(session)
             self._leaving -= session.leaving
-            self._counts.add(session.origin, -1)
+            self._count(session.origin, -1)
             self._weights.add(session.origin, -session.weight)
             if session.counted_as is not None:
                 self._users.add(session.counted_as, -1)
