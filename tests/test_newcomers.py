@@ -14,7 +14,7 @@ from socks5.server.handler import Handler
 from tests.support import (ask, connect_through, dial, heard, logging_of, negotiate, reset, running, target, threads,
                            wait_until)
 
-SILENT = 30
+SILENT = 100                 # more than acceptors ever are
 
 
 class Newcomers(unittest.TestCase):
