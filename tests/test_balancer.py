@@ -347,7 +347,3 @@ class Options(unittest.TestCase):
         status, out, _err = run_cli("--proxy-protocol", "127.0.0.1", "--open", "--self-test")
         self.assertEqual(status, 0, out)
         self.assertIn("without --proxy-protocol", out)
-
-
-if __name__ == "__main__":
-    unittest.main()

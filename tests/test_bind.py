@@ -669,7 +669,3 @@ class Programs(unittest.TestCase):
                     self.assertEqual([session.cmd for session in proxy.sessions], ["BIND"])
                     peer.sendall(b"there and back")
                     self.assertEqual(peer.recv(100), b"there and back")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -300,7 +300,3 @@ class HashPassword(Case):
             connect_through(server.port, *destination, user=(b"alice", b"s3cret")).close()
             with self.assertRaises(AssertionError):
                 connect_through(server.port, *destination, user=(b"alice", b"s3cre"))
-
-
-if __name__ == "__main__":
-    unittest.main()

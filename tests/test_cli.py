@@ -569,7 +569,3 @@ class Readme(unittest.TestCase):
         ours = {flag for action in cli.build_parser()._actions for flag in action.option_strings}
         text = FOREIGN.sub("", self.text.replace("\\\n", " "))
         self.assertEqual(sorted(set(FLAG.findall(text)) - ours), [])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -256,7 +256,3 @@ class IPv6(unittest.TestCase):
             with client.connect(server.server_address[:2], there) as sock:
                 sock.sendall(b"six")
                 self.assertEqual(sock.recv(9), b"six")
-
-
-if __name__ == "__main__":
-    unittest.main()

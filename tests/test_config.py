@@ -333,7 +333,3 @@ class WholeConfig(unittest.TestCase):
 
     def test_an_error_is_a_value_error(self):
         self.assertTrue(issubclass(ConfigError, ValueError))
-
-
-if __name__ == "__main__":
-    unittest.main()

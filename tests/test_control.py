@@ -332,7 +332,3 @@ class Waiting(unittest.TestCase):
             for flood in floods:
                 flood.kill()
                 flood.wait()
-
-
-if __name__ == "__main__":
-    unittest.main()

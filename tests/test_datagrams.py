@@ -153,7 +153,3 @@ class Sent(unittest.TestCase):
                 self.dropped.clear()
                 self.assertEqual(send(self.here, [memoryview(data)] * 3, address, self.dropped), 0)
                 self.assertEqual(self.dropped, {reason: 3})
-
-
-if __name__ == "__main__":
-    unittest.main()

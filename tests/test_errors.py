@@ -85,7 +85,3 @@ class Exceptions(unittest.TestCase):
     def test_name_of_what_has_no_errno(self):
         self.assertEqual(name_of(OSError("out of luck")), "out of luck")
         self.assertEqual(name_of(OSError(99999, "strange")), "[Errno 99999] strange")
-
-
-if __name__ == "__main__":
-    unittest.main()

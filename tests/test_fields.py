@@ -75,7 +75,3 @@ class Hosts(unittest.TestCase):
             with self.subTest(raw=raw):
                 shown = text(raw)
                 self.assertTrue(shown.isascii() and shown.isprintable() and shown[0] == shown[-1])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -364,7 +364,3 @@ class Packet:
     @staticmethod
     def parse(reads):
         return Datagram.parse(reads.data)
-
-
-if __name__ == "__main__":
-    unittest.main()

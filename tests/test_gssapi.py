@@ -1349,7 +1349,3 @@ class Envelopes(unittest.TestCase):
         self.assertEqual(envelope.open_one(Encapsulated(b"ba!").pack()), b"ab")
         for wrong in (b"", b"\1\3\0", b"\1\3\0\2x", b"\1\3\0\1xy", b"\1\2\0\1x", b"\2\3\0\1x"):
             self.assertRaises(ProtocolError, envelope.open_one, wrong)
-
-
-if __name__ == "__main__":
-    unittest.main()

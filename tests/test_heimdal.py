@@ -126,7 +126,3 @@ class Process(Heimdal):
         self.assertTrue(all(works("heimdal@localhost") for _ in range(8)))
         self.assertRaises(ProxyError, works, "rcmd@localhost")
         server.wait_line("user='%s'" % ALICE.decode())
-
-
-if __name__ == "__main__":
-    unittest.main()

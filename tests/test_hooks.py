@@ -521,7 +521,3 @@ class SessionEnded(Case):
             connect_through(server.server_address, *self.echo).close()
             wait_until(lambda: len(closed) == 2)
         self.assertEqual((len(closed), len(logs.records)), (2, 1))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -262,7 +262,3 @@ class Waiting(unittest.TestCase):
                     calls = [node.func for node in walk(tree_of(name)) if isinstance(node, ast.Call)]
                     self.assertEqual([call.attr for call in calls if isinstance(call, ast.Attribute)
                                       and isinstance(call.value, ast.Name) and call.value.id == "select"], [])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -234,7 +234,3 @@ class NoLimits(unittest.TestCase):
         with mock.patch.object(listening, "resource", None):
             self.assertEqual(listening.session_limit(), 1000)
             listening.raise_descriptor_limit()
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -858,7 +858,3 @@ class Program(unittest.TestCase):
                 process.terminate()
                 process.communicate(timeout=PATIENCE_S)
             self.assertTrue(all(line.startswith("<6>INFO ") for line in lines()), lines())
-
-
-if __name__ == "__main__":
-    unittest.main()

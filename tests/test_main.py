@@ -78,7 +78,3 @@ class Package(unittest.TestCase):
     def test_import_warns_of_nothing(self):
         code = "import socks5.cli, socks5.__main__"
         self.assertEqual(python("-W", "error", "-c", code, cwd=support.ROOT), (0, "", ""))
-
-
-if __name__ == "__main__":
-    unittest.main()

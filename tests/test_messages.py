@@ -470,7 +470,3 @@ class Reader(unittest.TestCase):
         self.assertEqual((read(3), read.rest()), (b"def", b""), "a failed read takes nothing")
         self.assertEqual(read(0), b"")
         self.assertRaises(EOFError, read, 1)
-
-
-if __name__ == "__main__":
-    unittest.main()

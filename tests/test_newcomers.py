@@ -138,7 +138,3 @@ class Newcomers(unittest.TestCase):
                 self.assertEqual(heard(client), b"")
             self.all_gone()
         self.assertEqual((self.lines("WARNING refused client="), self.lines("ended=server ")), (1, SILENT))
-
-
-if __name__ == "__main__":
-    unittest.main()

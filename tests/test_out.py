@@ -183,7 +183,3 @@ class Hosts(TwoHosts, unittest.TestCase):
                 server.wait_line("cmd=%s .*EADDRNOTAVAIL" % Cmd.BIND.name)
             finally:
                 subprocess.run((ip % "add").split(), check=True)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -250,7 +250,3 @@ class Processes(unittest.TestCase):
                 failed.append(number)
             else:
                 self.turns.give_back(turn)
-
-
-if __name__ == "__main__":
-    unittest.main()

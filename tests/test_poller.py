@@ -301,7 +301,3 @@ class Pollers(SocketsTest):
                         stack.enter_context(mock.patch.object(select, what))
                         delattr(select, what)
                 self.assertIsInstance(stack.enter_context(contextlib.closing(new_poller())), kind)
-
-
-if __name__ == "__main__":
-    unittest.main()

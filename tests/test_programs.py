@@ -305,7 +305,3 @@ class Browsers(Program):
             return HELLO
 
         self.each(visit, USERS[:1], seen="'localhost'")
-
-
-if __name__ == "__main__":
-    unittest.main()

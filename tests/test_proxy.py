@@ -131,7 +131,3 @@ class Header(unittest.TestCase):
                 self.assertIn(header.version, (1, 2))
             except (ProtocolError, EOFError):
                 pass
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -457,7 +457,3 @@ class Said(Rated):
 def get(url):
     with urlopen(url, timeout=support.PATIENCE_S) as answer:
         return answer.read()
-
-
-if __name__ == "__main__":
-    unittest.main()

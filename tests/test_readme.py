@@ -156,7 +156,3 @@ class Promises(unittest.TestCase):
             with connect_through(server.port, *echo) as tunnel:
                 self.assertTrue(echoes(tunnel))
             self.assertEqual(server.end(), 0)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -190,7 +190,3 @@ class Stunnel(Case):
                 sock.sendall(b"through TLS")
                 self.assertEqual(sock.recv(20), b"through TLS")
             server.wait_line(r"session client=127\.0\.0\.%d:\d+ user='alice' .*rep=SUCCEEDED" % number)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -679,7 +679,3 @@ class Starting(Case):
         status, out, err = run_cli("-p", closed_port(), "--rules", self.path)
         self.assertEqual((status, out, err.count("\n")), (2, "", 1))
         self.assertIn("%s:2: 'http' is not a port or a range of them" % self.path, err)
-
-
-if __name__ == "__main__":
-    unittest.main()

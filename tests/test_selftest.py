@@ -194,7 +194,3 @@ class Program(unittest.TestCase):
         status, _, err = run_cli("--self-test", "--trace")
         self.assertEqual(status, 0)
         self.assertIn("client -> proxy  Request", err)
-
-
-if __name__ == "__main__":
-    unittest.main()

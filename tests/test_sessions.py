@@ -393,7 +393,3 @@ class Serving(unittest.TestCase):
                     self.assertEqual(ask(other, Cmd.CONNECT, *destination).rep, Rep.SUCCEEDED)
             tunnel.sendall(b"x")
             self.assertEqual(reader_of(tunnel)(1), b"x")
-
-
-if __name__ == "__main__":
-    unittest.main()

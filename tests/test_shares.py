@@ -89,7 +89,3 @@ class PortsTest(unittest.TestCase):
         self.assertTrue(there.take("newcomer", 4))
         rows[0].clear()
         self.assertEqual((taken(there._shares[4], "greedy"), rows[1].of_thing("udp-ports 4").of("newcomer")), (8, 1))
-
-
-if __name__ == "__main__":
-    unittest.main()

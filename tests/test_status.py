@@ -710,7 +710,3 @@ class Terminal(unittest.TestCase):
         with spawned() as server:
             server.end()
             self.assertEqual([text for text in server.lines + server.log if "try it" in text or "\x1b" in text], [])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -559,7 +559,3 @@ class Parts(unittest.TestCase):
                     self.assertEqual(workers.number(0), expected)
         with mock.patch.object(workers, "os", mock.Mock(spec=[])):
             self.assertEqual((workers.number(0), workers.number(7)), (1, 1), "where there is no fork")
-
-
-if __name__ == "__main__":
-    unittest.main()

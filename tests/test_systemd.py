@@ -315,7 +315,3 @@ class Units(Case):
             found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
             self.assertTrue(found, done.stdout + done.stderr)
             self.assertLess(float(found.group(1)), 2.0, done.stdout)
-
-
-if __name__ == "__main__":
-    unittest.main()

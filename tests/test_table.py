@@ -131,7 +131,3 @@ class Signal(unittest.TestCase):
                     line = server.wait_line(r"live id=.* state=relaying .*").group()
                     self.assertEqual(re.findall(r"(\w+)=", line), ORDER)
                     wait_until(lambda: sum("live sessions=" in line for line in list(server.log)) == workers)
-
-
-if __name__ == "__main__":
-    unittest.main()

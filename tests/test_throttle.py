@@ -317,7 +317,3 @@ class Names(Case):
             self.throttle.ask(elsewhere)
             flood = [self.attempt(b"w%d" % number, origin=HERE + "0") for number in range(20)]
             self.assertLess(self.seconds_until_looked_at(elsewhere, flood), 1.0)
-
-
-if __name__ == "__main__":
-    unittest.main()

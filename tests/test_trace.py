@@ -528,7 +528,3 @@ class Places(unittest.TestCase):
         for number, lines in blocks:
             self.assertEqual({line.split()[0] for line in lines.splitlines()}, {"#" + number})
         self.assertEqual(len({number for number, _ in blocks}), 40)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -399,7 +399,3 @@ class TunnelTest(unittest.TestCase):
         self.remote.take(KERNEL)
         self.tunnel.handle(REMOTE, WRITE, 3.0)
         self.assertEqual((splice.parked, up.total, up.chunk), (0, KERNEL, b""))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -396,7 +396,3 @@ class Programs(Case):
             self.peer_comes(server)
             with associated(server) as udp:
                 exchange(self, udp, udp_there)
-
-
-if __name__ == "__main__":
-    unittest.main()

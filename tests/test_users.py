@@ -660,7 +660,3 @@ class Starting(unittest.TestCase):
         self.assertEqual((status, out, err.count("\n")), (2, "", 1))
         self.assertIn(path + ":1: ", err)
         self.assertNotIn("hunter2", err)
-
-
-if __name__ == "__main__":
-    unittest.main()
