@@ -74,17 +74,16 @@ def running(handler=socks5.Handler, server_class=socks5.Server, **options):
 
 
 class Spawned:
-    """Our server as its users start it: a process. `ports` are those it printed, `log` what it wrote on stderr."""
+    """Our server as its users start it: a process. `lines` are those it printed, `log` what it wrote on stderr."""
 
-    def __init__(self, *args, env=None, python=sys.executable, script=SCRIPT, cwd=None, prefix=(), preexec_fn=None):
-        self.process = subprocess.Popen(
-            [*prefix, python, str(script), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, cwd=cwd, preexec_fn=preexec_fn,
+    def __init__(self, *args, env=None, python=sys.executable, script=SCRIPT, prefix=(), **kwargs):
+        self.process = subprocess.Popen([*prefix, python, str(script), *map(str, args)], text=True, **{
+            "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs},
             env=dict(os.environ, PYTHONUNBUFFERED="1", **(env or {})))
         self.lines, self.log = [], []
         self._news = threading.Condition()
         self._readers = [threading.Thread(target=self._read, args=pair, daemon=True)
-                         for pair in ((self.process.stdout, self.lines), (self.process.stderr, self.log))]
+                         for pair in ((self.process.stdout, self.lines), (self.process.stderr, self.log)) if pair[0]]
         for reader in self._readers:
             reader.start()
 
@@ -132,8 +131,8 @@ class Spawned:
             status = self.process.wait()
         for reader in self._readers:
             reader.join(PATIENCE_S)
-        self.process.stdout.close()
-        self.process.stderr.close()
+        for stream in filter(None, (self.process.stdout, self.process.stderr)):
+            stream.close()
         return status
 
     def signal(self, number):               # stands last, because it hides the module of that name

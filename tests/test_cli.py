@@ -17,7 +17,6 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-import socks5
 from socks5 import cli
 from socks5.config import Config, ConfigError, long_flag, options
 from tests import support
@@ -116,9 +115,6 @@ class Help(Case):
             with self.subTest(repr(default)):
                 self.assertEqual(cli.default_words(default), words)
 
-    def test_version(self):
-        self.assertEqual(main("--version"), (0, "socks5-server %s\n" % socks5.__version__, ""))
-
 
 class Faces(Case):
     """An option means the same on the command line and in the file, under the same name."""
@@ -128,6 +124,7 @@ class Faces(Case):
             text, value = SAMPLES[item.metadata["kind"]]
             value = (value,) if item.metadata["many"] else value
             needs = {"open": True} if item.name == "proxy_protocol" else {}      # or it is refused as an open proxy
+            self.assertNotEqual(value, item.default, "a sample must not be a default")
             expected = Config(**{item.name: value}, **needs)
             given = [] if item.metadata["kind"] is bool else [text]
             for flag in item.metadata["flags"]:
@@ -449,12 +446,10 @@ class Processes(Case):
             for name, argv, words in (("value", ["-p", "65536"], "-p/--port"), ("option", ["--prot", "1"], "--prot"),
                                       ("file", ["--config", self.ini(b"\xff")], "--config"),
                                       ("beyond loopback", ["-l", "0.0.0.0"], "--open"),
-                                      ("port in use", ["-p", port], "cannot listen on 127.0.0.1 port %d: Address already in use\n" % port)):
+                                      ("port in use", ["-p", port],
+                                       "cannot listen on 127.0.0.1 port %d: Address already in use\n" % port)):
                 with self.subTest(name):
                     self.check_refused(support.run_cli(*argv), words)
-
-    def test_version(self):
-        self.assertEqual(support.run_cli("--version"), (0, "socks5-server %s\n" % socks5.__version__, ""))
 
     def log_of_a_session(self, *argv):
         """What is written on stderr around one session, the server's end included."""

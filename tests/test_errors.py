@@ -30,11 +30,6 @@ class RepOfAnOSError(unittest.TestCase):
             with self.subTest(name):
                 self.assertEqual(rep_of(failure(name)), REP_BY_NAME.get(name, Rep.GENERAL_FAILURE))
 
-    def test_running_out_is_a_general_failure(self):
-        for name in ("EMFILE", "ENFILE", "EADDRNOTAVAIL", "ENOBUFS", "ENOMEM", "EAGAIN"):
-            with self.subTest(name):
-                self.assertIs(rep_of(failure(name)), Rep.GENERAL_FAILURE)
-
     def test_an_error_without_a_number_or_with_the_resolvers_own(self):
         for error in (OSError(), OSError("words only"), socket.timeout("timed out"), OSError(None, "none"),
                       socket.gaierror(socket.EAI_NONAME, "Name or service not known")):

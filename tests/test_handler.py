@@ -566,14 +566,6 @@ class LogLine(Case):
                     self.assertRegex(line, LINE)
                     self.assertEqual(sum(record.msg.startswith("session ") for record in logs.records), 1)
 
-    def test_quotes_do_not_end_a_field(self):
-        for name in (b"x' rep=SUCCEEDED why='", b'x" rep=SUCCEEDED "', b"x' \" rep=SUCCEEDED"):
-            with self.subTest(name), self.logged("session ") as logs:
-                exchange(self.server, ANYBODY + Request(Cmd.CONNECT, Address(name, 80)).pack())
-                wait_until(lambda: logs.records)
-                expected = " dst=%a:80 reached=- rep=HOST_UNREACHABLE " % name.decode()
-                self.assertIn(expected, logs.output[0])
-
 
 class NeverReads(Case):
     def test_a_client_that_never_reads_stops_its_own_tunnel_only(self):
@@ -609,6 +601,7 @@ class Ourselves(support.TwoHosts, unittest.TestCase):
                     self.assertEqual(support.ask(client, Cmd.CONNECT, host, server.port), Reply(Rep.NOT_ALLOWED))
             server.wait_line("is this proxy itself")
             with self.subTest("another port of ours"):
-                self.assertEqual(refusal(self, self.far, connect, (near, server.port), (near, 1)), Rep.CONNECTION_REFUSED)
+                rep = refusal(self, self.far, connect, (near, server.port), (near, 1))
+                self.assertEqual(rep, Rep.CONNECTION_REFUSED)
             with self.subTest("a client on this machine may"):
                 self.near(connect, ("127.0.0.1", server.port), ("127.0.0.1", server.port)).close()

@@ -4,6 +4,7 @@ import unittest
 
 from socks5.net.shares import ANY_PORT, Ports, Share, Tally
 from socks5.server.counters import Shared
+from tests.support import in_threads
 
 
 def taken(share, owner, number=1):
@@ -55,11 +56,7 @@ class ShareTest(unittest.TestCase):
         def take():
             counts.append(taken(share, threading.current_thread().name))
 
-        threads = [threading.Thread(target=take) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(8, take)
         self.assertLessEqual(sum(counts), 1000)
         self.assertGreaterEqual(sum(counts), 900)
 

@@ -2,11 +2,8 @@
 import contextlib
 import socket
 import subprocess
-import tempfile
 import threading
-import unittest
 from ipaddress import ip_address
-from pathlib import Path
 from unittest import mock
 
 from socks5 import client
@@ -19,8 +16,9 @@ from socks5.values import upstream
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError
 
+from . import support
 from .support import (
-    PATIENCE_S, closed_port, dial, logging_of, negotiate, need_program, read_to_end, reset, run_cli, running, target,
+    PATIENCE_S, closed_port, greeted, logging_of, need_program, read_to_end, refusal, reset, run_cli, running, target,
     wait_until)
 from .test_client import FREE, OK, script
 from .test_udp import associated, exchange, remote, udp_socket
@@ -31,24 +29,12 @@ def url(proxy, user="", name=""):
     return upstream("%ssocks5://%s%s:%d" % (name and name + "=", user and user + "@", host, port))
 
 
-def refusal(test, call, *args, **kwargs):
-    """The REP with which the proxy refuses."""
-    with test.assertRaises(ProxyError) as caught:
-        call(*args, **kwargs).close()
-    return caught.exception.rep
-
-
-class Case(unittest.TestCase):
-    def setUp(self):
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.enter = stack.enter_context
-
+class Case(support.Case):
     def chained(self, *upstreams, **options):
         return self.enter(running(upstream=upstreams, **options))
 
     def rules(self, *lines):
-        path = Path(self.enter(tempfile.TemporaryDirectory()), "rules")
+        path = self.new_folder() / "rules"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return str(path)
 
@@ -99,8 +85,7 @@ class OurOwn(Case):
     def test_early_data(self):
         with running() as other, target() as there:
             server = self.chained(url(other))
-            with dial(server.server_address) as sock:
-                negotiate(sock)
+            with greeted(server.server_address) as sock:
                 sock.sendall(bytes.fromhex("05010001") + socket.inet_aton(there[0]) + there[1].to_bytes(2, "big")
                              + b"early")
                 sock.shutdown(socket.SHUT_WR)
@@ -180,7 +165,7 @@ class OurOwn(Case):
             server = self.chained(url(other))
             with associated(server) as udp, self.assertRaisesRegex(ProxyError, "ended the association"):
                 udp.recvfrom()
-            wait_until(lambda: any("ended=remote why='upstream upstream" in line for line in logs.output))
+            logs.wait("ended=remote why='upstream upstream")
 
     def test_udp_from_elsewhere_than_the_relay_is_dropped(self):
         with running() as other, udp_socket() as stranger, udp_socket() as there, logging_of(self) as logs:
@@ -193,7 +178,7 @@ class OurOwn(Case):
                 stranger.sendto(bytes.fromhex("00000001 7f000001 0009") + b"forged",
                                 ("127.0.0.1", link.sock.getsockname()[1]))
                 wait_until(lambda: session.association.dropped["not the upstream"])
-            wait_until(lambda: any("1 not the upstream" in line for line in logs.output))
+            logs.wait("1 not the upstream")
 
 
 class Failures(Case):
@@ -227,14 +212,14 @@ class Failures(Case):
                     with self.subTest(name), logging_of(self) as logs:
                         server = self.chained(proxy, **options)
                         self.assertEqual(refusal(self, call, server.server_address), Rep.GENERAL_FAILURE)
-                        wait_until(lambda: any("upstream upstream (" in line and words in line for line in logs.output))
+                        logs.wait(r"upstream upstream \(.*" + words)
 
     def test_it_is_this_server_itself(self):
         with running(upstream=(upstream("socks5://127.0.0.1:1"),)) as server, logging_of(self) as logs:
             object.__setattr__(server.config, "upstream", (url(server),))
             server.reload()
             self.assertEqual(refusal(self, client.connect, server.server_address, ("192.0.2.1", 80)), 1)
-            wait_until(lambda: any("that is this server itself" in line for line in logs.output))
+            logs.wait("that is this server itself")
 
     def test_it_is_this_server_itself_by_its_options(self):
         """Then it does not start; another program's port is accepted."""
@@ -263,8 +248,7 @@ class Failures(Case):
         left = threading.Event()
         with target(wait) as silent:
             server = self.chained(url(silent), connect_timeout=600)
-            with dial(server.server_address) as sock:
-                negotiate(sock)
+            with greeted(server.server_address) as sock:
                 sock.sendall(bytes.fromhex("05010001 c0000201 0050"))
                 came.wait(PATIENCE_S)
                 reset(sock)
@@ -336,8 +320,7 @@ class Ways(Case):
             with associated(server) as udp:
                 udp.sendto(b"nowhere", ("127.0.0.2", 9))
                 exchange(self, udp, there)
-            wait_until(lambda: any("1 for upstream of, which relays none" in line and "answered X'07'" in line
-                                   for line in logs.output))
+            logs.wait("1 for upstream of, which relays none.*answered X'07'")
 
     def test_check(self):
         config = Config(upstream=(upstream("socks5://al:s3cret@192.0.2.1:1"), upstream("of=socks5://h:2")))
@@ -376,7 +359,7 @@ class Programs(Case):
 
     def test_dante(self):
         danted, port = need_program(self, "danted"), closed_port()
-        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         (folder / "conf").write_text("""
             logoutput: /dev/null
             internal: 127.0.0.1 port = %d
