@@ -252,7 +252,7 @@ class Clients:
         sock.settimeout(5)
         sock.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack())
         Selection.parse(reader_of(sock))
-        sock.sendall(Login(random.choice((b"bob", b"nobody")), b"%d" % random.getrandbits(32)).pack())
+        sock.sendall(Login(random.choice((b"bob", b"mallory")), b"%d" % random.getrandbits(32)).pack())
         with contextlib.suppress(socket.timeout):
             if LoginStatus.parse(reader_of(sock)).status == 0:
                 raise Wrong("a wrong password was let in")

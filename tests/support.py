@@ -432,7 +432,7 @@ def closed_port(*hosts):
 # ---- waiting, counting, skipping ---------------------------------------------------------------------------------
 
 def wait_until(condition, what="", timeout=PATIENCE_S):
-    """For what tells nobody when it happens (a count in /proc): look again. AssertionError after `timeout`."""
+    """Poll a condition of which no event tells, such as a count in /proc. AssertionError after `timeout`."""
     deadline = time.monotonic() + timeout
     never = threading.Event()
     while not condition():

@@ -125,7 +125,7 @@ class ReadsIt(Case):
         sock = self.greeted(source="127.0.0.2")
         self.assertEqual(ask(sock, Cmd.CONNECT, *self.echo).rep, Rep.SUCCEEDED)
 
-    def test_without_the_option_nobody_may(self):
+    def test_without_the_option_every_header_is_refused(self):
         self.serve(proxy_protocol=())
         self.refused(self.dial(header() + GREETING), "a PROXY header, which only a source in")
 

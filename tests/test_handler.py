@@ -21,7 +21,7 @@ from tests import support
 from tests.support import (PATIENCE_S, address, dial, echoes, greeted, read_to_end, reader_of, refusal, running, target,
                            wait_until)
 
-ANYBODY = Greeting(bytes([Method.NO_AUTHENTICATION])).pack()
+NO_LOGIN = Greeting(bytes([Method.NO_AUTHENTICATION])).pack()
 BY_PASSWORD = Greeting(bytes([Method.USERNAME_PASSWORD])).pack()
 ALICE = (b"alice", b"s3cret-of-alice")
 USERS = (("alice", "s3cret-of-alice"), ("bob", "pass:word"), ("zoë", "пароль"))
@@ -84,7 +84,7 @@ class AnySplit(Case):
 
     def conversation(self, destination):
         """(what the client says, how much the server says before the echo)"""
-        return ANYBODY + connect_to(destination) + b"payload", 2 + 10
+        return NO_LOGIN + connect_to(destination) + b"payload", 2 + 10
 
     def check(self, client, prefix):
         read = reader_of(client)
@@ -172,7 +172,7 @@ class Methods(Case):
             listener.setblocking(False)
             refused = Greeting(b"\1").pack()
             with self.logged(r"rep=- .*ended=refused why=.*METHOD"):
-                answer = exchange(self.server, refused + ANYBODY + connect_to(listener.getsockname()))
+                answer = exchange(self.server, refused + NO_LOGIN + connect_to(listener.getsockname()))
             self.assertEqual(answer, b"\x05\xff")
             self.assertRaises(BlockingIOError, listener.accept)
 
@@ -264,10 +264,10 @@ class Strangers(Case):
 
     def test_another_version_in_the_request_is_closed_without_a_reply(self):
         with self.logged("ended=refused why='VER 0x04"):
-            self.assertEqual(exchange(self.server, ANYBODY + b"\x04\x01\x00\x01\x7f\x00\x00\x01\x00\x50"), b"\x05\x00")
+            self.assertEqual(exchange(self.server, NO_LOGIN + b"\x04\x01\x00\x01\x7f\x00\x00\x01\x00\x50"), b"\x05\x00")
 
     def test_gone_in_the_middle(self):
-        said = ANYBODY + connect_to((b"example.com", 80))
+        said = NO_LOGIN + connect_to((b"example.com", 80))
         for cut in (1, 2, 3, 4, len(said) - 1):
             with self.subTest("FIN after %d bytes" % cut):
                 with self.logged("rep=- .*ended=client"):
@@ -364,9 +364,9 @@ class Deadline(Case):
 
         with target() as destination, running(support.authorizing(Slow), handshake_timeout=1) as server, \
                 dial(server.server_address) as client, dial(server.server_address) as late:
-            client.sendall(ANYBODY + connect_to(destination) + b"hello")
+            client.sendall(NO_LOGIN + connect_to(destination) + b"hello")
             self.assertEqual(reader_of(client)(2), b"\x05\x00")
-            late.sendall(ANYBODY[:1])
+            late.sendall(NO_LOGIN[:1])
             self.assertEqual(late.recv(1), b"")                 # came later and is over its time: so would be the first
             over.set()
             self.assertEqual(reader_of(client)(15)[10:], b"hello")
@@ -383,7 +383,7 @@ class Lingering(Case):
         yield "request", self.LOGIN + connect_to((b"a..b", 80)), b"\5\2\1\0" + Reply(Rep.HOST_UNREACHABLE).pack()
         yield "unknown ATYP", self.LOGIN + b"\5\1\0\7", b"\5\2\1\0" + Reply(Rep.ADDRESS_TYPE_NOT_SUPPORTED).pack()
         yield "login", BY_PASSWORD + Login(b"alice", b"wrong").pack(), b"\5\2\1\1"
-        yield "METHOD", ANYBODY, b"\5\xff"
+        yield "METHOD", NO_LOGIN, b"\5\xff"
         yield "SOCKS4", b"\4\1\0\x50\1\2\3\4\0", b"\0\x5b" + bytes(6)
 
     def test_40_kb_behind_it(self):
@@ -414,7 +414,7 @@ class Lingering(Case):
 
     def test_a_client_that_never_stops_sending_is_cut_off(self):
         with newcomer(self.server) as client:
-            client.sendall(ANYBODY)
+            client.sendall(NO_LOGIN)
             with self.assertRaises(ConnectionError):
                 for _ in range(1000):
                     client.sendall(bytes(1 << 16))
@@ -429,12 +429,12 @@ class Lingering(Case):
     def test_a_client_that_never_reads_delays_no_other(self):
         """A receive buffer as small as it can be: our help page may not fit, the others are served, and it ends."""
         with contextlib.ExitStack() as stack:
-            for said in (b"GET / HTTP/1.0\r\n\r\n", ANYBODY, BY_PASSWORD + Login(b"a", b"b").pack()):
+            for said in (b"GET / HTTP/1.0\r\n\r\n", NO_LOGIN, BY_PASSWORD + Login(b"a", b"b").pack()):
                 client = stack.enter_context(socket.socket())
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
                 client.connect(self.server.server_address)
                 client.sendall(said)
-            self.assertEqual(exchange(self.server, ANYBODY), b"\5\xff")
+            self.assertEqual(exchange(self.server, NO_LOGIN), b"\5\xff")
             self.all_gone()
 
 
@@ -443,7 +443,7 @@ class Requests(Case):
 
     def answer(self, request, end=False):
         """The REP of `request`, whose reply must be whole, and the last thing said."""
-        answer = exchange(self.server, ANYBODY + request, end=end)
+        answer = exchange(self.server, NO_LOGIN + request, end=end)
         self.assertEqual(answer[:2], b"\x05\x00")
         reply = Reply.parse(BytesReader(answer[2:]))
         self.assertEqual(answer[2:], Reply(reply.rep, UNSPECIFIED).pack())
@@ -459,7 +459,7 @@ class Requests(Case):
 
     def test_unknown_cmd_is_answered_once_the_whole_message_is_there(self):
         whole = b"\x05\x09" + connect_to(("localhost", 80))[2:]
-        self.assertEqual(exchange(self.server, ANYBODY + whole[:-1], end=True), b"\x05\x00")
+        self.assertEqual(exchange(self.server, NO_LOGIN + whole[:-1], end=True), b"\x05\x00")
 
     def test_unknown_atyp_is_answered_at_once(self):
         """How many bytes would follow is unknown, so none is waited for: the client sends none, and no FIN."""
@@ -475,7 +475,7 @@ class Requests(Case):
                 with self.subTest("RSV %02x" % rsv), dial(self.server.server_address) as client:
                     request = bytearray(connect_to(destination))
                     request[2] = rsv
-                    client.sendall(ANYBODY + request)
+                    client.sendall(NO_LOGIN + request)
                     self.assertEqual(reader_of(client)(4), b"\x05\x00\x05\x00")
 
     def test_bad_names(self):
@@ -496,7 +496,7 @@ class Requests(Case):
                 continue
             with self.subTest(host), target(host=host) as (_, port), dial(self.server.server_address) as client:
                 with self.logged("dst='%s':%d reached=%s " % (host, port, re.escape(str(address(host, port))))):
-                    client.sendall(ANYBODY + Request(Cmd.CONNECT, Address(host.encode(), port)).pack() + b"x")
+                    client.sendall(NO_LOGIN + Request(Cmd.CONNECT, Address(host.encode(), port)).pack() + b"x")
                     self.assertEqual(reader_of(client)(4)[2:], b"\x05\x00")
                     client.shutdown(socket.SHUT_WR)
                     self.assertTrue(read_to_end(client).endswith(b"x"))
@@ -532,7 +532,7 @@ class LogLine(Case):
             name = Address(b"localhost", destination[1])
             with self.logged("session ") as logs, dial(self.server.server_address) as client:
                 here = "%s:%d" % client.getsockname()[:2]
-                client.sendall(ANYBODY + Request(Cmd.CONNECT, name).pack() + b"four")
+                client.sendall(NO_LOGIN + Request(Cmd.CONNECT, name).pack() + b"four")
                 client.shutdown(socket.SHUT_WR)
                 self.assertEqual(read_to_end(client)[-4:], b"four")
             facts = LINE.search(logs.output[-1]).groupdict()
@@ -554,7 +554,7 @@ class LogLine(Case):
     def test_a_forged_line_is_impossible(self):
         forged = b"\r\n2030-01-01 INFO session client=10.0.0.1:1 user=- cmd=CONNECT\x1b[2J\0\x85\xe2\x80\xa8"
         with running(user=USERS) as guarded:
-            cases = [("name", self.server, ANYBODY + Request(Cmd.CONNECT, Address(forged, 80)).pack()),
+            cases = [("name", self.server, NO_LOGIN + Request(Cmd.CONNECT, Address(forged, 80)).pack()),
                      ("user", guarded, BY_PASSWORD + Login(forged, b"x").pack()), ("first bytes", self.server, forged),
                      ("HTTP", self.server, b"GET " + forged)]
             for name, server, said in cases:

@@ -139,7 +139,7 @@ class Files(FileCase):
                 ("a password", ["# comment", "", "bob:hunter2"], r":3: the part after the colon is not what --hash-"),
                 ("a name twice", [good, "#", good], r":3: 'bob' is here for the second time"),
                 ("damaged", [good, "al" + good[3:] + "*"], r":2: the hash is damaged"),
-                ("nobody", ["# nobody"], r"names no user")):
+                ("no user", ["# none"], r"names no user")):
             with self.subTest(name), self.assertRaisesRegex(ConfigError, why) as caught:
                 self.users(*lines)
             with self.subTest(name + ", said"):
