@@ -7,7 +7,6 @@ from ipaddress import ip_network
 from socks5 import values
 from socks5.config import GROUPS, Config, ConfigError, from_environment, long_flag, options, parse
 from socks5.values import OneWay, Rate, Upstream
-from socks5.net import shares
 
 # For each kind of value: a text, and what it stands for. No default of any option is among them.
 SAMPLES = {
@@ -219,19 +218,6 @@ class Parse(unittest.TestCase):
                     self.check_line(str(exc), "here: ")
                 except Exception as exc:
                     self.fail("%s from %r: %r" % (item.name, text, exc))
-
-
-class EachPort(unittest.TestCase):
-    def test_every_port_once(self):
-        for ports in ((7000, 7000), (7000, 7009), (1, 65535)):
-            with self.subTest(ports):
-                self.assertEqual(sorted(shares.each_port(ports)), list(range(ports[0], ports[1] + 1)))
-
-    def test_any_free_one(self):
-        self.assertEqual(list(shares.each_port(())), [0])
-
-    def test_not_always_the_same_first(self):
-        self.assertGreater(len({next(shares.each_port((1, 65535))) for _ in range(20)}), 1)
 
 
 class Environment(unittest.TestCase):

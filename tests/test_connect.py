@@ -469,9 +469,3 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
         self.addCleanup(subprocess.run, route % "del", shell=True)
         with self.far(listen) as listener:
             self.assertEqual(self.near(cut, listener), ("idle", len(b"before" b"never acknowledged")))
-
-    def test_no_descriptor_is_left(self):
-        with resolving(self.SILENT[6], self.SILENT[4], self.ABSENT[4], support.FAR[4], "198.18.1.1"):
-            before = support.descriptors()
-            self.near(outcome, NAME, 80, connect_timeout=1.2)
-            support.wait_until(lambda: support.descriptors() <= before, "all are closed")

@@ -36,14 +36,6 @@ class RepOfAnOSError(unittest.TestCase):
             with self.subTest(repr(error)):
                 self.assertIs(rep_of(error), Rep.GENERAL_FAILURE)
 
-    def test_a_real_refusal(self):
-        with socket.socket() as bound, socket.socket() as dialling:
-            bound.bind(("127.0.0.1", 0))                # bound, never listening
-            with self.assertRaises(OSError) as caught:
-                dialling.connect(bound.getsockname())
-        self.assertIs(rep_of(caught.exception), Rep.CONNECTION_REFUSED)
-        self.assertEqual(name_of(caught.exception), "ECONNREFUSED")
-
 
 class Telling(unittest.TestCase):
     def test_refused_before_unreachable_before_timed_out_before_the_rest(self):

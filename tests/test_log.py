@@ -778,12 +778,6 @@ assert not logging.getLogger().handlers
             log.setLevel(before[2])
         self.assertEqual(len(said.getvalue().splitlines()), 2000)
 
-    def test_no_standard_error(self):
-        need(self, os.path.exists("/bin/sh"), "/bin/sh")
-        with spawned("-v", prefix=("/bin/sh", "-c", 'exec "$0" "$@" 2>&-')) as server, target() as destination:
-            client.connect(("127.0.0.1", server.port), destination).close()
-            self.assertEqual(server.end(), 0)
-
     def test_json_lines_only(self):
         user = ("alice\nsession client=forged", "x")
         with spawned("--log-format", "json", "-v", "-u", "%s:%s" % user) as server, target() as destination:

@@ -101,22 +101,6 @@ class States(SocketsTest):
                     told = ready & wanted or (not wanted and state in self.ENDED) * (BROKEN | HANG_UP)
                     self.assertEqual(found, {sock.fileno(): told} if told else {})
 
-    @unittest.skipUnless(hasattr(select, "poll"), "no poll() to compare with")
-    def test_as_poll_says(self):
-        sockets = [state(self)[0] for state in self.STATES]
-        for wanted in (READ, WRITE, READ | WRITE):
-            with self.subTest("asked for %d" % wanted):
-                ours, theirs = SelectPoll(), select.poll()
-                for sock in sockets:
-                    ours.register(sock.fileno(), wanted)
-                    theirs.register(sock.fileno(), wanted)
-                expected = {}
-                for fd, events in theirs.poll(0):           # poll() also tells of what was not asked for
-                    events |= READ * bool(events & (HANG_UP | BROKEN)) | WRITE * bool(events & BROKEN)
-                    if events & wanted:
-                        expected[fd] = events & wanted
-                self.assertEqual(dict(ours.poll(0)), expected)
-
     def test_the_third_set_is_told_as_broken(self):
         """On Windows a refused connect is there and nowhere else; here, what came out of band is."""
         near, far = self.pair()

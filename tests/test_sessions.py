@@ -16,7 +16,7 @@ from socks5.net.addresses import Endpoint
 from socks5.net.poller import READ, new_poll
 from socks5.protocol.messages import Address
 from tests import support
-from tests.support import (HAS_IPV6, PATIENCE_S, connect_through, dial, echoes, greeted, heard, logging_of, running,
+from tests.support import (HAS_IPV6, PATIENCE_S, connect_through, dial, echoes, greeted, running,
                            target, text_of, wait_until)
 
 
@@ -336,21 +336,6 @@ class Ending(Case):
 
 
 class Serving(unittest.TestCase):
-    def test_max_per_client(self):
-        with target() as destination, running(max_per_client=2) as server, \
-                logging_of(self, "WARNING") as logs:
-            with connect_through(server.server_address, *destination), \
-                    connect_through(server.server_address, *destination):
-                for _ in range(3):
-                    with dial(server.server_address) as third:
-                        self.assertEqual(heard(third, b"\5\1\0"), b"")
-                connect_through(server.server_address, *destination, source="127.0.0.2").close()
-            wait_until(lambda: not len(server.sessions))
-            connect_through(server.server_address, *destination).close()
-        self.assertEqual(len(logs.output), 1)
-        self.assertRegex(logs.output[0],
-                         r"refused client=127\.0\.0\.1:\d+ why='max-per-client 2 reached by 127\.0\.0\.1'$")
-
     @unittest.skipUnless(HAS_IPV6, "no IPv6 here")
     def test_an_ipv6_client_is_its_64(self):
         with running(listen=("::1",), max_per_client=7) as server, greeted(server.server_address):

@@ -76,6 +76,7 @@ class PortsTest(unittest.TestCase):
         ports.give_back("newcomer", 4)
         self.assertEqual([ports.take("late", version) for version in (4, 6)], [True, False])
         self.assertEqual((sorted(ports), str(ports)), (list(range(5000, 5010)), "ports 5000-5009"))
+        self.assertGreater(len({next(iter(ports)) for _ in range(100)}), 1, "the first one is random")
 
     def test_over_all_processes_until_one_dies(self):
         shared = Shared(2)

@@ -202,11 +202,6 @@ passwords.derive = lambda *args: (print("hashed", flush=True), derive(*args))[-1
             with spawned("-w", "2", "-p", str(port)) as again:
                 self.assertEqual(again.port, port)
 
-    def test_reload_reaches_all(self):
-        with self.crew() as (server, _pids):
-            server.signal(signal.SIGHUP)
-            wait_until(lambda: count(server, "INFO reloaded ") == 3, "three lines")
-
 
 def links(pid):
     found = []
@@ -502,17 +497,6 @@ class Parts(unittest.TestCase):
                 child.returncode = 0                    # reaped already
                 self.assertAlmostEqual(supervisor.start_at[0] - now[0], expected)
                 self.assertEqual(supervisor.shared.row(0).live(), 0)
-
-    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
-    def test_a_start_that_fails_waits_before_the_next(self):
-        with mock.patch.object(workers, "monotonic", lambda: 1000.0), self.assertLogs("socks5", "ERROR"):
-            supervisor = workers.Supervisor(Config(), [], 2, read_access(Config()))
-            self.addCleanup(supervisor.close)
-            supervisor.start_at.update({0: 1000.0, 1: 1001.0})
-            with mock.patch.object(supervisor, "start", side_effect=OSError(11, "no more processes")) as start:
-                supervisor.work()
-            start.assert_called_once_with(0)
-            self.assertEqual(supervisor.start_at, {0: 1000.0 + workers.RESTART_MOST_S, 1: 1001.0})
 
     def test_how_it_died(self):
         self.assertEqual(workers.how_it_died(9), "signal-9")

@@ -437,7 +437,7 @@ class Places(support.Case):
 
     def test_standard_error_closed_from_the_start(self):
         need(self, os.path.exists("/bin/sh"), "/bin/sh")
-        with spawned("--trace", prefix=("/bin/sh", "-c", 'exec "$0" "$@" 2>&-')) as server:
+        with spawned("--trace", "-v", prefix=("/bin/sh", "-c", 'exec "$0" "$@" 2>&-')) as server:
             for _ in range(2):
                 self.session(server.port)
 

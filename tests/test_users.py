@@ -203,15 +203,6 @@ class Files(FileCase):
         self.assertTrue(users.check(b"bob", b"x"))
         self.assertEqual(self.derived, [], "in the other process")
 
-    def test_a_bad_file_changes_nothing(self):
-        with running(users=self.write(self.line("bob", b"x"))) as server:
-            for text in ("bob:x", "# empty"):
-                self.write(text)
-                with self.subTest(text), self.assertLogs("socks5", "ERROR") as logs:
-                    self.assertFalse(server.reload())
-                    self.assertIn(str(self.path), logs.output[0])
-                self.assertTrue(server.users.check(b"bob", b"x"))
-
     def test_an_unknown_name_costs_the_same(self):
         users = self.users(self.line("bob", b"x", (2, 1, 1)), self.line("al", b"y", (4, 1, 1)), user=(("plain", "p"),))
         for uname in (b"bob", b"al", b"nobody", b"plain"):
