@@ -51,6 +51,19 @@ class Case(unittest.TestCase):
     def new_folder(self):
         return Path(self.enter(tempfile.TemporaryDirectory()))
 
+    def check_refused(self, outcome, *words):
+        """Our command ended with status 2 and one line on stderr that has these words; `outcome` is run_cli()'s."""
+        status, out, err = outcome
+        self.assertEqual((status, out), (2, ""), err)
+        self.assertRegex(err, r"\Asocks5-server: [^\n]+\n\Z")
+        for word in words:
+            self.assertIn(word, err)
+
+    def check_serves(self, server_address, destination):
+        """A tunnel to an echo server works."""
+        with connect_through(server_address, *destination) as tunnel:
+            self.assertTrue(echoes(tunnel))
+
 
 # ---- our server --------------------------------------------------------------------------------------------------
 

@@ -84,14 +84,6 @@ class Case(support.Case):
         path.write_bytes((section + text).encode() if isinstance(text, str) else text)
         return str(path)
 
-    def check_refused(self, outcome, *words):
-        """Exit status 2 and one line on stderr that has these words."""
-        status, out, err = outcome
-        self.assertEqual((status, out), (2, ""), err)
-        self.assertRegex(err, r"\Asocks5-server: [^\n]+\n\Z")
-        for word in words:
-            self.assertIn(word, err)
-
 
 class Help(Case):
     def test_every_option_with_its_default(self):

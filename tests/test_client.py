@@ -65,9 +65,8 @@ class ThroughOurServer(unittest.TestCase):
         self.assertNotIn(b"hunter2", b"".join(received))
 
     def test_a_refusal_carries_rep_wording_and_errno(self):
-        with running() as server:
-            with self.assertRaises(ProxyError) as caught:
-                client.connect(server.server_address, ("127.0.0.1", closed_port()))
+        with running() as server, self.assertRaises(ProxyError) as caught:
+            client.connect(server.server_address, ("127.0.0.1", closed_port()))
         error = caught.exception
         self.assertIsInstance(error, SocksError)
         self.assertIsInstance(error, OSError)
@@ -104,9 +103,8 @@ class ThroughOurServer(unittest.TestCase):
 class AgainstPreparedBytes(unittest.TestCase):
     def test_what_stands_behind_the_reply_is_the_tunnels(self):
         for name, turns in [("in one segment", (FREE, OK + b"220 hello")), ("at once", (FREE + OK + b"220 hello",))]:
-            with self.subTest(name), script(*turns) as (proxy, _):
-                with client.connect(proxy, ("192.0.2.1", 21)) as sock:
-                    self.assertEqual(read_to_end(sock), b"220 hello")
+            with self.subTest(name), script(*turns) as (proxy, _), client.connect(proxy, ("192.0.2.1", 21)) as sock:
+                self.assertEqual(read_to_end(sock), b"220 hello")
 
     def test_both_replies_of_a_bind_and_the_payload_in_one_segment(self):
         peer = bytes.fromhex("05 00 00 01 c0000207 0015")
@@ -174,9 +172,8 @@ class AgainstPreparedBytes(unittest.TestCase):
 
     def test_unspecified_BND_is_where_the_proxy_is(self):
         for name, reply in [("IPv4", "05 00 00 01 00000000 1f90"), ("IPv6", "05 00 00 04" + 32 * "0" + "1f90")]:
-            with self.subTest(name), script(FREE, bytes.fromhex(reply)) as (proxy, _):
-                with client.bind(proxy) as waiting:
-                    self.assertEqual(waiting.bnd, ("127.0.0.1", 8080))
+            with self.subTest(name), script(FREE, bytes.fromhex(reply)) as (proxy, _), client.bind(proxy) as waiting:
+                self.assertEqual(waiting.bnd, ("127.0.0.1", 8080))
 
     def test_a_proxy_that_does_not_listen(self):
         with self.assertRaises(ConnectionRefusedError):

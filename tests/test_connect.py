@@ -2,7 +2,6 @@
 import contextlib
 import errno
 import itertools
-import logging
 import os
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import unittest
 from ipaddress import ip_address
 from unittest import mock
 
+import socks5
 from socks5.commands import connect as module
 from socks5.net import resolver
 from socks5.net.poller import new_poll
@@ -67,41 +67,27 @@ def resolving(*addresses, name=NAME):
         yield
 
 
-class Log(logging.Handler):
-    """The facts of the sessions that have ended."""
+class Server(socks5.Server):
+    """Keeps the facts of the session that has ended."""
 
-    def __init__(self):
-        super().__init__()
-        self.facts = []
+    facts = None
 
-    def emit(self, record):
-        if record.msg.startswith("session "):
-            self.facts.append(record.args)
+    def session_ended(self, session):
+        self.facts = session.facts()
 
-    def why(self):
-        support.wait_until(lambda: self.facts, "the session's line")
-        return self.facts[-1].get("why")
-
-    def __enter__(self):
-        self.log = logging.getLogger("socks5.server.server")
-        self.level = self.log.level
-        self.log.setLevel(logging.INFO)
-        self.log.addHandler(self)
-        return self
-
-    def __exit__(self, *_):
-        self.log.removeHandler(self)
-        self.log.setLevel(self.level)
+    def fact(self, key):
+        support.wait_until(lambda: self.facts, "the end of the session")
+        return self.facts.get(key)
 
 
 def outcome(host, port, **options):
     """(REP, why it says so in the log) of a CONNECT through a server with these options."""
-    with Log() as log, support.running(**options) as server, support.greeted(server.server_address) as client:
+    with support.running(server_class=Server, **options) as server, support.greeted(server.server_address) as client:
         reply = support.ask(client, Cmd.CONNECT, host, port)
         if reply.rep != Rep.SUCCEEDED:
             assert reply.bnd == support.address("0.0.0.0", 0), reply
         client.close()
-        return reply.rep, log.why()
+        return reply.rep, server.fact("why")
 
 
 @contextlib.contextmanager
@@ -327,15 +313,15 @@ class ConnectTest(unittest.TestCase):
             self.assertEqual(server.sessions._weights.live(), 0)
 
     def test_a_client_that_resets_is_connected_for_no_longer(self):
-        with Log() as log, support.running(connect_timeout=600) as server:
+        with support.running(server_class=Server, connect_timeout=600) as server:
             port = support.closed_port("127.0.0.1", "127.0.0.2")
             with silent("127.0.0.1", port), silent("127.0.0.2", port), resolving("127.0.0.1", "127.0.0.2"):
                 client = support.greeted(server.server_address)
                 client.sendall(Request(Cmd.CONNECT, support.address(NAME, port)).pack())
                 support.wait_until(lambda: any(session.cmd for session in server.sessions), "the request is read")
                 support.reset(client)
-                self.assertRegex(log.why(), "client left before (.*127.0.0.1 silent|'name.test' resolved)")
-                self.assertEqual(log.facts[-1].get("ended"), "client")
+                self.assertRegex(server.fact("why"), "client left before (.*127.0.0.1 silent|'name.test' resolved)")
+                self.assertEqual(server.fact("ended"), "client")
 
     def test_a_client_that_has_said_all_is_still_connected_for(self):
         port = support.closed_port("127.0.0.1", "127.0.0.2")
@@ -451,7 +437,7 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
             return listener
 
         def cut(listener):
-            with Log() as log, support.running(idle_timeout=2) as server, support.connect_through(
+            with support.running(server_class=Server, idle_timeout=2) as server, support.connect_through(
                     server.server_address, *listener.getsockname()) as client, listener.accept()[0] as peer:
                 client.sendall(b"before")
                 self.assertEqual(support.reader_of(peer)(6), b"before")
@@ -462,8 +448,7 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
                 support.wait_until(lambda: any(remote.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)[unacked]))
                 with self.assertRaises(ConnectionResetError):
                     client.recv(1)
-                log.why()
-                return log.facts[-1]["ended"], log.facts[-1]["up"]
+                return server.fact("ended"), server.fact("up")
 
         route = "ip -n %s route %%s blackhole %s/32" % (self.names[1], support.NEAR[4])
         self.addCleanup(subprocess.run, route % "del", shell=True)

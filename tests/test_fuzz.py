@@ -277,9 +277,8 @@ class Fuzz(Case):
             for client in clients:
                 client.sendall(GREETING + LOGIN + Request(Cmd.CONNECT, address("192.0.2.1", 80)).pack())
 
-        with contextlib.ExitStack() as stack:
-            with self.nothing_left(lambda: refused(stack)):
-                refused(stack)                                  # these stay open, and unread
+        with contextlib.ExitStack() as stack, self.nothing_left(lambda: refused(stack)):
+            refused(stack)                                  # these stay open, and unread
         request = Request(Cmd.CONNECT, address(*self.echo)).pack()
         with self.nothing_left(self.still_serves), contextlib.ExitStack() as stack:
             for _ in range(50):

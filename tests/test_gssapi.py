@@ -479,9 +479,8 @@ class Refused(Case):
         self.assertIn("auth_failed", "".join(logs.output))
 
     def test_a_client_with_a_ticket_but_without_the_level_is_named(self):
-        with logging_of(self, "WARNING") as logs:
-            with self.level_asked_for(self.serve(), b"\7") as (sock, _read):
-                self.assertEqual(read_to_end(sock), b"\1\xff")
+        with logging_of(self, "WARNING") as logs, self.level_asked_for(self.serve(), b"\7") as (sock, _read):
+            self.assertEqual(read_to_end(sock), b"\1\xff")
         self.assertEqual(logs.output, ["WARNING auth_failed client=127.0.0.1 user='alice@EXAMPLE.ORG'"])
 
     def test_a_replayed_token(self):

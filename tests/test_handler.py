@@ -263,9 +263,8 @@ class Strangers(Case):
     def test_gone_in_the_middle(self):
         said = NO_LOGIN + connect_to((b"example.com", 80))
         for cut in (1, 2, 3, 4, len(said) - 1):
-            with self.subTest("FIN after %d bytes" % cut):
-                with self.logged("rep=- .*ended=client"):
-                    self.assertEqual(exchange(self.server, said[:cut], end=True), b"\x05\x00" if cut >= 3 else b"")
+            with self.subTest("FIN after %d bytes" % cut), self.logged("rep=- .*ended=client"):
+                self.assertEqual(exchange(self.server, said[:cut], end=True), b"\x05\x00" if cut >= 3 else b"")
             with self.subTest("RST after %d bytes" % cut):
                 with self.logged("rep=- .*ended=client"), dial(self.server.server_address) as client:
                     client.sendall(said[:cut])

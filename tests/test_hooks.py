@@ -124,8 +124,7 @@ class Hooks(Case):
             with self.subTest(name), running(server_class=type("Buggy", (socks5.Server,), hooks)) as server:
                 with dial(server.server_address) as sock:
                     self.assertEqual(heard(sock, NO_LOGIN), b"")
-                with connect_through(server.server_address, *self.echo) as tunnel:
-                    self.assertTrue(echoes(tunnel))
+                self.check_serves(server.server_address, self.echo)
                 self.assertEqual(errors, [ValueError])
                 wait_until(lambda: not len(server.sessions))
 
@@ -335,9 +334,8 @@ class SessionEnded(Case):
             def session_ended(self, session):
                 found.append((session, dict(session.facts()), session.sock.fileno()))
 
-        with logging_of(self) as logs:
-            with running(handler, Noting, **options) as server:
-                act(server)
+        with logging_of(self) as logs, running(handler, Noting, **options) as server:
+            act(server)
         lines = [dict(record.args) for record in logs.records if record.msg.startswith("session ")]
         self.assertEqual(sorted([facts for _session, facts, _fd in found], key=repr), sorted(lines, key=repr))
         for session, facts, fd in found:
@@ -453,8 +451,7 @@ class SessionEnded(Case):
 
         with logging_of(self, "ERROR") as logs, running(server_class=Slow) as server:
             for _ in range(20):
-                with connect_through(server.server_address, *self.echo) as tunnel:
-                    self.assertTrue(echoes(tunnel))
+                self.check_serves(server.server_address, self.echo)
             wait_until(lambda: not len(server.sessions))
             self.assertEqual(len(told), 1)
             go_on.set()

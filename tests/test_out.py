@@ -151,11 +151,10 @@ class Hosts(TwoHosts, unittest.TestCase):
                     self.assertEqual(self.seen(stack, (OTHER[version], server.port), version), (OTHER[version],) * 3)
 
     def test_bind_for_any_peer(self):
-        with self.proxy("--out", OTHER[4]) as server:
-            with self.near(client.bind, ("127.0.0.1", server.port)) as waiting:
-                self.assertEqual(waiting.bnd[0], OTHER[4])
-                with self.far(socket.create_connection, waiting.bnd, PATIENCE_S):
-                    waiting.accept(PATIENCE_S)[0].close()
+        with self.proxy("--out", OTHER[4]) as server, self.near(client.bind, ("127.0.0.1", server.port)) as waiting:
+            self.assertEqual(waiting.bnd[0], OTHER[4])
+            with self.far(socket.create_connection, waiting.bnd, PATIENCE_S):
+                waiting.accept(PATIENCE_S)[0].close()
 
     def test_loopback_is_reached_all_the_same(self):
         with self.proxy("--out", OTHER[4], "--out", OTHER[6]) as server, contextlib.ExitStack() as stack:

@@ -22,8 +22,8 @@ from socks5.config import Config
 from socks5.server.session import LIVE, Session
 from socks5.values import upstream
 from tests.support import (
-    PATIENCE_S, ROOT, connect_through, echoes, need, readme_block, readme_blocks, run_python, running, spawned, target,
-    udp_socket)
+    PATIENCE_S, ROOT, Case, connect_through, echoes, need, readme_block, readme_blocks, run_python, running, spawned,
+    target, udp_socket)
 
 README = ROOT / "README.rst"
 MOST_LINES = 500                                    # of text and tables, without code and traces
@@ -151,11 +151,10 @@ class Log(unittest.TestCase):
         self.assertEqual(re.findall(r"(\w+)=", self.shown("live")), re.findall(r"(\w+)=%", LIVE))
 
 
-class Promises(unittest.TestCase):
+class Promises(Case):
     def test_without_fork_one_process_serves(self):
         code = ("import os, sys; vars(os).pop('fork', None); sys.path.insert(0, %r); from socks5.cli import main; "
                 "sys.exit(main(sys.argv[1:]))" % str(ROOT))
         with spawned(code, "-w", "4", script="-c") as server, target() as echo:
-            with connect_through(server.port, *echo) as tunnel:
-                self.assertTrue(echoes(tunnel))
+            self.check_serves(server.port, echo)
             self.assertEqual(server.end(), 0)

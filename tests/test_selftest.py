@@ -168,7 +168,7 @@ class Program(unittest.TestCase):
         self.assertEqual((status, out.splitlines()[-1]), (1, "1 failed"))
 
     def test_a_bad_file_is_one_line(self):
-        status, out, err = run_cli("--self-test", "--users", "/no/such/file")
+        status, _out, err = run_cli("--self-test", "--users", "/no/such/file")
         self.assertEqual((status, len(err.splitlines())), (2, 1))
 
     def test_with_the_trace(self):

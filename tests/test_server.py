@@ -116,7 +116,7 @@ class Listening(unittest.TestCase):
             self.assertTrue(refuses(server.server_address[1]))
 
 
-class RunningOut(unittest.TestCase):
+class RunningOut(support.Case):
     def setUp(self):
         need(self, resource and HAS_PROC, "/proc and resource limits")
 
@@ -138,8 +138,7 @@ class RunningOut(unittest.TestCase):
             self.assertEqual(support.ask(clients[0], Cmd.CONNECT, *destination), Reply(Rep.GENERAL_FAILURE))
             hogs.close()
             wait_until(lambda: descriptors(server.process.pid) < 20, "the hogs are gone")
-            with connect_through(server.port, *destination) as other:
-                self.assertTrue(echoes(other))
+            self.check_serves(server.port, destination)
             self.assertTrue(echoes(tunnel))
             self.assertEqual(len([line for line in server.log if "accept_failed" in line]), 1)
 
@@ -225,8 +224,7 @@ class RunningOut(unittest.TestCase):
                 else:
                     self.fail("100 clients served without a thread to start")
                 self.assertTrue(all(map(echoes, tunnels)))
-            with connect_through(server.server_address, *destination) as other:
-                self.assertTrue(echoes(other))
+            self.check_serves(server.server_address, destination)
             self.assertIn("can't start new thread", logs.output[0])
 
     def test_memory(self):
@@ -246,8 +244,7 @@ class RunningOut(unittest.TestCase):
                     client.sendall(NO_LOGIN)
                     self.assertFalse(heard(client))
                 for _ in range(30):                             # more than there are acceptors
-                    with connect_through(server.server_address, *destination) as tunnel:
-                        self.assertTrue(echoes(tunnel))
+                    self.check_serves(server.server_address, destination)
                 self.assertEqual(failed, names)
                 wait_until(lambda: not len(server.sessions), "no session is left")
                 hook.assert_not_called()
@@ -449,7 +446,7 @@ class Stopping(unittest.TestCase):
                     self.assertEqual(server.process.wait(PATIENCE_S), 0)
 
 
-class NothingLeaks(unittest.TestCase):
+class NothingLeaks(support.Case):
     """Of a client that ends in any way nothing is left: test_fuzz.py, test_bind.py."""
 
     def setUp(self):
@@ -460,13 +457,12 @@ class NothingLeaks(unittest.TestCase):
             before = descriptors()
             for _ in range(5):
                 with running() as server:
-                    with connect_through(server.server_address, *destination) as tunnel:
-                        self.assertTrue(echoes(tunnel))
+                    self.check_serves(server.server_address, destination)
                     wait_until(lambda: not len(server.sessions))
                 wait_until(lambda: descriptors() <= before, "descriptors back at %d" % before)
 
 
-class Package(unittest.TestCase):
+class Package(support.Case):
     """Server is a socketserver class, and behaves as one."""
 
     def test_shutdown_from_another_thread(self):
@@ -501,8 +497,7 @@ class Package(unittest.TestCase):
                 thread.start()
                 wait_until(lambda: not refuses(server.server_address[1]))
                 for _ in range(10):
-                    with connect_through(server.server_address, *destination) as tunnel:
-                        self.assertTrue(echoes(tunnel))
+                    self.check_serves(server.server_address, destination)
                 server.shutdown()
                 thread.join(PATIENCE_S)
             self.assertLess(len(loops), 100)                    # a loop that spins makes thousands
@@ -519,5 +514,4 @@ class Package(unittest.TestCase):
                 with greeted(server.server_address) as client:
                     self.assertEqual(support.ask(client, Cmd.CONNECT, "127.0.0.1", 25), Reply(Rep.NOT_ALLOWED))
                 logs.wait("rep=NOT_ALLOWED .*ended=refused why='no mail from here'")
-            with connect_through(server.server_address, *destination) as tunnel:
-                self.assertTrue(echoes(tunnel))
+            self.check_serves(server.server_address, destination)

@@ -351,9 +351,7 @@ class WhoMayAsk(support.Case):
         self.assertRaises(ConfigError, Config, status=("0.0.0.0", 9180))
         self.assertRaises(ConfigError, Config, status=("::", 9180))
         self.assertEqual(Config(status=("0.0.0.0", 9180), open=True).status[1], 9180)
-        code, _out, err = run_cli("-p", "0", "--status", "0.0.0.0:0")
-        self.assertEqual((code, err.count("\n")), (2, 1))
-        self.assertIn("--status 0.0.0.0", err)
+        self.check_refused(run_cli("-p", "0", "--status", "0.0.0.0:0"), "--status 0.0.0.0")
         for count in ONE_AND_TWO:
             with self.subTest(workers=count), \
                     spawned("-w", count, "--status", "0.0.0.0:0", "-u", "bob:right") as server:
@@ -387,9 +385,7 @@ class WhoMayAsk(support.Case):
 
     def test_a_port_that_is_taken(self):
         with taken_port() as port:
-            code, _out, err = run_cli("-p", "0", "--status", "127.0.0.1:%d" % port)
-        self.assertEqual((code, err.count("\n")), (2, 1))
-        self.assertIn("cannot listen", err)
+            self.check_refused(run_cli("-p", "0", "--status", "127.0.0.1:%d" % port), "cannot listen")
 
 
 def code_of(port, path="/healthz"):

@@ -129,8 +129,7 @@ passwords.derive = lambda *args: (print("hashed", flush=True), derive(*args))[-1
             server.signal(signal.SIGHUP)
             server.wait_line("not reloaded, users and rules stay as they were: .*rules:1: ")
             self.replace_all(server)
-            with connect_through(server.port, *echo) as tunnel:
-                self.assertTrue(echoes(tunnel))
+            self.check_serves(server.port, echo)
             self.assertEqual(count(server, "not reloaded"), 1)
             rules.write_text("deny to any\n")
             server.signal(signal.SIGHUP)
@@ -257,8 +256,7 @@ class Signals(support.Case):
                     begun = time.monotonic()
                     with Storm(server.process, signal.SIGHUP) as storm:
                         wait_until(lambda: storm.sent >= 1000, "a storm")
-                        with connect_through(server.port, *echo) as tunnel:
-                            self.assertTrue(echoes(tunnel))
+                        self.check_serves(server.port, echo)
                         self.assertEqual(server.end(signal.SIGTERM), 0)
                     most = 2 + (time.monotonic() - begun) / control.RELOAD_EVERY_S
                     self.assertLessEqual(count(server, "INFO reloaded "), most * processes)
@@ -441,8 +439,7 @@ os.fork = failing
 """
         with script(text) as path, self.crew(script=path, count=2) as (server, _pids), target() as echo:
             self.assertEqual(count(server, "no worker can be started, tried again in 0.1 s"), 3)
-            with connect_through(server.port, *echo) as tunnel:
-                self.assertTrue(echoes(tunnel))
+            self.check_serves(server.port, echo)
             self.assertEqual(server.end(signal.SIGTERM), 0)
 
     def test_a_worker_that_cannot_start_is_logged_and_replaced_and_sigterm_ends_it(self):

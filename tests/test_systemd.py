@@ -258,10 +258,7 @@ class RunAs(Case):
                             ("root", "must not be root's"), ("daemon:root", "must not be root's"),
                             ("4000000000", "there is no user"), ("9" * 30, "there is no user")):
             with self.subTest(text):
-                status, out, err = run_cli("-p", "0", "--run-as", text)
-                self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
-                self.assertIn("--run-as %s: " % text, err)
-                self.assertIn(words, err)
+                self.check_refused(run_cli("-p", "0", "--run-as", text), "--run-as %s: " % text, words)
 
     def test_only_root_may(self):
         self.need_root()

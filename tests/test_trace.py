@@ -368,9 +368,7 @@ class Places(support.Case):
             self.assertEqual(path.stat().st_mode & 0o077, 0)
 
     def test_a_file_that_cannot_be(self):
-        status, out, err = run_cli("-p", "0", "--trace=/no/such/folder/trace")
-        self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
-        self.assertIn("--trace /no/such/folder/trace: ", err)
+        self.check_refused(run_cli("-p", "0", "--trace=/no/such/folder/trace"), "--trace /no/such/folder/trace: ")
 
     def test_the_file_is_closed_with_the_server_and_has_everything(self):
         opened = []
