@@ -23,7 +23,7 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Address, Reply, Request
 from socks5.server.counters import Shared
 from socks5.server.sessions import Sessions
-from socks5.status import line, metrics, views, web
+from socks5.status import line, metrics, web
 from socks5.status.channel import Channel
 from socks5.status.history import History
 from socks5.status.meter import AT_ONCE, BOUNDS_S, BUCKETS, Board, Meter
@@ -291,19 +291,19 @@ class WhoMayAsk(support.Case):
             self.assertEqual(get(port, "/sessions/x")[0], 404)
 
     def test_requests_are_bounded(self):
-        with mock.patch("socks5.status.web.HEAD_S", 60), serving(views.Source()) as port:
+        with mock.patch("socks5.status.web.HEAD_S", 60), serving(None) as port:
             for raw in (b"GET / HTTP/1.1\r\nX: " + b"x" * 10000, b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\n\n",
                         b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
                 with self.subTest(raw[:20]), dial(port) as sock, contextlib.suppress(ConnectionResetError):
                     sock.sendall(raw)
                     self.assertNotIn(b" 200 ", read_to_end(sock)[:20])
-        with mock.patch("socks5.status.web.HEAD_S", 0.1), serving(views.Source()) as port, dial(port) as sock:
+        with mock.patch("socks5.status.web.HEAD_S", 0.1), serving(None) as port, dial(port) as sock:
             sock.sendall(b"GET ")
             self.assertEqual(heard(sock), b"", "its time is over")
 
     def test_one_address_does_not_take_all_places(self):
         share = web.MOST - web.MOST // 10
-        with mock.patch("socks5.status.web.HEAD_S", 60), serving(views.Source()) as port:
+        with mock.patch("socks5.status.web.HEAD_S", 60), serving(None) as port:
             for turn in range(2):                       # the places come back
                 with contextlib.ExitStack() as stack:
                     silent = [stack.enter_context(dial(port)) for _ in range(share)]
@@ -323,7 +323,7 @@ class WhoMayAsk(support.Case):
         """28 at once made a round trip through the same process take 300 times as long."""
         asked, go_on, daemons = threading.Event(), threading.Event(), []
 
-        class Slow(views.Source):
+        class Slow:
             def sessions(self, query, limit):
                 if not asked.is_set():
                     daemons.append(threading.current_thread().daemon)
