@@ -24,7 +24,7 @@ from __future__ import annotations
 import selectors
 import socket
 from ipaddress import ip_address
-from typing import List, Optional, Tuple, Union
+from typing import List, Optional, Tuple, TypeVar, Union
 
 from .commands.dialogue import Deadline, Dialogue, Gssapi
 from .net.encapsulated import ProtectedSocket
@@ -35,6 +35,7 @@ from .protocol.messages import UNSPECIFIED, Address, Datagram
 
 HostPort = Tuple[str, int]
 User = Tuple[Union[str, bytes], Union[str, bytes]]      # name and password; str is sent as UTF-8
+C = TypeVar("C", bound="_Closing")
 
 TIMEOUT_S = 30.0                    # a proxy may take 10 s to resolve a name, and 10 s to connect
 DATAGRAM_BYTES = 1 << 16            # larger than any datagram
@@ -45,42 +46,43 @@ Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)     # op
 def connect(proxy: HostPort, destination: HostPort, user: Optional[User] = None,
             timeout: Optional[float] = TIMEOUT_S, gssapi: Union[bool, Gssapi] = False) -> socket.socket:
     """Connect to `destination` through `proxy`. Returns a blocking socket without a time-out."""
-    session = _Session(proxy, user, timeout, gssapi)
-    try:
+    with _Session(proxy, user, timeout, gssapi) as session:
         session.ask(Cmd.CONNECT, address(*destination))
         return session.hand_over()
-    except BaseException:
-        session.sock.close()
-        raise
 
 
 def bind(proxy: HostPort, expected_peer: HostPort = ("0.0.0.0", 0), user: Optional[User] = None,
          timeout: Optional[float] = TIMEOUT_S, gssapi: Union[bool, Gssapi] = False) -> Waiting:
     """Ask `proxy` to listen for expected_peer. 0.0.0.0 means any peer; most proxies ignore the port."""
-    session = _Session(proxy, user, timeout, gssapi)
-    try:
+    with _Session(proxy, user, timeout, gssapi) as session:
         bnd = session.ask(Cmd.BIND, address(*expected_peer))
         session.sock.settimeout(None)
         return Waiting(session, bnd)
-    except BaseException:
-        session.sock.close()
-        raise
 
 
 def associate(proxy: HostPort, user: Optional[User] = None, timeout: Optional[float] = TIMEOUT_S,
               gssapi: Union[bool, Gssapi] = False) -> Association:
     """Ask `proxy` to relay datagrams for as long as the Association is open."""
-    session = _Session(proxy, user, timeout, gssapi, ordered=False)
-    try:
+    with _Session(proxy, user, timeout, gssapi, ordered=False) as session:
         # All zeros: behind NAT we do not know the address from which our datagrams arrive. RFC 1928 §4
         relay = session.ask(Cmd.UDP_ASSOCIATE, UNSPECIFIED)
         return Association(session.hand_over(), relay, session.envelope)
-    except BaseException:
-        session.sock.close()
-        raise
 
 
-class Waiting:
+class _Closing:
+    """A context manager that is closed at its end."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: C) -> C:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Waiting(_Closing):
     """A BIND between its two replies.
 
     bnd     (host, port) where the proxy listens, for the peer to connect to
@@ -108,14 +110,8 @@ class Waiting:
         if not self._accepted:
             self.sock.close()
 
-    def __enter__(self) -> Waiting:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Association:
+class Association(_Closing):
     """A UDP association: send and receive datagrams through the proxy.
 
     relay   (host, port) of the proxy for datagrams
@@ -185,12 +181,6 @@ class Association:
         self.sock.close()
         self.control.close()
 
-    def __enter__(self) -> Association:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 # ---- the parts ---------------------------------------------------------------------------------------------------
 
@@ -209,21 +199,25 @@ def _host_port(bnd: Address) -> HostPort:
 
 
 class _Session:
-    """An authenticated connection to the proxy. All its steps share one deadline."""
+    """An authenticated connection to the proxy, closed after an error. All its steps share one deadline."""
 
     def __init__(self, proxy: HostPort, user: Optional[User], timeout: Optional[float],
                  gssapi: Union[bool, Gssapi], ordered: bool = True) -> None:
         deadline = Deadline(timeout)
         self.sock = _dial(proxy, deadline)
-        try:
+        with self:
             self._dialogue = Dialogue(self.sock, deadline)
             wanted = Gssapi() if gssapi is True else gssapi or None
             self._dialogue.negotiate(user and (_bytes(user[0]), _bytes(user[1])), wanted and wanted.at(proxy[0]),
                                      ordered)
             self.envelope = self._dialogue.envelope
-        except BaseException:
+
+    def __enter__(self) -> _Session:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind:
             self.sock.close()
-            raise
 
     def restart(self, timeout: Optional[float]) -> None:
         self._dialogue.deadline = Deadline(timeout)

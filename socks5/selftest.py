@@ -76,18 +76,14 @@ def run(config: Config) -> Iterator[Line]:
         except OSError:
             echo6 = None
         proxy = stack.enter_context(serving(tested, name, echo[1]))
+        asking = proxy if tested is with_user else stack.enter_context(serving(with_user, name, echo[1]))
         setup = Setup(proxy, (name, password) if tested.needs_password() else None, echo, echo6)
-        for words, check in CHECKS:
-            line = attempt(words, check, setup)
-            failed += not line.good
-            yield line
-        if tested is not with_user:
-            proxy = stack.enter_context(serving(with_user, name, echo[1]))
-        line = attempt("a wrong password", wrong_password, setup._replace(proxy=proxy, user=(name, "wrong" + password)))
-        failed += not line.good
-        yield line
+        wrong = setup._replace(proxy=asking, user=(name, "wrong" + password))
+        checks = [*CHECKS, ("a wrong password", lambda _setup: wrong_password(wrong))]
         if config.gssapi:
-            line = attempt("GSSAPI", lambda setup: by_gssapi(setup, config), setup)
+            checks.append(("GSSAPI", lambda setup: by_gssapi(setup, config)))
+        for words, check in checks:
+            line = attempt(words, check, setup)
             failed += not line.good
             yield line
     for text in lacking(echo6 is not None):
@@ -103,8 +99,6 @@ def attempt(words: str, check: Check, setup: Setup) -> Line:
         verdict, seen = "missing", str(exc)
     except (Failed, OSError, ValueError) as exc:
         verdict, seen = "FAILED", str(exc) or type(exc).__name__
-    if not seen:
-        verdict, seen = "missing", "this machine has no IPv6"
     return Line("%-7s  %-33s %8.1f ms  %s" % (verdict, words, (monotonic() - began) * 1000, seen), verdict != "FAILED")
 
 
@@ -184,7 +178,9 @@ def by_ipv4(setup: Setup) -> str:
 
 
 def by_ipv6(setup: Setup) -> str:
-    return round_trip(setup, setup.echo6) if setup.echo6 else ""
+    if not setup.echo6:
+        raise Missing("this machine has no IPv6")
+    return round_trip(setup, setup.echo6)
 
 
 def by_name(setup: Setup) -> str:

@@ -97,13 +97,18 @@ def address(text: str) -> str:
     if text == "localhost":
         return "127.0.0.1"
     host, percent, _scope = text.partition("%")         # Python 3.8 parses no scope
-    try:
-        usable = ip_address(host).version == 6 or not percent
-    except ValueError:
-        usable = False
-    if not usable:
+    ip = _ip(host)
+    if ip is None or percent and ip.version == 4:
         raise ValueError("%r is not an IP address, nor localhost%s" % (text, port_hint(text)))
     return text
+
+
+def _ip(text: str) -> Union[IPv4Address, IPv6Address, None]:
+    """The IP address without a scope; None if it is none."""
+    try:
+        return None if "%" in text else ip_address(text)
+    except ValueError:
+        return None
 
 
 def port_hint(text: str) -> str:
@@ -114,11 +119,8 @@ def port_hint(text: str) -> str:
 
 def own_address(text: str) -> str:
     """Parse an IP address to advertise in replies."""
-    try:
-        usable = not ip_address(text).is_unspecified and "%" not in text
-    except ValueError:
-        usable = False
-    if not usable:
+    ip = _ip(text)
+    if ip is None or ip.is_unspecified:
         raise ValueError("%r is not an IP address to which a peer can connect" % text)
     return text
 
@@ -127,15 +129,10 @@ def out_address(text: str) -> str:
     """Parse an IP address of ours to connect from, or "same"."""
     if text == SAME:
         return text
-    try:
-        here = ip_address(text)
-        usable = "%" not in text and not (here.is_unspecified or here.is_loopback or here.is_link_local
-                                          or here.is_multicast)
-    except ValueError:
-        usable = False
-    if not usable:
+    ip = _ip(text)
+    if ip is None or ip.is_unspecified or ip.is_loopback or ip.is_link_local or ip.is_multicast:
         raise ValueError("%r is neither 'same' nor an IP address from which other hosts can be reached" % text)
-    return str(getattr(here, "ipv4_mapped", None) or here)
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
 
 
 def network(text: str) -> Network:

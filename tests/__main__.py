@@ -7,6 +7,7 @@ a descriptor behind, or forgets to close a file or a socket. --without FEATURE, 
 systems lack, in the tests and in every Python that they start.
 """
 import argparse
+import logging
 import os
 import re
 import subprocess
@@ -101,6 +102,7 @@ def open_descriptors():
 
 
 def run_one(name, options):
+    logging.getLogger("socks5").addHandler(logging.NullHandler())       # or warnings of the server go to stderr
     unittest.main(module=None, argv=["tests", "tests." + name, *options],
                   testRunner=unittest.TextTestRunner(resultclass=Result, verbosity=2, warnings="always"))
 

@@ -240,7 +240,7 @@ def udp_client(pipe, proxy, target, count):
 # ---- one measurement ----------------------------------------------------------------------------------------------
 
 def play(pipe, seconds, function, *args):
-    """What a process of the load does. It ends by itself in the end, should nobody be left to end it."""
+    """What a process of the load does. A signal ends it when its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "alarm"):

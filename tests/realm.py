@@ -120,6 +120,5 @@ class Realm:
 
 @contextlib.contextmanager
 def realm(name=NAME):
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.closing(Realm(folder, name)) as made:
-            yield made
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Realm(folder, name)) as made:
+        yield made

@@ -34,7 +34,8 @@ from socks5.access.users import line_for
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Reply, Selection
 from tests import support
-from tests.support import children, descriptors, reader_of, threads, wait_until
+from tests.support import children, descriptors, reader_of, resident_kib, threads, wait_until
+from tests.test_udp import remote
 
 USER = b"alice", b"correct horse"
 WARM_UP_S, REPORT_S, QUIET_S = 10, 60, 30
@@ -247,11 +248,11 @@ class Clients:
         return 2 * size
 
     def guess(self, sock):
-        """A wrong password, for a user or for none. The answer may take long: who guesses does not wait for it."""
+        """A wrong password, for a user or for none. The answer may take long: the client does not wait for it."""
         sock.settimeout(5)
         sock.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack())
         Selection.parse(reader_of(sock))
-        sock.sendall(Login(random.choice((b"bob", b"nobody")), b"%d" % random.getrandbits(32)).pack())
+        sock.sendall(Login(random.choice((b"bob", b"mallory")), b"%d" % random.getrandbits(32)).pack())
         with contextlib.suppress(socket.timeout):
             if LoginStatus.parse(reader_of(sock)).status == 0:
                 raise Wrong("a wrong password was let in")
@@ -363,7 +364,7 @@ class Soak:
         found = {}
         for pid in [self.pid, *children(self.pid)]:
             with contextlib.suppress(OSError):              # killed meanwhile
-                found[pid] = memory_kib(pid), descriptors(pid), threads(pid)
+                found[pid] = resident_kib(pid), descriptors(pid), threads(pid)
         return found
 
     def quiet_measures(self, before):
@@ -426,13 +427,6 @@ class Soak:
 
 # ---- /proc -------------------------------------------------------------------------------------------------------
 
-def memory_kib(pid):
-    for line in Path("/proc/%d/status" % pid).read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    raise OSError("process %d has ended" % pid)
-
-
 def is_stopped(pid):
     """All threads of it."""
     return all(Path("/proc/%d/task/%s/stat" % (pid, task)).read_text().rpartition(")")[2].split()[0] == "T"
@@ -463,25 +457,6 @@ def write_users(path, number):
     fresh.replace(path)
 
 
-@contextlib.contextmanager
-def udp_echo():
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-
-        def serve():
-            while True:
-                data, peer = sock.recvfrom(1 << 16)
-                if not data:
-                    return
-                quietly(sock.sendto, data, peer)
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield sock.getsockname()
-        sock.sendto(b"", sock.getsockname())
-        thread.join()
-
-
 LINES = []
 
 
@@ -501,7 +476,7 @@ def main():
         users = Path(stack.enter_context(tempfile.TemporaryDirectory()), "users")
         write_users(users, 0)
         targets = {"bulk": stack.enter_context(support.target(bulk_target)),
-                   "echo": stack.enter_context(support.target()), "udp": stack.enter_context(udp_echo())}
+                   "echo": stack.enter_context(support.target()), "udp": stack.enter_context(remote(bytes))}
         server = Server("-p", "0", "-w", "2", "--users", users, env=GIVE_BACK)
         stack.callback(server.end, signal.SIGKILL)
         server.wait_line("listening on", server.lines)

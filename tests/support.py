@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import unittest
 from ipaddress import ip_address
 from pathlib import Path
 from unittest import mock
@@ -22,6 +23,7 @@ from socks5 import log
 from socks5.access.passwords import Hash
 from socks5.net import lookups
 from socks5.protocol.codes import Cmd, Method, Rep
+from socks5.protocol.errors import ProxyError
 from socks5.protocol.messages import Address, Greeting, Login, LoginStatus, Reply, Request, Selection
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +38,31 @@ HAS_IPV6 = False
 with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as _probe:
     _probe.bind(("::1", 0))
     HAS_IPV6 = True
+
+
+class Case(unittest.TestCase):
+    """What a test has entered is left when the test is over."""
+
+    def enter(self, context):
+        value = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return value
+
+    def new_folder(self):
+        return Path(self.enter(tempfile.TemporaryDirectory()))
+
+    def check_refused(self, outcome, *words):
+        """Our command ended with status 2 and one line on stderr that has these words; `outcome` is run_cli()'s."""
+        status, out, err = outcome
+        self.assertEqual((status, out), (2, ""), err)
+        self.assertRegex(err, r"\Asocks5-server: [^\n]+\n\Z")
+        for word in words:
+            self.assertIn(word, err)
+
+    def check_serves(self, server_address, destination):
+        """A tunnel to an echo server works."""
+        with connect_through(server_address, *destination) as tunnel:
+            self.assertTrue(echoes(tunnel))
 
 
 # ---- our server --------------------------------------------------------------------------------------------------
@@ -60,17 +87,16 @@ def running(handler=socks5.Handler, server_class=socks5.Server, **options):
 
 
 class Spawned:
-    """Our server as its users start it: a process. `ports` are those it printed, `log` what it wrote on stderr."""
+    """Our server as its users start it: a process. `lines` are those it printed, `log` what it wrote on stderr."""
 
-    def __init__(self, *args, env=None, python=sys.executable, script=SCRIPT, cwd=None, prefix=(), preexec_fn=None):
-        self.process = subprocess.Popen(
-            [*prefix, python, str(script), *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, cwd=cwd, preexec_fn=preexec_fn,
+    def __init__(self, *args, env=None, python=sys.executable, script=SCRIPT, prefix=(), **kwargs):
+        self.process = subprocess.Popen([*prefix, python, str(script), *map(str, args)], text=True, **{
+            "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs},
             env=dict(os.environ, PYTHONUNBUFFERED="1", **(env or {})))
         self.lines, self.log = [], []
         self._news = threading.Condition()
         self._readers = [threading.Thread(target=self._read, args=pair, daemon=True)
-                         for pair in ((self.process.stdout, self.lines), (self.process.stderr, self.log))]
+                         for pair in ((self.process.stdout, self.lines), (self.process.stderr, self.log)) if pair[0]]
         for reader in self._readers:
             reader.start()
 
@@ -118,8 +144,8 @@ class Spawned:
             status = self.process.wait()
         for reader in self._readers:
             reader.join(PATIENCE_S)
-        self.process.stdout.close()
-        self.process.stderr.close()
+        for stream in filter(None, (self.process.stdout, self.process.stderr)):
+            stream.close()
         return status
 
     def signal(self, number):               # stands last, because it hides the module of that name
@@ -164,6 +190,13 @@ def run_cli(*args, env=None, input=None, cwd=None, timeout=PATIENCE_S, python=sy
     return done.returncode, done.stdout, done.stderr
 
 
+def run_python(*args, **kwargs):
+    """Run this Python to its end, in the folder of the project unless told otherwise: (exit status, stdout, stderr)."""
+    done = subprocess.run([sys.executable, *map(str, args)], **{
+        "cwd": str(ROOT), "capture_output": True, "text": True, "timeout": PATIENCE_S, **kwargs})
+    return done.returncode, done.stdout, done.stderr
+
+
 # ---- the log -----------------------------------------------------------------------------------------------------
 
 def text_of(record):
@@ -195,6 +228,17 @@ class Lines:
     @property
     def output(self):
         return [text_of(record) for record in self.records]
+
+    def wait(self, pattern):
+        """The first line that has `pattern`, waiting for it."""
+        def found():
+            return next((line for line in self.output if re.search(pattern, line)), None)
+
+        try:
+            wait_until(found)
+        except AssertionError:
+            raise AssertionError("no line has %r: %s" % (pattern, self.output)) from None
+        return found()
 
 
 # ---- the client's side, byte by byte -----------------------------------------------------------------------------
@@ -242,6 +286,15 @@ def negotiate(sock, user=None):
         assert method == Method.NO_AUTHENTICATION, "METHOD 0x%02x" % method
 
 
+def greeted(server_address, user=None, source=None):
+    """A connection to our server, with the METHOD chosen and the login done: the request comes next."""
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(dial(server_address, source=source))
+        negotiate(sock, user)
+        stack.pop_all()
+        return sock
+
+
 def ask(sock, cmd, host, port):
     """Send a request and read its (first) reply."""
     sock.sendall(Request(cmd, address(host, port)).pack())
@@ -250,15 +303,19 @@ def ask(sock, cmd, host, port):
 
 def connect_through(server_address, host, port, user=None, source=None):
     """A socket connected to host:port through our server, or AssertionError with the REP."""
-    sock = dial(server_address, source=source)
-    try:
-        negotiate(sock, user)
+    with contextlib.ExitStack() as stack:
+        sock = stack.enter_context(greeted(server_address, user, source))
         reply = ask(sock, Cmd.CONNECT, host, port)
         assert reply.rep == Rep.SUCCEEDED, reply
+        stack.pop_all()
         return sock
-    except BaseException:
-        sock.close()
-        raise
+
+
+def refusal(test, call, *args, **kwargs):
+    """The REP with which the proxy refuses what our client calls."""
+    with test.assertRaises(ProxyError) as caught:
+        call(*args, **kwargs).close()
+    return caught.exception.rep
 
 
 def read_to_end(sock):
@@ -345,6 +402,20 @@ def echo(connection):
         connection.sendall(data)
 
 
+def udp_socket(host="127.0.0.1", port=0):
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((host, port))
+    sock.settimeout(PATIENCE_S)
+    return sock
+
+
+@contextlib.contextmanager
+def taken_port():
+    """A port of 127.0.0.1 on which something listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield taken.getsockname()[1]
+
+
 def free_ports(number, *hosts):
     """The first of so many ports in a row that TCP and UDP have free on all of these addresses (127.0.0.1 if none is
     given): below those that the kernel gives to sockets that bind to any port or connect, and from a range of this
@@ -374,13 +445,22 @@ def closed_port(*hosts):
 # ---- waiting, counting, skipping ---------------------------------------------------------------------------------
 
 def wait_until(condition, what="", timeout=PATIENCE_S):
-    """For what tells nobody when it happens (a count in /proc): look again. AssertionError after `timeout`."""
+    """Poll a condition of which no event tells, such as a count in /proc. AssertionError after `timeout`."""
     deadline = time.monotonic() + timeout
     never = threading.Event()
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError("did not happen: %s" % (what or condition))
         never.wait(0.01)
+
+
+def in_threads(number, call, *args):
+    """call(*args) in so many threads at once, to their ends."""
+    threads = [threading.Thread(target=call, args=args, daemon=True) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
 
 
 def descriptors(pid="self"):

@@ -160,7 +160,3 @@ class Shared(Waiting):
                 self.serve_one()
                 self.acceptors.release(64)
                 self.assertEqual(self.waiting(), 0)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,8 +1,7 @@
 """server/newcomers.py: behind a load balancer, everything sees the client that the PROXY header names."""
 import contextlib
 import logging
-import socket
-import unittest
+import re
 from ipaddress import ip_address, ip_network
 from unittest import mock
 
@@ -16,8 +15,9 @@ from socks5.protocol.trace import Trace
 from socks5.relay.watch import Watch
 from socks5.server import newcomers
 from socks5.server.newcomers import client_of
-from tests.support import (HAS_IPV6, PATIENCE_S, ask, closed_port, dial, logging_of, need, negotiate, read_to_end,
-                           reader_of, run_cli, running, spawned, target, threads, wait_until)
+from tests import support
+from tests.support import (HAS_IPV6, ask, closed_port, dial, echoes, logging_of, need, negotiate, read_to_end,
+                           reader_of, run_cli, running, spawned, target, threads, udp_socket, wait_until)
 
 HERE = (ip_network("127.0.0.1"),)           # the load balancer; 127.0.0.2 and the like are other clients
 LOCAL = ProxyHeader(2).pack()
@@ -38,28 +38,30 @@ def connect_to(host, port):
     return Request(Cmd.CONNECT, Address(ip_address(host), port)).pack()
 
 
-class Case(unittest.TestCase):
+class Case(support.Case):
     def setUp(self):
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(self.stack.close)
-        self.logs = self.stack.enter_context(logging_of(self, "DEBUG"))
-        self.stack.callback(logging.getLogger("socks5").info, "the end")        # for a test that has cleared them
-        self.echo = self.stack.enter_context(target())
+        self.logs = self.enter(logging_of(self, "DEBUG"))
+        self.addCleanup(logging.getLogger("socks5").info, "the end")        # for a test that has cleared them
+        self.echo = self.enter(target())
 
     def serve(self, handler=socks5.Handler, server_class=socks5.Server, **options):
         options.setdefault("proxy_protocol", HERE)
         if not {"user", "allow_from", "rules"} & set(options):
             options.setdefault("open", True)
-        self.server = self.stack.enter_context(running(handler, server_class, **options))
+        self.server = self.enter(running(handler, server_class, **options))
 
     def dial(self, said=b"", source=None):
-        sock = self.stack.enter_context(dial(self.server.server_address, source=source))
+        sock = self.enter(dial(self.server.server_address, source=source))
         sock.sendall(said)
         return sock
 
+    def greeted(self, said=b"", source=None, user=None):
+        sock = self.dial(said, source)
+        negotiate(sock, user)
+        return sock
+
     def wait_line(self, text):
-        wait_until(lambda: any(text in line for line in self.logs.output), text)
-        return next(line for line in self.logs.output if text in line)
+        return self.logs.wait(re.escape(text))
 
     def refused(self, sock, why):
         with contextlib.suppress(ConnectionError):
@@ -119,19 +121,17 @@ class ReadsIt(Case):
         for raw in (header(), line(), LOCAL):
             self.refused(self.dial(raw + GREETING, "127.0.0.2"), "a PROXY header, which only a source in")
             del self.logs.records[:]
-        sock = self.dial(source="127.0.0.2")
-        negotiate(sock)
+        sock = self.greeted(source="127.0.0.2")
         self.assertEqual(ask(sock, Cmd.CONNECT, *self.echo).rep, Rep.SUCCEEDED)
 
-    def test_without_the_option_nobody_may(self):
+    def test_without_the_option_every_header_is_refused(self):
         self.serve(proxy_protocol=())
         self.refused(self.dial(header() + GREETING), "a PROXY header, which only a source in")
 
     def test_the_connection_is_the_load_balancers_own(self):
         self.serve()
         for raw in (LOCAL, b"PROXY UNKNOWN\r\n", SIGNATURE + b"\x21\0\0\3abc"):
-            sock = self.dial(raw)
-            negotiate(sock)
+            sock = self.greeted(raw)
             self.assertEqual(ask(sock, Cmd.CONNECT, *self.echo).rep, Rep.SUCCEEDED)
             sock.close()
             self.wait_line("INFO session client=127.0.0.1:")
@@ -157,7 +157,7 @@ class ReadsIt(Case):
         blocks = []
         self.serve()
         self.server.trace = Trace(lambda block: blocks.append(" ".join(block)))
-        negotiate(self.dial(header()))
+        self.greeted(header())
         self.assertRegex(blocks[1], r"#1 127.0.0.1:\d+ is a load balancer: its PROXY header names 192.0.2.7:51000")
 
     def test_several_processes(self):
@@ -172,9 +172,7 @@ class ReadsIt(Case):
 
 class SeesTheClient(Case):
     def reply(self, raw, host, port, user=None):
-        sock = self.dial(raw)
-        negotiate(sock, user)
-        return ask(sock, Cmd.CONNECT, host, port).rep
+        return ask(self.greeted(raw, user=user), Cmd.CONNECT, host, port).rep
 
     def test_default_rules(self):
         self.serve()
@@ -218,24 +216,20 @@ class SeesTheClient(Case):
         with mock.patch.object(self.server, "verify_request", side_effect=ZeroDivisionError):
             self.refused(self.dial(header() + GREETING), "ERROR bug while serving 192.0.2.7:51000")
         self.wait_line("ended=server why='a bug of the server'")
-        negotiate(self.dial(header()))
+        self.greeted(header())
 
     def test_a_limit_for_each_client(self):
         self.serve(max_per_client=2)
         clients = "192.0.2.7", "192.0.2.7", "192.0.2.8", "192.0.2.8", "127.0.0.9"
-        held = [self.dial(header(client)) for client in clients]
-        for sock in held:
-            negotiate(sock)
+        held = [self.greeted(header(client)) for client in clients]
         self.refused(self.dial(header("192.0.2.7", 99)), "why='max-per-client 2 reached by 192.0.2.7'")
-        own = [self.dial(LOCAL), self.dial(LOCAL)]
-        for sock in own:
-            negotiate(sock)
-        negotiate(self.dial(header("127.0.0.9")))
+        for raw in (LOCAL, LOCAL, header("127.0.0.9")):
+            self.greeted(raw)
         held.pop().close()
         held[0].close()
         wait_until(lambda: self.server.sessions._counts.of("192.0.2.7") == 1)
-        negotiate(self.dial(header("192.0.2.7")))
-        self.stack.pop_all().close()
+        self.greeted(header("192.0.2.7"))
+        self.doCleanups()
         counts = self.server.sessions._counts
         self.assertEqual([counts.of(origin) for origin in ("192.0.2.7", "192.0.2.8", "127.0.0.1", "127.0.0.9",
                                                            newcomers.UNKNOWN)], [0] * 5)
@@ -243,22 +237,18 @@ class SeesTheClient(Case):
 
     def test_one_client_does_not_take_the_last_tenth(self):
         self.serve(max_sessions=20)
-        held = [self.dial(header("192.0.2.7", 1 + number)) for number in range(18)]
+        held = [self.greeted(header("192.0.2.7", 1 + number)) for number in range(18)]
         for sock in held:
-            negotiate(sock)
             self.assertEqual(ask(sock, Cmd.CONNECT, "127.0.0.1", closed_port()).rep, Rep.NOT_ALLOWED)
             sock.close()
         wait_until(lambda: not len(self.server.sessions))
-        held = [self.dial(header("127.0.0.9", 1 + number)) for number in range(18)]
+        held = [self.greeted(header("127.0.0.9", 1 + number)) for number in range(18)]
         for sock in held:
-            negotiate(sock)
             self.assertEqual(ask(sock, Cmd.CONNECT, *self.echo).rep, Rep.SUCCEEDED)
         self.refused(self.dial(header("127.0.0.9", 99)), "max-sessions 20 reached")
         wait_until(lambda: len(self.server.sessions) == 18, "the place of the refused one is free")
         self.assertEqual(self.reply(header("127.0.0.8"), *self.echo), Rep.SUCCEEDED)
-        for sock in held:
-            sock.sendall(b"?")
-            self.assertEqual(sock.recv(1), b"?")
+        self.assertTrue(all(map(echoes, held)))
 
     def test_wrong_passwords(self):
         self.serve(user=(("alice", "secret"),))
@@ -269,15 +259,8 @@ class SeesTheClient(Case):
 
     def test_the_filter_of_udp(self):
         self.serve()
-        sock = self.dial(header("127.0.0.9"))
-        negotiate(sock)
-        bnd = ask(sock, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).bnd
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as remote, \
-                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mine, \
-                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as others:
-            for udp, host in ((remote, "127.0.0.1"), (mine, "127.0.0.9"), (others, "127.0.0.1")):
-                udp.bind((host, 0))
-                udp.settimeout(PATIENCE_S)
+        bnd = ask(self.greeted(header("127.0.0.9")), Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).bnd
+        with udp_socket() as remote, udp_socket("127.0.0.9") as mine, udp_socket() as others:
             to = Address(ip_address("127.0.0.1"), remote.getsockname()[1])
             others.sendto(Datagram(to, b"not mine").pack(), (str(bnd.host), bnd.port))
             mine.sendto(Datagram(to, b"mine").pack(), (str(bnd.host), bnd.port))
@@ -289,9 +272,7 @@ class SeesTheClient(Case):
         self.serve(allow_from=(ip_network("::/0"), ip_network("0.0.0.0/0")), open=True)
         for client in ("::1", "127.0.0.9"):
             with self.subTest(client):
-                sock = self.dial(header(client))
-                negotiate(sock)
-                reply = ask(sock, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0)
+                reply = ask(self.greeted(header(client)), Cmd.UDP_ASSOCIATE, "0.0.0.0", 0)
                 self.assertEqual((reply.rep, str(reply.bnd.host)),
                                  (Rep.SUCCEEDED, "::1" if client == "::1" else "127.0.0.1"))
 
@@ -300,7 +281,7 @@ class Silent(Case):
     """A header is the load balancer's word: a client that has said nothing costs no thread."""
 
     def test_they_wait_in_the_relay_loop(self):
-        self.stack.enter_context(mock.patch.object(newcomers, "MANY_NEGOTIATING", 5))
+        self.enter(mock.patch.object(newcomers, "MANY_NEGOTIATING", 5))
         self.serve()
         before = threads()
         silent = [self.dial(header(port=number)) for number in range(1, 101)]
@@ -312,8 +293,8 @@ class Silent(Case):
         self.assertEqual(self.waiting(), 0)
 
     def test_one_that_leaves_and_one_without_a_header(self):
-        self.stack.enter_context(mock.patch.object(newcomers, "MANY_NEGOTIATING", -1))
-        self.stack.enter_context(mock.patch.object(listeners, "DEFER_ACCEPT_S", 0))
+        self.enter(mock.patch.object(newcomers, "MANY_NEGOTIATING", -1))
+        self.enter(mock.patch.object(listeners, "DEFER_ACCEPT_S", 0))
         self.serve()
         sock = self.dial()
         wait_until(lambda: self.waiting() == 1)             # for the header
@@ -327,7 +308,7 @@ class Silent(Case):
         return sum(isinstance(watched, Watch) for watched in list(self.server.relay_loop()._watched.values()))
 
 
-class Options(unittest.TestCase):
+class Options(support.Case):
     def test_loopback_is_reached_by_all_clients_of_the_load_balancer(self):
         with self.assertRaises(ConfigError) as caught:
             Config(proxy_protocol=HERE)
@@ -336,18 +317,11 @@ class Options(unittest.TestCase):
             self.assertEqual(Config(proxy_protocol=HERE, **safe).proxy_protocol, HERE)
 
     def test_command_line(self):
-        for args, status, words in ((("--proxy-protocol", "10.0.0.1/8"), 2, "--proxy-protocol: "),
-                                    (("--proxy-protocol", "x"), 2, "--proxy-protocol: "),
-                                    (("--proxy-protocol", "10.0.0.0/8"), 2, "--listen 127.0.0.1: ")):
-            found, out, err = run_cli("-p", "0", *args)
-            self.assertEqual((found, out, err.count("\n")), (status, "", 1), err)
-            self.assertIn(words, err)
+        for network, words in (("10.0.0.1/8", "--proxy-protocol: "), ("x", "--proxy-protocol: "),
+                               ("10.0.0.0/8", "--listen 127.0.0.1: ")):
+            self.check_refused(run_cli("-p", "0", "--proxy-protocol", network), words)
 
     def test_the_self_test_does_without(self):
         status, out, _err = run_cli("--proxy-protocol", "127.0.0.1", "--open", "--self-test")
         self.assertEqual(status, 0, out)
         self.assertIn("without --proxy-protocol", out)
-
-
-if __name__ == "__main__":
-    unittest.main()

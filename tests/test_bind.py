@@ -14,7 +14,6 @@ import unittest
 from ipaddress import ip_address
 from unittest.mock import patch
 
-import socks5
 from socks5 import client
 from socks5.commands.bind import EARLY_BYTES, LEFT, Rendezvous, any_peer, expected, listen, our_end
 from socks5.protocol.codes import Cmd, Rep
@@ -23,9 +22,9 @@ from socks5.net.poller import SelectPoll
 from socks5.net.shares import ANY_PORT
 from socks5.protocol.messages import Address, Reply, Request
 
-from .support import (FAR, HAS_IPV6, NEAR, PATIENCE_S, TwoHosts, ask, authorizing, descriptors, dial, free_ports,
-                      logging_of, need, need_program, negotiate, read_to_end, reader_of, reset, running, spawned,
-                      threads, wait_until)
+from .support import (FAR, HAS_IPV6, NEAR, PATIENCE_S, Case, TwoHosts, ask, descriptors, free_ports, greeted,
+                      logging_of, need, need_program, read_to_end, reader_of, refusal, reset, running, spawned, threads,
+                      wait_until)
 
 LOCAL = ("127.0.0.1", 0)
 
@@ -45,13 +44,15 @@ def is_closed(bnd):
     return False
 
 
-def both_ways(test, one, other):
-    """The two sockets are the ends of one tunnel."""
-    for sender, receiver in ((one, other), (other, one)):
-        sender.settimeout(PATIENCE_S)
-        receiver.settimeout(PATIENCE_S)
-        sender.sendall(b"some words")
-        test.assertEqual(receiver.recv(100), b"some words")
+def tunnel(test, waiting, peer):
+    """The client and this peer are the ends of one tunnel: the address that the client is told."""
+    sock, who = waiting.accept(PATIENCE_S)
+    with sock:
+        for sender, receiver in ((sock, peer), (peer, sock)):
+            receiver.settimeout(PATIENCE_S)
+            sender.sendall(b"some words")
+            test.assertEqual(receiver.recv(100), b"some words")
+    return who
 
 
 class ExpectedPeers(unittest.TestCase):
@@ -78,8 +79,7 @@ class ExpectedPeers(unittest.TestCase):
                                           ("a port without an address", b"", 21, Rep.HOST_UNREACHABLE),
                                           ("no name", b"a b", 21, Rep.HOST_UNREACHABLE),
                                           ("it does not exist", b"name.invalid", 21, Rep.HOST_UNREACHABLE)):
-                with self.subTest(name), dial(server.server_address) as sock:
-                    negotiate(sock)
+                with self.subTest(name), greeted(server.server_address) as sock:
                     sock.sendall(b"\5\2\0\3" + bytes([len(host)]) + host + port.to_bytes(2, "big"))
                     self.assertEqual(Reply.parse(reader_of(sock)).rep, rep)
 
@@ -95,7 +95,6 @@ class ExpectedPeers(unittest.TestCase):
                         with sock:
                             self.assertEqual(who, peer.getsockname())
                             self.assertTrue(is_closed(waiting.bnd), "one peer only")
-                            both_ways(self, sock, peer)
 
     def test_IPv6(self):
         need(self, HAS_IPV6, "IPv6")
@@ -104,59 +103,34 @@ class ExpectedPeers(unittest.TestCase):
                 proxy = ("127.0.0.1", server.server_address[1]) if here == "::" else server.server_address[:2]
                 with client.bind(proxy, ("::1", 21)) as waiting, call(waiting.bnd) as peer:
                     self.assertEqual(waiting.bnd[0], "::1")
-                    sock, who = waiting.accept(PATIENCE_S)
-                    with sock:
-                        self.assertEqual(who, peer.getsockname()[:2])
-                        both_ways(self, sock, peer)
+                    self.assertEqual(tunnel(self, waiting, peer), peer.getsockname()[:2])
 
     def test_dual_stack_tells_an_IPv4_client_an_IPv4_address(self):
         need(self, HAS_IPV6, "IPv6")
         with running(listen=("::",), open=True) as server:
-            with client.bind(("127.0.0.1", server.server_address[1])) as waiting, call(waiting.bnd):
+            with client.bind(("127.0.0.1", server.server_address[1])) as waiting, call(waiting.bnd) as peer:
                 self.assertEqual(waiting.bnd[0], "127.0.0.1")
-                waiting.accept(PATIENCE_S)[0].close()
+                tunnel(self, waiting, peer)
 
     def test_unexpected_peers_are_closed_logged_and_counted(self):
         with running() as server, logging_of(self) as logs:
             with client.bind(server.server_address, ("127.0.0.2", 21)) as waiting:
                 for _ in range(2):
                     with call(waiting.bnd) as unexpected:
-                        name = "%s:%d" % unexpected.getsockname()
                         self.assertEqual(read_to_end(unexpected), b"")
-                        wait_until(lambda: any("unexpected_peer bnd=" in line and name in line for line in logs.output))
+                        logs.wait("unexpected_peer bnd=.*%s:%d" % unexpected.getsockname())
                 with call(waiting.bnd, "127.0.0.2") as peer:
-                    sock, _ = waiting.accept(PATIENCE_S)
-                    with sock:
-                        both_ways(self, sock, peer)
-            wait_until(lambda: "session client=" in "".join(logs.output[-1:]))
-        self.assertRegex(logs.output[-1], r"dst=127.0.0.2:21 reached=127.0.0.2:\d+ rep=SUCCEEDED up=10 down=10 ")
-        self.assertIn("why='2 unexpected peers turned away'", logs.output[-1])
-
-    def test_rules_are_asked_about_the_expected_peer(self):
-        asked = []
-
-        class Ruled(socks5.Authorizer):
-            def permitted(self, cmd, host, port, addresses):
-                asked.append(list(map(str, addresses)))
-                if port == 22:
-                    raise RequestRefused(Rep.NOT_ALLOWED, "by the test")
-                return addresses
-
-        with running(authorizing(Ruled)) as server:
-            client.bind(server.server_address, ("127.0.0.1", 21)).close()
-            client.bind(server.server_address, ("0.0.0.0", 21)).close()
-            with self.assertRaises(ProxyError) as caught:
-                client.bind(server.server_address, ("127.0.0.1", 22))
-        self.assertEqual(caught.exception.rep, Rep.NOT_ALLOWED)
-        self.assertEqual(asked, [["127.0.0.1"], ["0.0.0.0"], ["127.0.0.1"]])
+                    tunnel(self, waiting, peer)
+            line = logs.wait("session client=")
+        self.assertRegex(line, r"dst=127.0.0.2:21 reached=127.0.0.2:\d+ rep=SUCCEEDED up=10 down=10 ")
+        self.assertIn("why='2 unexpected peers turned away'", line)
 
     def test_any_address_of_a_name(self):
         found = [ip_address("127.0.0.9"), ip_address("127.0.0.2")]
         with running() as server, patch("socks5.net.lookups.Names.resolve", return_value=found):
-            with client.bind(server.server_address, (b"peer.test", 21)) as waiting, call(waiting.bnd, "127.0.0.2"):
-                sock, who = waiting.accept(PATIENCE_S)
-                sock.close()
-        self.assertEqual(who[0], "127.0.0.2")
+            with client.bind(server.server_address, (b"peer.test", 21)) as waiting, \
+                    call(waiting.bnd, "127.0.0.2") as peer:
+                self.assertEqual(tunnel(self, waiting, peer), peer.getsockname())
 
     def test_the_first_that_can_be_reached_and_else_the_most_telling_failure(self):
         self.assertEqual(str(our_end(None, [ip_address("255.255.255.255"), ip_address("127.0.0.2")])[0]), "127.0.0.1")
@@ -180,14 +154,10 @@ class Waiting(unittest.TestCase):
     def test_no_peer_connects(self):
         with running(bind_timeout=0.05) as server, logging_of(self) as logs:
             with client.bind(server.server_address, LOCAL) as waiting:
-                with self.assertRaises(ProxyError) as caught:
-                    waiting.accept(PATIENCE_S)
+                self.assertEqual(refusal(self, waiting.accept, PATIENCE_S), Rep.TTL_EXPIRED)
                 self.assertEqual(waiting.sock.recv(1), b"")
                 self.assertTrue(is_closed(waiting.bnd))
-            wait_until(lambda: "session client=" in "".join(logs.output[-1:]))
-        self.assertEqual(caught.exception.rep, Rep.TTL_EXPIRED)
-        self.assertIn("rep=TTL_EXPIRED", logs.output[-1])
-        self.assertIn("ended=refused why='no peer connected within 0.05 s'", logs.output[-1])
+            logs.wait("session client=.*rep=TTL_EXPIRED.*ended=refused why='no peer connected within 0.05 s'")
 
     def test_the_client_leaves(self):
         ways = [("close", socket.socket.close), ("reset", reset),
@@ -217,8 +187,7 @@ class Waiting(unittest.TestCase):
     def test_what_the_client_sends_early_reaches_the_peer_first(self):
         with running() as server:
             for name, early in [("behind the request", True), ("while waiting", False)]:
-                with self.subTest(name), dial(server.server_address) as sock:
-                    negotiate(sock)
+                with self.subTest(name), greeted(server.server_address) as sock:
                     request = Request(Cmd.BIND, Address(ip_address("127.0.0.2"), 21)).pack()
                     sock.sendall(request + b"one " if early else request)
                     reply = Reply.parse(reader_of(sock)).bnd
@@ -308,8 +277,7 @@ class Waiting(unittest.TestCase):
                 self.assertEqual(server.drain(0), 1)
                 self.assertEqual(waiting.sock.recv(1), b"")
                 self.assertTrue(is_closed(waiting.bnd))
-            wait_until(lambda: "session client=" in "".join(logs.output[-1:]))
-        self.assertRegex(logs.output[-1], "ended='?server.stopped")
+            logs.wait("session client=.*ended='?server.stopped")
 
 
 class Where(unittest.TestCase):
@@ -323,9 +291,7 @@ class Where(unittest.TestCase):
                 with self.subTest(name), client.bind(server.server_address, (expect, 21)) as waiting:
                     self.assertEqual(waiting.bnd[0], told)
                     with call((ours, waiting.bnd[1]), expect if expect != "0.0.0.0" else None) as peer:
-                        sock, _ = waiting.accept(PATIENCE_S)
-                        with sock:
-                            both_ways(self, sock, peer)
+                        tunnel(self, waiting, peer)
 
     def test_otherwise_only_that_address_is_listened_on(self):
         with running() as server, client.bind(server.server_address) as waiting:
@@ -338,14 +304,11 @@ class Where(unittest.TestCase):
 
     def test_ports_from_the_range_and_no_others(self):
         first = free_ports(2)
-        with running(bind_ports=(first, first + 1)) as server, self.assertLogs("socks5", "INFO") as logs:
+        with running(bind_ports=(first, first + 1)) as server, logging_of(self) as logs:
             with client.bind(server.server_address, LOCAL) as one, bind_from("127.0.0.2", server) as two:
                 self.assertEqual({one.bnd[1], two.bnd[1]}, {first, first + 1})
-                with self.assertRaises(ProxyError) as caught:
-                    client.bind(server.server_address, LOCAL)
-                self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
-                wait_until(lambda: any("no port left for 127.0.0.1: ports %d-%d" % (first, first + 1) in line
-                                       for line in logs.output))
+                self.assertEqual(refusal(self, client.bind, server.server_address, LOCAL), Rep.GENERAL_FAILURE)
+                logs.wait("no port left for 127.0.0.1: ports %d-%d" % (first, first + 1))
                 for waiting in (one, two):
                     with call(waiting.bnd) as peer:             # and we close first: TIME_WAIT is ours
                         sock, _ = waiting.accept(PATIENCE_S)
@@ -361,26 +324,12 @@ class Where(unittest.TestCase):
 
     def test_ports_that_others_have_are_none_of_ours(self):
         first = free_ports(2)
-        with socket.socket() as one, socket.socket() as two:
-            for port, sock in enumerate((one, two), first):
-                sock.bind(("127.0.0.1", port))
-                sock.listen()
+        with socket.create_server(("127.0.0.1", first)), socket.create_server(("127.0.0.1", first + 1)):
             with running(bind_ports=(first, first + 1)) as server, self.assertLogs("socks5", "INFO") as logs:
                 for _ in range(3):                              # and what cannot be had is not counted as taken
-                    with self.assertRaises(ProxyError) as caught:
-                        client.bind(server.server_address, LOCAL)
-                    self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
+                    self.assertEqual(refusal(self, client.bind, server.server_address, LOCAL), Rep.GENERAL_FAILURE)
                 wait_until(lambda: sum("ports %d-%d: EADDRINUSE" % (first, first + 1) in line
                                        for line in logs.output) == 3)
-
-    def test_one_address_cannot_take_all_ports(self):
-        first = free_ports(2)
-        with running(bind_ports=(first, first + 1)) as server:
-            with client.bind(server.server_address, LOCAL):
-                for _ in range(5):
-                    with self.assertRaises(ProxyError):
-                        client.bind(server.server_address, LOCAL)
-                bind_from("127.0.0.2", server).close()
 
 
 def bind_from(source, server):
@@ -470,27 +419,21 @@ class RunningOut(unittest.TestCase):
                 waiting = stack.enter_context(client.bind(proxy, LOCAL))
                 clients = []
                 while descriptors(server.process.pid) < 40:
-                    clients.append(stack.enter_context(dial(proxy)))
-                    negotiate(clients[-1])
+                    clients.append(stack.enter_context(greeted(proxy)))
                 with self.subTest("to listen"):
                     self.assertEqual(ask(clients[-1], Cmd.BIND, "127.0.0.1", 0).rep, Rep.GENERAL_FAILURE)
                     self.assertEqual(clients[-1].recv(1), b"")
                     clients.pop().close()
                     wait_until(lambda: descriptors(server.process.pid) < 40)
-                    clients.append(stack.enter_context(dial(proxy)))
-                    negotiate(clients[-1])
+                    clients.append(stack.enter_context(greeted(proxy)))
                 with self.subTest("to accept"):
                     with contextlib.suppress(ConnectionResetError):     # when the listener is closed that soon
                         stack.enter_context(call(waiting.bnd))
-                    with self.assertRaises(ProxyError) as caught:
-                        waiting.accept(PATIENCE_S)
-                    self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
+                    self.assertEqual(refusal(self, waiting.accept, PATIENCE_S), Rep.GENERAL_FAILURE)
                     server.wait_line(r"cmd=BIND .* why='cannot accept: EMFILE'")
             wait_until(lambda: descriptors(server.process.pid) <= before, "they have gone")
             with self.subTest("it goes on afterwards"), client.bind(proxy, LOCAL) as waiting, call(waiting.bnd) as peer:
-                sock, _ = waiting.accept(PATIENCE_S)
-                with sock:
-                    both_ways(self, sock, peer)
+                tunnel(self, waiting, peer)
 
 
 # ---- two hosts ---------------------------------------------------------------------------------------------------
@@ -507,17 +450,14 @@ class Hosts(TwoHosts, unittest.TestCase):
                         with self.near(call, waiting.bnd) as unexpected:
                             self.assertEqual(read_to_end(unexpected), b"")
                         with self.far(call, waiting.bnd) as peer:
-                            sock, who = waiting.accept(PATIENCE_S)
-                            with sock:
-                                self.assertEqual(who, peer.getsockname()[:2])
-                                both_ways(self, sock, peer)
+                            self.assertEqual(tunnel(self, waiting, peer), peer.getsockname()[:2])
 
     def test_no_way_to_the_peer(self):
         with self.proxy() as server:
             for name, host in [("IPv4", "192.0.2.1")] + [("IPv6", "2001:db8:99::1")] * HAS_IPV6:
-                with self.subTest(name), self.assertRaises(ProxyError) as caught:
-                    self.near(client.bind, ("127.0.0.1", server.port), (host, 21))
-                self.assertEqual(caught.exception.rep, Rep.NETWORK_UNREACHABLE)
+                with self.subTest(name):
+                    rep = refusal(self, self.near, client.bind, ("127.0.0.1", server.port), (host, 21))
+                    self.assertEqual(rep, Rep.NETWORK_UNREACHABLE)
 
     def test_for_any_peer_BND_is_the_address_to_which_the_client_connected(self):
         for version in [4] + [6] * HAS_IPV6:
@@ -525,18 +465,14 @@ class Hosts(TwoHosts, unittest.TestCase):
                 with self.far(client.bind, (NEAR[version], server.port)) as waiting:
                     self.assertEqual(waiting.bnd[0], NEAR[version])
                     with self.far(call, waiting.bnd) as peer:
-                        sock, _ = waiting.accept(PATIENCE_S)
-                        with sock:
-                            both_ways(self, sock, peer)
+                        tunnel(self, waiting, peer)
 
     def test_behind_NAT_another_address_is_told_and_ours_answers(self):
         with self.proxy("--advertise", "203.0.113.5") as server:
             with self.near(client.bind, ("127.0.0.1", server.port), (FAR[4], 21)) as waiting:
                 self.assertEqual(waiting.bnd[0], "203.0.113.5")
                 with self.far(call, (NEAR[4], waiting.bnd[1])) as peer:
-                    sock, _ = waiting.accept(PATIENCE_S)
-                    with sock:
-                        both_ways(self, sock, peer)
+                    tunnel(self, waiting, peer)
 
 
 # ---- real programs -----------------------------------------------------------------------------------------------
@@ -607,7 +543,7 @@ class ActiveFTP(ftplib.FTP):
         return waiting
 
 
-class Programs(unittest.TestCase):
+class Programs(Case):
     @contextlib.contextmanager
     def program(self, *args, **kwargs):
         """A program that tells by lines on stdout what we need to know."""
@@ -623,9 +559,7 @@ class Programs(unittest.TestCase):
         python = os.environ.get("SOCKS5_VENV_PYTHON", sys.executable)
         have = subprocess.run([python, "-c", "import pyftpdlib"], capture_output=True).returncode == 0
         need(self, have, "pyftpdlib (in SOCKS5_VENV_PYTHON)")
-        home = tempfile.TemporaryDirectory()
-        self.addCleanup(home.cleanup)
-        return self.program(python, "-W", "ignore", "-c", FTP_SERVER, host, home.name)
+        return self.program(python, "-W", "ignore", "-c", FTP_SERVER, host, self.new_folder())
 
     def test_FTP_in_active_mode(self):
         data = os.urandom(3000000)
@@ -669,7 +603,3 @@ class Programs(unittest.TestCase):
                     self.assertEqual([session.cmd for session in proxy.sessions], ["BIND"])
                     peer.sendall(b"there and back")
                     self.assertEqual(peer.recv(100), b"there and back")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -75,7 +75,3 @@ class Lines(unittest.TestCase):
                          r"\A\d\d:\d\d:\d\d WARNING auth_failed client=192\.0\.2\.7:4711\Z")
         record = logging.LogRecord("socks5.x", logging.ERROR, "x.py", 1, "session %s", ("x\ny",), None)
         self.assertRegex(self.line(record, brief=True), r"\A\d\d:\d\d:\d\d ERROR session x\\ny\Z")
-
-
-if __name__ == "__main__":
-    unittest.main()

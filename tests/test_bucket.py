@@ -220,7 +220,3 @@ class Memory(unittest.TestCase):
             os.waitpid(pid, 0)
         start, _ = name.take(1, 1, MIB, BURST_S, 100.0)
         self.assertAlmostEqual(start, 100 - BURST_S + 3 * rounds / 1024, places=6)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -13,7 +13,7 @@ from socks5.protocol.codes import Rep
 from socks5.protocol.errors import ProxyError, SocksError
 from socks5.protocol.messages import Address, Datagram
 
-from .support import HAS_IPV6, PATIENCE_S, closed_port, echo, need, read_to_end, running, target
+from .support import HAS_IPV6, PATIENCE_S, closed_port, echoes, read_to_end, refusal, running, target, udp_socket
 from .test_connect import silent
 
 OK = bytes.fromhex("05 00 00 01 7f000001 1f90")         # 127.0.0.1:8080
@@ -38,24 +38,19 @@ def script(*turns):
 
 class ThroughOurServer(unittest.TestCase):
     def test_connect_gives_a_plain_blocking_socket(self):
-        hosts = [("IPv4", "127.0.0.1"), ("name", "localhost")]
-        if HAS_IPV6:
-            hosts.append(("IPv6", "::1"))
-        with running() as server:
-            for name, host in hosts:
-                with self.subTest(name), target(host="::1" if name == "IPv6" else "127.0.0.1") as there:
-                    with client.connect(server.server_address, (host, there[1])) as sock:
-                        self.assertIsNone(sock.gettimeout())
-                        sock.sendall(b"ping")
-                        sock.shutdown(socket.SHUT_WR)
-                        self.assertEqual(read_to_end(sock), b"ping")
+        for ours, host in [("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "localhost"), ("::1", "::1")][:2 + HAS_IPV6]:
+            with self.subTest(host), running(listen=(ours,)) as server, target(host=ours) as there:
+                with client.connect(server.server_address[:2], (host, there[1])) as sock:
+                    self.assertIsNone(sock.gettimeout())
+                    sock.sendall(b"ping")
+                    sock.shutdown(socket.SHUT_WR)
+                    self.assertEqual(read_to_end(sock), b"ping")
 
     def test_user_and_password_as_text_or_bytes(self):
         with target() as there, running(user=(("frédéric", "p:w"),)) as server:
             for name, user in [("text", ("frédéric", "p:w")), ("bytes", ("frédéric".encode(), b"p:w"))]:
                 with self.subTest(name), client.connect(server.server_address, there, user) as sock:
-                    sock.sendall(b"x")
-                    self.assertEqual(sock.recv(9), b"x")
+                    self.assertTrue(echoes(sock))
             with self.subTest("wrong"), self.assertRaisesRegex(ProxyError, "refused the user name") as caught:
                 with self.assertLogs("socks5", "WARNING"):
                     client.connect(server.server_address, there, ("frédéric", "other"))
@@ -70,9 +65,8 @@ class ThroughOurServer(unittest.TestCase):
         self.assertNotIn(b"hunter2", b"".join(received))
 
     def test_a_refusal_carries_rep_wording_and_errno(self):
-        with running() as server:
-            with self.assertRaises(ProxyError) as caught:
-                client.connect(server.server_address, ("127.0.0.1", closed_port()))
+        with running() as server, self.assertRaises(ProxyError) as caught:
+            client.connect(server.server_address, ("127.0.0.1", closed_port()))
         error = caught.exception
         self.assertIsInstance(error, SocksError)
         self.assertIsInstance(error, OSError)
@@ -109,9 +103,8 @@ class ThroughOurServer(unittest.TestCase):
 class AgainstPreparedBytes(unittest.TestCase):
     def test_what_stands_behind_the_reply_is_the_tunnels(self):
         for name, turns in [("in one segment", (FREE, OK + b"220 hello")), ("at once", (FREE + OK + b"220 hello",))]:
-            with self.subTest(name), script(*turns) as (proxy, _):
-                with client.connect(proxy, ("192.0.2.1", 21)) as sock:
-                    self.assertEqual(read_to_end(sock), b"220 hello")
+            with self.subTest(name), script(*turns) as (proxy, _), client.connect(proxy, ("192.0.2.1", 21)) as sock:
+                self.assertEqual(read_to_end(sock), b"220 hello")
 
     def test_both_replies_of_a_bind_and_the_payload_in_one_segment(self):
         peer = bytes.fromhex("05 00 00 01 c0000207 0015")
@@ -131,9 +124,7 @@ class AgainstPreparedBytes(unittest.TestCase):
 
     def test_a_second_reply_that_refuses(self):
         with script(FREE, OK + b"\5\6" + OK[2:]) as (proxy, _), client.bind(proxy) as waiting:
-            with self.assertRaises(ProxyError) as caught:
-                waiting.accept(PATIENCE_S)
-        self.assertEqual(caught.exception.rep, Rep.TTL_EXPIRED)
+            self.assertEqual(refusal(self, waiting.accept, PATIENCE_S), Rep.TTL_EXPIRED)
 
     def test_what_is_no_answer(self):
         cases = [("silence", (b"",), "closed the connection"), ("HTTP", (b"HTTP/1.0 400 Bad Request\r\n",), "VER 0x48"),
@@ -181,9 +172,8 @@ class AgainstPreparedBytes(unittest.TestCase):
 
     def test_unspecified_BND_is_where_the_proxy_is(self):
         for name, reply in [("IPv4", "05 00 00 01 00000000 1f90"), ("IPv6", "05 00 00 04" + 32 * "0" + "1f90")]:
-            with self.subTest(name), script(FREE, bytes.fromhex(reply)) as (proxy, _):
-                with client.bind(proxy) as waiting:
-                    self.assertEqual(waiting.bnd, ("127.0.0.1", 8080))
+            with self.subTest(name), script(FREE, bytes.fromhex(reply)) as (proxy, _), client.bind(proxy) as waiting:
+                self.assertEqual(waiting.bnd, ("127.0.0.1", 8080))
 
     def test_a_proxy_that_does_not_listen(self):
         with self.assertRaises(ConnectionRefusedError):
@@ -195,9 +185,7 @@ class Datagrams(unittest.TestCase):
 
     @contextlib.contextmanager
     def association(self):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as relay:
-            relay.bind(("127.0.0.1", 0))
-            relay.settimeout(PATIENCE_S)
+        with udp_socket() as relay:
             end = threading.Event()
 
             def serve(connection):
@@ -243,20 +231,7 @@ class Datagrams(unittest.TestCase):
             self.assertRaisesRegex(ProxyError, "ended the association", udp.recvfrom)
 
     def test_from_elsewhere_nothing_comes_in(self):
-        with self.association() as (udp, relay, _), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        with self.association() as (udp, relay, _), udp_socket() as stranger:
             stranger.sendto(Datagram(Address(b"x", 1), b"forged").pack(), udp.sock.getsockname())
             relay.sendto(Datagram(Address(b"x", 1), b"real").pack(), udp.sock.getsockname())
             self.assertEqual(udp.recvfrom()[0], b"real")
-
-
-class IPv6(unittest.TestCase):
-    def test_proxy_on_IPv6(self):
-        need(self, HAS_IPV6, "IPv6")
-        with running(listen=("::1",)) as server, target(echo, "::1") as there:
-            with client.connect(server.server_address[:2], there) as sock:
-                sock.sendall(b"six")
-                self.assertEqual(sock.recv(9), b"six")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -6,13 +6,11 @@ import re
 import socket
 import ssl
 import subprocess
-import tempfile
-import unittest
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer, SimpleHTTPRequestHandler
-from pathlib import Path
 from socketserver import ThreadingMixIn
 
+from tests import support
 from tests.support import HAS_IPV6, PATIENCE_S, closed_port, need, need_program, served, spawned
 
 BIG_BYTES = 200 << 20
@@ -69,19 +67,12 @@ def web(handler=Pages, host="127.0.0.1", tls=None):
 
 
 def environment(**more):
-    """Ours, without what would lead a client around the proxy, and without the habits of whoever runs the tests."""
+    """Ours, without what leads a client around the proxy, and without the settings of the user who runs the tests."""
     env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     return dict(env, HOME=os.devnull, GIT_CONFIG_NOSYSTEM="1", GIT_TERMINAL_PROMPT="0", **more)
 
 
-class Case(unittest.TestCase):
-    """With a server for each test."""
-
-    def setUp(self):
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.enter = stack.enter_context
-
+class Case(support.Case):
     def run_client(self, *args, status=0, **kwargs):
         """What the client prints; it must end with `status`."""
         kwargs = {"env": environment(), "timeout": PATIENCE_S, **kwargs}
@@ -100,7 +91,6 @@ class Case(unittest.TestCase):
 
 class Curl(Case):
     def setUp(self):
-        super().setUp()
         self.command = [need_program(self, "curl"), "-q", "-sS", "--noproxy", "", "--max-time", str(PATIENCE_S)]
 
     def curl(self, *args):
@@ -130,25 +120,9 @@ class Curl(Case):
                 self.assertEqual(page, "hello from the other side\n")
         server.wait_line(r"client=\[::1\]:\d+ .*dst=\[::1\]:%d reached=\[::1\]:%d rep=SUCCEEDED" % (port, port))
 
-    def test_200_mb(self):
-        hosts = ["127.0.0.1"] + ["::1"] * HAS_IPV6
-        for host in hosts:
-            with self.subTest(host), spawned("-l", host) as server, web(host=host) as port:
-                url = "http://%s:%d/big" % ("[%s]" % host if ":" in host else "localhost", port)
-                found, expected = hashlib.sha1(), hashlib.sha1()
-                args = [*self.command, "-g", "--socks5-hostname", "localhost:%d" % server.port, url]
-                with subprocess.Popen(args, stdout=subprocess.PIPE, env=environment()) as client:
-                    for piece in iter(partial(client.stdout.read, 1 << 18), b""):
-                        found.update(piece)
-                self.assertEqual(client.returncode, 0)
-                for _ in range(BIG_BYTES >> 20):
-                    expected.update(BLOCK)
-                self.assertEqual(found.hexdigest(), expected.hexdigest())
-
     def test_upload(self):
         server, port = self.enter(spawned()), self.enter(web())
-        folder = self.enter(tempfile.TemporaryDirectory())
-        path = Path(folder, "upload")
+        path = self.new_folder() / "upload"
         path.write_bytes(BLOCK * 8)
         answer = self.curl("--socks5", "127.0.0.1:%d" % server.port, "-H", "Expect:", "-T", path,
                            "http://127.0.0.1:%d/upload" % port)
@@ -170,7 +144,7 @@ class Curl(Case):
                              "http://127.0.0.1:%d/" % port)
 
     def test_what_curl_says_of_a_refusal(self):
-        """The REP is in its message: 5 where nobody listens, 4 for a name that there is not."""
+        """The REP is in its message: 5 for a port that is closed, 4 for a name that does not exist."""
         server = self.enter(spawned())
         for host, word in [("127.0.0.1", r"\(5\)|refused"), ("no.such.name.invalid", r"\(4\)|unreachable")]:
             with self.subTest(host):
@@ -191,7 +165,7 @@ class Curl(Case):
 
     def test_https_with_a_certificate_of_our_own(self):
         openssl = need_program(self, "openssl")
-        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         (folder / "cnf").write_text(
             "[req]\ndistinguished_name=dn\nx509_extensions=ext\nprompt=no\n[dn]\nCN=localhost\n"
             "[ext]\nsubjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=critical,CA:true\n")
@@ -212,7 +186,7 @@ class Curl(Case):
 class Git(Case):
     def test_clone(self):
         git = need_program(self, "git")
-        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         env = environment(GIT_CONFIG_GLOBAL=os.devnull, GIT_AUTHOR_NAME="a", GIT_AUTHOR_EMAIL="a@example.org",
                           GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@example.org")
         run = partial(self.run_client, git, env=env)
@@ -256,7 +230,6 @@ print(b"".join(iter(lambda: sock.recv(1000), b"")).split(b"\\r\\n\\r\\n")[1].dec
         return self.run_client(self.python, "-c", self.SCRIPT, server.port, host, port, rdns, user, password, **kwargs)
 
     def setUp(self):
-        super().setUp()
         self.python = os.environ.get("SOCKS5_VENV_PYTHON")
         need(self, self.python, "a Python with PySocks (SOCKS5_VENV_PYTHON)")
 

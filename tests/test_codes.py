@@ -54,7 +54,3 @@ class Phrases(unittest.TestCase):
             with self.subTest("0x%02x" % number):
                 self.assertEqual(phrase(Method, number, METHOD_RANGES), words)
         self.assertNotIn("unassigned", {phrase(Method, number, METHOD_RANGES) for number in range(256)})
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -14,7 +14,7 @@ from socks5.process import control, files, signals
 from socks5.process.control import ABORT_S, OVERDUE_S, RELOAD_EVERY_S, Control
 from socks5.process.files import Exhausted, Files
 from socks5.process.orders import Order
-from tests.support import PATIENCE_S, ROOT
+from tests.support import PATIENCE_S, Case, run_python
 
 HAS_MASK = hasattr(signal, "pthread_sigmask")
 DRAIN_S = 30.0
@@ -47,12 +47,10 @@ class Recorded(Control):
         self.told.append("kill")
 
 
-class Obeying(unittest.TestCase):
+class Obeying(Case):
     def setUp(self):
         self.now = 1000.0
-        patch = mock.patch.object(control, "monotonic", lambda: self.now)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.enter(mock.patch.object(control, "monotonic", lambda: self.now))
 
     def control(self, *outcomes):
         made = Recorded(*outcomes)
@@ -188,8 +186,7 @@ with tempfile.TemporaryDirectory() as folder:
     for fd in held:
         os.close(fd)
 """
-        done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), stderr=subprocess.PIPE, timeout=PATIENCE_S)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual(run_python("-c", code), (0, "", ""))
 
     def failing(self, exc):
         def read(_config):
@@ -332,7 +329,3 @@ class Waiting(unittest.TestCase):
             for flood in floods:
                 flood.kill()
                 flood.wait()
-
-
-if __name__ == "__main__":
-    unittest.main()

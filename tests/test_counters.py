@@ -38,7 +38,3 @@ class Counting(unittest.TestCase):
         for what in Shared.THINGS:
             self.assertEqual((other.of_thing(what).live(), other.of_thing(what).of("192.0.2.1")), (1, 1))
         self.assertEqual(row.number(), 3, "the number goes on")
-
-
-if __name__ == "__main__":
-    unittest.main()

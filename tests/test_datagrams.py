@@ -37,7 +37,7 @@ class SharedBuffers(unittest.TestCase):
             thread.join(PATIENCE_S)
         self.assertIs(found[0][0], taken[0])
 
-    def test_stuck_threads_stop_nobody_and_what_was_allocated_meanwhile_is_not_kept(self):
+    def test_stuck_threads_stop_no_other_and_what_was_allocated_meanwhile_is_not_kept(self):
         buffers = Buffers(1000, most=2)
         with patch.object(datagrams, "BUFFER_WAIT_S", 0.001):
             taken = [buffers.take() for _ in range(5)]
@@ -153,7 +153,3 @@ class Sent(unittest.TestCase):
                 self.dropped.clear()
                 self.assertEqual(send(self.here, [memoryview(data)] * 3, address, self.dropped), 0)
                 self.assertEqual(self.dropped, {reason: 3})
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,17 +1,14 @@
 """The whole server as its users get it: a copy of two things, a package, one file; with nothing installed."""
-import contextlib
 import hashlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import unittest
-from pathlib import Path
 
-from tests.support import (HAS_IPV6, ROOT, SCRIPT, connect_through, need, need_program, reader_of, spawned, target,
-                           wait_until)
+from tests.support import (HAS_IPV6, ROOT, SCRIPT, Case, connect_through, echoes, need, need_program, run_python,
+                           spawned, target, wait_until)
 
 BIG_BYTES = 200 << 20
 BLOCK = os.urandom(1 << 20)
@@ -41,13 +38,11 @@ def arriving(sock):
         yield memoryview(buffer)[:size]
 
 
-class Ways(unittest.TestCase):
+class Ways(Case):
     """Each way to start it, from a folder that is not the project's, by a Python that sees nothing else."""
 
     def setUp(self):
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.folder = self.new_folder()
         self.elsewhere = self.folder / "elsewhere"
         self.elsewhere.mkdir()
 
@@ -64,8 +59,7 @@ class Ways(unittest.TestCase):
         with target() as destination, spawned(*args, cwd=str(cwd), env=env, **kwargs) as server:
             port = server.port
             with connect_through(port, *destination) as tunnel:
-                tunnel.sendall(b"from end to end")
-                self.assertEqual(reader_of(tunnel)(15), b"from end to end")
+                self.assertTrue(echoes(tunnel, b"from end to end"))
             server.wait_line(r"session client=127\.0\.0\.1:\d+ user=- cmd=CONNECT .*up=15 down=15 ")
             self.assertEqual(server.end(signal.SIGTERM), 0)
             self.assertEqual(server.lines[:1], ["listening on 127.0.0.1:%d" % port])
@@ -142,9 +136,7 @@ class Ways(unittest.TestCase):
         """Such as Debian's python3-minimal."""
         code = ("import runpy, sys; sys.modules['dataclasses'] = None; "
                 "runpy.run_path(%r, run_name='__main__')" % str(SCRIPT))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (2, "", 1), done.stderr)
-        self.assertIn("no module dataclasses", done.stderr)
+        self.check_refused(run_python("-c", code), "no module dataclasses")
 
 
 class Big(unittest.TestCase):

@@ -58,7 +58,3 @@ class Reassembly(unittest.TestCase):
                 datagram = collected.add(Datagram(HERE, b"b", 2 | END))
                 self.assertEqual(datagram and datagram.data, whole)
                 self.assertEqual(collected.deadline, float("inf"))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,4 +1,4 @@
-"""Streams and datagrams that nobody would send, against the live server: mutated, cut, spliced, reset.
+"""Streams and datagrams that no client sends, against the live server: mutated, cut, spliced, reset.
 
 CASES of them, a fifth streams and the rest datagrams, in some 8 s; SOCKS5_FUZZ=N in the environment makes it N. All
 come from SEED, so that what fails can be seen again. What the server is asked for never leaves this machine: its rules
@@ -12,16 +12,16 @@ import socket
 import struct
 import tempfile
 import threading
-import unittest
 
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.errors import SocksError
+from socks5.protocol.fields import BytesReader
 from socks5.net.resolver import normalise
 from socks5.server.acceptors import MAX_WAITING
 from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Request, Selection
-from tests.support import (OTHER_THREADS, PATIENCE_S, ROOT, address, ask, closed_port, connect_through, descriptors,
-                           dial, need, negotiate, read_to_end, reader_of, reset, resident_kib, spawned, target, threads,
-                           wait_until)
+from tests.support import (OTHER_THREADS, PATIENCE_S, ROOT, Case, address, ask, closed_port, connect_through,
+                           descriptors, dial, echoes, greeted, need, read_to_end, reader_of, reset, resident_kib,
+                           spawned, target, threads, udp_socket, wait_until)
 
 CASES = int(os.environ.get("SOCKS5_FUZZ") or 30000)
 SEED = 1928
@@ -84,7 +84,7 @@ def lookup(host):
 
 def harmless(stream, kinds):
     """`stream`, or what is left of it before a message that has a name to look up."""
-    reads = Cursor(stream)
+    reads = BytesReader(stream)
     try:
         for kind in kinds:
             before = reads.at
@@ -94,19 +94,6 @@ def harmless(stream, kinds):
     except (EOFError, SocksError):
         pass
     return stream
-
-
-class Cursor:
-    """read(n) over bytes, which knows how far it is."""
-
-    def __init__(self, data):
-        self.data, self.at = data, 0
-
-    def __call__(self, size):
-        if self.at + size > len(self.data):
-            raise EOFError
-        self.at += size
-        return self.data[self.at - size:self.at]
 
 
 def name_request(cmd, name, port):
@@ -139,7 +126,7 @@ def packets(echo):
 # ---- the server that has to bear it ------------------------------------------------------------------------------
 
 def upper(sock, over):
-    """Answers datagrams until one is `over`; one that asks, with the port that it came from."""
+    """Answers datagrams until `over` comes; "port?" with the port that it came from."""
     while True:
         data, sender = sock.recvfrom(1 << 16)
         if data == over:
@@ -148,7 +135,7 @@ def upper(sock, over):
             sock.sendto(b"%d" % sender[1] if data == b"port?" else data.upper(), sender)
 
 
-class Fuzz(unittest.TestCase):
+class Fuzz(Case):
     def setUp(self):
         need(self, os.path.isdir("/proc/self/fd"), "/proc")
         try:
@@ -156,31 +143,28 @@ class Fuzz(unittest.TestCase):
                 probe.bind(("127.1.2.3", 0))
         except OSError:
             need(self, False, "a loopback of 16 million addresses")
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
         self.rng = random.Random(SEED)
-        self.echo = stack.enter_context(target())
+        self.echo = self.enter(target())
         self.closed = closed_port()
-        self.remote = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        self.remote.bind(("127.0.0.1", 0))
+        self.remote = self.enter(udp_socket())
+        self.remote.settimeout(None)
         answering = threading.Thread(target=upper, args=(self.remote, b"over"), daemon=True)
         answering.start()
-        stack.callback(answering.join, PATIENCE_S)
-        stack.callback(self.remote.sendto, b"over", self.remote.getsockname())
-        rules = stack.enter_context(tempfile.NamedTemporaryFile("w"))
+        self.addCleanup(answering.join, PATIENCE_S)
+        self.addCleanup(self.remote.sendto, b"over", self.remote.getsockname())
+        rules = self.enter(tempfile.NamedTemporaryFile("w"))
         rules.write("allow to 127.0.0.0/8 port %d command connect\nallow to 127.0.0.0/8 port %d command connect\n"
                     "allow to 127.0.0.0/8 command bind\nallow to 0.0.0.0 command bind\n"
                     "allow to 127.0.0.0/8 port %d command udp\n"
                     % (self.echo[1], self.closed, self.remote.getsockname()[1]))
         rules.flush()
-        self.server = stack.enter_context(spawned(
+        self.server = self.enter(spawned(
             UNTHROTTLED, "-q", "-u", b":".join(USER).decode(), "--rules", rules.name, script="-c", cwd=ROOT))
         self.port, self.pid = self.server.port, self.server.process.pid
 
     def still_serves(self):
         with connect_through(self.port, *self.echo, user=USER) as tunnel:
-            tunnel.sendall(b"ping")
-            self.assertEqual(reader_of(tunnel)(4), b"ping")
+            self.assertTrue(echoes(tunnel))
 
     def spare_threads_only(self):
         """The acceptors that wait, the server's and the relay loop's."""
@@ -213,7 +197,7 @@ class Fuzz(unittest.TestCase):
             data = GREETING + LOGIN + mutate(self.rng, data[start:], originals)
         return harmless(data, (Greeting, Login, Request))
 
-    def somebody(self, stack, port):
+    def newcomer(self, stack, port):
         """A client at an address of its own."""
         rng, client = self.rng, stack.enter_context(socket.socket())
         client.settimeout(PATIENCE_S)
@@ -229,7 +213,7 @@ class Fuzz(unittest.TestCase):
                 data = self.stream(originals)
                 cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.choice((0, 1, 2))))
                 pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])]
-                client = self.somebody(stack, self.port)
+                client = self.newcomer(stack, self.port)
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 clients.append((client, data, pieces, rng.choice((socket.socket.close, reset, self.finish))))
             for turn in range(3):
@@ -289,20 +273,19 @@ class Fuzz(unittest.TestCase):
     def test_clients_that_never_read(self):
         """Neither an answer nor an echo: no thread, descriptor or memory of ours for ever."""
         def refused(stack):
-            clients = [self.somebody(stack, self.port) for _ in range(50)]
+            clients = [self.newcomer(stack, self.port) for _ in range(50)]
             for client in clients:
                 client.sendall(GREETING + LOGIN + Request(Cmd.CONNECT, address("192.0.2.1", 80)).pack())
 
-        with contextlib.ExitStack() as stack:
-            with self.nothing_left(lambda: refused(stack)):
-                refused(stack)                                  # these stay open, and unread
+        with contextlib.ExitStack() as stack, self.nothing_left(lambda: refused(stack)):
+            refused(stack)                                  # these stay open, and unread
         request = Request(Cmd.CONNECT, address(*self.echo)).pack()
         with self.nothing_left(self.still_serves), contextlib.ExitStack() as stack:
             for _ in range(50):
-                client = self.somebody(stack, self.port)
+                client = self.newcomer(stack, self.port)
                 client.setblocking(False)
                 client.sendall(GREETING + LOGIN + request)
-                with contextlib.suppress(BlockingIOError):      # an echo that nobody reads comes to a stop
+                with contextlib.suppress(BlockingIOError):      # an echo that is not read comes to a stop
                     while True:
                         client.send(bytes(1 << 16))
             self.still_serves()
@@ -315,15 +298,11 @@ class Fuzz(unittest.TestCase):
         rng, remote = self.rng, self.remote.getsockname()
         ping, pong = (Datagram(address(*remote), data).pack() for data in (b"still there?", b"STILL THERE?"))
         with contextlib.ExitStack() as stack:
-            control = stack.enter_context(dial(self.port))
-            negotiate(control, USER)
+            control = stack.enter_context(greeted(self.port, USER))
             reply = ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0)
             self.assertEqual(reply.rep, Rep.SUCCEEDED)
             relay = str(reply.bnd.host), reply.bnd.port
-            client, stranger = (stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in "cs")
-            client.bind(("127.0.0.1", 0))
-            stranger.bind(("127.0.0.2", 0))
-            client.settimeout(PATIENCE_S)
+            client, stranger = (stack.enter_context(udp_socket(host)) for host in ("127.0.0.1", "127.0.0.2"))
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             client.sendto(Datagram(address(*remote), b"port?").pack(), relay)
             outside = "127.0.0.1", int(Datagram.parse(client.recv(1 << 16)).data)
@@ -363,8 +342,4 @@ class Packet:
 
     @staticmethod
     def parse(reads):
-        return Datagram.parse(reads.data)
-
-
-if __name__ == "__main__":
-    unittest.main()
+        return Datagram.parse(reads.rest())

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import unittest
 from pathlib import Path
@@ -35,13 +34,15 @@ from socks5.relay.protected import FIRST_BYTES, MORE_BYTES, CodingPipe, coded_by
 from socks5.relay.tunnel import BUSY_READS
 from socks5.status import views
 from socks5.status.meter import LOGINS, Board, Meter
-from tests import realm
-from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, heard, logging_of, need, need_program,
-                           negotiate, read_to_end, reader_of, reset, run_cli, running, spawned, target, wait_until)
+from tests import realm, support
+from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, echoes, heard, logging_of, need, need_program,
+                           negotiate, read_to_end, reader_of, refusal, reset, run_cli, run_python, running, spawned,
+                           target, udp_socket, wait_until)
+from tests.test_udp import remote
 
 LEVELS = ("clear", "integrity", "confidentiality")
 ALICE = b"alice@EXAMPLE.ORG"
-MARK = b"this is the payload that nobody on the way may read"
+MARK = b"this is the payload, which only its receiver may read"
 BULK = random.Random(1).getrandbits(8 * 300000).to_bytes(300000, "big")
 MUTATIONS = 10000           # 5 s
 ANOTHER_PYTHON = "/usr/bin/python3"                                     # Debian's python3-gssapi belongs to it
@@ -62,12 +63,9 @@ def setUpModule():
     stack.enter_context(mock.patch.dict(os.environ, ours.login("alice")))
 
 
-class Case(unittest.TestCase):
+class Case(support.Case):
     def setUp(self):
         realm.need_realm(self)
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.enter = stack.enter_context
 
     def serve(self, **options):
         options.setdefault("gssapi", "any")
@@ -109,6 +107,43 @@ class Case(unittest.TestCase):
 
         subnegotiation.initiate(context, lambda kind: kind.parse(read), send, subnegotiation.LEVELS[level])
         return sock, Envelope(context), context
+
+    @contextlib.contextmanager
+    def level_asked_for(self, server, octet):
+        """A connection whose context is established, and which asks for this level in clear: its reader."""
+        with dial(server.server_address) as sock:
+            read = reader_of(sock)
+            sock.sendall(Greeting(b"\1").pack() + SecurityToken(first_token()).pack())
+            self.assertEqual(read(2), b"\5\1")
+            SecurityToken.parse(read)
+            sock.sendall(ProtectionLevel(octet).pack())
+            yield sock, read
+
+    def datagrams(self, udp, *sizes):
+        """Datagrams of these sizes, in so many fragments, arrive, and three answers to each."""
+        udp.settimeout(PATIENCE_S)
+        with udp_socket() as peer:
+            for size, fragments in sizes:
+                udp.sendto(BULK[:size], peer.getsockname(), fragments)
+                data, sender = peer.recvfrom(1 << 16)
+                self.assertEqual(data, BULK[:size])
+                for _ in range(3):
+                    peer.sendto(data, sender)
+                for _ in range(3):
+                    self.assertEqual(udp.recvfrom(), (data, peer.getsockname()))
+
+    def answer_to(self, server, token):
+        """All that a client is sent whose token is refused."""
+        with dial(server.server_address) as sock:
+            sock.sendall(Greeting(b"\1").pack() + SecurityToken(token).pack())
+            return read_to_end(sock)
+
+    def own_keytab(self):
+        """A copy, which the test may change."""
+        keytab = self.new_folder() / "keytab"
+        keytab.write_bytes(ours.keytab.read_bytes())
+        keytab.chmod(0o600)
+        return keytab
 
 
 def first_token():
@@ -158,8 +193,7 @@ class Levels(Case):
                         self.comes_back(sock, MARK + BULK)
                         sock.shutdown(socket.SHUT_WR)
                         self.assertEqual(sock.recv(1), b"")
-                    wait_until(lambda: any("cmd=CONNECT" in line for line in logs.output), "the session's line")
-                line = next(line for line in logs.output if "cmd=CONNECT" in line)
+                    line = logs.wait("cmd=CONNECT")
                 self.assertIn("user='alice@EXAMPLE.ORG'", line)
                 self.assertIn("up=%d down=%d" % (2 * (len(MARK + BULK),)), line)    # plain bytes
                 self.assertEqual(MARK in b"".join(seen), level != "confidentiality")
@@ -239,52 +273,36 @@ class Levels(Case):
     def test_udp(self):
         server = self.serve()
         for level in LEVELS:
-            with self.subTest(level), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, client.associate(
+            with self.subTest(level), client.associate(
                     server.server_address[:2], gssapi=Gssapi("rcmd@localhost", level)) as udp:
-                peer.bind(("127.0.0.1", 0))
-                peer.settimeout(PATIENCE_S)
-                udp.settimeout(PATIENCE_S)
-                for size, fragments in ((0, 1), (100, 1), (1000, 3), (20000, 1)):
-                    udp.sendto(BULK[:size], peer.getsockname(), fragments)
-                    data, sender = peer.recvfrom(1 << 16)
-                    self.assertEqual(data, BULK[:size])
-                    for _ in range(3):
-                        peer.sendto(data, sender)
-                    for _ in range(3):
-                        self.assertEqual(udp.recvfrom(), (data, peer.getsockname()))
+                self.datagrams(udp, (0, 1), (100, 1), (1000, 3), (20000, 1))
 
     def test_udp_takes_only_what_is_whole_and_new(self):
         """A datagram that is plain, damaged or repeated is dropped; one out of order is not."""
         server = self.serve()
-        with logging_of(self) as logs, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        with logging_of(self) as logs, udp_socket() as peer:
             with client.associate(server.server_address[:2], gssapi=Gssapi("rcmd@localhost")) as udp:
-                peer.bind(("127.0.0.1", 0))
-                peer.settimeout(PATIENCE_S)
                 header = bytes(3) + address(*peer.getsockname()).pack()
                 first, second, third = (udp._envelope.seal_one(header + name) for name in (b"1", b"2", b"3"))
                 for raw in (second, first, second, header + b"plain", first[:-1], first[:40] + b"x" + first[41:], b"",
                             third):
                     udp.sock.send(raw)
                 self.assertEqual([peer.recv(100) for _ in range(3)], [b"2", b"1", b"3"])
-            wait_until(lambda: any("cmd=UDP" in line for line in logs.output), "the session's line")
-        self.assertRegex("".join(logs.output), "5 EBADMSG")
+            logs.wait("cmd=UDP.*5 EBADMSG")
 
 
-class WhoMayIn(Case):
+class Admission(Case):
     def test_rules_with_principals(self):
         destination = self.enter(target())
-        path = Path(self.enter(tempfile.TemporaryDirectory()), "rules")
+        path = self.new_folder() / "rules"
         for user, allowed in (("alice@EXAMPLE.ORG", True), ("bob@EXAMPLE.ORG", False), ("alice", False)):
             with self.subTest(user):
                 path.write_text("allow user %s\n" % user)
-                path.chmod(0o600)
-                with running(gssapi="any", keytab=str(ours.keytab), rules=str(path)) as server:
-                    if allowed:
-                        self.through(server, destination)
-                        continue
-                    with self.assertRaises(ProxyError) as caught:
-                        self.through(server, destination)
-                    self.assertEqual(caught.exception.rep, Rep.NOT_ALLOWED)
+                server = self.serve(rules=str(path))
+                if allowed:
+                    self.through(server, destination)
+                else:
+                    self.assertEqual(refusal(self, self.through, server, destination), Rep.NOT_ALLOWED)
 
     def test_the_method_that_is_chosen(self):
         for users, offered, chosen in (((), b"\0\1", 1), ((), b"\0\2", 255), ((("alice", "x"),), b"\2\1\0", 1),
@@ -298,9 +316,7 @@ class WhoMayIn(Case):
     def test_max_per_client_and_the_status_page(self):
         server, destination = self.serve(max_per_client=2), self.enter(target())
         server.meter = Meter(Board(1), 0)
-        with contextlib.suppress(AssertionError, EOFError), dial(server.server_address) as bad:
-            bad.sendall(Greeting(b"\1").pack() + SecurityToken(b"x").pack())
-            read_to_end(bad)
+        self.answer_to(server, b"x")
         wait_until(lambda: not len(server.sessions))
         for _ in range(2):
             self.through(server, destination)
@@ -315,8 +331,7 @@ class WhoMayIn(Case):
     def test_by_password_beside_gssapi(self):
         server, destination = self.serve(user=(("alice", "x"),)), self.enter(target())
         with client.connect(server.server_address[:2], destination, user=("alice", "x")) as sock:
-            sock.sendall(MARK)
-            self.assertEqual(sock.recv(1000), MARK)
+            self.assertTrue(echoes(sock))
         with dial(server.server_address) as sock:
             self.assertRaises(AssertionError, negotiate, sock)
 
@@ -383,15 +398,10 @@ class WhoMayIn(Case):
         for least, holds in (("integrity", b"\1"), ("confidentiality", b"\2")):
             server = self.serve(gssapi_protection=least)
             with self.subTest(least), logging_of(self) as logs:
-                with dial(server.server_address) as sock:
-                    read = reader_of(sock)
-                    sock.sendall(Greeting(b"\1").pack() + SecurityToken(first_token()).pack())
-                    self.assertEqual(read(2), b"\5\1")
-                    SecurityToken.parse(read)
-                    sock.sendall(ProtectionLevel(b"\0").pack() + Request(Cmd.CONNECT, address("127.0.0.1", 1)).pack())
+                with self.level_asked_for(server, b"\0") as (sock, _read):
+                    sock.sendall(Request(Cmd.CONNECT, address("127.0.0.1", 1)).pack())
                     self.assertEqual(read_to_end(sock), b"\1\2\0\1" + holds)
-                wait_until(lambda: logs.output, "a line")
-                self.assertIn("not encapsulated", logs.output[-1])
+                logs.wait("not encapsulated")
 
     def test_a_level_that_the_context_cannot_give_or_that_is_too_low(self):
         for flags, required, answer, holds in ((gssapi.CONF | gssapi.INTEG, Protection.INTEGRITY, b"x\2", True),
@@ -410,12 +420,7 @@ class WhoMayIn(Case):
     def test_nec_level_in_clear(self):
         server = self.serve()
         for asked, holds in ((b"\0", b"\0"), (b"\1", b"\1"), (b"\2", b"\2"), (b"\4", None)):
-            with self.subTest(asked), dial(server.server_address) as sock:
-                read = reader_of(sock)
-                sock.sendall(Greeting(b"\1").pack() + SecurityToken(first_token()).pack())
-                self.assertEqual(read(2), b"\5\1")
-                SecurityToken.parse(read)
-                sock.sendall(ProtectionLevel(asked).pack())
+            with self.subTest(asked), self.level_asked_for(server, asked) as (_sock, read):
                 self.assertEqual(read(2 if holds is None else 5), b"\1\2\0\1" + holds if holds else b"\1\xff")
 
 
@@ -434,12 +439,6 @@ class Refused(Case):
         for token in (b"x", bytes(65535), first_token()[:-1]):
             self.refusal(token, server, "ended=refused why='gss_accept_sec_context: ")
 
-    def abort_of(self, server, token):
-        """What a client sees whose token is refused; b"" when it was shut out before there was an answer."""
-        with dial(server.server_address) as sock:
-            sock.sendall(Greeting(b"\1").pack() + SecurityToken(token).pack())
-            return read_to_end(sock)
-
     def test_failures_are_logged_and_rate_limited_and_delay_no_ticket(self):
         """As wrong passwords are: fail2ban's line, and a wait where the address has had too many. Others are let in."""
         destination = self.enter(target())
@@ -448,9 +447,9 @@ class Refused(Case):
             pending = server.users.logins.throttle._pending
             for _ in range(3):
                 self.through(server, destination)
-            self.assertEqual(self.abort_of(server, b"x"), b"\5\1\1\xff")
+            self.assertEqual(self.answer_to(server, b"x"), b"\5\1\1\xff")
             answers = []
-            waiting = threading.Thread(target=lambda: answers.append(self.abort_of(server, b"y")))
+            waiting = threading.Thread(target=lambda: answers.append(self.answer_to(server, b"y")))
             waiting.start()
             wait_until(lambda: pending)
             self.through(server, destination)
@@ -462,35 +461,26 @@ class Refused(Case):
                           "WARNING auth_deferred client=127.0.0.1 user=- left_out=0"])
 
     def test_want_of_something_of_ours_is_no_failure_of_the_client(self):
-        """No keytab, no replay cache (an errno: so would no descriptor be): fail2ban must not ban who has a ticket."""
-        keytab = Path(self.enter(tempfile.TemporaryDirectory()), "keytab")
-        keytab.write_bytes(ours.keytab.read_bytes())
-        keytab.chmod(0o600)
+        """No keytab, no replay cache (an errno, as of no descriptor): fail2ban must not ban a client with a ticket."""
+        keytab = self.own_keytab()
         server, destination = self.enter(running(gssapi="any", keytab=str(keytab))), self.enter(target())
         with mock.patch.object(throttle, "BURST", 1), logging_of(self) as logs:
             for trouble, why in ((lambda: mock.patch.dict(os.environ, KRB5RCACHENAME="file2:/no/such/folder/rcache"),
                                   "No such file"), (lambda: renamed(keytab), "not found")):
                 for _ in range(3):
                     with self.subTest(why), trouble():
-                        self.assertEqual(self.abort_of(server, first_token()), b"\5\1\1\xff")
+                        self.assertEqual(self.answer_to(server, first_token()), b"\5\1\1\xff")
                         wait_until(lambda: "ended=refused" in logs.output[-1], "a line")
                         self.assertIn(why, logs.output[-1])
                         self.assertRegex(logs.output[-2], "auth_deferred client=127.0.0.1 user=-")
                         logs.records.clear()
             self.through(server, destination)
-            self.assertEqual(self.abort_of(server, b"x"), b"\5\1\1\xff")
+            self.assertEqual(self.answer_to(server, b"x"), b"\5\1\1\xff")
         self.assertIn("auth_failed", "".join(logs.output))
 
-    def test_who_has_a_ticket_but_not_the_level_is_named(self):
-        with logging_of(self, "WARNING") as logs:
-            server = self.serve()
-            with dial(server.server_address) as sock:
-                read = reader_of(sock)
-                sock.sendall(Greeting(b"\1").pack() + SecurityToken(first_token()).pack())
-                self.assertEqual(read(2), b"\5\1")
-                SecurityToken.parse(read)
-                sock.sendall(ProtectionLevel(b"\7").pack())
-                self.assertEqual(read_to_end(sock), b"\1\xff")
+    def test_a_client_with_a_ticket_but_without_the_level_is_named(self):
+        with logging_of(self, "WARNING") as logs, self.level_asked_for(self.serve(), b"\7") as (sock, _read):
+            self.assertEqual(read_to_end(sock), b"\1\xff")
         self.assertEqual(logs.output, ["WARNING auth_failed client=127.0.0.1 user='alice@EXAMPLE.ORG'"])
 
     def test_a_replayed_token(self):
@@ -549,8 +539,7 @@ class Refused(Case):
             sock, _, _ = self.established(server.server_address[1])
             sock.sendall(request)
             self.assertEqual(sock.recv(100), b"")
-            wait_until(lambda: logs.output, "a line")
-            self.assertIn("not encapsulated", logs.output[-1])
+            logs.wait("not encapsulated")
         for name, spoil in (("plain bytes", lambda envelope: b"GET / HTTP/1.0\r\n\r\n"),
                             ("another MTYP", lambda envelope: b"\1\1" + envelope.seal(b"x")[2:]),
                             ("a damaged token", lambda envelope: envelope.seal(b"x" * 50)[:-3] + b"abc"),
@@ -566,8 +555,7 @@ class Refused(Case):
                 sock.shutdown(socket.SHUT_WR)
                 wait_until(lambda: ends, "the end at the destination")
                 self.assertEqual(ends, ["reset"])
-                wait_until(lambda: logs.output, "a line")
-                self.assertIn("ended=client why='client: ", logs.output[-1])
+                logs.wait("ended=client why='client: ")
 
     def test_no_token_is_kept_for_the_status_page(self):
         server, token = self.serve(), b"\x60" * 65535
@@ -575,9 +563,7 @@ class Refused(Case):
         with target() as destination:
             self.through(server, destination).close()
             wait_until(lambda: server.meter.finished, "the first session has ended")
-        with dial(server.server_address) as sock:
-            sock.sendall(Greeting(bytes([Method.GSSAPI])).pack() + SecurityToken(token).pack())
-            read_to_end(sock)
+        self.answer_to(server, token)
         wait_until(lambda: len(server.meter.finished) == 2)
         for session in server.meter.finished:
             for _when, kind, message, _came in session.record:
@@ -743,18 +729,13 @@ class Library(Case):
             stack.enter_context(mock.patch.object(gssapi.Context, "__init__", entered))
             with running(gssapi="rcmd@localhost", keytab=str(ours.keytab)) as server:
                 for level in LEVELS:
-                    sock = self.through(server, destination, level)
-                    sock.sendall(MARK)
-                    self.assertEqual(sock.recv(1000), MARK)
-                    sock.close()
-                with client.associate(server.server_address[:2], gssapi=Gssapi("rcmd@localhost")):
-                    pass
-                with contextlib.suppress(AssertionError, EOFError), dial(server.server_address) as bad:
-                    bad.sendall(Greeting(b"\1").pack() + SecurityToken(b"x").pack())
-                    read_to_end(bad)
+                    with client.connect(server.server_address[:2], destination,
+                                        gssapi=Gssapi("rcmd@localhost", level)) as sock:
+                        self.assertTrue(echoes(sock))
+                client.associate(server.server_address[:2], gssapi=Gssapi("rcmd@localhost")).close()
+                self.answer_to(server, b"x")
                 wait_until(lambda: not len(server.sessions), "the sessions are over")
             sock = server = None
-            self.doCleanups_of_sockets()
             wait_until(lambda: counts.get("gss_delete_sec_context") == 8, "every context is deleted: %s" % counts)
             gc.collect()                                            # a Server is a cycle, and has the credentials
             wait_until(lambda: counts.get("gss_release_cred") == 2, "the credentials are released")
@@ -774,13 +755,8 @@ class Library(Case):
             self.assertEqual(far.unwrap(token), MARK)
             self.assertEqual(token, before)
 
-    def doCleanups_of_sockets(self):
-        self._cleanups[:] = [(function, *rest) for function, *rest in self._cleanups
-                             if getattr(function, "__name__", "") != "close" or not isinstance(
-                                 getattr(function, "__self__", None), socket.socket)]
-
     def test_what_is_wrong_with_the_options(self):
-        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         (folder / "open").write_bytes(ours.keytab.read_bytes())
         (folder / "open").chmod(0o644)
         (folder / "empty").write_bytes(b"")
@@ -806,7 +782,7 @@ class Library(Case):
     def test_nothing_is_loaded_for_others(self):
         code = "import sys, socks5, socks5.cli; socks5.Server(socks5.Config(port=0)).server_close(); " \
                "sys.exit('ctypes' in sys.modules or 'socks5.access.gssapi' in sys.modules)"
-        subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), check=True, timeout=PATIENCE_S)
+        self.assertEqual(run_python("-c", code), (0, "", ""))
 
 
 class Chained(Case):
@@ -892,31 +868,17 @@ class Chained(Case):
 
     def test_udp(self):
         _upstream, server = self.chain()
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer, \
-                client.associate(server.server_address[:2]) as udp:
-            peer.bind(("127.0.0.1", 0))
-            peer.settimeout(PATIENCE_S)
-            udp.settimeout(PATIENCE_S)
-            for size in (0, 100, 20000):
-                udp.sendto(BULK[:size], peer.getsockname())
-                data, sender = peer.recvfrom(1 << 16)
-                self.assertEqual(data, BULK[:size])
-                for _ in range(3):
-                    peer.sendto(data, sender)
-                for _ in range(3):
-                    self.assertEqual(udp.recvfrom(), (data, peer.getsockname()))
+        with client.associate(server.server_address[:2]) as udp:
+            self.datagrams(udp, (0, 1), (100, 1), (20000, 1))
 
     def test_without_a_ticket(self):
         destination = self.enter(target())
         with logging_of(self) as logs:
             _upstream, server = self.chain()
             with mock.patch.dict(os.environ, {"KRB5CCNAME": "FILE:/nonexistent"}):
-                with self.assertRaises(ProxyError) as caught:
-                    client.connect(server.server_address[:2], destination)
-            self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
-            wait_until(lambda: "ended=refused" in "".join(logs.output), "a line")
-        self.assertRegex("".join(logs.output),
-                         r"why='upstream upstream \(localhost:\d+\): GSSAPI: gss_init_sec_context")
+                rep = refusal(self, client.connect, server.server_address[:2], destination)
+            self.assertEqual(rep, Rep.GENERAL_FAILURE)
+            logs.wait(r"ended=refused why='upstream upstream \(localhost:\d+\): GSSAPI: gss_init_sec_context")
 
     def test_check(self):
         status, out, err = run_cli("--check", "--upstream", "up=socks5+gssapi://sockd@proxy.example:1080")
@@ -932,16 +894,13 @@ class Chained(Case):
 class Process(Case):
     def test_several_workers_and_reload(self):
         """The keytab is checked again: a bad one changes nothing, a new key holds."""
-        keytab = Path(self.enter(tempfile.TemporaryDirectory()), "keytab")
-        keytab.write_bytes(ours.keytab.read_bytes())
-        keytab.chmod(0o600)
+        keytab = self.own_keytab()
         destination = self.enter(target())
         server = self.enter(spawned("--gssapi", "--keytab", keytab, "-w", "2", env=ours.environment))
 
         def works(service):
             with client.connect(("127.0.0.1", server.port), destination, gssapi=Gssapi(service)) as sock:
-                sock.sendall(MARK)
-                return sock.recv(1000) == MARK
+                return echoes(sock)
 
         self.assertTrue(all(works("rcmd@localhost") for _ in range(8)))
         keytab.write_bytes(b"")
@@ -969,18 +928,14 @@ class Process(Case):
         self.assertRegex(out, r"missing +GSSAPI .*gss_init_sec_context")
 
     def test_one_line_and_status_2(self):
-        status, out, err = run_cli("--gssapi", "--keytab", "/no/such/file")
-        self.assertEqual((status, out), (2, ""))
-        self.assertEqual(err, "socks5-server: --keytab /no/such/file: No such file or directory\n")
+        self.assertEqual(run_cli("--gssapi", "--keytab", "/no/such/file"),
+                         (2, "", "socks5-server: --keytab /no/such/file: No such file or directory\n"))
 
     def test_a_keytab_that_the_user_of_run_as_cannot_read(self):
         need(self, os.name == "posix" and os.geteuid() == 0, "root")
-        keytab = Path(self.enter(tempfile.TemporaryDirectory()), "keytab")
-        keytab.write_bytes(ours.keytab.read_bytes())
-        keytab.chmod(0o600)
-        status, out, err = run_cli("-p", "0", "--gssapi", "any", "--keytab", keytab, "--run-as", "65534:65534")
-        self.assertEqual((status, out), (2, ""))
-        self.assertEqual(err, "socks5-server: --run-as 65534:65534: --keytab %s: Permission denied\n" % keytab)
+        keytab = self.own_keytab()
+        self.assertEqual(run_cli("-p", "0", "--gssapi", "any", "--keytab", keytab, "--run-as", "65534:65534"), (
+            2, "", "socks5-server: --run-as 65534:65534: --keytab %s: Permission denied\n" % keytab))
 
 
 PYTHON_GSSAPI = '''
@@ -1090,39 +1045,20 @@ class Others(Case):
                 need(self, "ptrace" not in said, "the right to trace a process")
                 self.assertIn("SOCKS5 server authenticated user alice@EXAMPLE.ORG with GSS-API.", said)
                 self.assertIn("SOCKS5 access without GSS-API data protection granted.", said)
-                wait_until(lambda: "gssapi " in "".join(logs.output), "a line")
-                self.assertRegex("".join(logs.output), "gssapi .*user='alice@EXAMPLE.ORG' level=CLEAR")
+                logs.wait("gssapi .*user='alice@EXAMPLE.ORG' level=CLEAR")
 
     def test_python_gssapi(self):
         """An independent client, written from the RFC: TCP and UDP at each level."""
         there = os.path.exists(ANOTHER_PYTHON) and not subprocess.run(
             [ANOTHER_PYTHON, "-c", "import gssapi.raw"], stderr=subprocess.DEVNULL).returncode
         need(self, there, "a Python with gssapi (Debian: python3-gssapi)")
-        server, destination = self.serve(), self.enter(target())
-        peer = self.enter(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        peer.bind(("127.0.0.1", 0))
-
-        def echo():
-            with contextlib.suppress(OSError):
-                while True:
-                    data, sender = peer.recvfrom(1 << 16)
-                    if data == b"stop":
-                        return
-                    peer.sendto(data, sender)
-
-        thread = threading.Thread(target=echo)
-        thread.start()
-        try:
-            for level in (0, 1, 2):
-                with self.subTest(level):
-                    done = subprocess.run([ANOTHER_PYTHON, "-c", PYTHON_GSSAPI, *map(str, (
-                        server.server_address[1], level, *destination, peer.getsockname()[1]))],
-                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE_S)
-                    self.assertEqual((done.returncode, done.stdout.decode()), (0, "all is well\n"))
-        finally:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
-                last.sendto(b"stop", peer.getsockname())
-            thread.join(PATIENCE_S)
+        server, destination, peer = self.serve(), self.enter(target()), self.enter(remote(bytes))
+        for level in (0, 1, 2):
+            with self.subTest(level):
+                done = subprocess.run([ANOTHER_PYTHON, "-c", PYTHON_GSSAPI, *map(str, (
+                    server.server_address[1], level, *destination, peer[1]))],
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE_S)
+                self.assertEqual((done.returncode, done.stdout.decode()), (0, "all is well\n"))
 
     def dante(self, name):
         """A part of a Dante that was built with GSSAPI; Debian's is not."""
@@ -1247,11 +1183,7 @@ class Envelopes(unittest.TestCase):
         opened = []
         envelope = mock.Mock(open_one=lambda raw: opened.append(raw) or raw[1:])
         with contextlib.ExitStack() as stack:
-            ours, client, stranger = (stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-                                      for _ in range(3))
-            for sock, host in ((ours, "127.0.0.1"), (client, "127.0.0.1"), (stranger, "127.0.0.2")):
-                sock.bind((host, 0))
-            ours.settimeout(PATIENCE_S)
+            ours, client, stranger = (stack.enter_context(udp_socket("127.0.0.%d" % number)) for number in (1, 1, 2))
             inside, view = EnvelopedSocket(ours, envelope, "127.0.0.1"), memoryview(bytearray(100))
             for sock, size in ((stranger, 0), (client, 4)):
                 sock.sendto(b"\0copy", ours.getsockname())
@@ -1349,7 +1281,3 @@ class Envelopes(unittest.TestCase):
         self.assertEqual(envelope.open_one(Encapsulated(b"ba!").pack()), b"ab")
         for wrong in (b"", b"\1\3\0", b"\1\3\0\2x", b"\1\3\0\1xy", b"\1\2\0\1x", b"\2\3\0\1x"):
             self.assertRaises(ProtocolError, envelope.open_one, wrong)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -3,8 +3,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import tempfile
-import unittest
 from pathlib import Path
 from unittest import mock
 
@@ -16,8 +14,8 @@ from socks5.config import Config, ConfigError
 from socks5.protocol.errors import GssError, ProxyError
 from socks5.protocol.messages import Greeting, ProtectionLevel, SecurityToken
 from tests import test_gssapi as mit
-from tests.support import ROOT, dial, logging_of, need, read_to_end, reader_of, spawned, target, wait_until
-from tests.test_gssapi import ALICE, MARK, setUpModule      # noqa: F401: unittest calls it here, too
+from tests.support import ROOT, dial, echoes, logging_of, need, read_to_end, reader_of, spawned, target
+from tests.test_gssapi import ALICE, setUpModule      # noqa: F401: unittest calls it here, too
 
 NAME = "libgssapi.so.3"
 IN_EVERY_PYTHON = "from socks5.access import gssapi\ngssapi.LIBRARIES = (%r,)\n" % NAME
@@ -64,8 +62,7 @@ class Refused(Heimdal):
                 SecurityToken.parse(read)
                 sock.sendall(ProtectionLevel(level).pack())
                 self.assertEqual(read_to_end(sock), b"\1\xff")
-                wait_until(lambda: "ended=refused" in "".join(logs.output), "a line")
-                self.assertIn("why='%s" % words, "".join(logs.output))
+                logs.wait("ended=refused why='%s" % words)
 
     def test_without_mutual_authentication(self):
         """The key would be the client's, and a recorded message would be good again."""
@@ -91,7 +88,7 @@ class Refused(Heimdal):
             far.unwrap(near.wrap(b"2"))
 
     def test_keytabs(self):
-        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         (folder / "empty").write_bytes(b"")
         (folder / "empty").chmod(0o600)
         for options in (dict(gssapi="any", keytab=str(folder / "empty")),
@@ -103,7 +100,7 @@ class Refused(Heimdal):
 class Process(Heimdal):
     def test_several_workers_and_reload(self):
         """There, the library keeps one keytab for the whole process."""
-        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         (folder / "sitecustomize.py").write_text(IN_EVERY_PYTHON)
         env = {**mit.ours.environment, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
         keytab, other = folder / "keytab", folder / "other"
@@ -114,8 +111,7 @@ class Process(Heimdal):
 
         def works(service):
             with client.connect(("127.0.0.1", server.port), destination, gssapi=Gssapi(service)) as sock:
-                sock.sendall(MARK)
-                return sock.recv(1000) == MARK
+                return echoes(sock)
 
         self.assertTrue(all(works("rcmd@localhost") for _ in range(8)))
         self.assertIn(NAME, Path("/proc/%d/maps" % server.process.pid).read_text())
@@ -126,7 +122,3 @@ class Process(Heimdal):
         self.assertTrue(all(works("heimdal@localhost") for _ in range(8)))
         self.assertRaises(ProxyError, works, "rcmd@localhost")
         server.wait_line("user='%s'" % ALICE.decode())
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -2,11 +2,9 @@
 import contextlib
 import errno
 import functools
-import logging
 import os
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import unittest
@@ -15,27 +13,26 @@ from unittest import mock
 import socks5
 from socks5 import client
 from socks5.net import listeners
-from socks5.protocol.codes import Cmd, Rep
+from socks5.protocol.codes import Cmd
 from socks5.protocol.messages import Greeting, Request
 from socks5.relay import busy, loop
 from socks5.server import acceptors, newcomers, sessions
 from tests import support
-from tests.support import (PATIENCE_S, ROOT, address, ask, connect_through, dial, echoes, heard, logging_of, negotiate,
-                           read_to_end, reader_of, reset, running, target, wait_until)
+from tests.support import (PATIENCE_S, address, connect_through, dial, echoes, heard, in_threads, logging_of,
+                           read_to_end, reader_of, reset, running, served, target, wait_until)
 
-ANYBODY = Greeting(b"\0").pack()
+NO_LOGIN = Greeting(b"\0").pack()
 HOOKS = ("server_bind server_activate get_request verify_request process_request finish_request handle_error "
          "shutdown_request close_request service_actions session_ended").split()
 
 
-class Case(unittest.TestCase):
+class Case(support.Case):
     def setUp(self):
-        log, quiet = logging.getLogger("socks5"), logging.NullHandler()     # or warnings go to stderr
-        log.addHandler(quiet)
-        self.addCleanup(log.removeHandler, quiet)
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(self.stack.close)
-        self.echo = self.stack.enter_context(target())
+        self.echo = self.enter(target())
+
+
+def wait_for(name, calls):
+    wait_until(lambda: name in dict(calls), name)
 
 
 def recording(calls):
@@ -62,15 +59,15 @@ class Hooks(Case):
             with connect_through(server.server_address, *self.echo) as tunnel:
                 self.assertTrue(echoes(tunnel))
                 if loop.MANY:                                    # else the acceptor relays it to its end
-                    wait_until(lambda: any(name == "shutdown_request" for name, _thread in calls))
+                    wait_for("shutdown_request", calls)
                 self.assertNotIn("close_request", dict(calls), "the session is not over")
-            wait_until(lambda: any(name == "session_ended" for name, _thread in calls))
-            wait_until(lambda: any(name == "service_actions" for name, _thread in calls))
+            wait_for("session_ended", calls)
+            wait_for("service_actions", calls)
         called = [name for name, _thread in calls if name != "service_actions"]
         self.assertEqual(sorted(called), sorted(set(HOOKS) - {"handle_error", "service_actions"}))
         if loop.MANY:
             self.assertEqual(called.index("session_ended"), len(called) - 1)
-        threads = {name: thread for name, thread in calls}
+        threads = dict(calls)
         main = threading.current_thread().name
         self.assertEqual([threads[name] for name in ("server_bind", "server_activate", "close_request",
                                                      "session_ended")],
@@ -88,7 +85,7 @@ class Hooks(Case):
                         sock.sendall(Greeting(b"\0").pack() + Request(Cmd.CONNECT, address(*self.echo)).pack() + b"all")
                         sock.shutdown(socket.SHUT_WR)
                         self.assertTrue(read_to_end(sock).endswith(b"all"))
-                    wait_until(lambda: any(name == "session_ended" for name, _thread in calls))
+                    wait_for("session_ended", calls)
                 called = [name for name, _thread in calls if name != "service_actions"]
                 self.assertEqual(sorted(called), sorted(set(HOOKS) - {"handle_error", "service_actions"}))
 
@@ -104,12 +101,13 @@ class Hooks(Case):
                 super().handle_error(request, client_address)
                 seen.append((sys.exc_info()[0], client_address))
 
-        with running(Buggy, Server) as server, dial(server.server_address) as sock:
-            sock.sendall(b"x")
-            self.assertEqual(heard(sock), b"")
+        with running(Buggy, Server) as server, dial(server.server_address) as sock, \
+                self.assertLogs("socks5", "ERROR") as logs:
+            self.assertEqual(heard(sock, b"x"), b"")
             here = sock.getsockname()
-            wait_until(lambda: any(name == "session_ended" for name, _thread in calls))
+            wait_for("session_ended", calls)
         self.assertEqual(seen, [(ZeroDivisionError, here)])
+        self.assertRegex(logs.output[0], r"bug while serving 127\.0\.0\.1:%d\n(?s:.*)ZeroDivisionError" % here[1])
         for name in ("handle_error", "shutdown_request", "close_request", "session_ended"):
             self.assertEqual([called for called, _thread in calls].count(name), 1, name)
 
@@ -125,9 +123,8 @@ class Hooks(Case):
             hooks = {name: fail, "handle_error": lambda *_args: errors.append(sys.exc_info()[0])}
             with self.subTest(name), running(server_class=type("Buggy", (socks5.Server,), hooks)) as server:
                 with dial(server.server_address) as sock:
-                    self.assertEqual(heard(sock, ANYBODY), b"")
-                with connect_through(server.server_address, *self.echo) as tunnel:
-                    self.assertTrue(echoes(tunnel))
+                    self.assertEqual(heard(sock, NO_LOGIN), b"")
+                self.check_serves(server.server_address, self.echo)
                 self.assertEqual(errors, [ValueError])
                 wait_until(lambda: not len(server.sessions))
 
@@ -160,7 +157,7 @@ class Hooks(Case):
 
         with running(server_class=Server) as server:
             with dial(server.server_address) as sock:
-                self.assertEqual(heard(sock, ANYBODY), b"")
+                self.assertEqual(heard(sock, NO_LOGIN), b"")
             with connect_through(server.server_address, *self.echo) as tunnel:
                 self.assertTrue(echoes(tunnel))
                 self.assertEqual([type(session.sock) for session in server.sessions], [Wrapped])
@@ -187,24 +184,19 @@ class Hooks(Case):
                 if sys.platform == "linux":                     # of a listener, tcpi_sacked is the backlog
                     info = server.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
                     self.assertEqual(struct.unpack_from("I", info, 28), (7,))
-                thread = threading.Thread(target=server.serve_forever, daemon=True)
-                thread.start()
-                with connect_through(server.server_address, *self.echo) as tunnel:
+                with served(server), connect_through(server.server_address, *self.echo) as tunnel:
                     self.assertTrue(echoes(tunnel))
-                server.shutdown()
-                thread.join(PATIENCE_S)
-                self.assertFalse(thread.is_alive())
 
     def test_handle_request(self):
         """One connection, without serve_forever; and not for longer than `timeout`."""
         calls = []
-        server = self.stack.enter_context(recording(calls)(socks5.Config(port=0)))
+        server = self.enter(recording(calls)(socks5.Config(port=0)))
         with dial(server.server_address) as tunnel:
-            tunnel.sendall(ANYBODY + Request(Cmd.CONNECT, address(*self.echo)).pack())
+            tunnel.sendall(NO_LOGIN + Request(Cmd.CONNECT, address(*self.echo)).pack())
             server.handle_request()
             self.assertEqual(reader_of(tunnel)(12)[:4], b"\5\0\5\0")
             self.assertTrue(echoes(tunnel))
-        wait_until(lambda: any(name == "session_ended" for name, _thread in calls))
+        wait_for("session_ended", calls)
         self.assertNotIn("service_actions", dict(calls))
         server.timeout = 0.05
         with mock.patch.object(server, "handle_timeout") as handle_timeout:
@@ -219,7 +211,7 @@ class Hooks(Case):
                 super().handle()
 
         with running(functools.partial(Handler)) as server, dial(server.server_address) as tunnel:
-            tunnel.sendall(b"hello\r\n" + ANYBODY + Request(Cmd.CONNECT, address(*self.echo)).pack() + b"payload")
+            tunnel.sendall(b"hello\r\n" + NO_LOGIN + Request(Cmd.CONNECT, address(*self.echo)).pack() + b"payload")
             read = reader_of(tunnel)
             self.assertEqual((read(16), read(12)[:4], read(7)), (b"you said hello\r\n", b"\5\0\5\0", b"payload"))
 
@@ -230,7 +222,7 @@ class Hooks(Case):
 
         with running(Handler, handshake_timeout=0) as server, logging_of(self) as logs:
             with connect_through(server.server_address, *self.echo) as tunnel, dial(server.server_address) as slow:
-                slow.sendall(ANYBODY[:1])
+                slow.sendall(NO_LOGIN[:1])
                 self.assertEqual(slow.recv(1), b"")
                 wait_until(lambda: len(server.sessions) == 1)
                 self.assertIn("ended=client why='timed out'", logs.output[-1])
@@ -239,7 +231,7 @@ class Hooks(Case):
                 self.assertTrue(echoes(tunnel))
 
     def test_closing_twice_is_harmless(self):
-        server = self.stack.enter_context(running())
+        server = self.enter(running())
         with connect_through(server.server_address, *self.echo) as tunnel:
             wait_until(lambda: [session.tunnel for session in server.sessions] != [None])
             session, = server.sessions
@@ -264,8 +256,8 @@ class Hooks(Case):
                 return request
 
         with running(server_class=Slow) as server:
-            client = self.stack.enter_context(dial(server.server_address))
-            client.sendall(ANYBODY[:1])
+            client = self.enter(dial(server.server_address))
+            client.sendall(NO_LOGIN[:1])
             self.assertTrue(accepted.wait(PATIENCE_S))
         go_on.set()
         self.assertEqual(heard(client), b"")
@@ -327,9 +319,8 @@ with socks5.Server(socks5.Config(port=0)) as server, target() as echo:
 """)
 
     def succeeds(self, script):
-        done = subprocess.run([sys.executable, "-W", "ignore::DeprecationWarning", "-c", script], cwd=ROOT,
-                              capture_output=True, text=True, timeout=PATIENCE_S)    # of a fork beside threads
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        ignore = "ignore::DeprecationWarning"               # of a fork beside threads
+        self.assertEqual(support.run_python("-W", ignore, "-c", script), (0, "", ""))
 
 
 class SessionEnded(Case):
@@ -343,9 +334,8 @@ class SessionEnded(Case):
             def session_ended(self, session):
                 found.append((session, dict(session.facts()), session.sock.fileno()))
 
-        with logging_of(self) as logs:
-            with running(handler, Noting, **options) as server:
-                act(server)
+        with logging_of(self) as logs, running(handler, Noting, **options) as server:
+            act(server)
         lines = [dict(record.args) for record in logs.records if record.msg.startswith("session ")]
         self.assertEqual(sorted([facts for _session, facts, _fd in found], key=repr), sorted(lines, key=repr))
         for session, facts, fd in found:
@@ -377,7 +367,7 @@ class SessionEnded(Case):
             self.check("remote", "remote", act)
 
         def stays(server):
-            self.stack.enter_context(connect_through(server.server_address, *self.echo))
+            self.enter(connect_through(server.server_address, *self.echo))
             wait_until(lambda: any(session.tunnel for session in server.sessions))
         self.check("server_close", "server stopped", stays)
 
@@ -395,25 +385,25 @@ class SessionEnded(Case):
             return act
 
         refused = Request(Cmd.CONNECT, address("127.0.0.1", support.closed_port())).pack()
-        self.check("refused", "refused", says(ANYBODY + refused))
+        self.check("refused", "refused", says(NO_LOGIN + refused))
         self.check("not SOCKS", "refused", says(b"GET / HTTP/1.0\r\n\r\n"))
-        self.check("handshake time-out", "handshake timeout", says(ANYBODY[:1]), handshake_timeout=0.3)
-        self.check("left", "client", says(ANYBODY[:1], leave=True))
+        self.check("handshake time-out", "handshake timeout", says(NO_LOGIN[:1]), handshake_timeout=0.3)
+        self.check("left", "client", says(NO_LOGIN[:1], leave=True))
 
         class Buggy(socks5.Authorizer):
             def permitted(self, *args):
                 return 1 // 0
-        self.check("bug", "server", says(ANYBODY + refused), support.authorizing(Buggy))
+        self.check("bug", "server", says(NO_LOGIN + refused), support.authorizing(Buggy))
 
         def stays(server):
-            self.stack.enter_context(dial(server.server_address)).sendall(ANYBODY[:1])
+            self.enter(dial(server.server_address)).sendall(NO_LOGIN[:1])
             wait_until(lambda: len(server.sessions))
         self.check("server_close", "server stopped", stays)
 
     def test_evicted(self):
         def act(server):
             for count in range(1, 4):
-                self.stack.enter_context(dial(server.server_address)).sendall(b"\5")
+                self.enter(dial(server.server_address)).sendall(b"\5")
                 wait_until(lambda: max([session.number for session in server.sessions], default=0) == count)
             wait_until(lambda: len(server.sessions) == 2)
         with mock.patch.object(sessions, "GRACE_S", 0.0):
@@ -444,9 +434,7 @@ class SessionEnded(Case):
             wait_until(lambda: not len(server.sessions))
 
         def udp(server):
-            with dial(server.server_address) as control:
-                negotiate(control)
-                self.assertEqual(ask(control, Cmd.UDP_ASSOCIATE, "0.0.0.0", 0).rep, Rep.SUCCEEDED)
+            client.associate(server.server_address).close()
             wait_until(lambda: not len(server.sessions))
         for act in (bind, left, udp):
             self.check(act.__name__, "client", act)
@@ -463,8 +451,7 @@ class SessionEnded(Case):
 
         with logging_of(self, "ERROR") as logs, running(server_class=Slow) as server:
             for _ in range(20):
-                with connect_through(server.server_address, *self.echo) as tunnel:
-                    self.assertTrue(echoes(tunnel))
+                self.check_serves(server.server_address, self.echo)
             wait_until(lambda: not len(server.sessions))
             self.assertEqual(len(told), 1)
             go_on.set()
@@ -504,11 +491,7 @@ class SessionEnded(Case):
 
                 def both(session):
                     taken.set()                                 # the tunnel is taken from it, and it is still there
-                    threads = [threading.Thread(target=end, args=(session,)) for _ in range(8)]
-                    for thread in threads:
-                        thread.start()
-                    for thread in threads:
-                        thread.join()
+                    in_threads(8, end, session)
                 with mock.patch.object(self, "end_session", both):
                     super()._tunnel_ended(tunnel)
                 closed.append(session)
@@ -521,7 +504,3 @@ class SessionEnded(Case):
             connect_through(server.server_address, *self.echo).close()
             wait_until(lambda: len(closed) == 2)
         self.assertEqual((len(closed), len(logs.records)), (2, 1))
-
-
-if __name__ == "__main__":
-    unittest.main()

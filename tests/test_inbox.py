@@ -127,7 +127,3 @@ class Parting(unittest.TestCase):
                 thread.join(PATIENCE_S)
                 self.assertFalse(thread.is_alive())
                 setattr(inbox, limit, before)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -228,7 +228,7 @@ class Voices(unittest.TestCase):
         self.assertEqual(speaks(ast.parse("pprint(sys.platform)\nself.exit()\nexited = 1")), [])
         self.assertTrue(speaks(tree_of("cli")))
 
-    def test_nobody_configures_logging_but_the_command_line(self):
+    def test_only_the_command_line_configures_logging(self):
         for name in modules():
             if name != "cli":
                 with self.subTest(name):
@@ -255,14 +255,10 @@ class Clocks(unittest.TestCase):
 
 class Waiting(unittest.TestCase):
     def test_only_one_module_asks_the_kernel_to_wait(self):
-        """select.select raises for descriptors from 1024 up: everybody takes new_poll(). epoll has no such limit."""
+        """select.select raises for descriptors from 1024 up: all modules take new_poll(). epoll has no such limit."""
         for name in modules():
             if name != "net.poller":
                 with self.subTest(name):
                     calls = [node.func for node in walk(tree_of(name)) if isinstance(node, ast.Call)]
                     self.assertEqual([call.attr for call in calls if isinstance(call, ast.Attribute)
                                       and isinstance(call.value, ast.Name) and call.value.id == "select"], [])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -173,7 +173,3 @@ class LoopTest(test_loop.LoopTest):
         test_loop.read_exactly(standing.client, MIB)
         self.assertFalse(standing.tunnel.lent)
         self.assertLess(MIB * PORTION_S, CHUNK_BYTES)
-
-
-if __name__ == "__main__":
-    unittest.main()

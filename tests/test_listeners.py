@@ -6,7 +6,7 @@ import unittest
 from unittest import mock
 
 from socks5.net import listeners as listening
-from tests.support import HAS_IPV6, PATIENCE_S, closed_port, descriptors, need
+from tests.support import HAS_IPV6, PATIENCE_S, Case, closed_port, descriptors, need
 
 HOSTS = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]     # Linux and Windows have all of 127/8
 
@@ -25,25 +25,13 @@ def answers(listener, host):
             return accepted.recv(5) == b"hello"
 
 
-class ListenersTest(unittest.TestCase):
-    def setUp(self):
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(self.stack.close)
-
+class ListenersTest(Case):
     def open(self, addresses, port=0):
-        listeners = listening.open_all(addresses, port)
-        for listener in listeners:
-            self.stack.enter_context(listener)
-        return listeners
+        return list(map(self.enter, listening.open_all(addresses, port)))
 
     def occupy(self, host, port=0):
-        """A port that somebody else listens on."""
-        other = self.stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-        if listening.REUSE_ADDRESS:
-            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind((host, port))
-        other.listen(1)
-        return port_of(other)
+        """A port on which another socket listens."""
+        return port_of(self.enter(socket.create_server((host, port))))
 
     def fails(self, addresses, port):
         """The OSError of open_all, which has left nothing open (garbage collection would close it later)."""
@@ -58,7 +46,6 @@ class ListenersTest(unittest.TestCase):
 
 class Open(ListenersTest):
     def setUp(self):
-        super().setUp()
         for host in HOSTS:
             with socket.socket() as probe:
                 try:
@@ -81,7 +68,7 @@ class Open(ListenersTest):
     def test_any_port_is_another_one_each_time(self):
         self.assertEqual(len({port_of(self.open(["127.0.0.1"])[0]) for _ in range(5)}), 5)
 
-    def test_ipv6_takes_ipv4_where_nobody_else_does(self):
+    def test_ipv6_takes_ipv4_where_no_other_listener_does(self):
         need(self, HAS_IPV6, "IPv6")
         cases = [("the only one", ["::"], 0, True), ("with an IPv4 address", ["::", "127.0.0.1"], 0, False),
                  ("with all of IPv4", ["0.0.0.0", "::"], 1, False), ("and in this order", ["::", "0.0.0.0"], 0, False)]
@@ -155,7 +142,7 @@ class Failure(ListenersTest):
                 self.assertEqual([call[0][0] for call in spy.call_args_list].count(text), 1, "no use to try again")
 
     def rival(self, times):
-        """Somebody who takes the port that we were given on the first address on the second one, so many times."""
+        """Another program takes on the second address the port that we were given on the first one, so many times."""
         real, taken = listening.open_one, []
 
         def open_one(text, port, dual, reuse):
@@ -166,7 +153,7 @@ class Failure(ListenersTest):
                     self.occupy("127.0.0.2", port)
             return listener
 
-        self.stack.enter_context(mock.patch.object(listening, "open_one", open_one))
+        self.enter(mock.patch.object(listening, "open_one", open_one))
         return taken
 
     def test_any_port_is_one_that_every_address_has_free(self):
@@ -234,7 +221,3 @@ class NoLimits(unittest.TestCase):
         with mock.patch.object(listening, "resource", None):
             self.assertEqual(listening.session_limit(), 1000)
             listening.raise_descriptor_limit()
-
-
-if __name__ == "__main__":
-    unittest.main()

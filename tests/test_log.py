@@ -1,5 +1,5 @@
 """log.py, protocol/facts.py, net/writer.py: what a line shows, that it reaches the kernel whole, and that only the
-writer thread waits for who reads it."""
+writer thread waits for its reader."""
 import contextlib
 import copy
 import errno
@@ -11,7 +11,6 @@ import pickle
 import queue
 import re
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +29,8 @@ from socks5.net.writer import PIPE_BUF, Writer, chunks, cut, writing_at_once
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.facts import Facts, FactsRecord
 from socks5.server.session import Session, SessionRecord
-from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, need, running, spawned, target,
+from tests import support
+from tests.support import (PATIENCE_S, ROOT, address, connect_through, dial, need, run_python, running, spawned, target,
                            time_zone, wait_until)
 
 EVIL = b"\n2026-11-22 17:21:31,010 WARNING auth_failed client=192.0.2.1 user='x'\r\n\x1b[2J\xff'\"\\"
@@ -311,20 +311,6 @@ class WriterThread(unittest.TestCase):
     def test_the_bound_is_that_of_the_issue(self):
         self.assertEqual(self.writer._most, 10000)
 
-    def test_many_threads_lose_nothing(self):
-        def say(number):
-            self.put(*("%d %d" % (number, line) for line in range(200)))
-
-        crowd = [threading.Thread(target=say, args=(number,)) for number in range(8)]
-        for thread in crowd:
-            thread.start()
-        for thread in crowd:
-            thread.join(PATIENCE_S)
-        self.writer.close(PATIENCE_S)
-        for number in range(8):
-            mine = [int(line.split()[1]) for line in self.sink.lines if line.split()[0] == str(number)]
-            self.assertEqual(mine, list(range(200)))
-
     def test_it_is_woken_for_each_line_when_it_waits(self):
         for number in range(50):
             self.put(number)
@@ -411,14 +397,17 @@ class WriterThread(unittest.TestCase):
         self.assertEqual((self.sink.calls, self.released), (0, [1]))
 
     def test_pause_and_resume(self):
-        self.put("a")
-        self.writer.pause(PATIENCE_S)
-        self.assertEqual(self.sink.lines, ["a"])
-        self.assertFalse([thread for thread in threading.enumerate() if thread.name == "writer" and thread.is_alive()])
-        self.put("b")
-        self.assertEqual(self.sink.lines, ["a"])
-        self.writer.resume()
-        wait_until(lambda: self.sink.lines == ["a", "b"])
+        for before in (["a"], []):
+            with self.subTest(before):
+                self.setUp()
+                self.put(*before)
+                self.writer.pause(PATIENCE_S)
+                self.assertFalse([thread for thread in threading.enumerate() if thread.name == "writer"])
+                self.put("b")
+                self.assertEqual(self.sink.lines, before)
+                self.writer.resume()
+                wait_until(lambda: self.sink.lines == [*before, "b"])
+                self.writer.close(PATIENCE_S)
 
     def test_a_pause_that_a_write_outlasts(self):
         self.hang()
@@ -454,15 +443,6 @@ class WriterThread(unittest.TestCase):
         self.put("b")
         self.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines, ["a", "b"])
-
-    def test_what_comes_during_a_fork_is_written_when_it_is_over(self):
-        written = threading.Event()
-        writer = Writer(lambda data: written.set(), str, str)
-        self.addCleanup(writer.close)
-        writer.pause()
-        writer.put("meanwhile")
-        writer.resume()
-        self.assertTrue(written.wait(PATIENCE_S))
 
     def test_a_thread_that_fails_has_a_successor(self):
         with mock.patch.object(writers, "sleep", side_effect=MemoryError), \
@@ -537,12 +517,14 @@ class AtOnce(unittest.TestCase):
 
     def test_many_threads_lose_nothing_and_keep_their_order(self):
         self.takes = [BlockingIOError() if number % 7 == 0 else 64 for number in range(500)]
-        threads = [threading.Thread(target=lambda name=name: [
-            self.writer.put("%d %d" % (name, number)) for number in range(200)]) for name in range(5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        names = iter(range(5))
+
+        def say():
+            name = next(names)
+            for number in range(200):
+                self.writer.put("%d %d" % (name, number))
+
+        support.in_threads(5, say)
         self.writer.close(PATIENCE_S)
         for name in range(5):
             self.assertEqual([line for line in self.sink.lines if line.startswith("%d " % name)],
@@ -575,55 +557,58 @@ class AtOnce(unittest.TestCase):
 class Forks(unittest.TestCase):
     """Of processes that have a Writer, in interpreters of their own: a fork of this one has too many threads."""
 
-    def run_program(self, program, *options):
+    def run_program(self, program):
         need(self, hasattr(os, "fork"), "fork")
-        # Python 3.12 warns of threads that have ended, as long as the system still counts them.
-        options = ("-W", "ignore::DeprecationWarning", *options)
-        done = subprocess.run([sys.executable, *options, "-c", "import os, threading\nfrom functools import partial\n"
-                               "def look():\n"
-                               "    look.threads = threading.active_count()\n"
-                               "os.register_at_fork(before=look)\n"        # runs after those registered later
-                               "from socks5.net.writer import Writer\n" + program], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, cwd=str(ROOT), timeout=PATIENCE_S)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
-        return done.stdout.decode().splitlines()
+        # Python 3.12 warns of a fork beside threads, also of those that have ended and the system still counts.
+        status, out, err = run_python("-W", "ignore::DeprecationWarning", "-c", """
+import os, threading
+from functools import partial
+def look():
+    look.threads = threading.active_count()
+os.register_at_fork(before=look)                    # runs after those registered later
+from socks5.net.writer import Writer
+""" + program)
+        self.assertEqual((status, err), (0, ""))
+        return out.splitlines()
 
     def test_the_child_has_an_empty_queue_and_a_thread_of_its_own(self):
-        lines = self.run_program(
-            "w = Writer(partial(os.write, 1), str, 'lost=%d'.__mod__)\n"
-            "w.put('parent 1')\n"
-            "for number in range(5):\n"
-            "    w.put('before %d' % number)\n"
-            "    pid = os.fork()\n"
-            "    if not pid:\n"
-            "        w.put('child %d %d' % (number, look.threads))\n"
-            "        w.close(20)\n"
-            "        os._exit(0)\n"
-            "    w.put('after %d' % number)\n"
-            "    os.waitpid(pid, 0)\n"
-            "w.close(20)\n")
+        lines = self.run_program("""
+w = Writer(partial(os.write, 1), str, 'lost=%d'.__mod__)
+w.put('parent 1')
+for number in range(5):
+    w.put('before %d' % number)
+    pid = os.fork()
+    if not pid:
+        w.put('child %d %d' % (number, look.threads))
+        w.close(20)
+        os._exit(0)
+    w.put('after %d' % number)
+    os.waitpid(pid, 0)
+w.close(20)
+""")
         self.assertEqual(sorted(lines), sorted(["parent 1"] + [
             line % number for number in range(5) for line in ("before %d", "child %d 1", "after %d")]))
 
     def test_a_fork_while_a_write_hangs(self):
-        lines = self.run_program(
-            "may, entered = threading.Event(), threading.Event()\n"
-            "def write(data):\n"
-            "    entered.set()\n"
-            "    may.wait()\n"
-            "    return os.write(1, data)\n"
-            "w = Writer(write, str, 'lost=%d'.__mod__)\n"
-            "w.put('parent')\n"
-            "entered.wait()\n"
-            "pid = os.fork()\n"
-            "may.set()\n"
-            "if not pid:\n"
-            "    w.put('child')\n"
-            "    w.close(20)\n"
-            "    os._exit(0)\n"
-            "w.put('parent again')\n"
-            "os.waitpid(pid, 0)\n"
-            "w.close(20)\n", "-W", "ignore::DeprecationWarning")     # Python 3.12 warns of a fork beside threads
+        lines = self.run_program("""
+may, entered = threading.Event(), threading.Event()
+def write(data):
+    entered.set()
+    may.wait()
+    return os.write(1, data)
+w = Writer(write, str, 'lost=%d'.__mod__)
+w.put('parent')
+entered.wait()
+pid = os.fork()
+may.set()
+if not pid:
+    w.put('child')
+    w.close(20)
+    os._exit(0)
+w.put('parent again')
+os.waitpid(pid, 0)
+w.close(20)
+""")
         self.assertEqual(sorted(lines), ["child", "parent", "parent again"])
 
 
@@ -668,16 +653,16 @@ class Handler(unittest.TestCase):
                                    r"\"lines\": 7}$")
 
     def test_shutdown_of_logging_writes_what_is_queued(self):
-        done = subprocess.run([sys.executable, "-c", "import logging, os\nfrom functools import partial\n"
-                               "from socks5 import log\n"
-                               "log.CLOSE_S = 20\n"
-                               "handler = log.Handler(partial(os.write, 1), log.TextFormatter(False))\n"
-                               "logging.getLogger('x').addHandler(handler)\n"
-                               "for number in range(3000):\n"
-                               "    logging.getLogger('x').warning('line %d', number)\n"],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=str(ROOT), timeout=PATIENCE_S)
-        self.assertEqual(done.stderr, b"")
-        self.assertEqual(done.stdout.decode().splitlines(), ["WARNING line %d" % number for number in range(3000)])
+        _status, out, err = run_python("-c", """
+import logging, os
+from functools import partial
+from socks5 import log
+log.CLOSE_S = 20
+logging.getLogger('x').addHandler(log.Handler(partial(os.write, 1), log.TextFormatter(False)))
+for number in range(3000):
+    logging.getLogger('x').warning('line %d', number)
+""")
+        self.assertEqual((out.splitlines(), err), (["WARNING line %d" % number for number in range(3000)], ""))
 
 
 # ---- the program -------------------------------------------------------------------------------------------------
@@ -737,33 +722,21 @@ class OnePipe(unittest.TestCase):
 
 
 class Unread(unittest.TestCase):
-    """A standard error that is a pipe which has nobody at its other end, or one who does not read."""
-
-    def serve(self, *args):
-        reading, writing = os.pipe()
-        self.addCleanup(os.close, reading)
-        while select.select([], [writing], [], 0)[1]:
-            os.write(writing, bytes(PIPE_BUF))              # full from the start
-        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", *args], stderr=writing,
-                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        os.close(writing)
-        self.addCleanup(process.stdout.close)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        return process, int(process.stdout.readline().rpartition(b":")[2])
+    """A standard error that is a pipe from which no process reads."""
 
     def test_it_serves_and_ends(self):
         need(self, os.name == "posix", "SIGTERM")
-        servers = [self.serve("-v", *args) for args in (("-w", "2"), ("-w", "1", "--trace"))]
-        with target() as destination:
-            for _, port in servers:
+        for args in (("-w", "2"), ("-w", "1", "--trace")):
+            reading, writing = os.pipe()
+            self.addCleanup(os.close, reading)
+            while select.select([], [writing], [], 0)[1]:
+                os.write(writing, bytes(PIPE_BUF))          # full from the start
+            with self.subTest(args), spawned("-v", *args, stderr=writing) as server, target() as destination:
+                os.close(writing)
                 for _ in range(60):
-                    with client.connect(("127.0.0.1", port), destination) as sock:
-                        sock.sendall(b"x")
-                        self.assertEqual(sock.recv(1), b"x")
-        for process, _ in servers:
-            process.send_signal(signal.SIGTERM)
-        self.assertEqual([process.wait(PATIENCE_S) for process, _ in servers], [0, 0])
+                    with client.connect(("127.0.0.1", server.port), destination) as sock:
+                        self.assertTrue(support.echoes(sock, b"x"))
+                self.assertEqual(server.end(), 0)
 
 
 class Journal(unittest.TestCase):
@@ -794,28 +767,17 @@ class Journal(unittest.TestCase):
 
 
 class Program(unittest.TestCase):
-    def test_a_failed_login_forges_no_line(self):
-        user = "a\nWARNING auth_failed client=192.0.2.1 user='x'"
-        with spawned("-u", "alice:x") as server:
-            with self.assertRaises(client.ProxyError):
-                client.connect(("127.0.0.1", server.port), ("127.0.0.1", 1), (user, "y")).close()
-            server.wait_line("WARNING auth_failed ")
-            server.wait_line(" session ")
-            server.end()
-        found = [re.match(r"[-0-9]{10} [:,0-9]{12} \w+ (\w+) client=([0-9.]+)", line) for line in server.log
-                 if " INFO stopping: " not in line]         # where the session was not closed yet
-        self.assertEqual([match and match.groups() for match in found],
-                         [("auth_failed", "127.0.0.1"), ("session", "127.0.0.1")], server.log)
-
     def test_nothing_of_logging_is_changed_for_the_process(self):
-        done = subprocess.run([sys.executable, "-c", "import logging, sys\nbefore = dict(vars(logging))\n"
-                               "from socks5 import log\n"
-                               "log.install(logging.INFO, 'text', sys.stderr, '')\n"
-                               "assert {key: value for key, value in vars(logging).items() if key[:2] != '__'} == "
-                               "{key: value for key, value in before.items() if key[:2] != '__'}\n"
-                               "assert not logging.getLogger().handlers\n"], cwd=str(ROOT), stderr=subprocess.PIPE,
-                              timeout=PATIENCE_S)
-        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual(run_python("-c", """
+import logging, sys
+def names():
+    return {key: value for key, value in vars(logging).items() if key[:2] != '__'}
+before = names()
+from socks5 import log
+log.install(logging.INFO, 'text', sys.stderr, '')
+assert names() == before
+assert not logging.getLogger().handlers
+"""), (0, "", ""))
 
     def test_the_log_is_written_when_main_returns(self):
         log = logging.getLogger("socks5")
@@ -834,12 +796,6 @@ class Program(unittest.TestCase):
             log.handlers[:], log.propagate = before[:2]
             log.setLevel(before[2])
         self.assertEqual(len(said.getvalue().splitlines()), 2000)
-
-    def test_no_standard_error(self):
-        need(self, os.path.exists("/bin/sh"), "/bin/sh")
-        with spawned("-v", prefix=("/bin/sh", "-c", 'exec "$0" "$@" 2>&-')) as server, target() as destination:
-            client.connect(("127.0.0.1", server.port), destination).close()
-            self.assertEqual(server.end(), 0)
 
     def test_json_lines_only(self):
         user = ("alice\nsession client=forged", "x")
@@ -861,23 +817,13 @@ class Program(unittest.TestCase):
     def test_text_in_the_journal(self):
         need(self, os.name == "posix", "fstat of a file")
         with tempfile.TemporaryFile() as log:
+            def lines():                        # and leave alone where the program writes next
+                return os.pread(log.fileno(), 1 << 16, 0).decode().splitlines()
+
             status = os.fstat(log.fileno())
-            env = dict(os.environ, JOURNAL_STREAM="%d:%d" % (status.st_dev, status.st_ino))
-            process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0"], env=env, stderr=log,
-                                       stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-            try:
-                port = int(process.stdout.readline().rpartition(b":")[2])
-                with target() as destination:
-                    client.connect(("127.0.0.1", port), destination).close()
-
-                def lines():                    # and leave alone where the program writes next
-                    return os.pread(log.fileno(), 1 << 16, 0).decode().splitlines()
+            env = {"JOURNAL_STREAM": "%d:%d" % (status.st_dev, status.st_ino)}
+            with spawned(env=env, stderr=log) as server, target() as destination:
+                client.connect(("127.0.0.1", server.port), destination).close()
                 wait_until(lambda: any("session " in line for line in lines()))
-            finally:
-                process.terminate()
-                process.communicate(timeout=PATIENCE_S)
+                server.end()
             self.assertTrue(all(line.startswith("<6>INFO ") for line in lines()), lines())
-
-
-if __name__ == "__main__":
-    unittest.main()

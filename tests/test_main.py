@@ -1,24 +1,17 @@
 """__init__.py, __main__.py and socks5_server.py: the ways in."""
 import os
-import subprocess
-import sys
 import tempfile
 import unittest
 
 import socks5
 from socks5 import config
 from tests import support
+from tests.support import run_python
 
 VERSION = "socks5-server %s\n" % socks5.__version__
 
 
-def python(*argv, **kwargs):
-    done = subprocess.run([sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          timeout=support.PATIENCE_S, **kwargs)
-    return done.returncode, done.stdout, done.stderr
-
-
-class WaysIn(unittest.TestCase):
+class WaysIn(support.Case):
     def test_all_are_the_same_command(self):
         with tempfile.TemporaryDirectory() as elsewhere:
             for name, argv, cwd in (("python -m socks5", ["-m", "socks5"], support.ROOT),
@@ -26,9 +19,8 @@ class WaysIn(unittest.TestCase):
                                     ("from elsewhere", [support.SCRIPT], elsewhere),
                                     ("with nothing installed", ["-S", "-E", "-s", support.SCRIPT], elsewhere)):
                 with self.subTest(name):
-                    self.assertEqual(python(*argv, "--version", cwd=cwd), (0, VERSION, ""))
-                    status, out, err = python(*argv, "-p", "x", cwd=cwd)
-                    self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
+                    self.assertEqual(run_python(*argv, "--version", cwd=cwd), (0, VERSION, ""))
+                    self.check_refused(run_python(*argv, "-p", "x", cwd=cwd))
 
     def test_the_entry_point_of_the_package(self):
         setup = (support.ROOT / "setup.cfg").read_text(encoding="utf-8")
@@ -37,7 +29,7 @@ class WaysIn(unittest.TestCase):
         self.assertIn("include = socks5, socks5.*", setup, "tests/ is a package, too, and not to be installed")
 
     def test_help_fits_a_terminal(self):
-        status, out, err = python("socks5_server.py", "--help", cwd=support.ROOT, env=dict(os.environ, COLUMNS="80"))
+        status, out, err = run_python("socks5_server.py", "--help", env=dict(os.environ, COLUMNS="80"))
         self.assertEqual((status, err), (0, ""))
         self.assertLess(max(map(len, out.splitlines())), 80)
         self.assertEqual([line[:-1] for line in out.splitlines() if line[:1].isalpha() and line.endswith(":")][1:],
@@ -52,7 +44,7 @@ def start(thread): raise RuntimeError("can't start new thread")
 threading.Thread.start = start
 from socks5.cli import main
 sys.exit(main(["-p", "0", "-w", "1"]))"""
-        self.assertEqual(python("-c", script, cwd=str(support.ROOT)),
+        self.assertEqual(run_python("-c", script),
                          (2, "", "socks5-server: cannot start: can't start new thread\n"))
 
 
@@ -73,12 +65,8 @@ class Package(unittest.TestCase):
                 "assert threading.active_count() == 1, 'a thread'; "
                 "assert signal.getsignal(signal.SIGTERM) is before, 'a signal'; "
                 "assert 'socks5.cli' not in sys.modules and 'argparse' not in sys.modules, 'the command line'")
-        self.assertEqual(python("-E", "-S", "-c", code, cwd=support.ROOT), (0, "", ""))
+        self.assertEqual(run_python("-E", "-S", "-c", code), (0, "", ""))
 
     def test_import_warns_of_nothing(self):
         code = "import socks5.cli, socks5.__main__"
-        self.assertEqual(python("-W", "error", "-c", code, cwd=support.ROOT), (0, "", ""))
-
-
-if __name__ == "__main__":
-    unittest.main()
+        self.assertEqual(run_python("-W", "error", "-c", code), (0, "", ""))

@@ -126,15 +126,6 @@ class Messages(unittest.TestCase):
         longest = [len(message.pack()) for message in (Greeting(bytes(255)), Request(Cmd.CONNECT, LONG))]
         self.assertEqual(max(longest), MOST_BYTES)
 
-    def test_facts_cannot_be_changed(self):
-        for name, _, message in CASES + [("datagram", "", Datagram(V4, b""))]:
-            for field in message._fields:
-                with self.subTest(name, field=field):
-                    self.assertRaises(AttributeError, setattr, message, field, None)
-
-    def test_equal_facts_are_one_key(self):
-        self.assertEqual(len({(type(message), message) for _, _, message in CASES for _ in range(2)}), len(CASES))
-
 
 class Datagrams(unittest.TestCase):
     def test_whole(self):
@@ -214,14 +205,10 @@ class Requests(unittest.TestCase):
                     self.assertEqual(raw[2], 0)
 
     def test_a_name_is_taken_as_it_came(self):
-        for name in (b"a..b", b"127.0.0.1\0.evil", b"\xff\xfe", b" ", b"%s", "b\u00fccher.de".encode(), b"1.2.3.4"):
+        for name in (b"", b"a..b", b"127.0.0.1\0.evil", b"\xff\xfe", b" ", b"%s", "b\u00fccher".encode(), b"1.2.3.4"):
             with self.subTest(name):
                 raw = b"\x05\x01\x00\x03" + bytes([len(name)]) + name + b"\x00\x50"
                 self.assertEqual(Request.parse(BytesReader(raw)).dst, Address(name, 80))
-
-    def test_an_empty_name_parses_for_someone_else_to_refuse(self):
-        read = BytesReader(bytes.fromhex("05 01 00 03 00 0050") + b"tail")
-        self.assertEqual((Request.parse(read).dst, read.rest()), (Address(b"", 80), b"tail"))
 
     def test_rep_is_a_name_where_the_rfc_has_one(self):
         for rep in range(256):
@@ -395,7 +382,7 @@ class Dissect(unittest.TestCase):
 
 
 class Garbage(unittest.TestCase):
-    """20,000 inputs that nobody sane sends."""
+    """20,000 inputs that no client sends."""
 
     INPUTS = 20000
 
@@ -470,7 +457,3 @@ class Reader(unittest.TestCase):
         self.assertEqual((read(3), read.rest()), (b"def", b""), "a failed read takes nothing")
         self.assertEqual(read(0), b"")
         self.assertRaises(EOFError, read, 1)
-
-
-if __name__ == "__main__":
-    unittest.main()

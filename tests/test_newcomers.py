@@ -1,9 +1,7 @@
 """server.py and the relay loop: clients that say nothing, while many others negotiate, cost no thread."""
-import contextlib
 import errno
 import socket
 import threading
-import unittest
 from unittest import mock
 
 from socks5.net import listeners
@@ -11,31 +9,30 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.relay.loop import Loop, Watch
 from socks5.server import newcomers, sessions
 from socks5.server.handler import Handler
-from tests.support import (ask, connect_through, dial, heard, logging_of, negotiate, reset, running, target, threads,
-                           wait_until)
+from tests import support
+from tests.support import (ask, connect_through, dial, greeted, heard, logging_of, negotiate, reset, running, target,
+                           threads, wait_until)
 
 SILENT = 100                 # more than acceptors ever are
 
 
-class Newcomers(unittest.TestCase):
+class Newcomers(support.Case):
     def setUp(self):
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(self.stack.close)
         # So that the silent ones reach accept() at once, not a second later.
-        self.stack.enter_context(mock.patch.object(listeners, "DEFER_ACCEPT_S", 0))
-        self.stack.enter_context(mock.patch.object(newcomers, "MANY_NEGOTIATING", -1))
-        self.logs = self.stack.enter_context(logging_of(self))
-        self.echo = self.stack.enter_context(target())
+        self.enter(mock.patch.object(listeners, "DEFER_ACCEPT_S", 0))
+        self.enter(mock.patch.object(newcomers, "MANY_NEGOTIATING", -1))
+        self.logs = self.enter(logging_of(self))
+        self.echo = self.enter(target())
 
     def serve(self, handler=Handler, **options):
-        self.server = self.stack.enter_context(running(handler, **options))
+        self.server = self.enter(running(handler, **options))
 
     def come(self, count=SILENT, **options):
         """The clients of a new server (or of the one that there is), which wait in its relay loop."""
         if options or not hasattr(self, "server"):
             self.serve(**options)
         before = self.waiting()
-        there = [self.stack.enter_context(dial(self.server.server_address)) for _ in range(count)]
+        there = [self.enter(dial(self.server.server_address)) for _ in range(count)]
         wait_until(lambda: self.waiting() == before + count)
         return there
 
@@ -69,17 +66,16 @@ class Newcomers(unittest.TestCase):
         with mock.patch.object(newcomers, "MANY_NEGOTIATING", 10):
             self.serve(Counted)
             for _ in range(10):
-                self.stack.enter_context(dial(self.server.server_address))
+                self.enter(dial(self.server.server_address))
             wait_until(lambda: len(served) == 10, "ten have a thread each")
             self.come(SILENT - 10)
             self.assertEqual(len(served), 10)
 
     def test_one_that_has_spoken_already_does_not_wait(self):
         with mock.patch.object(Loop, "watch", side_effect=AssertionError("it has spoken")):
-            self.stack.enter_context(mock.patch.object(listeners, "DEFER_ACCEPT_S", 1))
+            self.enter(mock.patch.object(listeners, "DEFER_ACCEPT_S", 1))
             self.serve()
-            with dial(self.server.server_address) as client:
-                negotiate(client)
+            greeted(self.server.server_address).close()
 
     def test_one_that_leaves(self):
         self.serve()
@@ -98,7 +94,7 @@ class Newcomers(unittest.TestCase):
         self.assertEqual(self.lines("ended=handshake-timeout why=-"), SILENT)
 
     def test_over_the_limit_one_is_evicted(self):
-        self.stack.enter_context(mock.patch.object(sessions, "GRACE_S", 0.0))
+        self.enter(mock.patch.object(sessions, "GRACE_S", 0.0))
         self.come(max_negotiating=SILENT, handshake_timeout=0)
         with connect_through(self.server.server_address, *self.echo):
             wait_until(lambda: self.lines("ended=evicted why=-") == 1)
@@ -138,7 +134,3 @@ class Newcomers(unittest.TestCase):
                 self.assertEqual(heard(client), b"")
             self.all_gone()
         self.assertEqual((self.lines("WARNING refused client="), self.lines("ended=server ")), (1, SILENT))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -10,10 +10,9 @@ from unittest import mock
 from socks5.access import passwords
 from socks5.access.passwords import Hash, Turns, Wait
 from socks5.access.shared import Lock, lock_file
-from tests.support import PATIENCE_S
+from tests.support import PATIENCE_S, in_threads
 
-ALICE, BOB, CAROL = b"alice" * 4, b"bob" * 6, b"carol" * 4
-ALICE, BOB, CAROL = (name[:16].ljust(16) for name in (ALICE, BOB, CAROL))
+ALICE, BOB, CAROL = (name.ljust(16) for name in (b"alice", b"bob", b"carol"))
 
 
 class Passwords(unittest.TestCase):
@@ -116,23 +115,6 @@ class Queue(unittest.TestCase):
         self.assertIsNone(self.turns.try_take(tickets[3]))
         self.assertEqual(self.turns.try_take(tickets[2]), first)
 
-    def test_one_for_a_user(self):
-        bob, again, alice = self.arrive(BOB), self.arrive(BOB), self.arrive(ALICE)
-        turn = self.turns.try_take(bob)
-        self.assertIsNotNone(turn)
-        self.assertIsNone(self.turns.try_take(again))
-        self.assertIsNotNone(self.turns.try_take(alice), "it passes one that cannot go")
-        self.turns.give_back(turn)
-        self.assertEqual(self.turns.try_take(again), turn)
-
-    def test_no_wait_is_longer_than_what_is_left(self):
-        wait = Wait(0.05)
-        wait.extend_once = lambda: None
-        for user in (ALICE, BOB):
-            self.assertIsNotNone(self.turns.take(user, Wait()))
-        self.assertIsNone(self.turns.take(CAROL, wait))
-        self.assertEqual(self.turns._queue, {})
-
     def test_a_wait_for_a_turn_is_longer_once(self):
         told = []
         wait = Wait(0.0)
@@ -228,11 +210,7 @@ class Processes(unittest.TestCase):
         failed = []
 
         def work():
-            threads = [threading.Thread(target=self.take_some, args=(number, failed)) for number in range(8)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            in_threads(8, self.take_some, iter(range(8)), failed)
         pid = os.fork()
         if not pid:
             work()
@@ -243,14 +221,11 @@ class Processes(unittest.TestCase):
         for user in (ALICE, BOB):
             self.assertIsNotNone(self.turns.take(user, Wait()))
 
-    def take_some(self, number, failed):
+    def take_some(self, numbers, failed):
+        number = next(numbers)
         for _ in range(10):
             turn = self.turns.take(bytes([number + 1]) * 16, Wait(PATIENCE_S))
             if turn is None:
                 failed.append(number)
             else:
                 self.turns.give_back(turn)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -8,19 +8,15 @@ from unittest import mock
 
 from socks5.net.poller import (BROKEN, HANG_UP, READ, URGENT, WRITE, EpollPoller, PollPoller, SelectPoll, new_poll,
                                new_poller)
-from tests.support import PATIENCE_S, closed_port, need, reset
+from tests.support import PATIENCE_S, Case, closed_port, need, reset, udp_socket
 
 
-class SocketsTest(unittest.TestCase):
-    def setUp(self):
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(self.stack.close)
-
+class SocketsTest(Case):
     def pair(self):
         """Two ends of a TCP connection."""
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            near = self.stack.enter_context(socket.create_connection(listener.getsockname(), PATIENCE_S))
-            far = self.stack.enter_context(listener.accept()[0])
+            near = self.enter(socket.create_connection(listener.getsockname(), PATIENCE_S))
+            far = self.enter(listener.accept()[0])
         far.settimeout(PATIENCE_S)
         return near, far
 
@@ -70,23 +66,22 @@ class States(SocketsTest):
         return near, 0
 
     def listener_alone(self):
-        return self.stack.enter_context(socket.create_server(("127.0.0.1", 0))), 0
+        return self.enter(socket.create_server(("127.0.0.1", 0))), 0
 
     def listener_with_a_caller(self):
         listener, _ready = self.listener_alone()
-        self.stack.enter_context(socket.create_connection(listener.getsockname(), PATIENCE_S))
+        self.enter(socket.create_connection(listener.getsockname(), PATIENCE_S))
         return listener, READ
 
     def refused(self):
-        sock = self.stack.enter_context(socket.socket())
+        sock = self.enter(socket.socket())
         sock.setblocking(False)
         sock.connect_ex(("127.0.0.1", closed_port()))
         select.select([], [sock], [sock], PATIENCE_S)
         return sock, READ | WRITE
 
     def datagram(self):
-        ours = self.stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        ours.bind(("127.0.0.1", 0))
+        ours = self.enter(udp_socket())
         ours.sendto(b"", ours.getsockname())                # an empty one is something to read
         ours.recv(1, socket.MSG_PEEK)
         return ours, READ | WRITE
@@ -105,22 +100,6 @@ class States(SocketsTest):
                     found = dict(ours.poll(0))
                     told = ready & wanted or (not wanted and state in self.ENDED) * (BROKEN | HANG_UP)
                     self.assertEqual(found, {sock.fileno(): told} if told else {})
-
-    @unittest.skipUnless(hasattr(select, "poll"), "no poll() to compare with")
-    def test_as_poll_says(self):
-        sockets = [state(self)[0] for state in self.STATES]
-        for wanted in (READ, WRITE, READ | WRITE):
-            with self.subTest("asked for %d" % wanted):
-                ours, theirs = SelectPoll(), select.poll()
-                for sock in sockets:
-                    ours.register(sock.fileno(), wanted)
-                    theirs.register(sock.fileno(), wanted)
-                expected = {}
-                for fd, events in theirs.poll(0):           # poll() also tells of what nobody asked for
-                    events |= READ * bool(events & (HANG_UP | BROKEN)) | WRITE * bool(events & BROKEN)
-                    if events & wanted:
-                        expected[fd] = events & wanted
-                self.assertEqual(dict(ours.poll(0)), expected)
 
     def test_the_third_set_is_told_as_broken(self):
         """On Windows a refused connect is there and nowhere else; here, what came out of band is."""
@@ -205,7 +184,7 @@ class Methods(SocketsTest):
             resource.setrlimit(resource.RLIMIT_NOFILE, (1101, hard))
             self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         near, _far = self.pair()
-        high = self.stack.enter_context(socket.socket(fileno=fcntl.fcntl(near.fileno(), fcntl.F_DUPFD, 1024)))
+        high = self.enter(socket.socket(fileno=fcntl.fcntl(near.fileno(), fcntl.F_DUPFD, 1024)))
         poll = new_poll()
         poll.register(high.fileno(), WRITE)
         self.assertEqual(poll.poll(0), [(high.fileno(), WRITE)])
@@ -301,7 +280,3 @@ class Pollers(SocketsTest):
                         stack.enter_context(mock.patch.object(select, what))
                         delattr(select, what)
                 self.assertIsInstance(stack.enter_context(contextlib.closing(new_poller())), kind)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import unittest
 from pathlib import Path
 
 from .support import PATIENCE_S, closed_port, need, need_program, spawned
@@ -165,8 +164,7 @@ class Netcats(Program):
 
 class Wrappers(Program):
     def setUp(self):
-        super().setUp()
-        self.conf = Path(self.enter(tempfile.TemporaryDirectory()), "conf")
+        self.conf = self.new_folder() / "conf"
 
     def test_proxychains4(self):
         proxychains, curl = need_program(self, "proxychains4"), need_program(self, "curl")
@@ -199,7 +197,7 @@ class Ssh(Program):
         ssh, sshd, keygen, nc = (need_program(self, name) for name in ("ssh", "sshd", "ssh-keygen", "nc.openbsd"))
         need(self, os.geteuid() == 0, "root, as whom sshd lets root in")
         os.makedirs("/run/sshd", exist_ok=True)             # sshd's privilege separation directory
-        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         key, port = folder / "key", closed_port()
         self.run_client(keygen, "-q", "-t", "ed25519", "-N", "", "-f", key)
         options = ["Port %d" % port, "ListenAddress 127.0.0.1", "HostKey %s" % key, "AuthorizedKeysFile %s.pub" % key,
@@ -247,7 +245,7 @@ class Libraries(Program):
 
     def test_java(self):
         java, javac = need_program(self, "java"), need_program(self, "javac")
-        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         (folder / "Get.java").write_text(JAVA)
         self.run_client(javac, "-d", folder, folder / "Get.java")
         self.each(lambda server, port, *user: self.run_client(
@@ -305,7 +303,3 @@ class Browsers(Program):
             return HELLO
 
         self.each(visit, USERS[:1], seen="'localhost'")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -12,7 +12,7 @@ A4, B4 = Address(IPv4Address("192.0.2.7"), 51000), Address(IPv4Address("198.51.1
 A6, B6 = Address(IPv6Address("2001:db8::7"), 0), Address(IPv6Address("2001:db8::9"), 65535)
 V4 = "c0000207 c6336409 c738 0438"
 V6 = "20010db8000000000000000000000007 20010db8000000000000000000000009 0000 ffff"
-TLV = "04 0004 00000000 20 0003 ffffff"         # a NOOP, and one that is cut short: nobody looks
+TLV = "04 0004 00000000 20 0003 ffffff"         # a NOOP, and a TLV that is cut short: neither is parsed
 
 
 def v2(tail):
@@ -131,7 +131,3 @@ class Header(unittest.TestCase):
                 self.assertIn(header.version, (1, 2))
             except (ProtocolError, EOFError):
                 pass
-
-
-if __name__ == "__main__":
-    unittest.main()

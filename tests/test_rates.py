@@ -4,12 +4,10 @@ import json
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
 import unittest
 from functools import partial
-from pathlib import Path
 from unittest import mock
 from urllib.request import urlopen
 
@@ -20,7 +18,7 @@ from socks5.relay import splice
 from socks5.values import rate, upstream
 from tests import realm, support
 from tests.support import (
-    ask, connect_through, dial, logging_of, negotiate, run_cli, running, spawned, target, wait_until)
+    ask, connect_through, greeted, logging_of, run_cli, running, spawned, target, udp_socket, wait_until)
 
 KIB, MIB = 1 << 10, 1 << 20
 SECONDS = 1.5
@@ -63,7 +61,7 @@ class Reader(threading.Thread):
                 self.total += len(data)
 
 
-class Rated(unittest.TestCase):
+class Rated(support.Case):
     def flows(self, count, wanted, bar=BAR):
         """Whether count() grows by so many bytes a second: in one of several times, as what was on its way before, or a
         machine that has no time, does not count."""
@@ -77,11 +75,12 @@ class Rated(unittest.TestCase):
         self.fail("%s in place of %d bytes a second" % (", ".join("%.0f" % one for one in found), wanted))
 
     def tunnels(self, port, to, number, user=None):
-        socks = [connect_through(port, *to, user=user) for _ in range(number)]
-        for sock in socks:
-            sock.settimeout(support.PATIENCE_S)
-            self.addCleanup(sock.close)
-        return socks
+        return [self.enter(connect_through(port, *to, user=user)) for _ in range(number)]
+
+    def file(self, text):
+        path = self.new_folder() / "file"
+        path.write_text(text)
+        return path
 
     def readers(self, *args, **kwargs):
         return [Reader(sock) for sock in self.tunnels(*args, **kwargs)]
@@ -111,7 +110,7 @@ class Streams(Rated):
             threading.Thread(target=pour_quietly, args=(sock,), daemon=True).start()
             self.flows(lambda: reader.total, 100 * KIB)
 
-    def test_two_tunnels_of_a_user_get_half_each_and_another_user_his_own(self):
+    def test_two_tunnels_of_a_user_get_half_each_and_another_user_all_of_it(self):
         with target(pour) as to, running(user=USERS, rate_per_user=rate("200K")) as server:
             one, two = self.readers(server.server_address, to, 2, user=ALICE)
             other, = self.readers(server.server_address, to, 1, user=BOB)
@@ -133,9 +132,8 @@ class Streams(Rated):
                 self.assertEqual(len([link for link in links if "memfd:socks5" in link]), 2)
 
     def test_the_rate_of_a_rule_is_each_sessions_own(self):
-        with target(pour) as to, target(pour) as free, tempfile.TemporaryDirectory() as folder:
-            rules = Path(folder) / "rules"
-            rules.write_text("allow to 127.0.0.1 port %d rate 100K\nallow to any\n" % to[1])
+        with target(pour) as to, target(pour) as free:
+            rules = self.file("allow to 127.0.0.1 port %d rate 100K\nallow to any\n" % to[1])
             with running(rules=str(rules)) as server:
                 one, two = self.readers(server.server_address, to, 2)
                 fast, = self.readers(server.server_address, free, 1)
@@ -189,17 +187,14 @@ class Protected(Rated):
 
     def setUp(self):
         realm.need_realm(self)
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        made = stack.enter_context(realm.realm())
+        made = self.enter(realm.realm())
         made.principal("alice")
-        stack.enter_context(mock.patch.dict(os.environ, made.login("alice")))
-        self.enter, self.keytab = stack.enter_context, str(made.keytab)
+        self.enter(mock.patch.dict(os.environ, made.login("alice")))
+        self.keytab = str(made.keytab)
 
     def through(self, to, text):
         server = self.enter(running(gssapi="any", keytab=self.keytab, rate_per_user=rate(text)))
-        sock = client.connect(server.server_address[:2], to, gssapi=client.Gssapi("rcmd@localhost"))
-        self.addCleanup(sock.close)
+        sock = self.enter(client.connect(server.server_address[:2], to, gssapi=client.Gssapi("rcmd@localhost")))
         sock.settimeout(support.PATIENCE_S)
         return sock, server
 
@@ -230,28 +225,25 @@ def pour_quietly(sock):
 
 class Reload(Rated):
     def test_rules_change_the_rates_of_live_sessions(self):
-        with target(pour) as to, tempfile.TemporaryDirectory() as folder:
-            rules = Path(folder) / "rules"
-            rules.write_text("allow to any rate 50K\n")
-            with running(rules=str(rules)) as server:
-                reader, = self.readers(server.server_address, to, 1)
-                self.flows(lambda: reader.total, 50 * KIB)
-                for line, speed in (("allow to any rate 400K", 400 * KIB), ("deny to any", 400 * KIB),
-                                    ("allow to any", None), ("allow to any rate 100K", 100 * KIB)):
-                    with self.subTest(line):
-                        rules.write_text(line + "\n")
-                        self.assertTrue(server.reload())
-                        before = reader.total
-                        if speed:
-                            self.flows(lambda: reader.total, speed)
-                        else:
-                            wait_until(lambda: reader.total > before + 4 * MIB, "no limit")
+        rules = self.file("allow to any rate 50K\n")
+        with target(pour) as to, running(rules=str(rules)) as server:
+            reader, = self.readers(server.server_address, to, 1)
+            self.flows(lambda: reader.total, 50 * KIB)
+            for line, speed in (("allow to any rate 400K", 400 * KIB), ("deny to any", 400 * KIB),
+                                ("allow to any", None), ("allow to any rate 100K", 100 * KIB)):
+                with self.subTest(line):
+                    rules.write_text(line + "\n")
+                    self.assertTrue(server.reload())
+                    before = reader.total
+                    if speed:
+                        self.flows(lambda: reader.total, speed)
+                    else:
+                        wait_until(lambda: reader.total > before + 4 * MIB, "no limit")
 
     def test_sighup_reads_the_rates_in_the_ini_file(self):
         support.need(self, hasattr(signal, "SIGHUP"), "SIGHUP")
-        with target(pour) as to, tempfile.TemporaryDirectory() as folder:
-            ini = Path(folder) / "ini"
-            ini.write_text("[socks5]\nport = 0\n")
+        ini = self.file("")
+        with target(pour) as to:
             for workers in ("1", "2"):
                 ini.write_text("[socks5]\nport = 0\n")
                 with self.subTest(workers=workers), spawned("--config", ini, "-w", workers) as server:
@@ -309,11 +301,7 @@ class Datagrams(Rated):
         self.addCleanup(over.set)
 
     def remote(self):
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.addCleanup(sock.close)
-        sock.settimeout(support.PATIENCE_S)
-        sock.bind(("127.0.0.1", 0))
-        return sock
+        return self.enter(udp_socket())
 
     def test_beyond_the_rate_they_are_dropped_and_counted(self):
         remote = self.remote()
@@ -333,28 +321,26 @@ class Datagrams(Rated):
 
     def test_the_rate_of_a_rule_is_for_what_it_allows(self):
         slow, fast = self.remote(), self.remote()
-        with tempfile.TemporaryDirectory() as folder:
-            rules = Path(folder) / "rules"
-            rules.write_text("allow port %d rate 50K\nallow to any\n" % slow.getsockname()[1])
-            with running(rules=str(rules)) as server, associate(server.server_address[:2]) as udp:
-                slowly, quickly = (self.count(one, partial(one.recvfrom, 2048)) for one in (slow, fast))
-                self.flood(udp, ("localhost", slow.getsockname()[1]))
-                self.flood(udp, fast.getsockname())
-                self.flows(slowly, 50 * KIB)
-                before, began = quickly(), time.monotonic()
-                wait_until(lambda: quickly() - before > 200 * KIB, "no rate there")
-                self.assertLess(time.monotonic() - began, 10)
-                rules.write_text("allow to any rate 150K\n")
-                self.assertTrue(server.reload())
-                self.flows(lambda: slowly() + quickly(), 150 * KIB)
+        rules = self.file("allow port %d rate 50K\nallow to any\n" % slow.getsockname()[1])
+        with running(rules=str(rules)) as server, associate(server.server_address[:2]) as udp:
+            slowly, quickly = (self.count(one, partial(one.recvfrom, 2048)) for one in (slow, fast))
+            self.flood(udp, ("localhost", slow.getsockname()[1]))
+            self.flood(udp, fast.getsockname())
+            self.flows(slowly, 50 * KIB)
+            before, began = quickly(), time.monotonic()
+            wait_until(lambda: quickly() - before > 200 * KIB, "no rate there")
+            self.assertLess(time.monotonic() - began, 10)
+            rules.write_text("allow to any rate 150K\n")
+            self.assertTrue(server.reload())
+            self.flows(lambda: slowly() + quickly(), 150 * KIB)
 
     def test_the_rate_of_a_rule_holds_through_an_upstream(self):
         """By address; and by a name that the upstream resolves, and whose answers come from an address."""
         for host, up, down in (("127.0.0.1", 100, 50), ("localhost", 50, 100)):
-            with self.subTest(host), tempfile.TemporaryDirectory() as folder, running() as above:
-                remote, rules = self.remote(), Path(folder) / "rules"
+            with self.subTest(host), running() as above:
+                remote = self.remote()
                 port = remote.getsockname()[1]
-                rules.write_text("allow to %s port %d rate %dK/%dK\nallow to any\n" % (
+                rules = self.file("allow to %s port %d rate %dK/%dK\nallow to any\n" % (
                     "any" if host == "127.0.0.1" else host, port, up, down))
                 way = upstream("socks5://127.0.0.1:%d" % above.server_address[1])
                 with running(rules=str(rules), upstream=(way,)) as server, associate(server.server_address[:2]) as udp:
@@ -391,26 +377,23 @@ class PerUser(Rated):
             server.wait_line("worker_died .*sessions=1")
             wait_until(lambda: self.rep(server.port, to, ALICE) == Rep.SUCCEEDED, "a place is free")
 
-    def test_who_has_no_name_has_no_limit(self):
+    def test_a_client_without_a_name_has_no_limit(self):
         with target() as to, running(max_per_user=1) as server:
             self.tunnels(server.server_address, to, 3)
 
     def test_a_reload_changes_it(self):
-        with target() as to, tempfile.TemporaryDirectory() as folder:
-            ini = Path(folder) / "ini"
-            ini.write_text("[socks5]\nport = 0\nmax-per-user = 1\n")
-            with spawned("--config", ini, "-u", "alice:secret") as server:
-                self.tunnels(server.port, to, 1, ALICE)
-                self.assertEqual(self.rep(server.port, to, ALICE), Rep.NOT_ALLOWED)
-                ini.write_text("[socks5]\nport = 0\nmax-per-user = 2\n")
-                server.signal(signal.SIGHUP)
-                server.wait_line("reloaded")
-                self.assertEqual(self.rep(server.port, to, ALICE), Rep.SUCCEEDED)
+        ini = self.file("[socks5]\nmax-per-user = 1\n")
+        with target() as to, spawned("--config", ini, "-u", "alice:secret") as server:
+            self.tunnels(server.port, to, 1, ALICE)
+            self.assertEqual(self.rep(server.port, to, ALICE), Rep.NOT_ALLOWED)
+            ini.write_text("[socks5]\nmax-per-user = 2\n")
+            server.signal(signal.SIGHUP)
+            server.wait_line("reloaded")
+            self.assertEqual(self.rep(server.port, to, ALICE), Rep.SUCCEEDED)
 
     def rep(self, port, to, user):
         try:
-            with dial(port) as sock:
-                negotiate(sock, user)
+            with greeted(port, user) as sock:
                 return ask(sock, Cmd.CONNECT, *to).rep
         except (OSError, EOFError):                         # of a process that dies
             return None
@@ -418,17 +401,14 @@ class PerUser(Rated):
 
 class Said(Rated):
     def test_bad_values_are_one_clear_line(self):
-        with tempfile.TemporaryDirectory() as folder:
-            rules = Path(folder) / "rules"
-            for line, args, words in (("", ("--rate-per-user", "2T"), "--rate-per-user: '2T' is not RATE"),
-                                      ("", ("--max-per-user", "-1"), "--max-per-user: '-1' is not a whole number"),
-                                      ("allow rate 1", ("--rules", rules), "%s:1: '1' is out of range" % rules),
-                                      ("deny rate 1M", ("--rules", rules), "%s:1: 'rate' belongs to an allow" % rules)):
-                with self.subTest(words):
-                    rules.write_text(line + "\n")
-                    status, out, err = run_cli("--check", *args)
-                    self.assertEqual((status, out, err.count("\n")), (2, "", 1))
-                    self.assertTrue(err.startswith("socks5-server: " + words), err)
+        rules = self.file("")
+        for line, args, words in (("", ("--rate-per-user", "2T"), "--rate-per-user: '2T' is not RATE"),
+                                  ("", ("--max-per-user", "-1"), "--max-per-user: '-1' is not a whole number"),
+                                  ("allow rate 1", ("--rules", rules), "%s:1: '1' is out of range" % rules),
+                                  ("deny rate 1M", ("--rules", rules), "%s:1: 'rate' belongs to an allow" % rules)):
+            with self.subTest(words):
+                rules.write_text(line + "\n")
+                self.check_refused(run_cli("--check", *args), "socks5-server: " + words)
 
     def test_check_says_the_limits(self):
         status, out, err = run_cli("--check", "--max-per-client", "9", "--rate-per-client", "1K/0", "--max-per-user",
@@ -440,7 +420,7 @@ class Said(Rated):
                      "warning: no client has to log in, so the limits of users do not hold"):
             self.assertIn(line, out.splitlines())
 
-    def test_status_and_metrics_show_who_is_held_back(self):
+    def test_status_and_metrics_show_which_limit_holds_a_session_back(self):
         with target(pour) as to, spawned("-u", "alice:secret", "--rate-per-user", "50K", "--status",
                                          "127.0.0.1:0", "-w", "2") as server:
             page = server.wait_line(r"status on (http://\S+)", server.lines).group(1)
@@ -457,7 +437,3 @@ class Said(Rated):
 def get(url):
     with urlopen(url, timeout=support.PATIENCE_S) as answer:
         return answer.read()
-
-
-if __name__ == "__main__":
-    unittest.main()

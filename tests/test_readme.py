@@ -1,7 +1,7 @@
 """README.rst: it renders, its examples are true, and what it shows of the log is what the log has.
 
-Other parts are tested where they belong: options in test_cli, traces in test_trace, Python that runs in test_server,
-units in test_systemd, fail2ban in test_users, `pip install` in test_end_to_end.
+Other parts are tested where they belong: options in test_cli, traces in test_trace, units in test_systemd, fail2ban in
+test_users, `pip install` in test_end_to_end.
 """
 import contextlib
 import io
@@ -19,12 +19,11 @@ from pathlib import Path
 from socks5 import cli
 from socks5.access.rules import Rules
 from socks5.config import Config
-from socks5.server.session import Session
-from socks5.server.session import LIVE
+from socks5.server.session import LIVE, Session
 from socks5.values import upstream
 from tests.support import (
-    PATIENCE_S, ROOT, connect_through, echoes, need, readme_block, readme_blocks, running, spawned, target,
-)
+    PATIENCE_S, ROOT, Case, connect_through, echoes, need, readme_block, readme_blocks, run_python, running, spawned,
+    target, udp_socket)
 
 README = ROOT / "README.rst"
 MOST_LINES = 500                                    # of text and tables, without code and traces
@@ -58,6 +57,13 @@ class Page(unittest.TestCase):
 
 
 class Examples(unittest.TestCase):
+    def test_python_that_says_it_runs_in_the_tests(self):
+        blocks = [block for block in readme_blocks("python") if "# runs in the tests" in block]
+        self.assertTrue(blocks)
+        for number, block in enumerate(blocks):
+            with self.subTest(number):
+                self.assertEqual(run_python("-c", block)[::2], (0, ""))
+
     def test_rules(self):
         blocks = [block for block in readme_blocks("") if re.search(r"(?m)^(?:allow|deny) \w", block)]
         self.assertGreaterEqual(len(blocks), 2)
@@ -96,10 +102,7 @@ class Examples(unittest.TestCase):
         self.assertRegex(said, r"\A\('127\.0\.0\.1', \d+\) a file\n")
 
     def test_dns(self):
-        with running() as proxy, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-            server.bind(("127.0.0.1", 0))
-            server.settimeout(PATIENCE_S)
-
+        with running() as proxy, udp_socket() as server:
             def answer():
                 question, client = server.recvfrom(512)
                 if question[12:] == b"\3www\7example\0\0\1\0\1":        # behind the header: an A record of this name
@@ -148,15 +151,10 @@ class Log(unittest.TestCase):
         self.assertEqual(re.findall(r"(\w+)=", self.shown("live")), re.findall(r"(\w+)=%", LIVE))
 
 
-class Promises(unittest.TestCase):
+class Promises(Case):
     def test_without_fork_one_process_serves(self):
         code = ("import os, sys; vars(os).pop('fork', None); sys.path.insert(0, %r); from socks5.cli import main; "
                 "sys.exit(main(sys.argv[1:]))" % str(ROOT))
         with spawned(code, "-w", "4", script="-c") as server, target() as echo:
-            with connect_through(server.port, *echo) as tunnel:
-                self.assertTrue(echoes(tunnel))
+            self.check_serves(server.port, echo)
             self.assertEqual(server.end(), 0)
-
-
-if __name__ == "__main__":
-    unittest.main()

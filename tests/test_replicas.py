@@ -5,15 +5,13 @@ import signal
 import socket
 import ssl
 import subprocess
-import tempfile
 import threading
 import time
-import unittest
-from pathlib import Path
 
 from socks5.protocol.codes import Cmd, Rep
-from tests.support import (PATIENCE_S, ask, closed_port, connect_through, dial, need_program, negotiate, spawned,
-                           target, wait_until)
+from tests import support
+from tests.support import (PATIENCE_S, ask, closed_port, connect_through, dial, echoes, need_program, negotiate,
+                           spawned, target, wait_until)
 
 CLIENTS = int(os.environ.get("SOCKS5_REPLICA_CLIENTS", "60"))       # tunnels that are open when a replica is killed
 HAPROXY = """
@@ -46,17 +44,15 @@ key = %(folder)s/key
 """
 
 
-class Case(unittest.TestCase):
+class Case(support.Case):
     def setUp(self):
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(self.stack.close)
-        self.echo = self.stack.enter_context(target())
+        self.echo = self.enter(target())
 
     def start(self, *command, port):
         """A program that listens on this port."""
-        process = self.stack.enter_context(subprocess.Popen([*map(str, command)], stdin=subprocess.DEVNULL,
-                                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-        self.stack.callback(process.kill)
+        process = self.enter(subprocess.Popen([*map(str, command)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                              stderr=subprocess.DEVNULL))
+        self.addCleanup(process.kill)
 
         def listens():
             self.assertIsNone(process.poll(), "%s has ended" % command[0])
@@ -80,8 +76,7 @@ class Newcomers(threading.Thread):
             began = time.monotonic()
             try:
                 with connect_through(self.port, *self.destination) as sock:
-                    sock.sendall(b"new")
-                    assert sock.recv(3) == b"new"
+                    assert echoes(sock)
                 self.served += 1
             except (OSError, EOFError, AssertionError) as exc:
                 self.failed.append((began, repr(exc)))
@@ -95,10 +90,10 @@ class HAProxy(Case):
     def setUp(self):
         super().setUp()
         program = need_program(self, "haproxy")
-        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         self.admin, self.port = folder / "admin", closed_port()
-        self.replicas = {name: self.stack.enter_context(spawned("--proxy-protocol", "127.0.0.1", "--open",
-                                                                "--drain-timeout", "600")) for name in "abc"}
+        self.replicas = {name: self.enter(spawned("--proxy-protocol", "127.0.0.1", "--open", "--drain-timeout", "600"))
+                         for name in "abc"}
         (folder / "cfg").write_text(HAPROXY % {"admin": self.admin, "port": self.port} + "".join(
             "    server %s 127.0.0.1:%d\n" % (name, replica.port) for name, replica in self.replicas.items()))
         self.start(program, "-db", "-f", folder / "cfg", port=self.port)
@@ -119,7 +114,7 @@ class HAProxy(Case):
                 return name
 
     def test_one_is_killed_and_one_drained(self):
-        tunnels = [self.stack.enter_context(connect_through(self.port, *self.echo)) for _ in range(CLIENTS)]
+        tunnels = [self.enter(connect_through(self.port, *self.echo)) for _ in range(CLIENTS)]
         for replica in self.replicas.values():
             replica.signal(signal.SIGUSR1)
             replica.wait_line("live sessions=")
@@ -153,15 +148,13 @@ class HAProxy(Case):
 
     def answers(self, sock):
         try:
-            sock.sendall(b"still here?")
-            return sock.recv(20) == b"still here?"
-        except ConnectionError:
+            return echoes(sock)
+        except (ConnectionError, EOFError):
             return False
 
     def test_the_client_is_seen_and_the_health_check_is_not(self):
         for source in ("127.0.0.7", "127.0.0.8"):
-            with connect_through(self.port, *self.echo, source=source):
-                pass
+            connect_through(self.port, *self.echo, source=source).close()
         wait_until(lambda: sum(" client=127.0.0.%d:" % number in line and "rep=SUCCEEDED" in line for number in (7, 8)
                                for replica in self.replicas.values() for line in replica.log) == 2)
         wait_until(lambda: all("UP" in self.command("show stat").split("replicas,%s," % name)[1].split("\n")[0]
@@ -173,11 +166,11 @@ class HAProxy(Case):
 class Stunnel(Case):
     def test_tls_in_front(self):
         stunnel, openssl = need_program(self, "stunnel"), need_program(self, "openssl")
-        folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
                         "-subj", "/CN=localhost", "-keyout", str(folder / "key"), "-out", str(folder / "cert")],
                        check=True, capture_output=True)
-        server = self.stack.enter_context(spawned("--proxy-protocol", "127.0.0.1", "-u", "alice:secret"))
+        server = self.enter(spawned("--proxy-protocol", "127.0.0.1", "-u", "alice:secret"))
         port = closed_port()
         (folder / "conf").write_text(STUNNEL % {"port": port, "server": server.port, "folder": folder})
         self.start(stunnel, folder / "conf", port=port)
@@ -187,10 +180,5 @@ class Stunnel(Case):
             with dial(port, source="127.0.0.%d" % number) as plain, tls.wrap_socket(plain) as sock:
                 negotiate(sock, (b"alice", b"secret"))
                 self.assertEqual(ask(sock, Cmd.CONNECT, *self.echo).rep, Rep.SUCCEEDED)
-                sock.sendall(b"through TLS")
-                self.assertEqual(sock.recv(20), b"through TLS")
+                self.assertTrue(echoes(sock, b"through TLS"))
             server.wait_line(r"session client=127\.0\.0\.%d:\d+ user='alice' .*rep=SUCCEEDED" % number)
-
-
-if __name__ == "__main__":
-    unittest.main()

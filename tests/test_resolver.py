@@ -165,7 +165,3 @@ class AddressTest(unittest.TestCase):
         for name, configured, version, expected in cases:
             with self.subTest(name):
                 self.assertEqual(advertised(configured, here[version]), ip_address(expected))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,21 +1,17 @@
 """selftest.py: it reports success if all checks pass, and otherwise names each check that failed."""
 import contextlib
-import logging
 import re
 import socket
-import tempfile
 import unittest
 from ipaddress import ip_network
-from pathlib import Path
 from unittest import mock
-
-from socks5.server import handler
 
 from socks5 import client, selftest
 from socks5.config import Config
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.codes import Rep
-from tests.support import HAS_IPV6, read_to_end, run_cli, running, target, users_line
+from socks5.server import handler
+from tests.support import HAS_IPV6, Case, read_to_end, run_cli, running, taken_port, target, users_line
 
 PARTS = ["CONNECT to an IPv4 address", "CONNECT to an IPv6 address", "CONNECT to a name", "half-close", "BIND",
          "UDP ASSOCIATE", "UDP ASSOCIATE, in 3 fragments", "a destination that a rule denies",
@@ -29,13 +25,7 @@ def report(**options):
     return {match.group(2): match.group(1) for match in found if match}, lines
 
 
-def setUpModule():
-    log, quiet = logging.getLogger("socks5"), logging.NullHandler()     # or warnings go to stderr
-    log.addHandler(quiet)
-    unittest.addModuleCleanup(log.removeHandler, quiet)
-
-
-class AllIsWell(unittest.TestCase):
+class AllIsWell(Case):
     def check(self, **options):
         verdicts, lines = report(**options)
         self.assertEqual(list(verdicts), PARTS)
@@ -52,20 +42,16 @@ class AllIsWell(unittest.TestCase):
         self.check(user=(("alice", "x"),))
 
     def test_with_users_of_whom_only_hashes_are_known(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "users")
-            path.write_text(users_line("alice", b"x") + "\n")
-            path.chmod(0o600)
-            self.check(users=str(path))
-            self.assertNotIn("self-test", path.read_text())
+        path = self.new_folder() / "users"
+        path.write_text(users_line("alice", b"x") + "\n")
+        self.check(users=str(path))
+        self.assertNotIn("self-test", path.read_text())
 
     def test_with_what_would_keep_it_out_or_lead_elsewhere(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "rules")
-            path.write_text("deny to any\n")
-            path.chmod(0o600)
-            lines = self.check(rules=str(path), allow_from=(ip_network("192.0.2.0/24"),), advertise=("192.0.2.1",),
-                               listen=("0.0.0.0",), port=1)
+        path = self.new_folder() / "rules"
+        path.write_text("deny to any\n")
+        lines = self.check(rules=str(path), allow_from=(ip_network("192.0.2.0/24"),), advertise=("192.0.2.1",),
+                           listen=("0.0.0.0",), port=1)
         self.assertIn("without --advertise", lines[0].text)
 
 
@@ -94,10 +80,7 @@ class SomethingIsNot(unittest.TestCase):
             self.failing({"a destination that a rule denies"})
 
     def test_a_range_of_ports_that_is_taken(self):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            port = taken.getsockname()[1]
+        with taken_port() as port:
             self.failing({"BIND"}, bind_ports=(port, port))
 
 
@@ -180,21 +163,15 @@ class Program(unittest.TestCase):
     def test_exit_status(self):
         status, out, err = run_cli("--self-test")
         self.assertEqual((status, err, out.splitlines()[-1]), (0, "", "all checks passed"))
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            status, out, _ = run_cli("--self-test", "--bind-ports", taken.getsockname()[1])
+        with taken_port() as port:
+            status, out, _ = run_cli("--self-test", "--bind-ports", port)
         self.assertEqual((status, out.splitlines()[-1]), (1, "1 failed"))
 
     def test_a_bad_file_is_one_line(self):
-        status, out, err = run_cli("--self-test", "--users", "/no/such/file")
+        status, _out, err = run_cli("--self-test", "--users", "/no/such/file")
         self.assertEqual((status, len(err.splitlines())), (2, 1))
 
     def test_with_the_trace(self):
         status, _, err = run_cli("--self-test", "--trace")
         self.assertEqual(status, 0)
         self.assertIn("client -> proxy  Request", err)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -4,6 +4,7 @@ import unittest
 
 from socks5.net.shares import ANY_PORT, Ports, Share, Tally
 from socks5.server.counters import Shared
+from tests.support import in_threads
 
 
 def taken(share, owner, number=1):
@@ -55,11 +56,7 @@ class ShareTest(unittest.TestCase):
         def take():
             counts.append(taken(share, threading.current_thread().name))
 
-        threads = [threading.Thread(target=take) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(8, take)
         self.assertLessEqual(sum(counts), 1000)
         self.assertGreaterEqual(sum(counts), 900)
 
@@ -79,6 +76,7 @@ class PortsTest(unittest.TestCase):
         ports.give_back("newcomer", 4)
         self.assertEqual([ports.take("late", version) for version in (4, 6)], [True, False])
         self.assertEqual((sorted(ports), str(ports)), (list(range(5000, 5010)), "ports 5000-5009"))
+        self.assertGreater(len({next(iter(ports)) for _ in range(100)}), 1, "the first one is random")
 
     def test_over_all_processes_until_one_dies(self):
         shared = Shared(2)
@@ -89,7 +87,3 @@ class PortsTest(unittest.TestCase):
         self.assertTrue(there.take("newcomer", 4))
         rows[0].clear()
         self.assertEqual((taken(there._shares[4], "greedy"), rows[1].of_thing("udp-ports 4").of("newcomer")), (8, 1))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -10,12 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unittest
 from ipaddress import ip_address
-from pathlib import Path
 from unittest import mock
 
 from socks5 import client, log
@@ -25,15 +23,18 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Address, Reply, Request
 from socks5.server.counters import Shared
 from socks5.server.sessions import Sessions
-from socks5.status import line, metrics, views, web
+from socks5.status import line, metrics, web
 from socks5.status.channel import Channel
 from socks5.status.history import History
 from socks5.status.meter import AT_ONCE, BOUNDS_S, BUCKETS, Board, Meter
+from tests import support
 from tests.support import (
-    PATIENCE_S, ROOT, SCRIPT, ask, children, closed_port, connect_through, dial, heard, negotiate, need, need_program,
-    read_to_end, reader_of, run_cli, script, served, spawned, target, users_line, wait_until)
+    PATIENCE_S, SCRIPT, ask, children, closed_port, connect_through, dial, echoes, greeted, heard, in_threads, need,
+    need_program, read_to_end, run_cli, run_python, script, served, spawned, taken_port, target, udp_socket, users_line,
+    wait_until)
 
 FORKS = hasattr(os, "fork")
+ONE_AND_TWO = ("1", "2") if FORKS else ("1",)                       # workers
 SESSIONS = int(os.environ.get("SOCKS5_STATUS_SESSIONS", "2000"))    # of which metrics and log must agree; 8 or more
 
 
@@ -85,9 +86,7 @@ class Pages(unittest.TestCase):
                     status("-w", count, "-u", "bob:right") as (server, port), contextlib.ExitStack() as stack:
                 tunnels = [stack.enter_context(connect_through(server.port, *echo, user=(b"bob", b"right")))
                            for _ in range(9)]
-                for tunnel in tunnels:
-                    tunnel.sendall(b"ping")
-                    self.assertEqual(reader_of(tunnel)(4), b"ping")
+                self.assertTrue(all(map(echoes, tunnels)))
                 found = json_of(port, "/sessions")
                 self.assertEqual((len(found["sessions"]), found["more"]), (9, False))
                 one = found["sessions"][0]
@@ -119,8 +118,7 @@ class Pages(unittest.TestCase):
 
     def test_a_handshake_field_by_field_and_no_password(self):
         with status("-w", "2" if FORKS else "1", "-u", "bob:s3cret") as (server, port):
-            with dial(server.port) as sock:
-                negotiate(sock, (b"bob", b"s3cret"))
+            with greeted(server.port, (b"bob", b"s3cret")) as sock:
                 self.assertEqual(ask(sock, Cmd.CONNECT, "127.0.0.1", closed_port()).rep, Rep.CONNECTION_REFUSED)
             with dial(server.port) as sock:
                 sock.sendall(b"\5\1\2" + b"\1\3eve\6wr0ng!")
@@ -149,9 +147,7 @@ class Pages(unittest.TestCase):
             self.assertEqual(total(port, "socks5_logins_total", result="wrong"), 1)
 
     def test_datagrams_and_their_drops(self):
-        with status() as (server, port), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
-            peer.bind(("127.0.0.1", 0))
-            peer.settimeout(PATIENCE_S)
+        with status() as (server, port), udp_socket() as peer:
             with client.associate(("127.0.0.1", server.port), None, PATIENCE_S) as udp:
                 udp.settimeout(PATIENCE_S)
                 for _ in range(3):
@@ -159,7 +155,7 @@ class Pages(unittest.TestCase):
                     _data, sender = peer.recvfrom(100)
                 peer.sendto(b"y" * 7, sender)
                 udp.recvfrom()
-                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as foreign:
+                with udp_socket() as foreign:
                     foreign.sendto(bytes(20), udp.relay)
                 wait_until(lambda: total(port, "socks5_udp_dropped_total", reason="not the client") == 1, "the sweep")
             wait_until(lambda: total(port, "socks5_connections_total", command="UDP_ASSOCIATE") == 1)
@@ -176,7 +172,7 @@ class Pages(unittest.TestCase):
             self.assertEqual(total(port, "socks5_handshake_seconds_count"), 1)
 
     def test_draining_is_said_until_the_end(self):
-        for count in ("1", "2") if FORKS else ("1",):
+        for count in ONE_AND_TWO:
             with self.subTest(workers=count), target() as echo, status("-w", count, "--drain-timeout", "600") as (
                     server, port), connect_through(server.port, *echo) as tunnel:
                 self.assertEqual(get(port, "/healthz")[::2], (200, b"ok\n"))
@@ -254,7 +250,7 @@ class Standards(unittest.TestCase):
         self.assertEqual([name for name in names if not name.startswith("socks5_")], [])
 
 
-class WhoMayAsk(unittest.TestCase):
+class WhoMayAsk(support.Case):
     def test_a_foreign_name_is_refused(self):
         with status() as (_server, port):
             for host, code in (("127.0.0.1:%d" % port, 200), ("localhost", 200), ("[::1]:80", 200), ("10.0.0.7", 200),
@@ -295,19 +291,19 @@ class WhoMayAsk(unittest.TestCase):
             self.assertEqual(get(port, "/sessions/x")[0], 404)
 
     def test_requests_are_bounded(self):
-        with mock.patch("socks5.status.web.HEAD_S", 60), serving(views.Source()) as port:
+        with mock.patch("socks5.status.web.HEAD_S", 60), serving(None) as port:
             for raw in (b"GET / HTTP/1.1\r\nX: " + b"x" * 10000, b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\n\n",
                         b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
                 with self.subTest(raw[:20]), dial(port) as sock, contextlib.suppress(ConnectionResetError):
                     sock.sendall(raw)
                     self.assertNotIn(b" 200 ", read_to_end(sock)[:20])
-        with mock.patch("socks5.status.web.HEAD_S", 0.1), serving(views.Source()) as port, dial(port) as sock:
+        with mock.patch("socks5.status.web.HEAD_S", 0.1), serving(None) as port, dial(port) as sock:
             sock.sendall(b"GET ")
             self.assertEqual(heard(sock), b"", "its time is over")
 
     def test_one_address_does_not_take_all_places(self):
         share = web.MOST - web.MOST // 10
-        with mock.patch("socks5.status.web.HEAD_S", 60), serving(views.Source()) as port:
+        with mock.patch("socks5.status.web.HEAD_S", 60), serving(None) as port:
             for turn in range(2):                       # the places come back
                 with contextlib.ExitStack() as stack:
                     silent = [stack.enter_context(dial(port)) for _ in range(share)]
@@ -327,7 +323,7 @@ class WhoMayAsk(unittest.TestCase):
         """28 at once made a round trip through the same process take 300 times as long."""
         asked, go_on, daemons = threading.Event(), threading.Event(), []
 
-        class Slow(views.Source):
+        class Slow:
             def sessions(self, query, limit):
                 if not asked.is_set():
                     daemons.append(threading.current_thread().daemon)
@@ -355,10 +351,8 @@ class WhoMayAsk(unittest.TestCase):
         self.assertRaises(ConfigError, Config, status=("0.0.0.0", 9180))
         self.assertRaises(ConfigError, Config, status=("::", 9180))
         self.assertEqual(Config(status=("0.0.0.0", 9180), open=True).status[1], 9180)
-        code, _out, err = run_cli("-p", "0", "--status", "0.0.0.0:0")
-        self.assertEqual((code, err.count("\n")), (2, 1))
-        self.assertIn("--status 0.0.0.0", err)
-        for count in ("1", "2") if FORKS else ("1",):
+        self.check_refused(run_cli("-p", "0", "--status", "0.0.0.0:0"), "--status 0.0.0.0")
+        for count in ONE_AND_TWO:
             with self.subTest(workers=count), \
                     spawned("-w", count, "--status", "0.0.0.0:0", "-u", "bob:right") as server:
                 port = int(server.wait_line(r"status on http://0.0.0.0:(\d+)/$", server.lines).group(1))
@@ -372,19 +366,17 @@ class WhoMayAsk(unittest.TestCase):
                 server.wait_line(r"auth_failed client=127.0.0.1 user='eve'")
 
     def test_a_reload_brings_new_passwords_to_the_page(self):
-        with tempfile.TemporaryDirectory() as folder:
-            users = Path(folder, "users")
-            users.write_text(users_line("bob", b"first"))
-            users.chmod(0o600)
-            for count in ("1", "2") if FORKS else ("1",):
-                with self.subTest(workers=count), \
-                        spawned("-w", count, "--status", "0.0.0.0:0", "--users", users) as server:
-                    port = int(server.wait_line(r"status on http://0.0.0.0:(\d+)/$", server.lines).group(1))
-                    users.write_text(users_line("bob", b"second%s" % count.encode()))
-                    server.signal(signal.SIGHUP)
-                    server.wait_line(r"reloaded users=1")
-                    coded = "Basic " + base64.b64encode(b"bob:second" + count.encode()).decode()
-                    wait_until(lambda: get(port, "/metrics", Authorization=coded)[0] == 200)
+        users = self.new_folder() / "users"
+        users.write_text(users_line("bob", b"first"))
+        for count in ONE_AND_TWO:
+            with self.subTest(workers=count), \
+                    spawned("-w", count, "--status", "0.0.0.0:0", "--users", users) as server:
+                port = int(server.wait_line(r"status on http://0.0.0.0:(\d+)/$", server.lines).group(1))
+                users.write_text(users_line("bob", b"second%s" % count.encode()))
+                server.signal(signal.SIGHUP)
+                server.wait_line(r"reloaded users=1")
+                coded = "Basic " + base64.b64encode(b"bob:second" + count.encode()).decode()
+                wait_until(lambda: get(port, "/metrics", Authorization=coded)[0] == 200)
 
     def test_check_says_where_it_would_be(self):
         self.assertIn("status would be on http://127.0.0.1:9180/, with no password",
@@ -392,12 +384,8 @@ class WhoMayAsk(unittest.TestCase):
         self.assertIn("http://[::]:9180/, with a password", run_cli("--check", "--status", "[::]:9180", "-u", "a:b")[1])
 
     def test_a_port_that_is_taken(self):
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
-            code, _out, err = run_cli("-p", "0", "--status", "127.0.0.1:%d" % taken.getsockname()[1])
-        self.assertEqual((code, err.count("\n")), (2, 1))
-        self.assertIn("cannot listen", err)
+        with taken_port() as port:
+            self.check_refused(run_cli("-p", "0", "--status", "127.0.0.1:%d" % port), "cannot listen")
 
 
 def code_of(port, path="/healthz"):
@@ -426,11 +414,7 @@ class Processes(unittest.TestCase):
                             read_to_end(tunnel)
 
             def round_of(number, before):
-                threads = [threading.Thread(target=some, args=(number,)) for _ in range(4)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
+                in_threads(4, some, number)
                 wait_until(lambda: len(lines()) == before + 4 * number, "their lines")
 
             def lines():
@@ -473,8 +457,8 @@ class Processes(unittest.TestCase):
         need(self, os.path.exists("/proc/self/task"), "/proc")
         with spawned("-w", "2") as server:
             wait_until(lambda: len(children(server.process.pid)) == 2)
-        code, out, _err = run_python("import sys, socks5.cli; print('http.server' in sys.modules)")
-        self.assertEqual((code, out.strip()), (0, "False"))
+        code = "import sys, socks5.cli; print('http.server' in sys.modules)"
+        self.assertEqual(run_python("-c", code), (0, "False\n", ""))
 
     def test_a_worker_that_is_gone_costs_its_answer_only(self):
         channel = Channel()
@@ -517,11 +501,6 @@ def page_pid(server, port):
                 if os.readlink("/proc/%d/fd/%s" % (pid, fd)) == "socket:[%s]" % inodes[0]:
                     return pid
     return None
-
-
-def run_python(code):
-    done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
 
 
 class Counting(unittest.TestCase):
@@ -665,7 +644,7 @@ class Terminal(unittest.TestCase):
         return wait_for, end
 
     def test_the_line_renews_itself_and_is_gone_at_the_end(self):
-        for count in ("1", "2") if FORKS else ("1",):
+        for count in ONE_AND_TWO:
             with self.subTest(workers=count), target() as echo, script(OFTEN) as path:
                 wait_for, end = self.server_on("-w", count, path=path)
                 port = int(wait_for(rb"listening on 127.0.0.1:(\d+)\r\n").group(1))
@@ -689,7 +668,7 @@ class Terminal(unittest.TestCase):
                 end()
 
     def test_it_ends_with_its_terminal(self):
-        for count in ("1", "2") if FORKS else ("1",):
+        for count in ONE_AND_TWO:
             with self.subTest(workers=count):
                 wait_for, _end = self.server_on("-w", count)
                 wait_for(rb"try it: ")
@@ -710,7 +689,3 @@ class Terminal(unittest.TestCase):
         with spawned() as server:
             server.end()
             self.assertEqual([text for text in server.lines + server.log if "try it" in text or "\x1b" in text], [])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -160,7 +160,3 @@ class Page(unittest.TestCase):
             self.assertEqual(page.run("return document.getElementById('health').textContent"), "connection lost")
             self.assertEqual(page.run("return %s.length" % ROWS), 1, "what was known stays")
             self.picture("lost")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -2,10 +2,8 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unittest
@@ -16,21 +14,24 @@ try:
 except ImportError:                     # Windows
     resource = None
 
+from socks5 import client
 from socks5.access import throttle
 from socks5.config import Config
 from socks5.process import control
 from socks5.process import supervisor as workers
 from socks5.process.files import read_access
 from socks5.protocol.codes import Cmd, Rep
+from tests import support
 from tests.support import (
-    PATIENCE_S, SCRIPT, Spawned, ask, children, connect_through, dial, echoes, free_ports, heard, need, negotiate,
-    read_to_end, reader_of, refuses, script, spawned, target, threads, users_line, wait_until)
+    PATIENCE_S, SCRIPT, Spawned, ask, children, connect_through, dial, echoes, free_ports, greeted, heard, need,
+    read_to_end, reader_of, refusal, refuses, script, spawned, target, threads, users_line, wait_until)
 
-ANYBODY = b"\x05\x01\x00"
+NO_LOGIN = b"\x05\x01\x00"
+QUICK = "from socks5.process import supervisor\nsupervisor.RESTART_MOST_S = 0.1"
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "this system has no fork")
-class Processes(unittest.TestCase):
+class Processes(support.Case):
     @contextlib.contextmanager
     def crew(self, *args, count=3, **kwargs):
         """Our server with `count` workers: yields it, and their pids."""
@@ -76,7 +77,7 @@ class Processes(unittest.TestCase):
             for _ in range(int(died.group(3))):             # its places under --max-sessions are free again
                 stack.enter_context(connect_through(server.port, *echo))
             with dial(server.port) as more:
-                self.assertEqual(heard(more, ANYBODY), b"")
+                self.assertEqual(heard(more, NO_LOGIN), b"")
 
     def test_guessing_is_throttled_over_all_workers_and_their_replacements(self):
         with self.crew("-u", "bob:right", "--handshake-timeout", "1") as (server, _pids):
@@ -84,11 +85,11 @@ class Processes(unittest.TestCase):
             for turn in range(2):
                 with contextlib.ExitStack() as stack:
                     clients = [stack.enter_context(dial(server.port)) for _ in range(40)]
-                    for number, client in enumerate(clients):
-                        client.sendall(b"\x05\x01\x02\x01\x03bob\x02" + bytes([65 + turn, 65 + number]))
-                    for client in clients:
+                    for number, sock in enumerate(clients):
+                        sock.sendall(b"\x05\x01\x02\x01\x03bob\x02" + bytes([65 + turn, 65 + number]))
+                    for sock in clients:
                         with contextlib.suppress(OSError):
-                            read_to_end(client)
+                            read_to_end(sock)
                 if turn == 0:
                     self.replace_all(server)
             wait_until(lambda: count(server, "auth_failed") >= throttle.BURST, "the first of them are looked at")
@@ -104,81 +105,58 @@ from socks5.access import passwords
 derive = passwords.derive
 passwords.derive = lambda *args: (print("hashed", flush=True), derive(*args))[-1]
 """
-        with tempfile.TemporaryDirectory() as folder, script(text) as command:
-            path = os.path.join(folder, "users")
-            with open(path, "w", encoding="ascii") as file:
-                file.write(users_line("bob", b"right"))
-            with self.crew("--users", path, count=2, script=command) as (server, _pids):
-                for turn in range(3):
-                    for _ in range(10):
-                        with dial(server.port) as sock:
-                            negotiate(sock, (b"bob", b"right"))
-                    if turn == 0:
-                        self.replace_all(server)
-                    elif turn == 1:
-                        server.signal(signal.SIGHUP)
-                        wait_until(lambda: sum(" reloaded " in line for line in server.log) == 2, "both have read it")
-                server.end()
-                self.assertEqual(server.lines.count("hashed"), 1)
+        path = self.new_folder() / "users"
+        path.write_text(users_line("bob", b"right"))
+        with script(text) as command, self.crew("--users", path, count=2, script=command) as (server, _pids):
+            for turn in range(3):
+                for _ in range(10):
+                    greeted(server.port, (b"bob", b"right")).close()
+                if turn == 0:
+                    self.replace_all(server)
+                elif turn == 1:
+                    server.signal(signal.SIGHUP)
+                    wait_until(lambda: count(server, " reloaded ") == 2, "both have read it")
+            server.end()
+            self.assertEqual(server.lines.count("hashed"), 1)
 
     def test_a_fresh_worker_has_the_rules_in_force_whatever_is_in_the_file(self):
-        quick = "from socks5.process import supervisor\nsupervisor.RESTART_MOST_S = 0.1"
-        with tempfile.TemporaryDirectory() as folder, target() as echo, script(quick) as command:
-            path = os.path.join(folder, "rules")
+        rules = self.new_folder() / "rules"
+        rules.write_text("allow to any\n")
+        with target() as echo, script(QUICK) as command, \
+                self.crew("--rules", rules, count=2, script=command) as (server, _pids):
+            rules.write_text("no rule at all\n")
+            self.replace_all(server)
+            server.signal(signal.SIGHUP)
+            server.wait_line("not reloaded, users and rules stay as they were: .*rules:1: ")
+            self.replace_all(server)
+            self.check_serves(server.port, echo)
+            self.assertEqual(count(server, "not reloaded"), 1)
+            rules.write_text("deny to any\n")
+            server.signal(signal.SIGHUP)
+            wait_until(lambda: count(server, "INFO reloaded ") == 2, "both have them")
+            rules.write_text("no rule at all\n")
+            self.replace_all(server)
+            self.assertEqual(refusal(self, client.connect, ("127.0.0.1", server.port), echo), Rep.NOT_ALLOWED)
 
-            def write(text):
-                with open(path, "w", encoding="ascii") as file:
-                    file.write(text + "\n")
-
-            write("allow to any")
-            with self.crew("--rules", path, count=2, script=command) as (server, _pids):
-                write("no rule at all")
-                self.replace_all(server)
-                server.signal(signal.SIGHUP)
-                server.wait_line("not reloaded, users and rules stay as they were: .*rules:1: ")
-                self.replace_all(server)
-                with connect_through(server.port, *echo) as tunnel:
-                    self.assertTrue(echoes(tunnel))
-                self.assertEqual(sum("not reloaded" in line for line in server.log), 1)
-                write("deny to any")
-                server.signal(signal.SIGHUP)
-                wait_until(lambda: sum("INFO reloaded " in line for line in server.log) == 2, "both have them")
-                write("no rule at all")
-                self.replace_all(server)
-                with dial(server.port) as sock:
-                    negotiate(sock)
-                    self.assertEqual(ask(sock, Cmd.CONNECT, *echo).rep, Rep.NOT_ALLOWED)
-
-    def test_max_sessions_holds_over_all(self):
-        with target() as echo, self.crew("--max-sessions", "11") as (server, _pids), contextlib.ExitStack() as stack:
-            for _ in range(10):
-                stack.enter_context(connect_through(server.port, *echo))
-            for _ in range(6):
-                with dial(server.port) as more:
-                    self.assertEqual(heard(more, ANYBODY), b"")
-
-    def test_max_per_client_holds_over_all(self):
-        with target() as echo, self.crew("--max-per-client", "5") as (server, _pids), contextlib.ExitStack() as stack:
-            for _ in range(5):
-                stack.enter_context(connect_through(server.port, *echo))
-            for _ in range(6):
-                with dial(server.port) as more:
-                    self.assertEqual(heard(more, ANYBODY), b"")
-            with socket.create_connection(("127.0.0.1", server.port), PATIENCE_S, ("127.0.0.9", 0)) as other:
-                other.sendall(ANYBODY)
-                self.assertEqual(reader_of(other)(2), b"\x05\x00")
+    def test_limits_hold_over_all(self):
+        for option, most, taken in (("--max-sessions", "11", 10), ("--max-per-client", "5", 5)):
+            with self.subTest(option), target() as echo, self.crew(option, most) as (server, _pids), \
+                    contextlib.ExitStack() as stack:
+                for _ in range(taken):
+                    stack.enter_context(connect_through(server.port, *echo))
+                for _ in range(6):
+                    with dial(server.port) as more:
+                        self.assertEqual(heard(more, NO_LOGIN), b"")
+                greeted(server.port, source="127.0.0.9").close()
 
     def test_one_address_cannot_take_the_ports_of_all_until_a_worker_dies(self):
         low = free_ports(10, "0.0.0.0")
-        quick = "from socks5.process import supervisor\nsupervisor.RESTART_MOST_S = 0.1"
-        with script(quick) as command, self.crew("--bind-ports", "%d-%d" % (low, low + 9), "--udp-ports",
+        with script(QUICK) as command, self.crew("--bind-ports", "%d-%d" % (low, low + 9), "--udp-ports",
                                                  "%d-%d" % (low, low + 9), count=2, script=command) as (server, _pids):
             for turn in range(2):
                 with contextlib.ExitStack() as stack:
                     def asked(cmd, source="127.0.0.1"):
-                        sock = stack.enter_context(dial(server.port, source=source))
-                        negotiate(sock)
-                        return ask(sock, cmd, "127.0.0.1", 0).rep
+                        return ask(stack.enter_context(greeted(server.port, source=source)), cmd, "127.0.0.1", 0).rep
 
                     for cmd, share in ((Cmd.BIND, 9), (Cmd.UDP_ASSOCIATE, 4)):
                         with self.subTest(cmd.name, turn=turn):
@@ -222,11 +200,6 @@ passwords.derive = lambda *args: (print("hashed", flush=True), derive(*args))[-1
                 wait_until(lambda: not any(map(alive, pids)), "no worker left")
             with spawned("-w", "2", "-p", str(port)) as again:
                 self.assertEqual(again.port, port)
-
-    def test_reload_reaches_all(self):
-        with self.crew() as (server, _pids):
-            server.signal(signal.SIGHUP)
-            wait_until(lambda: sum("INFO reloaded " in line for line in server.log) == 3, "three lines")
 
 
 def links(pid):
@@ -273,7 +246,7 @@ class Storm:
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "no fork here, so no signals like these")
-class Signals(unittest.TestCase):
+class Signals(support.Case):
     """With one process and with several."""
 
     def test_a_storm_of_sighup_is_a_handful_of_reloads_and_sigterm_goes_first(self):
@@ -283,8 +256,7 @@ class Signals(unittest.TestCase):
                     begun = time.monotonic()
                     with Storm(server.process, signal.SIGHUP) as storm:
                         wait_until(lambda: storm.sent >= 1000, "a storm")
-                        with connect_through(server.port, *echo) as tunnel:
-                            self.assertTrue(echoes(tunnel))
+                        self.check_serves(server.port, echo)
                         self.assertEqual(server.end(signal.SIGTERM), 0)
                     most = 2 + (time.monotonic() - begun) / control.RELOAD_EVERY_S
                     self.assertLessEqual(count(server, "INFO reloaded "), most * processes)
@@ -349,28 +321,21 @@ threading.Thread.start = start"""
 
     def test_a_reload_that_failed_for_want_of_descriptors_succeeds_later(self):
         need(self, hasattr(resource, "prlimit"), "prlimit")
-        with tempfile.TemporaryDirectory() as folder, target() as echo:
-            path = os.path.join(folder, "rules")
+        rules = self.new_folder() / "rules"
+        with target() as echo:
             for processes in (1, 2):
-                self.write(path, "allow to any")
-                with self.subTest("-w %d" % processes), spawned("-w", processes, "--rules", path) as server:
+                rules.write_text("allow to any\n")
+                with self.subTest("-w %d" % processes), spawned("-w", processes, "--rules", rules) as server:
                     if processes > 1:
                         wait_until(lambda: len(children(server.process.pid)) == processes, "workers")
-                    self.write(path, "deny to any")
+                    rules.write_text("deny to any\n")
                     soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
                     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (3, hard))
                     server.signal(signal.SIGHUP)
                     server.wait_line("not reloaded yet, tried again every second: .*Too many open files")
                     resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
                     wait_until(lambda: count(server, "INFO reloaded ") == processes, "reloaded without another signal")
-                    with dial(server.port) as sock:
-                        negotiate(sock)
-                        self.assertEqual(ask(sock, Cmd.CONNECT, *echo).rep, Rep.NOT_ALLOWED)
-
-    def write(self, path, text):
-        with open(path, "w", encoding="ascii") as file:
-            file.write(text + "\n")
-        return path
+                    self.assertEqual(refusal(self, client.connect, ("127.0.0.1", server.port), echo), Rep.NOT_ALLOWED)
 
     def test_a_server_that_does_not_stop_does_not_keep_the_program(self):
         text = """
@@ -379,8 +344,7 @@ from socks5 import Server
 Server.drain = lambda *args: (print("draining", flush=True), threading.Event().wait())
 """
         with script(text) as path, spawned("-w", "1", script=path) as server:
-            with dial(server.port) as client:
-                negotiate(client)                       # it serves
+            greeted(server.port).close()                # it serves
             server.signal(signal.SIGTERM)
             server.wait_line("draining", server.lines)
             server.signal(signal.SIGINT)
@@ -397,14 +361,13 @@ Server.drain = lambda *args: (print("draining", flush=True), threading.Event().w
                 server.wait_line(error.__name__)
 
 
-class Slow(unittest.TestCase):
+class Slow(support.Case):
     """Workers that do not do as they are told."""
 
     crew, setUp = Processes.crew, lambda self: need(self, hasattr(os, "fork"), "fork")
 
     def test_a_stopped_worker_keeps_no_other_from_orders_and_is_killed_when_overdue(self):
-        with tempfile.TemporaryDirectory() as folder, self.crew(
-                "--users", large_users(folder), count=3) as (server, pids):
+        with self.crew("--users", large_users(self.new_folder()), count=3) as (server, pids):
             os.kill(pids[0], signal.SIGSTOP)
             try:
                 for number in (1, 2):
@@ -424,8 +387,7 @@ class Slow(unittest.TestCase):
             server.wait_line("worker_died pid=%d how=signal-9" % pids[0])
 
     def test_a_stopped_worker_has_the_latest_rules_when_it_goes_on(self):
-        with tempfile.TemporaryDirectory() as folder, self.crew(
-                "--users", large_users(folder), count=2) as (server, pids):
+        with self.crew("--users", large_users(self.new_folder()), count=2) as (server, pids):
             os.kill(pids[0], signal.SIGSTOP)
             try:
                 for number in (1, 2, 3):
@@ -477,8 +439,7 @@ os.fork = failing
 """
         with script(text) as path, self.crew(script=path, count=2) as (server, _pids), target() as echo:
             self.assertEqual(count(server, "no worker can be started, tried again in 0.1 s"), 3)
-            with connect_through(server.port, *echo) as tunnel:
-                self.assertTrue(echoes(tunnel))
+            self.check_serves(server.port, echo)
             self.assertEqual(server.end(signal.SIGTERM), 0)
 
     def test_a_worker_that_cannot_start_is_logged_and_replaced_and_sigterm_ends_it(self):
@@ -510,10 +471,8 @@ Server.serve_forever = lambda self: 1 // 0
 
 def large_users(folder):
     """The path of a users file that is more than a socket takes."""
-    line = users_line("x", b"x").partition(":")[2]
-    path = os.path.join(folder, "users")
-    with open(path, "w", encoding="ascii") as file:
-        file.writelines("user%d%s:%s\n" % (number, "x" * 200, line) for number in range(3000))
+    line, path = users_line("x", b"x").partition(":")[2], folder / "users"
+    path.write_text("".join("user%d%s:%s\n" % (number, "x" * 200, line) for number in range(3000)))
     return path
 
 
@@ -536,17 +495,6 @@ class Parts(unittest.TestCase):
                 self.assertAlmostEqual(supervisor.start_at[0] - now[0], expected)
                 self.assertEqual(supervisor.shared.row(0).live(), 0)
 
-    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
-    def test_a_start_that_fails_waits_before_the_next(self):
-        with mock.patch.object(workers, "monotonic", lambda: 1000.0), self.assertLogs("socks5", "ERROR"):
-            supervisor = workers.Supervisor(Config(), [], 2, read_access(Config()))
-            self.addCleanup(supervisor.close)
-            supervisor.start_at.update({0: 1000.0, 1: 1001.0})
-            with mock.patch.object(supervisor, "start", side_effect=OSError(11, "no more processes")) as start:
-                supervisor.work()
-            start.assert_called_once_with(0)
-            self.assertEqual(supervisor.start_at, {0: 1000.0 + workers.RESTART_MOST_S, 1: 1001.0})
-
     def test_how_it_died(self):
         self.assertEqual(workers.how_it_died(9), "signal-9")
         self.assertEqual(workers.how_it_died(1 << 8), "exit-1")
@@ -559,7 +507,3 @@ class Parts(unittest.TestCase):
                     self.assertEqual(workers.number(0), expected)
         with mock.patch.object(workers, "os", mock.Mock(spec=[])):
             self.assertEqual((workers.number(0), workers.number(7)), (1, 1), "where there is no fork")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -6,18 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import unittest
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 from socks5.config import ConfigError
 from socks5.net import listeners
 from socks5.process import identity, systemd
+from tests import support
 from tests.support import (
-    PATIENCE_S, SCRIPT, Spawned, children, connect_through, dial, need, need_program, negotiate, readme_block, run_cli,
-    spawned, target, wait_until,
-)
+    PATIENCE_S, Spawned, children, connect_through, dial, echoes, need, need_program, negotiate, readme_block,
+    run_cli, run_python, spawned, target, wait_until)
 
 # Opens a socket as systemd does, and becomes the program of its arguments.
 ACTIVATE = """
@@ -63,22 +62,19 @@ def listening_on(pid, port):
     return any("socket:[%s]" % inode in links for inode in inodes)
 
 
-class Case(unittest.TestCase):
+class Case(support.Case):
     def setUp(self):
-        self.stack = contextlib.ExitStack()
-        self.addCleanup(self.stack.close)
-        self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self.folder = self.new_folder()
 
     def works(self, server):
         with target() as echo, connect_through(server.port, *echo) as sock:
-            sock.sendall(b"hello")
-            self.assertEqual(sock.recv(5), b"hello")
+            self.assertTrue(echoes(sock))
 
 
 class Activation(Case):
     def activated(self, *args, kind=(socket.AF_INET, socket.SOCK_STREAM), how="listen"):
         server = Spawned(*args, prefix=(sys.executable, "-c", ACTIVATE, "%d,%d" % kind, how))
-        self.stack.callback(server.end, signal.SIGKILL)
+        self.addCleanup(server.end, signal.SIGKILL)
         return server
 
     def test_a_socket_that_is_passed_is_served(self):
@@ -116,7 +112,7 @@ class Activation(Case):
             os.kill(pid, signal.SIGTERM)
         manager.process.wait(PATIENCE_S)
 
-    def test_one_that_is_of_no_use(self):
+    def test_a_socket_of_no_use(self):
         need(self, os.name == "posix", "fork and exec")
         for kind, how in (((socket.AF_INET, socket.SOCK_STREAM), "no"), ((socket.AF_INET, socket.SOCK_DGRAM), "no"),
                           ((socket.AF_UNIX, socket.SOCK_STREAM), "no")):
@@ -154,7 +150,7 @@ class Notified(Case):
     def setUp(self):
         super().setUp()
         need(self, hasattr(socket, "AF_UNIX"), "AF_UNIX")
-        self.sock = self.stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        self.sock = self.enter(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         self.sock.settimeout(PATIENCE_S)
 
     def hear(self, but=b"WATCHDOG=1"):
@@ -197,23 +193,20 @@ class Notified(Case):
                     for _ in range(3):
                         self.assertEqual(self.hear(but=None), ["WATCHDOG=1"])
 
-    def test_nobody_listens(self):
+    def test_no_systemd_listens(self):
         for address in ("/no/such/socket", "relative", "@", ""):
             notifier = systemd.Notifier({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "x"})
             notifier.ready("serving")
             self.assertEqual(notifier.watchdog_s, 0)
             notifier.close()
-        self.assertEqual(systemd.Notifier({"WATCHDOG_USEC": "1000000"}).watchdog_s, 0)
 
-    def test_it_is_told_twice_as_often_as_systemd_asks_for(self):
-        notifier = systemd.Notifier({"NOTIFY_SOCKET": "@there", "WATCHDOG_USEC": "3000000"})
-        self.addCleanup(notifier.close)
-        self.assertEqual(notifier.watchdog_s, 1.5)
-
-    def test_the_watchdog_of_another_process(self):
-        notifier = systemd.Notifier({"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"})
-        self.addCleanup(notifier.close)
-        self.assertEqual(notifier.watchdog_s, 0)
+    def test_how_often_the_watchdog_is_told(self):
+        """Twice as often as systemd asks for; never, where it asks another process."""
+        there = {"NOTIFY_SOCKET": "@x", "WATCHDOG_USEC": "3000000"}
+        for seconds, environ in ((1.5, there), (0, {"WATCHDOG_USEC": "3000000"}), (0, {**there, "WATCHDOG_PID": "1"})):
+            notifier = systemd.Notifier(environ)
+            self.addCleanup(notifier.close)
+            self.assertEqual(notifier.watchdog_s, seconds)
 
 
 class RunAs(Case):
@@ -265,25 +258,17 @@ class RunAs(Case):
                             ("root", "must not be root's"), ("daemon:root", "must not be root's"),
                             ("4000000000", "there is no user"), ("9" * 30, "there is no user")):
             with self.subTest(text):
-                status, out, err = run_cli("-p", "0", "--run-as", text)
-                self.assertEqual((status, out, err.count("\n")), (2, "", 1), err)
-                self.assertIn("--run-as %s: " % text, err)
-                self.assertIn(words, err)
+                self.check_refused(run_cli("-p", "0", "--run-as", text), "--run-as %s: " % text, words)
 
     def test_only_root_may(self):
         self.need_root()
-        probe = "import sys; sys.path.insert(0, %r)\nfrom socks5.process import identity\nimport os\n" \
-            "identity.become(identity.look_up('65534:65534'))\ntry:\n    identity.look_up('65534')\n" \
-            "except identity.ConfigError as exc:\n    print(exc)\n" % str(SCRIPT.parent)
-        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=PATIENCE_S)
-        self.assertIn("--run-as 65534: only root may become another user", done.stdout + done.stderr)
+        probe = "from socks5.process import identity\nidentity.become(identity.look_up('65534:65534'))\n" \
+            "identity.look_up('65534')"
+        self.assertIn("--run-as 65534: only root may become another user", run_python("-c", probe)[2])
 
     def test_where_there_are_no_users(self):
-        found, identity.pwd = identity.pwd, None
-        try:
-            self.assertRaises(ConfigError, identity.look_up, "daemon")
-        finally:
-            identity.pwd = found
+        self.enter(mock.patch.object(identity, "pwd", None))
+        self.assertRaises(ConfigError, identity.look_up, "daemon")
 
 
 class Units(Case):
@@ -315,7 +300,3 @@ class Units(Case):
             found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
             self.assertTrue(found, done.stdout + done.stderr)
             self.assertLess(float(found.group(1)), 2.0, done.stdout)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,18 +1,18 @@
 """throttle.py: which password is looked at and when, by a clock of our own and without threads."""
 import random
-import unittest
 from unittest import mock
 
 from socks5.access import throttle
 from socks5.access.shared import Lock
 from socks5.access.throttle import Attempt, Throttle
+from tests import support
 
 HERE, THERE = "192.0.2.1", "192.0.2.2"
 SECRET = bytes(32)
 HOUR, DAY = 3600, 86400
 
 
-class Case(unittest.TestCase):
+class Case(support.Case):
     def setUp(self):
         self.now = 1000.0
         self.throttle = Throttle(Lock(), lambda: self.now)
@@ -197,7 +197,7 @@ class LettingIn(Case):
         return True
 
     def test_guessing_at_one_user_does_not_delay_another(self):
-        """Who logged in today is let in at once."""
+        """A user who logged in today is let in at once."""
         for user in (b"al", b"bob"):
             self.look(b"right", user, right=True)
         for number in range(HOUR // 4):
@@ -288,10 +288,6 @@ class Bounds(Case):
         self.assertFalse(self.throttle.is_news(again))
         self.assertTrue(self.look(b"right", b"al", right=True))
 
-    def enter(self, context):
-        context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-
     def test_one_that_has_left_without_a_word_is_waited_for_half_a_second(self):
         """Its process was killed, say."""
         while self.look():
@@ -317,7 +313,3 @@ class Names(Case):
             self.throttle.ask(elsewhere)
             flood = [self.attempt(b"w%d" % number, origin=HERE + "0") for number in range(20)]
             self.assertLess(self.seconds_until_looked_at(elsewhere, flood), 1.0)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,30 +1,27 @@
 """protocol/trace.py and server/tracing.py: the trace shows what passed, no password, and costs no session anything."""
 import contextlib
 import io
-import logging
 import os
 import re
 import select
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import unittest
-from unittest import mock
 from pathlib import Path
+from unittest import mock
 
 from socks5 import client
 from socks5.config import ConfigError
-
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.trace import DOWN, UP, Story, Trace
 from socks5.protocol.fields import BytesReader
 from socks5.server import tracing
 from socks5.protocol.facts import Facts
 from socks5.protocol.messages import LAYOUTS, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection
-from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, need, read_to_end, run_cli, running, spawned,
-                           target, wait_until)
+from tests import support
+from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, in_threads, need, read_to_end, run_cli,
+                           running, spawned, target, udp_socket, wait_until)
 
 ALICE = ("alice", "correct horse")
 ROW = re.compile(r"(?m)^#\d+   ([0-9a-f*]{2}(?: [0-9a-f*]{2})*) *?(?:  ([A-Z.]+) .*)?$")
@@ -190,21 +187,15 @@ class Colour(unittest.TestCase):
             import pty
         need(self, pty, "a pseudo-terminal")
         master, slave = pty.openpty()
-        env = {name: text for name, text in os.environ.items() if name != "NO_COLOR"}
-        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", "--trace"], stderr=slave,
-                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=dict(env, TERM="xterm"))
-        os.close(slave)
         seen = b""
-        try:
-            port = int(process.stdout.readline().rpartition(b":")[2])
-            with target() as destination, client.connect(("127.0.0.1", port), destination):
-                pass
-            while b"the end" not in seen:
-                seen += os.read(master, 4096)
-        finally:
-            process.terminate()
-            process.communicate(timeout=PATIENCE_S)
-            os.close(master)
+        with mock.patch.dict(os.environ, TERM="xterm"):
+            os.environ.pop("NO_COLOR", None)
+            with spawned("--trace", stderr=slave) as server, target() as destination:
+                os.close(slave)
+                client.connect(("127.0.0.1", server.port), destination).close()
+                while b"the end" not in seen:
+                    seen += os.read(master, 4096)
+        os.close(master)
         self.assertIn(b"\033[1m", seen)
 
 
@@ -227,9 +218,7 @@ def bind_and_be_called(proxy):
 
 
 def ask_by_datagram(proxy):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server, client.associate(proxy) as udp:
-        server.bind(("127.0.0.1", 0))
-        server.settimeout(PATIENCE_S)
+    with udp_socket() as server, client.associate(proxy) as udp:
         udp.settimeout(PATIENCE_S)
         udp.sendto(b"question", server.getsockname())
         _, sender = server.recvfrom(100)
@@ -242,7 +231,7 @@ def log_in_wrongly(proxy):
         client.connect(proxy, ("127.0.0.1", 80), ("alice", "a guess")).close()
 
 
-def nobody_listens(proxy):
+def connect_to_a_closed_port(proxy):
     with contextlib.suppress(client.ProxyError):
         client.connect(proxy, ("127.0.0.1", closed_port())).close()
 
@@ -253,19 +242,18 @@ SCENES = {
     "bind": (bind_and_be_called, {}),
     "udp": (ask_by_datagram, {}),
     "refused login": (log_in_wrongly, {"user": (ALICE,)}),
-    "refused request": (nobody_listens, {}),
+    "refused request": (connect_to_a_closed_port, {}),
 }
 
 
 def perform(name):
     """The trace of one scene, as the program prints it today."""
     act, options = SCENES[name]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace")
-        with running(trace=str(path), **options) as server:
+    with tempfile.NamedTemporaryFile() as file:
+        with running(trace=file.name, **options) as server:
             act(server.server_address[:2])
-            wait_until(lambda: "the end after" in path.read_text(encoding="ascii"), "the end in %s" % path)
-        return path.read_text(encoding="ascii")
+            wait_until(lambda: b"the end after" in Path(file.name).read_bytes(), "the end")
+        return file.read().decode("ascii")
 
 
 def in_readme(text):
@@ -295,29 +283,21 @@ def lasting(text):
     return re.sub(r"(?m)^#\d+ ", "#1 ", text).replace("  ", " ")
 
 
-class Scenes(unittest.TestCase):
+class Scenes(support.Case):
+    """README.rst has both replies of BIND, the headers of both ways of UDP, and a login whose password is not shown."""
+
     maxDiff = None
 
-    def setUp(self):
-        log, quiet = logging.getLogger("socks5"), logging.NullHandler()     # or warnings go to stderr
-        log.addHandler(quiet)
-        self.addCleanup(log.removeHandler, quiet)
-
     def test_what_readme_teaches_is_what_happens(self):
-        path = ROOT / "README.rst"
-        need(self, path.exists(), "README.rst")
-        taught = in_readme(path.read_text(encoding="utf-8"))
-        if not taught:
-            self.skipTest("README.rst has no traces yet")
+        taught = in_readme((ROOT / "README.rst").read_text(encoding="utf-8"))
         self.assertEqual(set(taught), set(SCENES))
         for name, shown in taught.items():
             with self.subTest(name):
                 self.assertEqual(lasting(shown).rstrip("\n"), lasting(perform(name)).rstrip("\n"))
-
-    def test_this_finder_of_traces_finds_them(self):
-        text = "x\n\n.. trace: connect\n\n.. code-block:: text\n\n   #1 a\n   #1   b\n\nMore.\n"
-        text += "\n.. trace: bind\n\n::\n\n  c\n"
-        self.assertEqual(in_readme(text), {"connect": "#1 a\n#1   b\n", "bind": "c\n"})
+        for name, words in (("bind", "proxy -> client  Second reply"), ("udp", "DATA: 10 bytes, to 127.0.0.1 port"),
+                            ("refused login", "why: 'wrong user name or password'")):
+            self.assertIn(words, taught[name])
+        self.assertNotIn(b"a guess".hex(" "), taught["refused login"])
 
     def test_this_comparison_sees_what_matters(self):
         one = perform("connect")
@@ -329,55 +309,30 @@ class Scenes(unittest.TestCase):
                 self.assertNotEqual(changed, one)
                 self.assertNotEqual(lasting(changed), lasting(one))
 
-    def test_bind_has_both_replies_and_where_to_call(self):
-        shown = perform("bind")
-        self.assertEqual(shown.count("proxy -> client  Reply"), 1)
-        self.assertEqual(shown.count("proxy -> client  Second reply"), 1)
-        self.assertIn("that is: the peer has connected", shown)
-        self.assertRegex(shown, r"the end after .* 0 bytes up .*, 23 bytes down .*; ended by: remote")
-
-    def test_udp_has_the_headers_of_both_ways(self):
-        shown = perform("udp")
-        self.assertRegex(shown, r"client -> proxy  Datagram(?:.*\n)*?.*DATA: 8 bytes, from 127\.0\.0\.1 port \d+\n")
-        self.assertRegex(shown, r"proxy -> client  Datagram(?:.*\n)*?.*DATA: 10 bytes, to 127\.0\.0\.1 port \d+\n")
-        self.assertRegex(shown, r"the end after .* 8 bytes up .*, 10 bytes down .*; ended by: client")
-
-    def test_no_password_of_a_refused_login(self):
-        shown = perform("refused login")
-        self.assertNotIn(b"a guess".hex(" "), shown)
-        self.assertIn("failure, the connection closes", shown)
-        self.assertIn("why: 'wrong user name or password'", shown)
-
     def test_a_run_of_datagrams_that_leave_in_one_call(self):
-        shown = ["%d" % number for number in range(20)]
-        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-            path = Path(folder, "trace")
-            server.bind(("127.0.0.1", 0))
-            server.settimeout(PATIENCE_S)
-            with running(trace=str(path)) as proxy, client.associate(proxy.server_address[:2]) as udp:
-                udp.settimeout(PATIENCE_S)
-                udp.sendto(b"hello", server.getsockname(), fragments=2)
-                sender = server.recvfrom(100)[1]
-                for text in shown:
-                    server.sendto(b"%05d" % int(text), sender)
-                got = [udp.recvfrom()[0] for _ in shown]
-            text = path.read_text(encoding="ascii")
-        self.assertEqual(got, [b"%05d" % int(text) for text in shown])
+        path, sent = self.new_folder() / "trace", [b"%05d" % number for number in range(20)]
+        with running(trace=str(path)) as proxy, client.associate(proxy.server_address) as udp, udp_socket() as server:
+            udp.settimeout(PATIENCE_S)
+            udp.sendto(b"hello", server.getsockname(), fragments=2)
+            sender = server.recvfrom(100)[1]
+            for data in sent:
+                server.sendto(data, sender)
+            self.assertEqual([udp.recvfrom()[0] for _ in sent], sent)
+        text = path.read_text(encoding="ascii")
         self.assertEqual(text.count("proxy -> client  Datagram"), 20)
         self.assertIn("fragment 1\n", text)
         self.assertIn("fragment 2, the last of its sequence", text)
 
     def test_other_protocols(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "trace")
-            with running(trace=str(path)) as server:
-                with dial(server.server_address) as sock:
-                    sock.sendall(b"GET / HTTP/1.1\r\nProxy-Authorization: Basic c2VjcmV0\r\n\r\n")
-                    sock.shutdown(socket.SHUT_WR)
-                    self.assertTrue(read_to_end(sock).startswith(b"HTTP/1.0 400"))
-                wait_until(lambda: "the end" in path.read_text())
-            self.assertIn("this is not SOCKS5", path.read_text())
-            self.assertNotIn("c2VjcmV0", path.read_text())
+        path = self.new_folder() / "trace"
+        with running(trace=str(path)) as server:
+            with dial(server.server_address) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\nProxy-Authorization: Basic c2VjcmV0\r\n\r\n")
+                sock.shutdown(socket.SHUT_WR)
+                self.assertTrue(read_to_end(sock).startswith(b"HTTP/1.0 400"))
+            wait_until(lambda: "the end" in path.read_text())
+        self.assertIn("this is not SOCKS5", path.read_text())
+        self.assertNotIn("c2VjcmV0", path.read_text())
 
     def test_off_nothing_is_there(self):
         with running() as server, target() as destination:
@@ -385,7 +340,7 @@ class Scenes(unittest.TestCase):
             client.connect(server.server_address[:2], destination).close()
 
 
-class Places(unittest.TestCase):
+class Places(support.Case):
     """Where it is written to, and that no session suffers from what happens there."""
 
     def session(self, port):
@@ -401,27 +356,19 @@ class Places(unittest.TestCase):
             self.assertNotIn("\033", "".join(server.log))
 
     def test_a_file_is_appended_to_and_private(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "trace")
-            for sessions in (1, 2):
-                with spawned("--trace=%s" % path) as server:
-                    self.session(server.port)
-                    wait_until(lambda: path.read_text().count("the end after") == sessions)
-                    self.assertFalse([line for line in server.log if line.startswith("#")])
-            if os.name == "posix":
-                self.assertEqual(path.stat().st_mode & 0o077, 0)
-
-    def test_in_the_ini_file(self):
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "ini").write_text("[socks5]\ntrace = %s/trace\n" % folder)
-            with spawned("--config", folder + "/ini") as server:
+        folder = self.new_folder()
+        path, ini = folder / "trace", folder / "ini"
+        ini.write_text("[socks5]\ntrace = %s\n" % path)
+        for sessions, args in ((1, ["--trace=%s" % path]), (2, ["--config", ini])):
+            with spawned(*args) as server:
                 self.session(server.port)
-                wait_until(lambda: "the end after" in Path(folder, "trace").read_text())
+                wait_until(lambda: path.read_text().count("the end after") == sessions)
+                self.assertFalse([line for line in server.log if line.startswith("#")])
+        if os.name == "posix":
+            self.assertEqual(path.stat().st_mode & 0o077, 0)
 
     def test_a_file_that_cannot_be(self):
-        status, out, err = run_cli("-p", "0", "--trace=/no/such/folder/trace")
-        self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
-        self.assertIn("--trace /no/such/folder/trace: ", err)
+        self.check_refused(run_cli("-p", "0", "--trace=/no/such/folder/trace"), "--trace /no/such/folder/trace: ")
 
     def test_the_file_is_closed_with_the_server_and_has_everything(self):
         opened = []
@@ -430,14 +377,13 @@ class Places(unittest.TestCase):
             opened.append(real(path))
             return opened[0]
 
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(tracing, "open_file", open_file):
-            path = Path(folder, "trace")
-            with running(trace=str(path)) as server:
-                for number in range(500):
-                    server.trace.begin(number, "client %d" % number)
-            wait_until(lambda: not is_open(opened[0]))      # the server waits for it a second at the most
-            lines = path.read_text().splitlines()
-        self.assertEqual(lines, ["#%d client %d has connected" % (number, number) for number in range(500)])
+        path = self.new_folder() / "trace"
+        with mock.patch.object(tracing, "open_file", open_file), running(trace=str(path)) as server:
+            for number in range(500):
+                server.trace.begin(number, "client %d" % number)
+        wait_until(lambda: not is_open(opened[0]))          # the server waits for it a second at the most
+        self.assertEqual(path.read_text().splitlines(),
+                         ["#%d client %d has connected" % (number, number) for number in range(500)])
 
     def test_blocks_that_find_no_room_are_counted(self):
         may, written = threading.Event(), []
@@ -467,8 +413,8 @@ class Places(unittest.TestCase):
     @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
     def test_a_fifo_without_a_reader_and_one_that_comes_later(self):
         for workers in (1, 2):
-            with self.subTest(workers=workers), tempfile.TemporaryDirectory() as folder:
-                fifo = Path(folder, "fifo")
+            with self.subTest(workers=workers):
+                fifo = self.new_folder() / "fifo"
                 os.mkfifo(str(fifo), 0o600)
                 with spawned("--trace=%s" % fifo, "-w", workers) as server:
                     self.session(server.port)
@@ -477,58 +423,42 @@ class Places(unittest.TestCase):
 
     @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
     def test_the_reader_of_a_fifo_reads_no_end_at_the_start(self):
-        with tempfile.TemporaryDirectory() as folder:
-            fifo = Path(folder, "fifo")
-            os.mkfifo(str(fifo), 0o600)
-            reader = os.open(str(fifo), os.O_RDONLY | os.O_NONBLOCK)
-            self.addCleanup(os.close, reader)
+        fifo = self.new_folder() / "fifo"
+        os.mkfifo(str(fifo), 0o600)
+        reader = os.open(str(fifo), os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        tracing.check(str(fifo))
+        self.assertEqual(select.select([reader], [], [], 0)[0], [], "an end would be readable")
+        with mock.patch.object(os, "access", lambda *_: False), \
+                self.assertRaisesRegex(ConfigError, "^--trace .*/fifo: Permission denied$"):
             tracing.check(str(fifo))
-            self.assertEqual(select.select([reader], [], [], 0)[0], [], "an end would be readable")
-            with mock.patch.object(os, "access", lambda *_: False), \
-                    self.assertRaisesRegex(ConfigError, "^--trace .*/fifo: Permission denied$"):
-                tracing.check(str(fifo))
 
     def test_standard_error_closed_from_the_start(self):
         need(self, os.path.exists("/bin/sh"), "/bin/sh")
-        with spawned("--trace", prefix=("/bin/sh", "-c", 'exec "$0" "$@" 2>&-')) as server:
+        with spawned("--trace", "-v", prefix=("/bin/sh", "-c", 'exec "$0" "$@" 2>&-')) as server:
             for _ in range(2):
                 self.session(server.port)
 
     def test_standard_error_whose_reader_has_left(self):
         reading, writing = os.pipe()
-        process = subprocess.Popen([sys.executable, str(ROOT / "socks5_server.py"), "-p", "0", "--trace"],
-                                   stderr=writing, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        os.close(writing)
-        try:
-            port = int(process.stdout.readline().rpartition(b":")[2])
+        with spawned("--trace", stderr=writing) as server:
+            os.close(writing)
             os.close(reading)
             for _ in range(2):
-                self.session(port)
-        finally:
-            process.terminate()
-            process.communicate(timeout=PATIENCE_S)
+                self.session(server.port)
 
     def test_sessions_interleave_but_their_messages_do_not(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "trace")
-            with running(trace=str(path)) as server, target() as destination:
-                def one():
-                    for _ in range(5):
-                        client.connect(server.server_address[:2], destination).close()
+        path = self.new_folder() / "trace"
+        with running(trace=str(path)) as server, target() as destination:
+            def one():
+                for _ in range(5):
+                    client.connect(server.server_address[:2], destination).close()
 
-                threads = [threading.Thread(target=one) for _ in range(8)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join(PATIENCE_S)
-                wait_until(lambda: path.read_text().count("the end after") == 40)
-            text = path.read_text()
+            in_threads(8, one)
+            wait_until(lambda: path.read_text().count("the end after") == 40)
+        text = path.read_text()
         blocks = re.findall(r"(?m)^#(\d+) (?:client|proxy) ->.*\n((?:#\d+   .*\n)+)", text)
         self.assertEqual(len(blocks), 40 * 4)
         for number, lines in blocks:
             self.assertEqual({line.split()[0] for line in lines.splitlines()}, {"#" + number})
         self.assertEqual(len({number for number, _ in blocks}), 40)
-
-
-if __name__ == "__main__":
-    unittest.main()

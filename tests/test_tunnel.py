@@ -347,7 +347,7 @@ class TunnelTest(unittest.TestCase):
         self.assertTrue(self.client.reset_on_close and self.remote.reset_on_close)
         self.assertEqual(Tunnel(self.client, self.remote).deadline(), float("inf"))
 
-    def test_events_without_bytes_keep_nobody_alive(self):
+    def test_events_without_bytes_do_not_count_as_activity(self):
         for events in (READ, URGENT, WRITE, READ | WRITE):
             self.tunnel.handle(REMOTE, events, 50.0)
         self.assertEqual(self.tunnel.moved_at, 0)
@@ -399,7 +399,3 @@ class TunnelTest(unittest.TestCase):
         self.remote.take(KERNEL)
         self.tunnel.handle(REMOTE, WRITE, 3.0)
         self.assertEqual((splice.parked, up.total, up.chunk), (0, KERNEL, b""))
-
-
-if __name__ == "__main__":
-    unittest.main()

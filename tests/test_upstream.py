@@ -2,11 +2,8 @@
 import contextlib
 import socket
 import subprocess
-import tempfile
 import threading
-import unittest
 from ipaddress import ip_address
-from pathlib import Path
 from unittest import mock
 
 from socks5 import client
@@ -19,8 +16,9 @@ from socks5.values import upstream
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProxyError
 
+from . import support
 from .support import (
-    PATIENCE_S, closed_port, dial, logging_of, negotiate, need_program, read_to_end, reset, run_cli, running, target,
+    PATIENCE_S, closed_port, greeted, logging_of, need_program, read_to_end, refusal, reset, run_cli, running, target,
     wait_until)
 from .test_client import FREE, OK, script
 from .test_udp import associated, exchange, remote, udp_socket
@@ -31,24 +29,17 @@ def url(proxy, user="", name=""):
     return upstream("%ssocks5://%s%s:%d" % (name and name + "=", user and user + "@", host, port))
 
 
-def refusal(test, call, *args, **kwargs):
-    """The REP with which the proxy refuses."""
-    with test.assertRaises(ProxyError) as caught:
-        call(*args, **kwargs).close()
-    return caught.exception.rep
-
-
-class Case(unittest.TestCase):
-    def setUp(self):
-        stack = contextlib.ExitStack()
-        self.addCleanup(stack.close)
-        self.enter = stack.enter_context
-
+class Case(support.Case):
     def chained(self, *upstreams, **options):
         return self.enter(running(upstream=upstreams, **options))
 
+    def pair(self, **options):
+        """A server, and one whose upstream it is."""
+        other = self.enter(running())
+        return other, self.chained(url(other), **options)
+
     def rules(self, *lines):
-        path = Path(self.enter(tempfile.TemporaryDirectory()), "rules")
+        path = self.new_folder() / "rules"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return str(path)
 
@@ -77,8 +68,8 @@ class OurOwn(Case):
     """Through our own server."""
 
     def test_connect(self):
-        with running() as other, target() as there, logging_of(self) as logs:
-            server = self.chained(url(other))
+        other, server = self.pair()
+        with target() as there, logging_of(self) as logs:
             for host in ("127.0.0.1", "localhost"):
                 with self.subTest(host):
                     self.tunnel(server, (host, there[1]))
@@ -88,27 +79,24 @@ class OurOwn(Case):
         self.assertEqual(len([line for line in logs.output if "dst='localhost'" in line]), 2, "the name went there")
 
     def test_the_connection_to_it_has_the_options_of_every_connection(self):
-        with running() as other, target() as there:
-            server = self.chained(url(other))
-            with client.connect(server.server_address[:2], there):
-                session, = server.sessions
-                wait_until(lambda: session.tunnel, "the tunnel stands")
-                for level, option in OPTIONS:
-                    self.assertTrue(session.tunnel.remote.getsockopt(level, option), (level, option))
+        other, server = self.pair()
+        with target() as there, client.connect(server.server_address[:2], there):
+            session, = server.sessions
+            wait_until(lambda: session.tunnel, "the tunnel stands")
+            for level, option in OPTIONS:
+                self.assertTrue(session.tunnel.remote.getsockopt(level, option), (level, option))
 
     def test_early_data(self):
-        with running() as other, target() as there:
-            server = self.chained(url(other))
-            with dial(server.server_address) as sock:
-                negotiate(sock)
-                sock.sendall(bytes.fromhex("05010001") + socket.inet_aton(there[0]) + there[1].to_bytes(2, "big")
-                             + b"early")
-                sock.shutdown(socket.SHUT_WR)
-                self.assertEqual(read_to_end(sock)[10:], b"early")
+        other, server = self.pair()
+        with target() as there, greeted(server.server_address) as sock:
+            sock.sendall(bytes.fromhex("05010001") + socket.inet_aton(there[0]) + there[1].to_bytes(2, "big")
+                         + b"early")
+            sock.shutdown(socket.SHUT_WR)
+            self.assertEqual(read_to_end(sock)[10:], b"early")
 
     def test_names_are_not_looked_up_here(self):
-        with running() as other, target() as there:
-            server = self.chained(url(other))
+        other, server = self.pair()
+        with target() as there:
             with mock.patch.object(server.names, "resolve", side_effect=lambda host, *_: [host]) as resolve:
                 self.tunnel(server, ("localhost", there[1]))
             self.assertEqual([call[0][0] for call in resolve.call_args_list], [ip_address("127.0.0.1")])
@@ -137,23 +125,20 @@ class OurOwn(Case):
 
     def test_bind_for_any_peer_is_judged_here(self):
         rules = self.rules("allow to 0.0.0.0 command bind", "deny to 127.0.0.0/8 command bind", "allow")
-        with running() as other:
-            server = self.chained(url(other), rules=rules)
-            with client.bind(server.server_address[:2]) as waiting:
-                with socket.create_connection(waiting.bnd, PATIENCE_S):
-                    self.assertEqual(refusal(self, waiting.accept, PATIENCE_S), Rep.NOT_ALLOWED)
+        other, server = self.pair(rules=rules)
+        with client.bind(server.server_address[:2]) as waiting, socket.create_connection(waiting.bnd, PATIENCE_S):
+            self.assertEqual(refusal(self, waiting.accept, PATIENCE_S), Rep.NOT_ALLOWED)
 
     def test_bind_ends_when_the_client_leaves_or_none_comes(self):
-        with running() as other:
-            server = self.chained(url(other), bind_timeout=0.2)
-            with client.bind(server.server_address[:2]) as waiting:
-                self.assertEqual(refusal(self, waiting.accept, PATIENCE_S), Rep.TTL_EXPIRED)
-            client.bind(server.server_address[:2]).close()
-            wait_until(lambda: not len(other.sessions) and not len(server.sessions))
+        other, server = self.pair(bind_timeout=0.2)
+        with client.bind(server.server_address[:2]) as waiting:
+            self.assertEqual(refusal(self, waiting.accept, PATIENCE_S), Rep.TTL_EXPIRED)
+        client.bind(server.server_address[:2]).close()
+        wait_until(lambda: not len(other.sessions) and not len(server.sessions))
 
     def test_udp(self):
-        with running() as other, remote() as there:
-            server = self.chained(url(other))
+        other, server = self.pair()
+        with remote() as there:
             with associated(server) as udp:
                 for host in ("127.0.0.1", "localhost"):
                     for size in (0, 1, 1000, 1000, 60000):
@@ -170,21 +155,20 @@ class OurOwn(Case):
             wait_until(lambda: not len(other.sessions))
 
     def test_udp_idle_time(self):
-        with running() as other:
-            server = self.chained(url(other), udp_idle_timeout=0.2)
-            with associated(server) as udp, self.assertRaisesRegex(ProxyError, "ended the association"):
-                udp.recvfrom()
+        other, server = self.pair(udp_idle_timeout=0.2)
+        with associated(server) as udp, self.assertRaisesRegex(ProxyError, "ended the association"):
+            udp.recvfrom()
 
     def test_udp_ends_with_the_upstreams(self):
         with running(udp_idle_timeout=0.2) as other, logging_of(self) as logs:
             server = self.chained(url(other))
             with associated(server) as udp, self.assertRaisesRegex(ProxyError, "ended the association"):
                 udp.recvfrom()
-            wait_until(lambda: any("ended=remote why='upstream upstream" in line for line in logs.output))
+            logs.wait("ended=remote why='upstream upstream")
 
     def test_udp_from_elsewhere_than_the_relay_is_dropped(self):
-        with running() as other, udp_socket() as stranger, udp_socket() as there, logging_of(self) as logs:
-            server = self.chained(url(other))
+        other, server = self.pair()
+        with udp_socket() as stranger, udp_socket() as there, logging_of(self) as logs:
             with associated(server) as udp:
                 udp.sendto(b"?", there.getsockname())
                 there.recv(10)
@@ -193,17 +177,16 @@ class OurOwn(Case):
                 stranger.sendto(bytes.fromhex("00000001 7f000001 0009") + b"forged",
                                 ("127.0.0.1", link.sock.getsockname()[1]))
                 wait_until(lambda: session.association.dropped["not the upstream"])
-            wait_until(lambda: any("1 not the upstream" in line for line in logs.output))
+            logs.wait("1 not the upstream")
 
 
 class Failures(Case):
     def test_its_REP_is_passed_on(self):
-        with running() as other:
-            server = self.chained(url(other))
-            self.assertEqual(refusal(self, client.connect, server.server_address, ("127.0.0.1", closed_port())),
-                             Rep.CONNECTION_REFUSED)
-            self.assertEqual(refusal(self, client.connect, server.server_address, ("name.invalid", 80)),
-                             Rep.HOST_UNREACHABLE)
+        other, server = self.pair()
+        self.assertEqual(refusal(self, client.connect, server.server_address, ("127.0.0.1", closed_port())),
+                         Rep.CONNECTION_REFUSED)
+        self.assertEqual(refusal(self, client.connect, server.server_address, ("name.invalid", 80)),
+                         Rep.HOST_UNREACHABLE)
         for number in range(1, 10):
             for call in (lambda proxy: client.connect(proxy, ("192.0.2.1", 80)), client.bind, client.associate):
                 answer = bytes([5, number]) + OK[2:]
@@ -227,14 +210,14 @@ class Failures(Case):
                     with self.subTest(name), logging_of(self) as logs:
                         server = self.chained(proxy, **options)
                         self.assertEqual(refusal(self, call, server.server_address), Rep.GENERAL_FAILURE)
-                        wait_until(lambda: any("upstream upstream (" in line and words in line for line in logs.output))
+                        logs.wait(r"upstream upstream \(.*" + words)
 
     def test_it_is_this_server_itself(self):
         with running(upstream=(upstream("socks5://127.0.0.1:1"),)) as server, logging_of(self) as logs:
             object.__setattr__(server.config, "upstream", (url(server),))
             server.reload()
             self.assertEqual(refusal(self, client.connect, server.server_address, ("192.0.2.1", 80)), 1)
-            wait_until(lambda: any("that is this server itself" in line for line in logs.output))
+            logs.wait("that is this server itself")
 
     def test_it_is_this_server_itself_by_its_options(self):
         """Then it does not start; another program's port is accepted."""
@@ -263,8 +246,7 @@ class Failures(Case):
         left = threading.Event()
         with target(wait) as silent:
             server = self.chained(url(silent), connect_timeout=600)
-            with dial(server.server_address) as sock:
-                negotiate(sock)
+            with greeted(server.server_address) as sock:
                 sock.sendall(bytes.fromhex("05010001 c0000201 0050"))
                 came.wait(PATIENCE_S)
                 reset(sock)
@@ -316,15 +298,15 @@ class Ways(Case):
         self.assertEqual(len([line for line in lines if "dst=%s:%d" % there in line]), 1)
 
     def test_a_name_that_a_rule_denies_goes_to_no_upstream(self):
-        with running() as other, target() as there:
-            server = self.chained(url(other), rules=self.rules("deny to localhost", "allow"))
+        other, server = self.pair(rules=self.rules("deny to localhost", "allow"))
+        with target() as there:
             self.assertEqual(refusal(self, client.connect, server.server_address, ("localhost", there[1])),
                              Rep.NOT_ALLOWED)
             self.tunnel(server, there)
 
     def test_a_rule_needs_the_address(self):
-        with running() as other, target() as there, logging_of(self) as logs:
-            server = self.chained(url(other), rules=self.rules("deny to 10.0.0.0/8", "allow to any"))
+        other, server = self.pair(rules=self.rules("deny to 10.0.0.0/8", "allow to any"))
+        with target() as there, logging_of(self) as logs:
             self.tunnel(server, ("localhost", there[1]))
             wait_until(lambda: len([line for line in logs.output if "session " in line]) == 2)
         self.assertEqual(len([line for line in logs.output if "dst=127.0.0.1:" in line]), 1)
@@ -336,8 +318,7 @@ class Ways(Case):
             with associated(server) as udp:
                 udp.sendto(b"nowhere", ("127.0.0.2", 9))
                 exchange(self, udp, there)
-            wait_until(lambda: any("1 for upstream of, which relays none" in line and "answered X'07'" in line
-                                   for line in logs.output))
+            logs.wait("1 for upstream of, which relays none.*answered X'07'")
 
     def test_check(self):
         config = Config(upstream=(upstream("socks5://al:s3cret@192.0.2.1:1"), upstream("of=socks5://h:2")))
@@ -376,7 +357,7 @@ class Programs(Case):
 
     def test_dante(self):
         danted, port = need_program(self, "danted"), closed_port()
-        folder = Path(self.enter(tempfile.TemporaryDirectory()))
+        folder = self.new_folder()
         (folder / "conf").write_text("""
             logoutput: /dev/null
             internal: 127.0.0.1 port = %d
@@ -396,7 +377,3 @@ class Programs(Case):
             self.peer_comes(server)
             with associated(server) as udp:
                 exchange(self, udp, udp_there)
-
-
-if __name__ == "__main__":
-    unittest.main()

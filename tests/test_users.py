@@ -1,57 +1,26 @@
 """users.py and logins.py: which METHOD is chosen, and which logins are let in."""
 import contextlib
-import logging
 import os
 import re
 import socket
-import tempfile
 import threading
 import unittest
 from ipaddress import ip_address
-from pathlib import Path
 from time import monotonic
 from unittest import mock
 
 from socks5.access import passwords, throttle
 from socks5.access.logins import Logins, Verdict, origin_of
 from socks5.access.passwords import Hash, Wait
-from socks5.access.users import Users, choose
+from socks5.access.users import Users
 from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.config import Config, ConfigError
 from socks5.values import credentials
 from socks5.net.addresses import subscriber
 from socks5.protocol.messages import Greeting, Login, LoginStatus, Reply, Request, Selection
+from tests import support
 from tests.support import (PATIENCE_S, address, connect_through, dial, logging_of, read_to_end, reader_of,
-                           readme_block, reset, run_cli, running, spawned, target, wait_until)
-
-ANYBODY = (Method.NO_AUTHENTICATION,)
-BY_PASSWORD = (Method.USERNAME_PASSWORD,)
-EVERY_METHOD = bytes(range(256))
-
-
-class Choose(unittest.TestCase):
-    def test_what_was_offered_and_is_acceptable(self):
-        for name, offered, acceptable, method in (
-                ("00 alone", b"\x00", ANYBODY, 0x00),
-                ("00 last of three", b"\x01\x02\x00", ANYBODY, 0x00),
-                ("00 twice", b"\x00\x00", ANYBODY, 0x00),
-                ("everything", EVERY_METHOD[:255], ANYBODY, 0x00),
-                ("users: 02 behind 00", b"\x00\x02", BY_PASSWORD, 0x02),
-                ("users: 00 is never chosen", b"\x00", BY_PASSWORD, 0xFF),
-                ("users: all but 02", EVERY_METHOD.replace(b"\x02", b""), BY_PASSWORD, 0xFF),
-                ("nothing offered", b"", ANYBODY, 0xFF),
-                ("nothing offered, users", b"", BY_PASSWORD, 0xFF),
-                ("no users: 02 alone", b"\x02", ANYBODY, 0xFF),
-                ("GSSAPI and a private one", b"\x01\x80", ANYBODY, 0xFF),
-                ("FF is no method, though offered", b"\xff", ANYBODY, 0xFF),
-                ("ours first, not the client's", b"\x00\x02", BY_PASSWORD + ANYBODY, 0x02),
-                ("a table's keys", b"\x02", {Method.USERNAME_PASSWORD: None}, 0x02)):
-            with self.subTest(name):
-                self.assertEqual(choose(offered, acceptable), method)
-
-    def test_one_answer_fits_in_a_byte(self):
-        for offered in (b"", b"\x00"):
-            self.assertEqual(len(bytes([choose(offered, ANYBODY)])), 1)
+                           readme_block, reset, running, spawned, target, users_line, wait_until)
 
 
 def users(*pairs):
@@ -59,12 +28,12 @@ def users(*pairs):
 
 
 class Check(unittest.TestCase):
-    def test_without_users_there_is_nobody(self):
-        nobody = users()
-        self.assertFalse(nobody)
+    def test_without_users_no_login_is_right(self):
+        none = users()
+        self.assertFalse(none)
         for login in ((b"", b""), (b"a", b"b"), (b"a", b"")):
             with self.subTest(login):
-                self.assertIs(nobody.check(*login), False)
+                self.assertIs(none.check(*login), False)
 
     def test_right_and_wrong(self):
         known = users("alice:secret", "bob:b:o:b", "carol:x")
@@ -100,7 +69,7 @@ class Check(unittest.TestCase):
             with self.subTest(name):
                 self.assertIs(known.check(uname, passwd), right)
 
-    def test_an_empty_password_in_the_configuration_lets_nobody_in(self):
+    def test_an_empty_password_in_the_configuration_is_never_right(self):
         known = Users(Config(user=(("alice", ""), ("", "secret"))))       # past credentials(), as an embedder might
         self.assertTrue(known, "a password is asked for all the same")
         self.assertFalse(known.check(b"alice", b""))
@@ -110,13 +79,11 @@ class Check(unittest.TestCase):
         self.assertNotIn("s3cret", repr(users("alice:s3cret")))
 
 
-class FileCase(unittest.TestCase):
+class FileCase(support.Case):
     """With a users file; the slow hash is made cheap, and counted."""
 
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.path = Path(folder.name) / "users"
+        self.path = self.new_folder() / "users"
         self.derived = []
         derive = passwords.derive
 
@@ -124,11 +91,6 @@ class FileCase(unittest.TestCase):
             self.derived.append(args[:2])
             return derive(*args)
         self.enter(mock.patch.object(passwords, "derive", counted))
-
-    def enter(self, context):
-        value = context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
-        return value
 
     def write(self, *lines):
         self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -177,7 +139,7 @@ class Files(FileCase):
                 ("a password", ["# comment", "", "bob:hunter2"], r":3: the part after the colon is not what --hash-"),
                 ("a name twice", [good, "#", good], r":3: 'bob' is here for the second time"),
                 ("damaged", [good, "al" + good[3:] + "*"], r":2: the hash is damaged"),
-                ("nobody", ["# nobody"], r"names no user")):
+                ("no user", ["# none"], r"names no user")):
             with self.subTest(name), self.assertRaisesRegex(ConfigError, why) as caught:
                 self.users(*lines)
             with self.subTest(name + ", said"):
@@ -185,27 +147,6 @@ class Files(FileCase):
                 self.assertNotIn("hunter2", str(caught.exception))
         with self.subTest("in both"), self.assertRaisesRegex(ConfigError, "--user: 'bob' is also in .*users"):
             self.users(good, user=(("bob", "y"),))
-        with self.subTest("no file"), self.assertRaisesRegex(ConfigError, "^--users /none: No such file or directory$"):
-            Users(Config(users="/none"))
-
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
-    def test_what_is_not_a_regular_file_is_refused_at_once(self):
-        fifo = self.path.with_name("fifo")
-        os.mkfifo(str(fifo), 0o600)
-        for path in (str(fifo), os.devnull):
-            with self.assertRaisesRegex(ConfigError, "^--users %s: not a regular file$" % path):
-                Users(Config(users=path))
-        with self.assertRaisesRegex(ConfigError, "^--users .*: Is a directory$"):
-            Users(Config(users=str(self.path.parent)))
-
-    @unittest.skipUnless(os.name == "posix", "elsewhere files have no such mode")
-    def test_a_file_that_others_can_write(self):
-        self.write(self.line("bob", b"x"))
-        self.path.chmod(0o602)
-        with self.assertRaisesRegex(ConfigError, r"--users .*: others can write this file \(chmod o-w\)"):
-            Users(Config(users=str(self.path)))
-        self.path.chmod(0o644)
-        Users(Config(users=str(self.path)))
 
     def test_the_first_success_is_slow_and_the_others_are_not(self):
         users = self.users(self.line("bob", b"x"))
@@ -262,15 +203,6 @@ class Files(FileCase):
         self.assertTrue(users.check(b"bob", b"x"))
         self.assertEqual(self.derived, [], "in the other process")
 
-    def test_a_bad_file_changes_nothing(self):
-        with running(users=self.write(self.line("bob", b"x"))) as server:
-            for text in ("bob:x", "# empty"):
-                self.write(text)
-                with self.subTest(text), self.assertLogs("socks5", "ERROR") as logs:
-                    self.assertFalse(server.reload())
-                    self.assertIn(str(self.path), logs.output[0])
-                self.assertTrue(server.users.check(b"bob", b"x"))
-
     def test_an_unknown_name_costs_the_same(self):
         users = self.users(self.line("bob", b"x", (2, 1, 1)), self.line("al", b"y", (4, 1, 1)), user=(("plain", "p"),))
         for uname in (b"bob", b"al", b"nobody", b"plain"):
@@ -287,7 +219,7 @@ class Files(FileCase):
             costs.add(self.derived[0][1])
         self.assertEqual(costs, {(2, 1, 1), (4, 1, 1)}, "no line's cost says that it is not there")
 
-    def test_a_decoy_lets_nobody_in(self):
+    def test_the_password_of_another_is_not_right_for_an_unknown_name(self):
         self.assertFalse(self.users(self.line("bob", b"x")).check(b"nobody", b"x"))
 
 
@@ -372,33 +304,29 @@ FAILREGEX = re.search(r"(?m)^failregex = (.*)$", readme_block("ini", "failregex"
 HOST = r"(?P<host>(?:\d{1,3}\.){3}\d{1,3}|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)"
 
 
-def login(server_address, uname, passwd, source="127.0.0.1"):
-    """The STATUS that a login gets."""
-    with socket.create_connection(server_address[:2], PATIENCE_S, (source, 0)) as client:
-        client.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack() + Login(uname, passwd).pack())
-        read = reader_of(client)
-        Selection.parse(read)
-        return LoginStatus.parse(read).status
-
-
-class Quiet(unittest.TestCase):
-    def setUp(self):
-        quiet = logging.NullHandler()                       # these lines are not for the one who runs the tests
-        logging.getLogger("socks5").addHandler(quiet)
-        self.addCleanup(logging.getLogger("socks5").removeHandler, quiet)
-
-
 def offered(server_address, uname, passwd, source="127.0.0.1"):
     """A connection whose login is on its way."""
-    client = socket.create_connection(server_address[:2], PATIENCE_S, (source, 0))
+    client = dial(server_address, source=source)
     client.sendall(Greeting(bytes([Method.USERNAME_PASSWORD])).pack() + Login(uname, passwd).pack())
     return client
 
 
-class Guessing(Quiet):
+def status(client):
+    """The STATUS that its login gets."""
+    read = reader_of(client)
+    Selection.parse(read)
+    return LoginStatus.parse(read).status
+
+
+def login(*args):
+    with offered(*args) as client:
+        return status(client)
+
+
+class Guessing(unittest.TestCase):
     """The throttle, in force."""
 
-    def test_14_wrong_ones_in_10_ms_lock_nobody_out(self):
+    def test_14_wrong_ones_in_10_ms_lock_no_user_out(self):
         """Another user of the same address, and the same user, get one of the next looks, not the fifth."""
         with mock.patch.object(throttle, "INTERVAL_S", 1.5), running(
                 user=(("bob", "x"), ("al", "y"))) as server, contextlib.ExitStack() as stack:
@@ -524,51 +452,39 @@ class Equal(unittest.TestCase):
         self.assertEqual(self.judged(self.Wait(0)), ([Verdict.RIGHT, Verdict.DEFERRED], 1))
 
 
-class Many(Quiet):
+class Many(support.Case):
     """200 users, each at an address of its own, log in at once."""
 
     USERS = 200
 
     def setUp(self):
-        super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.path = Path(folder.name) / "users"
+        self.path = self.new_folder() / "users"
         self.write(self.USERS)
 
     def write(self, first_new):
         """All users; from `first_new` on with lines that are new."""
         lines = getattr(self, "lines", [])
-        self.lines = lines[:first_new] + ["u%d:%s" % (number, Hash.of(b"p%d" % number, "scrypt", (2, 1, 1)))
+        self.lines = lines[:first_new] + [users_line("u%d" % number, b"p%d" % number)
                                           for number in range(min(first_new, len(lines)), self.USERS)]
         self.path.write_text("\n".join(self.lines), encoding="ascii")
 
-    def log_in(self, server, statuses):
-        """The seconds until all have an answer."""
-        begun = monotonic()
+    def log_in(self, server):
+        """The STATUS that each gets."""
         with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(offered(server.server_address, b"u%d" % number, b"p%d" % number,
-                                                   "127.1.%d.1" % number)) for number in range(self.USERS)]
-            for client in clients:
-                read = reader_of(client)
-                Selection.parse(read)
-                statuses.append(LoginStatus.parse(read).status)
-        return monotonic() - begun
+            return list(map(status, [stack.enter_context(offered(
+                server.server_address, b"u%d" % number, b"p%d" % number, "127.1.%d.1" % number))
+                for number in range(self.USERS)]))
 
     def test_a_password_for_which_there_is_no_memory_was_not_looked_at(self):
         for error in (ValueError("[digital envelope routines] malloc failure"), MemoryError()):
             with self.subTest(error=error), running(users=str(self.path)) as server:
-                for failing, status in ((mock.patch("hashlib.scrypt", side_effect=error), 1),
-                                        (contextlib.nullcontext(), 0)):
-                    with failing, logging_of(self) as logs, \
-                            offered(server.server_address, b"u1", b"p1") as client:
-                        read = reader_of(client)
-                        Selection.parse(read)
-                        self.assertEqual(LoginStatus.parse(read).status, status)
-                        client.close()
+                for failing, wrong in ((mock.patch("hashlib.scrypt", side_effect=error), 1),
+                                       (contextlib.nullcontext(), 0)):
+                    with failing, logging_of(self) as logs:
+                        self.assertEqual(login(server.server_address, b"u1", b"p1"), wrong)
                         wait_until(lambda: not len(server.sessions))
                     self.assertEqual([line.split()[1] for line in logs.output if "auth_" in line],
-                                     ["auth_deferred"] * status)
+                                     ["auth_deferred"] * wrong)
 
     def test_all_are_let_in_at_the_start_and_after_a_reload(self):
         """The slow hash takes 20 ms here, and the handshake may take 1 s: half of what 200 hashes take."""
@@ -580,15 +496,11 @@ class Many(Quiet):
             return derive(*args)
         with mock.patch.object(passwords, "derive", slow), \
                 running(users=str(self.path), handshake_timeout=1) as server:
-            statuses = []
-            self.log_in(server, statuses)
-            self.assertEqual((statuses, len(derived)), ([0] * self.USERS, self.USERS))
+            self.assertEqual((self.log_in(server), len(derived)), ([0] * self.USERS, self.USERS))
             self.write(self.USERS - 1)
             derived.clear()
             self.assertTrue(server.reload())
-            statuses = []
-            self.log_in(server, statuses)
-            self.assertEqual((statuses, len(derived)), ([0] * self.USERS, 1))
+            self.assertEqual((self.log_in(server), len(derived)), ([0] * self.USERS, 1))
 
 
 class TheLogLine(unittest.TestCase):
@@ -648,19 +560,3 @@ class OtherMethods(unittest.TestCase):
             with self.subTest("none that is acceptable"), dial(server.server_address) as client:
                 client.sendall(Greeting(b"\x00\x81").pack())
                 self.assertEqual(read_to_end(client), b"\x05\xff")
-
-
-class Starting(unittest.TestCase):
-    def test_a_bad_file_is_one_line_and_2(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "users")
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(open(path, "w")).write("bob:hunter2\n")
-            status, out, err = run_cli("-p", "0", "--users", path)
-        self.assertEqual((status, out, err.count("\n")), (2, "", 1))
-        self.assertIn(path + ":1: ", err)
-        self.assertNotIn("hunter2", err)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -51,7 +51,3 @@ class WakeupTest(unittest.TestCase):
                 wakeup.clear()
                 wakeup.close()
                 self.assertEqual(os.fstat(number), os.fstat(other.fileno()))
-
-
-if __name__ == "__main__":
-    unittest.main()

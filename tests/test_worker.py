@@ -139,7 +139,3 @@ class Obeying(unittest.TestCase):
             server, hurry = Server(), threading.Event()
             worker.obey(server, hurry, order)
             self.assertEqual((server.told, hurry.is_set()), (["stop"], hurried))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -92,14 +92,10 @@ class Chain:
             service = self.upstream.service
             dialogue.negotiate(self.upstream.user, Gssapi(service) if service else None, cmd != Cmd.UDP_ASSOCIATE)
             return dialogue, dialogue.ask(cmd, dst)
-        except ClientLeft:
+        except BaseException as exc:
             sock.close()
-            raise
-        except OSError as exc:
-            sock.close()
-            raise self.refusal(exc) from None
-        except BaseException:
-            sock.close()
+            if isinstance(exc, OSError) and not isinstance(exc, ClientLeft):
+                raise self.refusal(exc) from None
             raise
 
     def dial(self) -> socket.socket:

@@ -19,10 +19,10 @@ def each_port(ports: Tuple[int, ...]) -> Iterator[int]:
     if not ports:
         yield 0
         return
-    size = ports[1] - ports[0] + 1
-    start = random.randrange(size)
-    for step in range(size):
-        yield ports[0] + (start + step) % size
+    low, high = ports
+    start = random.randint(low, high)
+    yield from range(start, high + 1)
+    yield from range(low, start)
 
 
 class Counter(Protocol):

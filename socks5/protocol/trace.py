@@ -179,19 +179,18 @@ class Story:
     def show(self, way: str, kind: Type[Message], raw: bytes, notes: List[str], title: str = "") -> None:
         lines = [self.title(way, title or TITLES.get(kind) or DATAGRAM[way])]
         for name, piece, words in explained(kind, raw):
-            digits = "**" if piece is None else piece[:SHOWN_BYTES].hex()
-            lines += self.row(digits, name, words, len(piece or b""))
+            lines += self.rows(name, piece, words)
         self.tell(*lines, *("  " + note for note in notes))
 
-    def row(self, digits: str, name: str, words: str, size: int = 0) -> Iterator[str]:
-        paint = self.trace.paint
-        step = 2 * ROW_BYTES
-        for at in range(0, max(len(digits), 1), step):
-            pairs = " ".join(digits[at:at + step][i:i + 2] for i in range(0, min(step, len(digits) - at), 2))
-            yield ("  %s  %s  %s" % (paint(HEX, "%-23s" % pairs), paint(NAME, "%-8s" % ("" if at else name)),
-                                     "" if at else words)).rstrip()
-        if size > SHOWN_BYTES:
-            yield "  ... and %d bytes more" % (size - SHOWN_BYTES)
+    def rows(self, name: str, piece: Optional[bytes], words: str) -> Iterator[str]:
+        shown = b"" if piece is None else piece[:SHOWN_BYTES]
+        for at in range(0, max(len(shown), 1), ROW_BYTES):
+            digits = "**" if piece is None else shown[at:at + ROW_BYTES].hex(" ")
+            yield ("  %s  %s  %s" % (self.trace.paint(HEX, "%-23s" % digits), self.trace.paint(NAME, "%-8s" % name),
+                                     words)).rstrip()
+            name = words = ""
+        if piece and len(piece) > SHOWN_BYTES:
+            yield "  ... and %d bytes more" % (len(piece) - SHOWN_BYTES)
 
 
 # ---- also for the status page ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from .channel import Channel, Query
 from .history import History, summary
 from .line import Line
 from .meter import Board, Meter, descriptor_limit
-from .views import Body, Source
+from .views import Body
 
 SWEEP_S = 1.0
 
@@ -32,8 +32,8 @@ def check(config: Config) -> None:
         raise ConfigError("--status: this Python lacks http.server, a part of its standard library")
 
 
-class Status(Companion, Source):
-    """Made before any process is forked.
+class Status(Companion):
+    """A Companion, and the Source of the page. Made before any process is forked.
 
     listeners   of the page; none: only the terminal's line is wanted
     terminal    the descriptor for the line; None: no line

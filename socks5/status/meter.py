@@ -41,8 +41,7 @@ REFUSALS = ("allow-from", "max-sessions", "max-per-client", "no thread", "server
 ACCEPT_ERRORS = ("EMFILE", "ENFILE", "ENOBUFS", "ENOMEM", OTHER)
 DROPS = ("not the client", "client not known yet", "bad header", "fragment", "not allowed", "unresolved",
          "waiting for a name", "EMSGSIZE", "ENETUNREACH", "EHOSTUNREACH", "ECONNREFUSED", "EPERM", "EINVAL", "ENOBUFS",
-         "EAGAIN",
-         BEYOND, OTHER)
+         "EAGAIN", BEYOND, OTHER)
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 TIMES = ("handshake", "connect")
 BUCKETS = tuple(map(str, range(len(BOUNDS_S) + 1)))

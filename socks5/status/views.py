@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from itertools import islice
 from time import monotonic, sleep
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Type
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Protocol, Tuple, Type
 
 from ..commands.rates import held_back
 from ..values import network
@@ -31,27 +31,15 @@ Json = Dict[str, Any]
 Body = Tuple[str, bytes]            # content type, and the content
 
 
-class Source:
-    """What the server asks for its answers. Any thread may call."""
+class Source(Protocol):
+    """What the HTTP server asks for its answers. Any thread may call."""
 
-    def metrics(self) -> Body:
-        raise NotImplementedError
-
-    def health(self) -> Tuple[bool, str]:
-        """Whether new clients are served, and the word for it."""
-        raise NotImplementedError
-
-    def summary(self, since: float) -> Json:
-        raise NotImplementedError
-
-    def sessions(self, query: Dict[str, str], limit: int) -> bytes:
-        raise NotImplementedError
-
-    def session(self, number: int) -> Optional[Json]:
-        raise NotImplementedError
-
-    def recent(self) -> List[Json]:
-        raise NotImplementedError
+    def metrics(self) -> Body: ...
+    def health(self) -> Tuple[bool, str]: ...       # whether new clients are served, and the word for it
+    def summary(self, since: float) -> Json: ...
+    def sessions(self, query: Dict[str, str], limit: int) -> bytes: ...
+    def session(self, number: int) -> Optional[Json]: ...
+    def recent(self) -> List[Json]: ...
 
 
 # ---- in the worker -----------------------------------------------------------------------------------------------
