@@ -155,6 +155,29 @@ class Limits(Case):
 
 
 class Eviction(Case):
+    def test_processes_that_are_beyond_the_maximum_together(self):
+        """Both have admitted one for the last place: a newcomer gets its place all the same, for two that are silent.
+        What is evicted is not counted any more, and is not counted twice when it goes."""
+        shared = Shared(2)
+        here, there = (Sessions(6, counts=shared.row(row)) for row in range(2))
+        silent = [self.admit(live, "192.0.2.%d" % number) for number, live in enumerate([here, there] * 3)]
+        shared.row(1).add("198.51.100.1", 1)
+        self.assertRaises(Full, self.admit, here, "203.0.113.1")
+        self.now += 5
+        self.admit(here, "203.0.113.1")
+        self.assertEqual([self.shut(one) for one in silent], [True, False, True, False, False, False])
+        self.assertEqual(shared.row(0).live(), 6)
+        for one in silent[::2]:
+            here.remove(one)
+        self.assertEqual((shared.row(0).live(), len(here)), (5, 1))
+
+    def test_one_that_is_old_enough_is_found_beside_newer_ones_of_a_busier_origin(self):
+        live = Sessions(100, 10, negotiating_max=3)
+        old = self.admit(live, "192.0.2.1")
+        self.now += 5
+        new = [self.admit(live, "192.0.2.2") for _ in range(3)]
+        self.assertEqual([self.shut(one) for one in (old, *new)], [True, False, False, False])
+
     def test_the_oldest_of_the_origin_that_has_most(self):
         live = Sessions(100, 10, negotiating_max=4)
         done = self.admit(live, "192.0.2.1")

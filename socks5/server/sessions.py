@@ -22,7 +22,7 @@ from .session import Session
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 1.0           # a newcomer is not evicted before
+GRACE_S = 0.25          # a newcomer is not evicted before
 NO_LIMIT = float("inf")
 UNKNOWN = "unknown"     # the origin of a connection from a load balancer, until its PROXY header is here
 MAX_LEAVING = 32        # evicted sessions that still hold a descriptor, one of the spare ones
@@ -152,9 +152,11 @@ class Sessions:
         """Evict others, if that is wanted, until there is a place for so many more. Raises Full."""
         if self._fits(origin, sessions, weight):
             return
+        # Two processes that admit at once may be beyond the maximum together.
+        needed = weight + int(max(0, min(self._counts.live() - self.maximum, MAX_LEAVING)))
         # In the place of another origin's session it would still have more than its share: then one of its own.
-        own = "" if self._fits(origin, sessions, weight, freed=weight) else origin
-        for _ in range(weight):
+        own = "" if self._fits(origin, sessions, weight, freed=needed) else origin
+        for _ in range(needed):
             if not evict or self._leaving >= MAX_LEAVING or not self._evict(own):
                 raise Full("max-sessions", "%d reached" % min(self.maximum, self.maximum_here))
             if self._fits(origin, sessions, weight):
@@ -162,28 +164,31 @@ class Sessions:
 
     def _fits(self, origin: str, sessions: int, weight: int, freed: int = 0) -> bool:
         """Whether there is a place for so many more of this origin, when `freed` others have left."""
-        freed += min(self._leaving, MAX_LEAVING)
+        leaving = min(self._leaving, MAX_LEAVING)           # which are not counted any more, but hold descriptors
         origin = origin if origin != UNKNOWN else ""            # which holds none: nothing is kept from it
         return ((self.maximum == NO_LIMIT or not sessions
                  or fits(self.maximum, self._counts, origin, sessions, freed=freed))
                 and (self.maximum_here == NO_LIMIT
-                     or fits(self.maximum_here, self._weights, origin, weight, HEAVIEST, freed)))
+                     or fits(self.maximum_here, self._weights, origin, weight, HEAVIEST, freed + leaving)))
 
     def _evict(self, origin: str = "") -> bool:
         """Shut down one session that is still negotiating (of this origin, if one is given), unless it is new."""
         oldest = list(self._negotiating)
         if origin:
             oldest = [session for session in oldest if session.origin == origin]
-        oldest = [session for session in oldest[:CANDIDATES] if session.weight]
+        before = monotonic() - GRACE_S
+        oldest = [session for session in oldest[:CANDIDATES] if session.weight and session.started <= before]
         silent = [session for session in oldest if not session.greeted] or oldest
         if not silent:
             return False
         [(busiest, _)] = collections.Counter(session.origin for session in silent).most_common(1)
         victim = next(session for session in silent if session.origin == busiest)
-        if monotonic() - victim.started < GRACE_S or not self._settle(victim):
+        if not self._settle(victim):
             return False
         victim.leaving = True
         self._leaving += 1
+        if self._by_origin:                                 # other processes need not wait for it to go
+            self._counts.add(victim.origin, -1)
         self._shut(victim, "evicted")
         return True
 
@@ -224,7 +229,8 @@ class Sessions:
                 self._live.clear()                          # or it keeps the memory for as many as there ever were
             self._settle(session)
             self._leaving -= session.leaving
-            self._count(session.origin, -1)
+            if not (session.leaving and self._by_origin):
+                self._count(session.origin, -1)
             self._weights.add(session.origin, -session.weight)
             if session.counted_as is not None:
                 self._users.add(session.counted_as, -1)
