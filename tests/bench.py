@@ -242,7 +242,7 @@ def count_instructions(args):
 
 
 def reference(work, servers, medians, wanted):
-    """Whom the others are compared with: as told, or the first peer that has a figure, or direct."""
+    """The server that the others are compared with: as told, or the first peer that has a figure, or direct."""
     order = [wanted] if wanted else [name for name in servers if name in PEERS] + ["direct"]
     return next((name for name in order if medians.get((work, name), (None,))[0] is not None), None)
 

@@ -130,7 +130,7 @@ class Shared(Waiting):
         with self.client(b"x") as client:
             self.assertEqual(read_to_end(client), b"done")
 
-    def test_who_connects_after_the_release_is_the_next_servers(self):
+    def test_a_client_after_the_release_is_for_the_next_server(self):
         """The queue is not reset, nor is anything taken from it."""
         with self.listener.dup() as next_server:
             self.serve_one()

@@ -56,7 +56,7 @@ def tunnel(test, waiting, peer):
 
 
 class ExpectedPeers(unittest.TestCase):
-    def test_whom_a_request_expects(self):
+    def test_the_peer_that_a_request_expects(self):
         ips = [ip_address(text) for text in ("192.0.2.1", "2001:db8::1", "0.0.0.0")]
 
         def no_lookup(host):

@@ -1,4 +1,4 @@
-"""check.py and --check: what would be served, to whom, what is open; and that nothing is listened on."""
+"""check.py and --check: what would be served, with which login, what is open; and that nothing is listened on."""
 import contextlib
 import errno
 import io

@@ -37,7 +37,7 @@ def ips(*texts):
 
 @contextlib.contextmanager
 def silent(host, port):
-    """host:port says nothing to who connects, neither yes nor no: its backlog is full."""
+    """host:port neither accepts nor refuses a connection: its backlog is full."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(family))

@@ -317,7 +317,7 @@ class Fuzz(Case):
                 self.hear(client, pong, (self.remote.getsockname()[1], stranger.getsockname()[1]))
 
     def hear(self, client, pong, ports):
-        """The answer to what came last. What comes before it has a header each, with the port of who sent it."""
+        """The answer to what came last. What comes before it has a header each, with the port of its sender."""
         while True:
             try:
                 data = client.recv(1 << 16)

@@ -522,7 +522,7 @@ class LogLine(Case):
                 "reached": "127.0.0.1:%d" % destination[1], "rep": "SUCCEEDED", "up": "4", "down": "4",
                 "ended": "client", "why": "-"})
 
-    def test_who_ended_it(self):
+    def test_which_side_ended_it(self):
         with self.subTest("remote"), target(lambda connection: connection.sendall(b"bye")) as destination:
             with self.logged("rep=SUCCEEDED up=0 down=3 .*ended=remote why=-"):
                 with support.connect_through(self.server.server_address, *destination) as client:

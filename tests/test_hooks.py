@@ -1,4 +1,4 @@
-"""server.py: what socketserver promises to those who override its hooks, and session_ended; through real sockets."""
+"""server.py: what socketserver promises to subclasses with hooks of their own, and session_ended; on real sockets."""
 import contextlib
 import errno
 import functools

@@ -1,4 +1,4 @@
-"""The house as DESIGN has it: who imports whom, what is where, how large a room may be, and who may print."""
+"""The house as DESIGN has it: what is where and imports what, how large a package may be, which files may print."""
 import ast
 import subprocess
 import sys

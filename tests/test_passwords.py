@@ -94,7 +94,7 @@ class Passwords(unittest.TestCase):
 
 
 class Queue(unittest.TestCase):
-    """Turns in one process, without threads: who may go when."""
+    """Turns in one process, without threads: which request may go when."""
 
     def setUp(self):
         self.turns = Turns(Lock())

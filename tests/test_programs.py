@@ -195,7 +195,7 @@ class Wrappers(Program):
 class Ssh(Program):
     def test_ProxyCommand(self):
         ssh, sshd, keygen, nc = (need_program(self, name) for name in ("ssh", "sshd", "ssh-keygen", "nc.openbsd"))
-        need(self, os.geteuid() == 0, "root, as whom sshd lets root in")
+        need(self, os.geteuid() == 0, "root, because sshd lets only root in")
         os.makedirs("/run/sshd", exist_ok=True)             # sshd's privilege separation directory
         folder = self.new_folder()
         key, port = folder / "key", closed_port()

@@ -1,4 +1,4 @@
-"""Several servers behind a real load balancer: HAProxy; and behind stunnel. Both say with PROXY who the client is."""
+"""Several servers behind a real load balancer: HAProxy; and behind stunnel. Both name the client in a PROXY header."""
 import contextlib
 import os
 import signal

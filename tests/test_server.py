@@ -115,6 +115,13 @@ class Listening(unittest.TestCase):
         with running(listen=("::1",), port=closed_port("127.0.0.1", "::1")) as server:
             self.assertTrue(refuses(server.server_address[1]))
 
+    def test_a_second_address_that_fails_leaves_nothing_open(self):
+        need(self, HAS_PROC, "/proc")
+        before = descriptors()
+        with self.assertRaises(OSError):
+            socks5.Server(socks5.Config(listen=("127.0.0.1", "192.0.2.1"), port=0, open=True))
+        self.assertLessEqual(descriptors(), before)
+
 
 class RunningOut(support.Case):
     def setUp(self):
@@ -127,17 +134,17 @@ class RunningOut(support.Case):
             server = stack.enter_context(spawned(*ALONE, "--max-sessions", 1000, "--handshake-timeout", 60,
                                                  preexec_fn=limited(64, 64)))
             tunnel = stack.enter_context(connect_through(server.port, *destination))
-            hogs = contextlib.ExitStack()
-            stack.enter_context(hogs)
-            clients = [hogs.enter_context(dial(server.port)) for _ in range(80)]
+            many = contextlib.ExitStack()
+            stack.enter_context(many)
+            clients = [many.enter_context(dial(server.port)) for _ in range(80)]
             for client in clients:
                 client.sendall(NO_LOGIN)
             server.wait_line("WARNING accept_failed errno=EMFILE sessions=[0-9]+$")
             self.assertTrue(all(echoes(tunnel) for _ in range(20)))
             self.assertEqual(reader_of(clients[0])(2), b"\x05\x00")
             self.assertEqual(support.ask(clients[0], Cmd.CONNECT, *destination), Reply(Rep.GENERAL_FAILURE))
-            hogs.close()
-            wait_until(lambda: descriptors(server.process.pid) < 20, "the hogs are gone")
+            many.close()
+            wait_until(lambda: descriptors(server.process.pid) < 20, "the many clients are gone")
             self.check_serves(server.port, destination)
             self.assertTrue(echoes(tunnel))
             self.assertEqual(len([line for line in server.log if "accept_failed" in line]), 1)

@@ -1,4 +1,4 @@
-"""The status page's server: /metrics, /healthz, /sessions, who may ask, and what it counts over several processes."""
+"""The status page: /metrics, /healthz, /sessions, which requests it accepts, and its sums over several processes."""
 import base64
 import bisect
 import contextlib
@@ -250,7 +250,7 @@ class Standards(unittest.TestCase):
         self.assertEqual([name for name in names if not name.startswith("socks5_")], [])
 
 
-class WhoMayAsk(support.Case):
+class Requests(support.Case):
     def test_a_foreign_name_is_refused(self):
         with status() as (_server, port):
             for host, code in (("127.0.0.1:%d" % port, 200), ("localhost", 200), ("[::1]:80", 200), ("10.0.0.7", 200),

@@ -85,7 +85,7 @@ class Activation(Case):
                 self.works(server)
                 self.assertEqual(server.end(), 0, server.log)
 
-    def test_who_connects_while_it_stops_waits_for_the_next_server(self):
+    def test_a_client_while_it_stops_waits_for_the_next_server(self):
         """The queue is systemd's, too: a restart resets no connection in it."""
         need(self, hasattr(os, "fork"), "fork")
         for workers in "1", "2":

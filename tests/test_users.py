@@ -108,7 +108,7 @@ class FileCase(support.Case):
 class Files(FileCase):
     """What may stand in a file, and what a check costs."""
 
-    def test_who_is_let_in(self):
+    def test_which_login_is_right(self):
         users = self.users("# people", "", self.line("alice", b"secret"), "  " + self.line("zo\u00eb", b"\xff:x") + " ",
                            user=(("carol", "c"),))
         self.assertTrue(users)
@@ -396,7 +396,7 @@ class Guessing(unittest.TestCase):
                 self.assertEqual(server.users.logins.throttle._pending, {})
                 client.close()
 
-    def test_whose_failures_count_together(self):
+    def test_which_addresses_fail_together(self):
         for one, other, together in (("192.0.2.1", "192.0.2.1", True), ("192.0.2.1", "192.0.2.2", False),
                                      ("127.0.0.1", "127.255.0.9", True), ("127.0.0.1", "::1", True),
                                      ("2001:db8:0:1::1", "2001:db8:0:1:ffff::2", True),

@@ -28,8 +28,7 @@ def open_file(flag: str, path: str, encoding: str = "utf-8", errors: str = "surr
 
 
 def read_lines(flag: str, path: str) -> List[str]:
-    """The lines of a file that says who may do what. Raises ConfigError, also when all users of this machine may write
-    it."""
+    """The lines of a file of rules or users. Raises ConfigError, also when all users of this machine may write it."""
     try:
         with open_file(flag, path) as file:
             if os.name == "posix" and os.fstat(file.fileno()).st_mode & stat.S_IWOTH:

@@ -73,7 +73,7 @@ class Users:
         """
         if not uname or not passwd:                     # wrong, also where a configuration has it
             return False
-        # No secret is compared here: who does not have the key cannot make a digest that is nearly right.
+        # No secret is compared here: without the key, no digest can be made that is nearly right.
         if self._digest(b"plain", uname, passwd) in self._plain:
             return True
         if not self._hashes:

@@ -64,7 +64,7 @@ class Channel:
                         sock.settimeout(ANSWER_S)
                         for line in answer(json.loads(data)):
                             sock.sendall(line + b"\n")
-                    except OSError:             # who asked has left
+                    except OSError:             # the worker that asked has ended
                         pass
                     except Exception:           # costs this answer
                         log.exception("bug in an answer for the status page")

@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    # ---- who may ask ----------------------------------------------------------------------------------------------
+    # ---- which requests are accepted ------------------------------------------------------------------------------
 
     def _check_host(self) -> None:
         host = self.headers.get("Host", "")
