@@ -195,6 +195,8 @@ class Names:
 
     def _next(self) -> Optional[bytes]:
         """The name to be looked up next, which is under way from now on; None if there is none."""
+        if not self._queues:                            # nearly always
+            return None
         free = THREADS - len(self._running)
         turns = self._turns if free > RESERVE else self._turns[:1] if free else ()
         client = next((client for turn in turns for client in turn), None)
