@@ -13,6 +13,7 @@ from socks5.net import lookups as module
 from socks5.net import resolver
 from socks5.net.lookups import Busy, Names, Waiting
 from socks5.net.poller import SelectPoll, new_poll
+from socks5.net.wakeup import Wakeup
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.messages import Datagram
@@ -320,8 +321,22 @@ class Requests(LookupCase):
 
     def test_without_a_descriptor_to_wait_with(self):
         with mock.patch.object(module, "Wakeup", side_effect=OSError(errno.EMFILE, "Too many open files")):
-            self.assertEqual(self.refusal(b"quick.test"),
-                             (Rep.GENERAL_FAILURE, "'quick.test' is not looked up: EMFILE"))
+            self.assertEqual(self.refusal(b"hang.test"),
+                             (Rep.GENERAL_FAILURE, "'hang.test' is not looked up: EMFILE"))
+            self.assertEqual(self.names._askers, {b"hang.test": []})
+            with mock.patch.object(module, "SOON_S", PATIENCE_S):
+                self.assertEqual(list(self.names.resolve(b"quick.test", float("inf"), None, "one")), [FOUND])
+
+    def test_an_answer_that_comes_while_the_descriptor_is_made(self):
+        class Late(Wakeup):
+            def __init__(wakeup):
+                self.resolver.answer()
+                wait_until(lambda: not lookup_threads())
+                super().__init__()
+
+        with mock.patch.object(module, "Wakeup", Late), mock.patch.object(module, "SOON_S", 0.0), \
+                mock.patch.object(self.names, "_watch", side_effect=AssertionError("nothing sets this one")):
+            self.assertEqual(list(self.names.resolve(b"hang.test", time.monotonic() + PATIENCE_S, None, "one")), [FOUND])
 
 
 class WaitingTest(LookupCase):

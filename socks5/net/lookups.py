@@ -37,6 +37,7 @@ THREADS = 64                    # at the most; there are as many as there are lo
 PER_CLIENT = 16                 # of these; a browser looks up some ten names at once
 RESERVE = 8
 QUEUED_NAMES = 1024             # of one client
+SOON_S = 0.01                   # answers from near come within that: to wait for more takes a descriptor
 REST_S = 1.0                    # a thread without work ends after that
 ANSWERS = 1024                  # that are remembered
 WAITING_NAMES = 8               # of one Waiting,
@@ -81,30 +82,39 @@ class Names:
 
     def _wait(self, name: bytes, deadline: float, connection: Optional[socket.socket], client: str) -> Answer:
         began = monotonic()
-        answers: List[Answer] = []
-        try:
-            with Wakeup() as wakeup:
-                def tell(_name: bytes, answer: Answer) -> None:
-                    answers.append(answer)
-                    wakeup.set()
+        answers: SimpleQueue[Answer] = SimpleQueue()
+        wakeups: List[Wakeup] = []
 
-                answer = self.ask(name, client, tell)
-                if answer:
-                    return answer
-                try:
-                    self._watch(wakeup, deadline, connection)
-                finally:
-                    self.drop(name, client, tell)
+        def tell(_name: bytes, answer: Answer) -> None:
+            answers.put(answer)
+            for wakeup in wakeups:
+                wakeup.set()
+
+        try:
+            answer = self.ask(name, client, tell)
+            if answer:
+                return answer
+            try:
+                return answers.get(timeout=max(min(deadline - began, SOON_S), 0.0))
+            except Empty:
+                pass
+            try:
+                with Wakeup() as wakeup:
+                    wakeups.append(wakeup)
+                    if answers.empty():
+                        self._watch(wakeup, deadline, connection)
+            finally:
+                self.drop(name, client, tell)
+            return answers.get_nowait()
+        except Empty:
+            why = "%s did not resolve within %g s" % (text(name), round(deadline - began, 2))
+            raise RequestRefused(Rep.HOST_UNREACHABLE, why) from None
         except Busy as exc:
             raise RequestRefused(Rep.GENERAL_FAILURE, "%s is not looked up: %s" % (text(name), exc)) from None
         except ConnectionResetError:
             raise ConnectionResetError(errno.ECONNRESET, "client left before %s resolved" % text(name)) from None
         except OSError as exc:
             raise RequestRefused(rep_of(exc), "%s is not looked up: %s" % (text(name), name_of(exc))) from None
-        if not answers:
-            why = "%s did not resolve within %g s" % (text(name), round(deadline - began, 2))
-            raise RequestRefused(Rep.HOST_UNREACHABLE, why)
-        return answers[0]
 
     @staticmethod
     def _watch(wakeup: Wakeup, deadline: float, connection: Optional[socket.socket]) -> None:
