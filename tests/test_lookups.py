@@ -13,6 +13,7 @@ from socks5.net import lookups as module
 from socks5.net import resolver
 from socks5.net.lookups import Busy, Names, Waiting
 from socks5.net.poller import SelectPoll, new_poll
+from socks5.net.wakeup import Wakeup
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.messages import Datagram
@@ -179,7 +180,7 @@ class Turns(LookupCase):
         self.resolver.answer()
         wait_until(lambda: len(self.told) == module.PER_CLIENT + 1)
         self.assertEqual([name for name in self.resolver.asked if name.startswith(b"late")], [b"late49.test"])
-        self.assertEqual((self.names._askers, self.names._queues, self.names._held), ({}, {}, {}))
+        self.assertEqual((self.names._askers, self.names._queues, self.names._running), ({}, {}, {}))
 
     def test_a_name_that_another_request_of_the_client_waits_for_is_still_looked_up(self):
         self.hang("one", module.PER_CLIENT)
@@ -227,7 +228,7 @@ class Turns(LookupCase):
             for number in range(20):
                 self.ask(b"quick%d-%d.test" % (turn, number))
             wait_until(lambda: not lookup_threads())
-            self.assertEqual((self.names._idle, len(self.told)), (0, 20 * (turn + 1)))
+            self.assertEqual((self.names._idle, len(self.told)), ([], 20 * (turn + 1)))
 
     def test_a_thread_that_a_name_is_meant_for_waits_for_it(self):
         """Its time without work may be over in the moment in which it gets some."""
@@ -236,7 +237,7 @@ class Turns(LookupCase):
                 self.ask(b"quick%d.test" % number)
                 wait_until(lambda: len(self.told) == number + 1)
         wait_until(lambda: not lookup_threads())
-        self.assertEqual((self.names._idle, list(self.names._work)), (0, []))
+        self.assertEqual(self.names._idle, [])
 
     def test_without_a_thread_it_says_so(self):
         with mock.patch.object(module, "Thread", side_effect=RuntimeError("can't start new thread")):
@@ -245,7 +246,7 @@ class Turns(LookupCase):
             with self.assertRaises(RequestRefused) as caught:
                 self.names.resolve(b"quick.test", float("inf"), None, "one")
             self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
-        self.assertEqual((self.names._askers, self.names._queues, self.names._held), ({}, {}, {}))
+        self.assertEqual((self.names._askers, self.names._queues, self.names._running), ({}, {}, {}))
         self.assertIsNone(self.ask(b"quick.test"), "and tries again the next time")
         wait_until(lambda: self.told)
 
@@ -320,8 +321,22 @@ class Requests(LookupCase):
 
     def test_without_a_descriptor_to_wait_with(self):
         with mock.patch.object(module, "Wakeup", side_effect=OSError(errno.EMFILE, "Too many open files")):
-            self.assertEqual(self.refusal(b"quick.test"),
-                             (Rep.GENERAL_FAILURE, "'quick.test' is not looked up: EMFILE"))
+            self.assertEqual(self.refusal(b"hang.test"),
+                             (Rep.GENERAL_FAILURE, "'hang.test' is not looked up: EMFILE"))
+            self.assertEqual(self.names._askers, {b"hang.test": []})
+            with mock.patch.object(module, "SOON_S", PATIENCE_S):
+                self.assertEqual(list(self.names.resolve(b"quick.test", float("inf"), None, "one")), [FOUND])
+
+    def test_an_answer_that_comes_while_the_descriptor_is_made(self):
+        class Late(Wakeup):
+            def __init__(wakeup):
+                self.resolver.answer()
+                wait_until(lambda: not lookup_threads())
+                super().__init__()
+
+        with mock.patch.object(module, "Wakeup", Late), mock.patch.object(module, "SOON_S", 0.0), \
+                mock.patch.object(self.names, "_watch", side_effect=AssertionError("nothing sets this one")):
+            self.assertEqual(list(self.names.resolve(b"hang.test", time.monotonic() + PATIENCE_S, None, "one")), [FOUND])
 
 
 class WaitingTest(LookupCase):

@@ -24,6 +24,7 @@ IP = Union[IPv4Address, IPv6Address]
 COMMANDS = {"connect": Cmd.CONNECT, "bind": Cmd.BIND, "udp": Cmd.UDP_ASSOCIATE}
 ALL_PORTS = (0, 65535)
 VERDICTS = 4096             # cached: 1 MB
+ASKERS = 512                # whose rules are cached: 8 bytes for each rule
 GRAMMAR = "allow|deny [user NAME] [from CIDR] [to CIDR|name|.suffix|any] [port N|N-M] " \
           "[command connect|bind|udp] [via NAME|direct] [rate RATE]"
 WORD = re.compile(r'"([^"]*)"|(\S+)')
@@ -105,23 +106,21 @@ class Rule:
         return ((self.cmd is None or self.cmd == asker.cmd) and (self.user is None or self.user == asker.user)
                 and (self.source is None or asker.client in self.source))
 
-    def covers(self, address: IP, port: int, name: Optional[bytes], exposed: bool) -> bool:
-        """Whether the rule is about this destination.
-
-        `exposed`: it is a local address, and the client is not on this machine. Only a rule with an address or "any"
-        allows that: the owner of a name can make it resolve to 127.0.0.1.
-        """
+    def covers(self, address: IP, real: IP, port: int, name: Optional[bytes]) -> bool:
+        """Whether the rule is about this destination. `real` is what a connection to the address reaches: an allow
+        matches that, and a deny either."""
         if not self.ports[0] <= port <= self.ports[1]:
             return False
         if self.name is not None:
-            matches = name is not None and is_name(self.name, name)
-        elif self.network is not None:
-            # A deny matches an IPv4-embedded address in either form, an allow only the IPv4 address in it.
-            real = inside(address)
-            matches = real in self.network or real is not address and not self.allow and address in self.network
-        else:
-            matches = True
-        return matches and not (exposed and self.allow and self.network is None and not self.anywhere)
+            return name is not None and is_name(self.name, name)
+        if self.network is not None:
+            return real in self.network or real is not address and not self.allow and address in self.network
+        return True
+
+    def may_expose(self) -> bool:
+        """Whether it also decides on a local address for a client that is not on this machine. An allow has to say so
+        by an address or "any": the owner of a name can make it resolve to 127.0.0.1."""
+        return not self.allow or self.network is not None or self.anywhere
 
     def may_cover(self, port: Optional[int], name: Optional[bytes]) -> bool:
         """The same while address, port or name are unknown (None): true for an allow that may match, and for a deny
@@ -166,8 +165,7 @@ class Rules:
                 path, len(lines)))
         object.__setattr__(self, "path", path or "default rules")
         object.__setattr__(self, "rules", tuple(parse_lines(lines, self.path)))
-        object.__setattr__(self, "judge", lru_cache(VERDICTS)(self.judge))
-        object.__setattr__(self, "known", Known())
+        vars(self).update(self.remembered())
         for rule in self.rules:
             if rule.via not in (None, DIRECT, *(upstream.name for upstream in self.config.upstream)):
                 raise ConfigError("%s: no --upstream is called %s" % (rule.where, ascii(rule.via)))
@@ -178,10 +176,16 @@ class Rules:
 
     def __getstate__(self) -> Dict[str, object]:
         """For another process: without what is remembered."""
-        return {name: value for name, value in vars(self).items() if name not in ("judge", "known")}
+        return {name: value for name, value in vars(self).items() if name not in self.remembered()}
 
     def __setstate__(self, state: Dict[str, object]) -> None:
-        vars(self).update(state, judge=lru_cache(VERDICTS)(self.judge), known=Known())
+        vars(self).update(state)
+        vars(self).update(self.remembered())
+
+    def remembered(self) -> Dict[str, object]:
+        """What takes the place of these attributes, and is bounded."""
+        return {"judge": lru_cache(VERDICTS)(self.judge), "concerning": lru_cache(ASKERS)(self.concerning),
+                "known": Known()}
 
     def __len__(self) -> int:
         return len(self.rules)
@@ -209,15 +213,19 @@ class Rules:
     def judge(self, asker: Asker, address: IP, port: int, name: Optional[bytes] = None) -> Verdict:
         """Whether `asker` may reach this address. `name` is the request's name in ASCII, None where it had an address.
         Verdicts are cached."""
-        any_peer = asker.cmd == Cmd.BIND and int(address) == 0      # BIND for 0.0.0.0: any host may connect
-        exposed = not any_peer and not asker.client.is_loopback and is_local(address)
-        addresses = [address] if int(address) or any_peer else [address, LOOPBACK[address.version]]
-        for rule in self.rules:
-            if rule.concerns(asker):
-                for one in addresses[-1:] if rule.allow else addresses:
-                    if rule.covers(one, port, name, exposed):
-                        return self.verdict(rule)
+        any_peer, real = False, inside(address)
+        if int(address) == 0:
+            any_peer = asker.cmd == Cmd.BIND            # any host may connect to us
+            real = address if any_peer else LOOPBACK[address.version]
+        for rule, verdict in self.concerning(asker):
+            if rule.covers(address, real, port, name) and (
+                    any_peer or rule.may_expose() or asker.client.is_loopback or not is_local(address)):
+                return verdict
         return Verdict(False, "%s: no rule allows it" % self.path)
+
+    def concerning(self, asker: Asker) -> List[Tuple[Rule, Verdict]]:
+        """The rules that concern this asker, in order, and the verdict of each. Cached."""
+        return [(rule, self.verdict(rule)) for rule in self.rules if rule.concerns(asker)]
 
     def verdict(self, rule: Rule) -> Verdict:
         return Verdict(rule.allow, rule.where, self.config.upstream_of(rule.via) if rule.allow else None, rule.rate)
@@ -228,11 +236,9 @@ class Rules:
 
     def judge_name(self, asker: Asker, port: int, name: bytes) -> Optional[Verdict]:
         """Judge a name that an upstream resolves. None: we have to, for a rule "to CIDR" or to connect ourselves."""
-        for rule in self.rules:
-            if not (rule.concerns(asker) and rule.ports[0] <= port <= rule.ports[1]
-                    and (rule.name is None or is_name(rule.name, name))):
+        for rule, verdict in self.concerning(asker):
+            if not (rule.ports[0] <= port <= rule.ports[1] and (rule.name is None or is_name(rule.name, name))):
                 continue
-            verdict = self.verdict(rule)
             return None if rule.network is not None or verdict.allowed and not verdict.upstream else verdict
         return Verdict(False, "%s: no rule allows it" % self.path)
 
@@ -252,14 +258,13 @@ class Rules:
 
     def upstreams(self, asker: Asker) -> List[Optional[Upstream]]:
         """Where the rules may lead this asker, each once; None stands for connections of our own."""
-        rules = (rule for rule in self.rules if rule.allow and rule.concerns(asker))
-        return list(dict.fromkeys(self.config.upstream_of(rule.via) for rule in rules))
+        return list(dict.fromkeys(verdict.upstream for _rule, verdict in self.concerning(asker) if verdict.allowed))
 
     def foresee(self, asker: Asker, port: Optional[int] = None, name: Optional[bytes] = None) -> Verdict:
         """Judge before a name is resolved: denied is final, allowed means that judge() has to decide."""
-        for rule in self.rules:
-            if rule.concerns(asker) and rule.may_cover(port, name):
-                return Verdict(rule.allow, rule.where)
+        for rule, verdict in self.concerning(asker):
+            if rule.may_cover(port, name):
+                return verdict
         return Verdict(False, "%s: no rule allows it" % self.path)
 
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections import deque
-from threading import Condition, Lock, Thread
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 from time import monotonic
-from typing import Callable, Deque, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar
+from typing import Callable, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused, name_of, rep_of
@@ -37,6 +37,7 @@ THREADS = 64                    # at the most; there are as many as there are lo
 PER_CLIENT = 16                 # of these; a browser looks up some ten names at once
 RESERVE = 8
 QUEUED_NAMES = 1024             # of one client
+SOON_S = 0.01                   # answers from near come within that: to wait for more takes a descriptor
 REST_S = 1.0                    # a thread without work ends after that
 ANSWERS = 1024                  # that are remembered
 WAITING_NAMES = 8               # of one Waiting,
@@ -56,14 +57,12 @@ class Names:
         self._known: Dict[bytes, Tuple[float, Answer]] = {}             # and until when
         self._askers: Dict[bytes, List[Tuple[str, Tell]]] = {}          # of each name in a queue or under way
         self._running: Dict[bytes, str] = {}                            # names under way, on whose account
-        self._held: Dict[str, int] = {}                                 # how many each client has under way
-        self._queues: Dict[str, Dict[bytes, None]] = {}                 # by client, in order
-        self._turns: Tuple[Dict[str, None], ...] = tuple({} for _ in range(PER_CLIENT))     # by how many it holds
-        self._idle = 0                                                  # threads that nothing is meant for
-        # Names for idle threads. SimpleQueue.get(timeout=...) could wait for ever where several threads call it:
-        # seen in CPython 3.8, 3.11 and 3.12.
-        self._work: Deque[bytes] = deque()
-        self._news = Condition(self._lock)
+        # Names that cannot be looked up yet, by client, in order; and these clients, by how many each has under way.
+        self._queues: Dict[str, Dict[bytes, None]] = {}
+        self._turns: Tuple[Dict[str, None], ...] = tuple({} for _ in range(PER_CLIENT))
+        # Of each thread without work, where it takes the next name. One for all would not do: SimpleQueue.get(timeout=...)
+        # could wait for ever where several threads call it, seen in CPython 3.8, 3.11 and 3.12.
+        self._idle: List[SimpleQueue[bytes]] = []
 
     # ---- for one request ------------------------------------------------------------------------------------------
 
@@ -83,30 +82,39 @@ class Names:
 
     def _wait(self, name: bytes, deadline: float, connection: Optional[socket.socket], client: str) -> Answer:
         began = monotonic()
-        answers: List[Answer] = []
-        try:
-            with Wakeup() as wakeup:
-                def tell(_name: bytes, answer: Answer) -> None:
-                    answers.append(answer)
-                    wakeup.set()
+        answers: SimpleQueue[Answer] = SimpleQueue()
+        wakeups: List[Wakeup] = []
 
-                answer = self.ask(name, client, tell)
-                if answer:
-                    return answer
-                try:
-                    self._watch(wakeup, deadline, connection)
-                finally:
-                    self.drop(name, client, tell)
+        def tell(_name: bytes, answer: Answer) -> None:
+            answers.put(answer)
+            for wakeup in wakeups:
+                wakeup.set()
+
+        try:
+            answer = self.ask(name, client, tell)
+            if answer:
+                return answer
+            try:
+                return answers.get(timeout=max(min(deadline - began, SOON_S), 0.0))
+            except Empty:
+                pass
+            try:
+                with Wakeup() as wakeup:
+                    wakeups.append(wakeup)
+                    if answers.empty():
+                        self._watch(wakeup, deadline, connection)
+            finally:
+                self.drop(name, client, tell)
+            return answers.get_nowait()
+        except Empty:
+            why = "%s did not resolve within %g s" % (text(name), round(deadline - began, 2))
+            raise RequestRefused(Rep.HOST_UNREACHABLE, why) from None
         except Busy as exc:
             raise RequestRefused(Rep.GENERAL_FAILURE, "%s is not looked up: %s" % (text(name), exc)) from None
         except ConnectionResetError:
             raise ConnectionResetError(errno.ECONNRESET, "client left before %s resolved" % text(name)) from None
         except OSError as exc:
             raise RequestRefused(rep_of(exc), "%s is not looked up: %s" % (text(name), name_of(exc))) from None
-        if not answers:
-            why = "%s did not resolve within %g s" % (text(name), round(deadline - began, 2))
-            raise RequestRefused(Rep.HOST_UNREACHABLE, why)
-        return answers[0]
 
     @staticmethod
     def _watch(wakeup: Wakeup, deadline: float, connection: Optional[socket.socket]) -> None:
@@ -133,17 +141,15 @@ class Names:
             answer = self._remembered(name)
             if answer:
                 return answer
-            askers = self._askers.setdefault(name, [])
-            askers.append((client, tell))
+            self._askers.setdefault(name, []).append((client, tell))
             if name in self._running:
                 return None
-            queue = self._queues.setdefault(client, {})
-            queue[name] = None
-            self._place(client)
+            held = self._held(client)
             try:
-                if len(queue) > QUEUED_NAMES:
+                if held < PER_CLIENT and len(self._running) < THREADS - (RESERVE if held else 0):
+                    self._start(name, client)
+                elif self._enqueue(name, client) > QUEUED_NAMES:
                     raise Busy("%d names are waiting" % QUEUED_NAMES)
-                self._hand_out()
             except Busy:
                 self._forget(name, client, tell)
                 raise
@@ -172,79 +178,92 @@ class Names:
         if not askers:
             del self._askers[name]
 
-    def _unqueue(self, name: bytes, client: str) -> None:
-        queue = self._queues.get(client, {})
-        queue.pop(name, None)
+    def _held(self, client: str) -> int:
+        return list(self._running.values()).count(client)
+
+    def _enqueue(self, name: bytes, client: str) -> int:
+        """Returns how many names of this client are waiting."""
+        queue = self._queues.setdefault(client, {})
+        queue[name] = None
         self._place(client)
+        return len(queue)
+
+    def _unqueue(self, name: bytes, client: str) -> None:
+        if client in self._queues:
+            self._queues[client].pop(name, None)
+            self._place(client)
 
     def _place(self, client: str) -> None:
-        """Put a client into the turns where it belongs: by how many lookups it has under way, and last among equals."""
+        """Put a client whose names are waiting into the turns where it belongs: last among those that hold as many."""
         for turn in self._turns:
             turn.pop(client, None)
-        held = self._held.get(client, 0)
-        if not self._queues.get(client):
-            self._queues.pop(client, None)
+        held = self._held(client)
+        if not self._queues[client]:
+            del self._queues[client]
         elif held < PER_CLIENT:
             self._turns[held][client] = None
 
     def _next(self) -> Optional[bytes]:
         """The name to be looked up next, which is under way from now on; None if there is none."""
+        if not self._queues:                            # nearly always
+            return None
         free = THREADS - len(self._running)
         turns = self._turns if free > RESERVE else self._turns[:1] if free else ()
         client = next((client for turn in turns for client in turn), None)
         if client is None:
             return None
         name = next(iter(self._queues[client]))
-        self._running[name] = client
-        self._held[client] = self._held.get(client, 0) + 1
-        for other in {client, *(asker for asker, _tell in self._askers[name])}:
-            self._unqueue(name, other)
+        self._under_way(name, client)
         return name
 
-    def _hand_out(self) -> None:
-        """Give the names that may be looked up now to threads. Raises Busy when there is no thread at all."""
-        for name in iter(self._next, None):
-            if self._idle:
-                self._idle -= 1
-                self._work.append(name)
-                self._news.notify()
-                continue
-            try:
-                Thread(target=self._serve, args=(name,), name="names", daemon=True).start()
-            except (RuntimeError, MemoryError):         # the next thread that has done its work takes it
-                self._over(name)
-                for asker, _tell in self._askers[name]:
-                    self._queues.setdefault(asker, {})[name] = None
-                    self._place(asker)
-                if not self._running:
-                    raise Busy("no thread to look names up") from None
-                return
+    def _under_way(self, name: bytes, client: str) -> None:
+        """A lookup begins, on the account of `client`."""
+        self._running[name] = client
+        for asker in {asker for asker, _tell in self._askers[name]}:
+            self._unqueue(name, asker)
 
     def _over(self, name: bytes) -> None:
         """A lookup has come to its end."""
         client = self._running.pop(name)
-        self._held[client] -= 1
-        if not self._held[client]:
-            del self._held[client]
-        self._place(client)
+        if client in self._queues:
+            self._place(client)
+
+    def _start(self, name: bytes, client: str) -> None:
+        """Give a name to a thread. Raises Busy when there is no thread at all."""
+        self._under_way(name, client)
+        if self._idle:
+            self._idle.pop().put(name)
+            return
+        try:
+            Thread(target=self._serve, args=(name,), name="names", daemon=True).start()
+        except (RuntimeError, MemoryError):             # the next thread that has done its work takes it
+            self._over(name)
+            for asker, _tell in self._askers[name]:
+                self._enqueue(name, asker)
+            if not self._running:
+                raise Busy("no thread to look names up") from None
 
     # ---- the lookup threads ---------------------------------------------------------------------------------------
 
     def _serve(self, name: bytes) -> None:
+        work: SimpleQueue[bytes] = SimpleQueue()
         more: Optional[bytes] = name
         while more:
-            more = self._look_up(more) or self._rest()
+            more = self._look_up(more, work) or self._rest(work)
 
-    def _rest(self) -> Optional[bytes]:
+    def _rest(self, work: SimpleQueue[bytes]) -> Optional[bytes]:
         """Wait for a name that is meant for this thread; None when none has come in REST_S."""
-        with self._lock:
-            if self._news.wait_for(lambda: self._work, REST_S):
-                return self._work.popleft()
-            self._idle -= 1
-            return None
+        try:
+            return work.get(timeout=REST_S)
+        except Empty:
+            with self._lock:
+                if work in self._idle:
+                    self._idle.remove(work)
+                    return None
+            return work.get()                           # it came in this moment
 
-    def _look_up(self, name: bytes) -> Optional[bytes]:
-        """Look up, tell those that wait for it, and take the next."""
+    def _look_up(self, name: bytes, work: SimpleQueue[bytes]) -> Optional[bytes]:
+        """Look up, tell those that wait for it, and take the next; without one this thread is idle from now on."""
         answer = look_up(name)
         with self._lock:
             if answer.lasting_s:
@@ -256,7 +275,7 @@ class Names:
             self._over(name)
             after = self._next()
             if after is None:
-                self._idle += 1
+                self._idle.append(work)
         for _client, tell in askers:
             tell(name, answer)
         return after

@@ -349,7 +349,7 @@ MOST_BYTES = 262            # of a Greeting or a Request
 def parse_whole(kind: Any, data: bytes) -> Any:
     """kind.parse() for bytes that are one whole message and nothing else; EOFError for less or more than that."""
     read = BytesReader(data)
-    message = kind.parse(read)
+    message = kind.parse(read.read)
     if read.rest():
         raise EOFError("more than one message")
     return message
