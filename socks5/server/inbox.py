@@ -184,16 +184,16 @@ def linger(sock: socket.socket) -> None:
 
 
 class ClosedOnError:
-    """Closes a socket if the block raises. If it does not, the socket is the relay loop's."""
+    """Closes a socket, or what has sockets, if the block raises. If it does not, they are the relay loop's."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: Any) -> None:
         self.sock = sock
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Optional[Type[BaseException]], *_: object) -> None:
-        if kind:
+        if kind and self.sock is not None:
             self.sock.close()
 
 
