@@ -358,7 +358,7 @@ class Bursts(unittest.TestCase):
                 sock.send(Datagram(dst, b"a piece", 1).pack())
                 run()
                 self.assertEqual(there.recv(100), b"whole")
-                wait_until(lambda: association._fragments.dropped)
+                wait_until(lambda: association.losses()["fragment"])
                 sock.send(Datagram(dst, b"too late", 2 | 0x80).pack())
                 sock.send(Datagram(dst, b"whole").pack())
                 self.assertEqual(there.recv(100), b"whole")

@@ -86,7 +86,7 @@ class Session:
 
     def moved(self) -> Tuple[int, int]:
         """Bytes up and down until now."""
-        tunnel, association = self.tunnel, self.association     # its own thread may take them away meanwhile
+        tunnel, association = self.tunnel, self.association     # the relay loop may take them away meanwhile
         if tunnel:
             return tunnel.up.total, tunnel.down.total
         return (association.up, association.down) if association else (self.up, self.down)
