@@ -908,7 +908,7 @@ class InTheLoop(unittest.TestCase):
 
             def handle(self, fd, events, now):
                 turns.append(self.number)
-                over.wait(GROUPS_S)
+                over.wait(2 * GROUPS_S)
                 return False
 
             def sockets(self):
@@ -919,6 +919,8 @@ class InTheLoop(unittest.TestCase):
 
         over, ended, bugs = threading.Event(), [], []
         loop = Loop(ended.append, lambda: bugs.append(sys.exc_info()[1]))
+        poll, at_polls = loop._poller.poll, []
+        loop._poller.poll = lambda *args: at_polls.append(len(turns)) or poll(*args)
         loop.start()
         with contextlib.ExitStack() as stack:
             pairs = [stack.enter_context(sock) for _ in range(5) for sock in socket.socketpair()]
@@ -940,6 +942,8 @@ class InTheLoop(unittest.TestCase):
                 pairs[9].send(b"and back")
                 self.assertEqual(pairs[6].recv(100), b"and back")
                 wait_until(lambda: len(turns) > before, "groups have turns as well")
+            between = [after - before for before, after in zip(at_polls, at_polls[1:])]
+            self.assertEqual(max(between), 1, "one long turn, and then the tunnels")
             counts = [turns[:30].count(number) for number in range(3)]
             self.assertLessEqual(max(counts[1:]) - min(counts[1:]), 1, turns[:30])
         self.assertEqual((bugs, len(ended)), ([], 4))
