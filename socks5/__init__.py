@@ -33,8 +33,8 @@
         wakeup        a descriptor by which one thread wakes another
         shares        a limited number of things, of which no address takes all
         writer        the thread that writes lines to a descriptor
-    relay/            bytes between two sockets
         affinity      on which CPU a thread may run
+    relay/            bytes between two sockets
         splice        a kernel pipe, through which bytes go without a copy
         bucket        token buckets for rate limits, which the server processes share
         pipe          one direction
@@ -42,8 +42,9 @@
         protected     a tunnel whose client speaks through an envelope
         limited       a direction under a rate limit
         busy          a busy tunnel in a thread of its own
-        watch         a silent newcomer, for which the loop waits as well
-        loop          the thread that relays every quiet tunnel of the process
+        group         sockets that are only read, like those of a UDP association
+        watch         what the loop waits for: descriptors, silent newcomers, other threads
+        loop          the thread that relays every quiet tunnel of the process, and every group
     commands/         what a client can ask for
         authorize     what one client may reach, by the rules in force
         connect       CONNECT: Happy Eyeballs over the destination's addresses (RFC 8305)

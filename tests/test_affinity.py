@@ -5,7 +5,8 @@ import threading
 import unittest
 from pathlib import Path
 
-from socks5.relay import affinity, loop, splice
+from socks5.net import affinity
+from socks5.relay import loop, splice
 from tests.support import children, connect_through, spawned, target, wait_until
 
 CPUS = os.sched_getaffinity(0) if affinity.available else ()

@@ -1,7 +1,6 @@
 """The lookup service: fair turns, limits, what is remembered, and requests that wait for a name."""
 import contextlib
 import errno
-import select
 import socket
 import threading
 import time
@@ -336,12 +335,14 @@ class Requests(LookupCase):
 
         with mock.patch.object(module, "Wakeup", Late), mock.patch.object(module, "SOON_S", 0.0), \
                 mock.patch.object(self.names, "_watch", side_effect=AssertionError("nothing sets this one")):
-            self.assertEqual(list(self.names.resolve(b"hang.test", time.monotonic() + PATIENCE_S, None, "one")), [FOUND])
+            found = self.names.resolve(b"hang.test", time.monotonic() + PATIENCE_S, None, "one")
+            self.assertEqual(list(found), [FOUND])
 
 
 class WaitingTest(LookupCase):
     def waiting(self):
-        waiting = Waiting(self.names, "one")
+        self.woken = threading.Event()
+        waiting = Waiting(self.names, "one", self.woken.set)
         self.addCleanup(waiting.close)
         return waiting
 
@@ -350,10 +351,10 @@ class WaitingTest(LookupCase):
         for item in ("one", "two"):
             self.assertIsNone(waiting.ask(b"name.test", item, 10))
         self.resolver.answer()
-        self.assertTrue(select.select([waiting.wakeup], [], [], PATIENCE_S)[0])
+        self.assertTrue(self.woken.wait(PATIENCE_S))
         self.assertEqual([(item, answer.addresses) for item, answer in waiting.take()],
                          [("one", (FOUND,)), ("two", (FOUND,))])
-        self.assertFalse(select.select([waiting.wakeup], [], [], 0)[0])
+        self.assertEqual(list(waiting.take()), [])
         self.assertEqual(waiting.ask(b"name.test", "three", 10).addresses, (FOUND,), "known by now")
 
     def test_what_waits_is_bounded(self):
@@ -382,7 +383,7 @@ class WaitingTest(LookupCase):
         waiting.close()
         self.resolver.answer()
         wait_until(lambda: self.told)
-        self.assertEqual(waiting._answers, [])
+        self.assertEqual((waiting._answers, self.woken.is_set()), ([], False))
 
 
 class Attacks(LookupCase):

@@ -36,7 +36,8 @@ class State(unittest.TestCase):
         for expected, facts in (
                 ("negotiating", {}), ("connecting", {"cmd": "CONNECT"}), ("connecting", {"cmd": "BIND"}),
                 ("waiting", {"cmd": "BIND", "rep": "SUCCEEDED"}), ("relaying", {"tunnel": tunnel()}),
-                ("relaying", {"association": mock.Mock()}), ("half-closed", {"tunnel": tunnel(up=True)}),
+                ("relaying", {"association": mock.Mock(ended=False, aborted="")}),
+                ("closing", {"association": mock.Mock(ended=True)}), ("half-closed", {"tunnel": tunnel(up=True)}),
                 ("half-closed", {"tunnel": tunnel(down=True)}), ("closing", {"tunnel": tunnel(ended=True)}),
                 ("closing", {"tunnel": tunnel(aborted="server stopped")}), ("closing", {"ended_by": "evicted"})):
             with self.subTest(expected, facts=facts):

@@ -15,7 +15,7 @@ from socks5.net import listeners
 from socks5.process import identity, systemd
 from tests import support
 from tests.support import (
-    PATIENCE_S, Spawned, children, connect_through, dial, echoes, need, need_program, negotiate, readme_block,
+    PATIENCE_S, ROOT, Spawned, children, connect_through, dial, echoes, need, need_program, negotiate, readme_block,
     run_cli, run_python, spawned, target, wait_until)
 
 # Opens a socket as systemd does, and becomes the program of its arguments.

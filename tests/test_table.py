@@ -66,8 +66,9 @@ class Lines(unittest.TestCase):
             states, _ = self.tables(server)
             with client.associate(server.server_address[:2]):
                 unused = max(server.sessions, key=lambda session: session.number)
-                wait_until(lambda: unused.association)
-                self.assertEqual(unused.idle_s(unused.started + 5), 5, "before its first datagram")
+                wait_until(lambda: unused.association and unused.association.watched, "it is relayed")
+                idle_s = unused.idle_s(unused.association.moved_at + 5)
+                self.assertAlmostEqual(idle_s, 5, msg="before its first datagram")
         self.assertEqual((states["relaying"]["cmd"], states["relaying"]["up"]), ("UDP_ASSOCIATE", "8"))
         self.assertGreaterEqual(float(states["relaying"]["idle"]), 0)
 

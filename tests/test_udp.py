@@ -26,6 +26,9 @@ from socks5.net.lookups import PER_CLIENT, WAITING_BYTES, WAITING_ITEMS, WAITING
 from socks5.net.shares import ANY_PORT
 from socks5.commands.udp import BUFFERS, Association
 from socks5.net.poller import SelectPoll
+from socks5.relay.group import Group, relay_alone
+from socks5.relay.loop import GROUPS_S, MANY, Loop
+from socks5.relay.tunnel import Tunnel
 from socks5.protocol.messages import Datagram
 
 from .support import (
@@ -176,8 +179,10 @@ class Bursts(unittest.TestCase):
         """One that does not run before run() is called: (it, its client's socket, run)."""
         with socket.create_server(("127.0.0.1", 0)) as listener, dial(listener.getsockname()) as control:
             with listener.accept()[0] as ours, udp_socket() as sock:
-                with Association(ours, ip_address("127.0.0.1"), ANY_PORT, (), Names(), lambda *_: True) as association:
-                    thread = threading.Thread(target=association.run, args=(idle_s,), daemon=True)
+                association = Association(ours, ip_address("127.0.0.1"), ANY_PORT, (), Names(), lambda *_: True,
+                                          idle_s=idle_s)
+                with contextlib.closing(association):
+                    thread = threading.Thread(target=relay_alone, args=(association,), daemon=True)
                     sock.connect((str(association.bnd.ip), association.bnd.port))
                     try:
                         yield association, sock, thread.start
@@ -226,7 +231,7 @@ class Bursts(unittest.TestCase):
             self.both_ways()                                        # 99 is no option of its: EINVAL
 
     def test_without_poll_and_nonblocking_creation(self):
-        with patch("socks5.commands.udp.new_poll", SelectPoll), patch.object(datagrams, "NONBLOCK", 0):
+        with patch("socks5.relay.group.new_poll", SelectPoll), patch.object(datagrams, "NONBLOCK", 0):
             self.both_ways()
 
     def test_a_short_datagram_is_not_taken_for_the_one_before(self):
@@ -256,7 +261,7 @@ class Bursts(unittest.TestCase):
     def test_idle_is_without_datagrams_either_way(self):
         for direction in ("up", "down"):
             clock = [1000.0]
-            with self.subTest(direction), patch("socks5.commands.udp.monotonic", lambda: clock[0]), \
+            with self.subTest(direction), patch("socks5.relay.group.monotonic", lambda: clock[0]), \
                     udp_socket() as there:
                 with self.association(idle_s=100) as (association, sock, run), udp_socket("127.0.0.2") as stranger:
                     run()
@@ -353,7 +358,7 @@ class Bursts(unittest.TestCase):
                 sock.send(Datagram(dst, b"a piece", 1).pack())
                 run()
                 self.assertEqual(there.recv(100), b"whole")
-                wait_until(lambda: association._fragments.dropped)
+                wait_until(lambda: association.losses()["fragment"])
                 sock.send(Datagram(dst, b"too late", 2 | 0x80).pack())
                 sock.send(Datagram(dst, b"whole").pack())
                 self.assertEqual(there.recv(100), b"whole")
@@ -513,7 +518,8 @@ class Dropped(unittest.TestCase):
                 wait_until(lambda: descriptors(server.process.pid) <= before)
                 exchange(self, udp, where)
             line = server.wait_line("session .*cmd=UDP_ASSOCIATE").string
-            self.assertIn("why='dropped: 2 EMFILE, 1 bad header'", line)
+            self.assertEqual(sorted(line.rpartition("why='dropped: ")[2].rstrip("'").split(", ")),
+                             ["1 EMFILE", "1 bad header", "1 unresolved"])
 
 
 class NamesOfRemotes(unittest.TestCase):
@@ -776,9 +782,20 @@ class TheEnd(unittest.TestCase):
         def idle(udp, server):
             self.assertRaises(ProxyError, udp.recvfrom)
 
+        def loop_stops(udp, server):
+            server.relay_loop().abort_all("server stopped")
+            self.assertRaises(ProxyError, udp.recvfrom)
+
+        def drain(udp, server):
+            server.shutdown()
+            self.assertEqual(server.drain(0.01), 1)
+            self.assertEqual(len(server.sessions), 0)
+
         cases = [("FIN", fin, {}, "ended=client why=-"),
                  ("RST", rst, {}, "ended=client why='Connection reset by peer'"),
-                 ("half-closed", half, {}, "ended=client why=-"), ("drain", stop, {}, "ended=server-stopped why=-"),
+                 ("half-closed", half, {}, "ended=client why=-"), ("abort", stop, {}, "ended=server-stopped why=-"),
+                 ("loop", loop_stops, {}, "ended=server-stopped why=-"),
+                 ("drain", drain, {}, "ended=server-stopped why=-"),
                  ("idle", idle, {"udp_idle_timeout": 2}, "ended=idle why=-")]
         for name, end, options, words in cases:
             with self.subTest(name), running(**options) as server, remote() as where:
@@ -844,6 +861,179 @@ class TheEnd(unittest.TestCase):
                         udp.close()
                 wait_until(lambda: descriptors(pid) <= before and threads(pid) <= idle_threads, "nothing is left")
                 self.assertLess(resident_kib(pid), memory + (10 << 10))         # with a buffer for each: 44 MiB
+
+
+# ---- in the relay loop -------------------------------------------------------------------------------------------
+
+@unittest.skipUnless(MANY, "by select(), the thread that brings an association relays it to its end")
+class InTheLoop(unittest.TestCase):
+    def test_an_association_holds_no_thread(self):
+        with spawned(*ALONE, "-q") as server, remote() as where, contextlib.ExitStack() as stack:
+            for _ in range(40):
+                exchange(self, stack.enter_context(associated(("127.0.0.1", server.port))), where)
+            self.assertLessEqual(threads(server.process.pid), OTHER_THREADS + MAX_WAITING)
+
+    def test_a_name_that_is_looked_up_holds_no_descriptor(self):
+        hang = threading.Event()
+        real = socket.getaddrinfo
+
+        def getaddrinfo(host, *args, **kwargs):
+            hang.wait(PATIENCE_S)
+            return real("127.0.0.1", *args, **kwargs)
+
+        with running() as server, remote() as where, associated(server) as udp:
+            exchange(self, udp, where)
+            before = descriptors()
+            try:
+                with patch("socket.getaddrinfo", getaddrinfo):
+                    udp.sendto(b"late", ("slow.test", where[1]))
+                    exchange(self, udp, where)
+                    self.assertEqual(descriptors(), before)
+                    hang.set()
+                    self.assertEqual(udp.recvfrom(), (b"LATE", where))
+            finally:
+                hang.set()
+
+    def test_a_flood_leaves_tunnels_their_turns(self):
+        """Groups whose bursts never end take turns with one another, and a tunnel's turn comes between two of them."""
+        turns = []
+
+        class Endless(Group):
+            __slots__ = ("number", "sock")
+
+            def __init__(self, number, sock):
+                super().__init__()
+                self.number, self.sock = number, sock
+                self.fds.append(sock.fileno())
+
+            def handle(self, fd, events, now):
+                turns.append(self.number)
+                over.wait(2 * GROUPS_S)
+                return False
+
+            def sockets(self):
+                return (self.sock,)
+
+            def deadline(self):
+                return float("inf")
+
+        over, ended, bugs = threading.Event(), [], []
+        loop = Loop(ended.append, lambda: bugs.append(sys.exc_info()[1]))
+        poll, at_polls = loop._poller.poll, []
+        loop._poller.poll = lambda *args: at_polls.append(len(turns)) or poll(*args)
+        loop.start()
+        with contextlib.ExitStack() as stack:
+            pairs = [stack.enter_context(sock) for _ in range(5) for sock in socket.socketpair()]
+            stack.callback(loop.stop, "the test is over")
+            stack.callback(over.set)
+            for number in range(3):
+                pairs[2 * number].send(b"is never read")
+                loop.relay(Endless(number, pairs[2 * number + 1]))
+            tunnel = Tunnel(pairs[7], pairs[8])
+            with patch("socks5.relay.busy.FIRST_TURNS", 0):
+                loop.relay(tunnel)
+            pairs[6].settimeout(PATIENCE_S)
+            pairs[9].settimeout(PATIENCE_S)
+            wait_until(lambda: len(turns) >= 30)
+            for _ in range(20):
+                before = len(turns)
+                pairs[6].send(b"there")
+                self.assertEqual(pairs[9].recv(100), b"there")
+                pairs[9].send(b"and back")
+                self.assertEqual(pairs[6].recv(100), b"and back")
+                wait_until(lambda: len(turns) > before, "groups have turns as well")
+            between = [after - before for before, after in zip(at_polls, at_polls[1:])]
+            self.assertEqual(max(between), 1, "one long turn, and then the tunnels")
+            counts = [turns[:30].count(number) for number in range(3)]
+            self.assertLessEqual(max(counts[1:]) - min(counts[1:]), 1, turns[:30])
+        self.assertEqual((bugs, len(ended)), ([], 4))
+
+
+class OneForItself(unittest.TestCase):
+    """In the loop, or in threads where there is only select()."""
+
+    def test_what_comes_before_the_hand_over_is_relayed(self):
+        came = threading.Event()
+
+        class Server(socks5.Server):
+            def relay(self, relay):
+                came.wait(PATIENCE_S)
+                super().relay(relay)
+
+        with running(server_class=Server) as server, remote() as where, associated(server) as udp:
+            for number in range(5):
+                udp.sendto(b"early %d" % number, where)
+            came.set()
+            for number in range(5):
+                self.assertEqual(udp.recvfrom(), (b"EARLY %d" % number, where))
+
+    def test_a_control_connection_that_ended_before_the_hand_over(self):
+        gone = threading.Event()
+
+        class Server(socks5.Server):
+            def relay(self, relay):
+                gone.wait(PATIENCE_S)
+                super().relay(relay)
+
+        for end in (lambda udp: udp.close(), lambda udp: reset(udp.control)):
+            with running(server_class=Server) as server, session_line(self, server) as line:
+                with associated(server) as udp:
+                    end(udp)
+                gone.set()
+            self.assertIn("rep=SUCCEEDED up=0 down=0", line[0])
+            self.assertIn("ended=client", line[0])
+
+    def test_a_bug_in_one_costs_only_that_one(self):
+        def bug(*_):
+            raise KeyError("bug")
+
+        for host in ("127.0.0.1", "localhost"):             # in handle(), and behind a lookup
+            with self.subTest(host), running() as server, remote() as where, associated(server) as one, \
+                    associated(server) as other, dial(server.server_address) as idle:
+                for udp in (one, other):
+                    exchange(self, udp, where)
+                oldest = min(server.sessions, key=lambda session: session.number)
+                with self.assertLogs("socks5", "INFO") as logs:
+                    oldest.association.permit = lambda address, port, name: address is None or bug()
+                    one.sendto(b"x", (host, closed_port()))
+                    self.assertRaises(ProxyError, one.recvfrom)
+                    wait_until(lambda: len(server.sessions) == 2)
+                self.assertTrue(any("KeyError" in line for line in logs.output), logs.output)
+                self.assertTrue(any("ended=server" in line for line in logs.output), logs.output)
+                exchange(self, other, where)
+                negotiate(idle)
+
+    def test_a_lone_datagram_is_received_by_one_call(self):
+        calls = []
+
+        class Counted:
+            def __init__(self, sock):
+                self.sock = sock
+                self.fileno, self.sendto, self.close = sock.fileno, sock.sendto, sock.close
+
+            def recvfrom_into(self, view):
+                try:
+                    calls.append("datagram")
+                    return self.sock.recvfrom_into(view)
+                except BlockingIOError:
+                    calls[-1] = "nothing"
+                    raise
+
+        with socket.create_server(("127.0.0.1", 0)) as listener, dial(listener.getsockname()), \
+                listener.accept()[0] as ours, udp_socket() as sock, udp_socket() as there:
+            association = Association(ours, ip_address("127.0.0.1"), ANY_PORT, (), Names(), lambda *_: True)
+            with contextlib.closing(association):
+                association._inside = Counted(association._inside)
+                sock.connect((str(association.bnd.ip), association.bnd.port))
+                raw = Datagram(address(*there.getsockname()), b"hello").pack()
+                for now, sent, expected in (
+                        (1000.0, 1, ["datagram"]), (2000.0, 1, ["datagram"]), (3000.0, 3, ["datagram"]),
+                        (3000.0, 0, ["datagram"] * 2 + ["nothing"]), (4000.0, 1, ["datagram"])):
+                    for _ in range(sent):
+                        sock.send(raw)
+                    del calls[:]
+                    association.handle(association._facing, 1, now)
+                    self.assertEqual(calls, expected)
 
 
 # ---- many --------------------------------------------------------------------------------------------------------

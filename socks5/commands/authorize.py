@@ -115,7 +115,9 @@ class Authorizer:
         return asker
 
     def permits_datagram(self, address: Optional[IP], port: int, host: Host) -> bool:
-        """May this client's datagrams go there? Without an address: is it worth looking up? Logs once for each rule."""
+        """May this client's datagrams go there? Without an address: is it worth looking up? Logs once for each rule.
+
+        Called in the relay loop: it must not wait."""
         asker, name, rules = self.asker(Cmd.UDP_ASSOCIATE), name_in(host), self.rules()
         verdict = rules.judge(asker, address, port, name) if address else rules.foresee(asker, port, name)
         if not verdict.allowed and verdict.where not in self.told and len(self.told) < TOLD:

@@ -15,7 +15,7 @@ import sys
 from threading import Condition
 from typing import Any, Callable, Counter, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
-from ..net.addresses import IP, Sockaddr, family_of, ip_of, leaving, subscriber
+from ..net.addresses import IP, Sockaddr, family_of, ip_of, leaving
 from ..net.shares import Ports
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused, name_of, rep_of
@@ -124,16 +124,16 @@ def our_end(control: socket.socket, client: IP) -> Sockaddr:
 
 class Sockets:
     """The UDP sockets of one association: one faces the client, one for each family the remotes. They take ports from
-    the client's share. Raises RequestRefused when there is no socket or port.
+    the share of `owner`. Raises RequestRefused when there is no socket or port.
 
     inside      faces the client
     outside     the others, by descriptor
     """
 
-    def __init__(self, control: socket.socket, client: IP, ports: Ports, out: Sequence[str],
-                 watch: Callable[[Any], None]) -> None:
-        """`watch` is called with every socket that faces remotes, as soon as it is there."""
-        self._ports, self._owner = ports, subscriber(client)
+    def __init__(self, control: socket.socket, client: IP, owner: str, ports: Ports, out: Sequence[str],
+                 watch: Callable[[int], None]) -> None:
+        """`watch` is called with the descriptor of every socket that faces remotes, as soon as it is there."""
+        self._ports, self._owner = ports, owner
         self._control, self._out, self._watch = control, out, watch
         self.outside: Dict[int, socket.socket] = {}
         self._toward: Dict[int, socket.socket] = {}         # the same by family
@@ -144,7 +144,7 @@ class Sockets:
         """The socket that faces the client. Where ports are scarce those towards the remotes come with it."""
         here = ip_of(sockaddr)
         families = sorted({socket.AF_INET, family_of(here)}) if self._ports.range else []
-        versions = [here.version] + [4 if family == socket.AF_INET else 6 for family in families]
+        versions = [here.version] + [version_of(family) for family in families]
         inside = None
         try:
             for version in set(versions):
@@ -166,10 +166,10 @@ class Sockets:
         self._taken += [version] * number
 
     def open_toward(self, family: int) -> socket.socket:
-        source = leaving(self._out, ip_of(self._control.getsockname()), 4 if family == socket.AF_INET else 6)
+        source = self._out and leaving(self._out, ip_of(self._control.getsockname()), version_of(family))
         sock = self._toward[family] = bound(family, str(source) if source else "", self._ports)
         self.outside[sock.fileno()] = sock
-        self._watch(sock)
+        self._watch(sock.fileno())
         return sock
 
     def toward(self, remote: IP) -> socket.socket:
@@ -195,6 +195,10 @@ class Sockets:
         for version in self._taken:
             self._ports.give_back(self._owner, version)
         self._taken = []
+
+
+def version_of(family: int) -> int:
+    return 4 if family == socket.AF_INET else 6
 
 
 def segments(sock: socket.socket) -> bool:

@@ -1,23 +1,21 @@
-"""UDP ASSOCIATE: relay the datagrams of one association, in the thread of the handler of its TCP connection.
+"""UDP ASSOCIATE: relay the datagrams of one association. It waits for nothing: the relay loop has it, and no thread.
 
 One socket faces the client, one for each address family the remotes: all of them see the client at the same port, and
 any may answer (endpoint-independent mapping, RFC 4787 section 4.1). What cannot be relayed is dropped and counted.
 
 Headers are remembered with the socket and address that they stand for, so that the next datagram to the same place is
-neither parsed nor judged again; a change of the rules clears that. All associations share buffers. RFC 1928 section 7.
+neither parsed nor judged again; a change of the rules clears that. All associations share buffers. A datagram that
+stands alone is received without asking for another behind it. RFC 1928 section 7.
 """
 from __future__ import annotations
 
 import socket
 from collections import Counter
-from functools import partial
 from math import inf
-from time import monotonic
 from typing import Any, Callable, Counter as Counts, Dict, List, Optional, Sequence, Tuple
 
 from ..net.addresses import Endpoint, IP, Sockaddr, advertised, endpoint_of, ip_of, subscriber
 from ..net.lookups import Busy, Names, Waiting
-from ..net.poller import READ, new_poll
 from ..net.resolver import normalise
 from ..net.shares import Ports
 from ..protocol.envelope import Envelope
@@ -25,6 +23,8 @@ from ..protocol.errors import RequestRefused, name_of
 from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
+from ..relay.group import Group
+from ..relay.pipe import DONTWAIT
 from ..values import Upstream
 from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, Sockets, remember, send
 from .enveloped import EnvelopedSocket
@@ -39,10 +39,11 @@ OnDatagram = Callable[[str, bytes, Sockaddr], None]
 HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, ATYP, 16 of IPv6, port
 BEYOND = "beyond the rate"
 FORGET_S = 30.0                 # how long a name stands for the same address
+ALONE_S = 0.001                 # a datagram that comes so long after the one before: no burst is expected
 BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
 
 
-class Association:
+class Association(Group):
     """The relay between one client and the remotes that it sends to. Raises RequestRefused without a socket or port.
 
     control      the TCP connection, whose end is the association's; what arrives on it is read and ignored
@@ -54,22 +55,29 @@ class Association:
     on_datagram  called with trace.UP or trace.DOWN, each datagram between client and association, and the client's
                  socket address
     out          our addresses towards the remotes, by --out
-    links        associations with upstreams, whose sockets we read; the caller closes them
+    links        associations with upstreams, whose sockets we read and close
     way          through which upstream does a datagram go? None: we send it; without an address: we resolve the name
     envelope     that of the client's datagrams, if they have one
     police       which datagrams are within the rate limits; made anew when the rules are others
+    idle_s       seconds without a datagram after which it ends, 0 for never
     bnd          where the client is to send its datagrams
     up, down     payload bytes relayed, and `datagrams`: [up, down]
     dropped      datagrams that were not, by reason
-    ended_by     "client" or "idle"; `why` is the error that ended it, or ""
+    ended_by     "client", "remote" or "idle"; or why it was aborted
     """
+
+    __slots__ = ("control", "client", "owner", "names", "permit", "rules", "on_datagram", "links", "way", "police",
+                 "idle_s", "bnd", "up", "down", "datagrams", "dropped", "_judged_by", "_hire", "_peer", "_routes",
+                 "_headers", "_forget_at", "_fragments", "_waiting", "_sockets", "_inside", "_facing", "_linked",
+                 "_now", "_last_up", "_last_down")
 
     def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
                  names: Names, permit: Callable[[Optional[IP], int, Host], bool],
                  rules: Callable[[], object] = lambda: None, on_datagram: Optional[OnDatagram] = None,
                  out: Sequence[str] = (), links: Optional[Links] = None, way: Optional[Way] = None,
-                 envelope: Optional[Envelope] = None,
-                 police: Callable[[], Optional[Police]] = lambda: None) -> None:
+                 envelope: Optional[Envelope] = None, police: Callable[[], Optional[Police]] = lambda: None,
+                 idle_s: float = 0, session: Any = None) -> None:
+        super().__init__(session)
         self.control = control
         self.client = str(client)
         self.owner = subscriber(client)
@@ -77,103 +85,97 @@ class Association:
         self.permit = permit
         self.rules = rules
         self.on_datagram = on_datagram
-        self.links, self.way = Links() if links is None else links, way
+        self.links, self.way = links, way
+        self.idle_s = idle_s
         self._judged_by = rules()
         self._hire, self.police = police, police()
         self.up, self.down, self.datagrams = 0, 0, [0, 0]
         self.dropped: Counts[str] = Counter()
-        self.ended_by = self.why = ""
         self._peer: Any = None                              # the client's socket address, once its port is known
         self._routes: Dict[bytes, Route] = {}               # by the header that leads there
         self._headers: Dict[Sockaddr, bytes] = {}           # by the remote that they name
-        self._forget_at = self.moved_at = 0.0
-        self._fragments = Fragments()
+        self._forget_at = self._now = self._last_up = self._last_down = 0.0
+        self._fragments: Optional[Fragments] = None
         self._waiting: Optional[Waiting[Tuple[Datagram, Host]]] = None
-        self._moved = False
-        self._poll = new_poll()
-        self._sockets = sockets = Sockets(control, client, ports, out, partial(watch, self._poll))
-        self._outside = sockets.outside
+        self._sockets = sockets = Sockets(control, client, self.owner, ports, out, self.fds.append)
         self._inside: Any = EnvelopedSocket(sockets.inside, envelope, self.client) if envelope else sockets.inside
-        linked = [(sock, link) for link in self.links.values() for sock in (link.sock, link.control)]
-        self._linked = {sock.fileno(): link for sock, link in linked}
-        for sock in (control, self._inside, *(sock for sock, _link in linked)):
-            watch(self._poll, sock)
+        self._facing = self._inside.fileno()
+        self._linked = {sock.fileno(): link for link in (links or {}).values() for sock in (link.sock, link.control)}
+        self.fds += [control.fileno(), self._facing, *self._linked]
         here = self._inside.getsockname()
         self.bnd = Endpoint(advertised(advertise, ip_of(here)), here[1])
 
-    def __enter__(self) -> Association:
-        return self
+    def sockets(self) -> Tuple[socket.socket, ...]:
+        return (self.control,)
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._sockets.close()
+        if self.links:
+            self.links.close()
         if self._waiting:
             self._waiting.close()
         if self.police:
             self.police.close()
 
-    def run(self, idle_s: float) -> None:
-        """Relay until the client is gone, or nothing went through for idle_s (0: for ever)."""
-        self.control.setblocking(False)
-        now = monotonic()
-        idle_at = now + (idle_s or inf)
-        while not self.ended_by:
-            until = min(idle_at, self._fragments.deadline)
-            ready = self._poll.poll(None if until == inf else max(0.0, until - now) * 1000 + 1)
-            now = monotonic()
-            if now >= self._forget_at or self.rules() is not self._judged_by:
-                self._routes.clear()
-                if self.rules() is not self._judged_by:
-                    self._limit_anew()
-                self._forget_at, self._judged_by = now + FORGET_S, self.rules()
-            if ready:
-                self._turn(ready)
-            if self._moved:
-                idle_at, self._moved, self.moved_at = now + (idle_s or inf), False, now
-            elif now >= idle_at:
-                self.ended_by = self.ended_by or "idle"
-            if now >= self._fragments.deadline:
-                self._fragments.drop()
-
-    def _turn(self, ready: Sequence[Tuple[int, int]]) -> None:
-        """Serve each socket that is ready, with one of the shared buffers."""
+    def handle(self, fd: int, _events: int, now: float) -> bool:
+        """Relay a burst of what has come to one socket, with one of the shared buffers."""
+        if now >= self._forget_at or self.rules() is not self._judged_by:
+            self._judge_anew(now)
+        self._now = now
         buffer, view = BUFFERS.take()
         try:
-            for fd, _events in ready:
-                if fd == self._inside.fileno():
-                    self._from_client(buffer, view)
-                elif fd in self._outside:
-                    self._from_remote(self._outside[fd], buffer, view)
-                elif fd == self.control.fileno():
-                    self._from_control()
-                elif fd in self._linked:
-                    self._from_link(self._linked[fd], fd, view)
-                else:
-                    self._from_names()
+            if fd == self._facing:
+                self._from_client(buffer, view)
+            elif fd in self._sockets.outside:
+                self._from_remote(self._sockets.outside[fd], buffer, view)
+            elif fd == self.control.fileno():
+                self._from_control()
+            else:
+                self._from_link(self._linked[fd], fd, view)
         finally:
             BUFFERS.give_back((buffer, view))
+        return self.ended or self.watched < len(self.fds)
 
-    def _limit_anew(self) -> None:
-        if self.police:
-            self.police.close()
-        self.police = self._hire()
+    def deadline(self) -> float:
+        return min(self._idle_at(), self._fragments.deadline if self._fragments else inf)
+
+    def _idle_at(self) -> float:
+        return self.moved_at + (self.idle_s or inf)
+
+    def expire(self) -> None:
+        if self._fragments and self._fragments.deadline <= self._idle_at():
+            self._fragments.drop()
+        else:
+            self.end("idle")
+
+    def _judge_anew(self, now: float) -> None:
+        """Forget which header leads where: the rules are others, or the names that are in headers."""
+        self._routes.clear()
+        rules = self.rules()
+        if rules is not self._judged_by:
+            if self.police:
+                self.police.close()
+            self.police = self._hire()
+        self._forget_at, self._judged_by = now + FORGET_S, rules
 
     def losses(self) -> Counts[str]:
         """How many datagrams were dropped, by reason."""
-        return self.dropped + Counter({"fragment": self._fragments.dropped})
+        return self.dropped + Counter({"fragment": self._fragments.dropped if self._fragments else 0})
 
     def summary(self) -> str:
-        """What was dropped, in words; "" if nothing was."""
-        words = ", ".join("%d %s" % (n, reason) for reason, n in self.losses().most_common())
-        return words and "dropped: " + words
+        """What was dropped, in words, and which upstreams have no link; "" if there is nothing to say."""
+        dropped = ", ".join("%d %s" % (n, reason) for reason, n in self.losses().most_common())
+        words = dropped and "dropped: " + dropped
+        return words if self.links is None else self.links.also(words)
 
     def _from_control(self) -> None:
         try:
-            if not self.control.recv(4096):
-                self.ended_by = "client"
+            if not self.control.recv(4096, DONTWAIT):
+                self.end(self.aborted or "client")
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as exc:
-            self.ended_by, self.why = "client", exc.strerror or str(exc)
+            self.end("client", exc.strerror or str(exc))
 
     def _from_client(self, buffer: bytearray, view: memoryview) -> None:
         """Receive a burst from the client and send it on. A header that is the same as before is not parsed again."""
@@ -181,7 +183,8 @@ class Association:
         header, start, skip, length, at = b"", DATAGRAM_BYTES, 0, 0, 0
         run: List[memoryview] = []
         route = to = None
-        for _ in range(BURST):
+        most, self._last_up = 1 if self._now - self._last_up > ALONE_S else BURST, self._now
+        for _ in range(most):
             try:
                 size, sender = receive(view[at:])
             except (BlockingIOError, InterruptedError):
@@ -192,7 +195,7 @@ class Association:
             if sender != self._peer and (self._peer or sender[0] != self.client):
                 self.dropped["not the client"] += 1
                 continue
-            self._moved = True
+            self.moved_at = self._now
             if on_datagram:
                 on_datagram(UP, bytes(view[at:at + size]), sender)
             if size < start or not buffer.startswith(header, at):
@@ -229,7 +232,8 @@ class Association:
         receive, headers, police = sock.recvfrom_into, self._headers, self.police
         before, header, room, length, at = None, b"", 0, 0, 0
         run: List[memoryview] = []
-        for _ in range(BURST):
+        most, self._last_down = 1 if self._now - self._last_down > ALONE_S else BURST, self._now
+        for _ in range(most):
             body = at + HEADER_BYTES
             try:
                 size, sender = receive(view[body:])
@@ -265,7 +269,7 @@ class Association:
                     self.dropped[BEYOND] += came - len(run)
                 self._down(run, length)
         elif not link.alive():
-            self.ended_by, self.why = "remote", "%s ended the association" % str(link.upstream)
+            self.end("remote", "%s ended the association" % str(link.upstream))
 
     def _down(self, run: List[memoryview], length: int) -> None:
         if run and not self._peer:
@@ -277,9 +281,11 @@ class Association:
                     self.on_datagram(DOWN, bytes(datagram), self._peer)
             self.datagrams[1] += sent
             self.down += sent * length
-            self._moved = self._moved or sent > 0
+            if sent:
+                self.moved_at = self._now
 
-    def _from_names(self) -> None:
+    def change_now(self) -> None:
+        """The addresses of a name have come."""
         for (datagram, host), answer in self._waiting.take() if self._waiting else ():
             self._send(datagram, host, answer.addresses)
 
@@ -292,6 +298,7 @@ class Association:
             return
         self._peer = sender
         if datagram and datagram.frag:
+            self._fragments = self._fragments or Fragments()
             datagram = self._fragments.add(datagram)
         if not datagram:
             return
@@ -302,14 +309,12 @@ class Association:
             self.dropped["unresolved"] += 1
         except Busy:
             self.dropped["waiting for a name"] += 1
-        except OSError as exc:                              # no descriptor left for the Wakeup
-            self.dropped[name_of(exc)] += 1
         else:
             if addresses is not None:
                 self._send(datagram, host, addresses)
 
     def _addresses(self, datagram: Datagram, host: Host) -> Optional[Sequence[IP]]:
-        """Where it may go; None if it waits for its name, or was dropped. Raises Busy, OSError."""
+        """Where it may go; None if it waits for its name, or was dropped. Raises Busy."""
         if not isinstance(host, bytes):
             return [host]
         if not self.permit(None, datagram.dst.port, host):
@@ -321,8 +326,7 @@ class Association:
             self._send_through(upstream, datagram, host, rule)
             return None
         if not self._waiting:
-            self._waiting = Waiting(self.names, self.owner)
-            watch(self._poll, self._waiting.wakeup)
+            self._waiting = Waiting(self.names, self.owner, self.wake)
         answer = self._waiting.ask(host, (datagram, host), len(datagram.data))
         return answer and answer.addresses
 
@@ -359,9 +363,11 @@ class Association:
             self.dropped[BEYOND] += 1
             return
         try:
-            header, route = self.links[upstream.name].send(datagram, host)
-        except KeyError:
-            self.dropped["for upstream %s, which relays none" % upstream.name] += 1
+            link = self.links and self.links.get(upstream.name)
+            if not link:
+                self.dropped["for upstream %s, which relays none" % upstream.name] += 1
+                return
+            header, route = link.send(datagram, host)
         except OSError as exc:
             self.dropped[name_of(exc)] += 1
         else:
@@ -369,7 +375,3 @@ class Association:
             self.up += len(datagram.data)
             if host == datagram.dst.host:
                 remember(self._routes, header, (*route, rule))
-
-
-def watch(poll: Any, readable: Any) -> None:
-    poll.register(readable.fileno(), READ)

@@ -176,6 +176,7 @@ class Link:
     def __init__(self, upstream: Upstream, dialogue: Dialogue, relay: Endpoint, source: Optional[IP]) -> None:
         self.upstream = upstream
         self.control = dialogue.sock
+        self.control.setblocking(False)
         self.relay: Sockaddr = (str(relay.ip), relay.port)
         self.sock: Any = bound(family_of(relay.ip), str(source) if source else "", ANY_PORT)
         if dialogue.envelope:
@@ -246,7 +247,7 @@ class Links(Dict[str, Link]):
             except RequestRefused as exc:
                 refusals.append(exc)
             except BaseException:
-                self.__exit__()
+                self.close()
                 raise
         if refusals and len(refusals) == len(ways):
             raise refusals[0]
@@ -256,10 +257,7 @@ class Links(Dict[str, Link]):
         """Add to `summary`, for the log, why upstreams have no link."""
         return "; ".join(filter(None, (summary, *self.failures)))
 
-    def __enter__(self) -> Links:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for link in self.values():
             link.close()
 

@@ -11,7 +11,7 @@ The threads are shared fairly among clients, each known by what addresses.subscr
 - The last RESERVE threads are for clients that hold none.
 - A name that nothing waits for any more is dropped from the queue.
 
-`Names` may be called from any thread; `Waiting` belongs to the thread of one association.
+`Names` may be called from any thread; `Waiting` belongs to the thread that relays an association.
 """
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Names:
         # Names that cannot be looked up yet, by client, in order; and these clients, by how many each has under way.
         self._queues: Dict[str, Dict[bytes, None]] = {}
         self._turns: Tuple[Dict[str, None], ...] = tuple({} for _ in range(PER_CLIENT))
-        # Of each thread without work, where it takes the next name. One for all would not do: SimpleQueue.get(timeout=...)
-        # could wait for ever where several threads call it, seen in CPython 3.8, 3.11 and 3.12.
+        # Of each thread without work, where it takes the next name. One for all would not do: where several threads
+        # call it, SimpleQueue.get(timeout=...) could wait for ever, seen in CPython 3.8, 3.11 and 3.12.
         self._idle: List[SimpleQueue[bytes]] = []
 
     # ---- for one request ------------------------------------------------------------------------------------------
@@ -282,15 +282,16 @@ class Names:
 
 
 class Waiting(Generic[T]):
-    """Items of one poll loop that wait for the addresses of names. When `wakeup` is readable: take().
+    """Items of one poll loop that wait for the addresses of names: take() them after `wake` was called.
 
     The loop's thread creates and closes it; a lookup may outlive that.
     """
 
-    def __init__(self, names: Names, client: str) -> None:
+    def __init__(self, names: Names, client: str, wake: Callable[[], object]) -> None:
+        """`wake` is called by another thread when an answer has come."""
         self.names = names
         self.client = client
-        self.wakeup = Wakeup()
+        self._wake: Optional[Callable[[], object]] = wake
         self._lock = Lock()
         self._answers: List[Tuple[bytes, Answer]] = []
         self._items: Dict[bytes, List[Tuple[T, int]]] = {}      # by name, with their sizes
@@ -313,7 +314,6 @@ class Waiting(Generic[T]):
     def take(self) -> Iterator[Tuple[T, Answer]]:
         """Every item whose answer has come, in order."""
         with self._lock:
-            self.wakeup.clear()
             answers, self._answers = self._answers, []
         for name, answer in answers:
             for item, _size in self._items.pop(name):
@@ -322,10 +322,13 @@ class Waiting(Generic[T]):
     def _tell(self, name: bytes, answer: Answer) -> None:
         with self._lock:
             self._answers.append((name, answer))
-            self.wakeup.set()
+            wake = self._wake
+        if wake:
+            wake()
 
     def close(self) -> None:
         """Drop what still waits."""
+        with self._lock:
+            self._wake = None
         for name in self._items:
             self.names.drop(name, self.client, self._tell)
-        self.wakeup.close()

@@ -16,7 +16,7 @@ from typing import NamedTuple, Optional, Sequence
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused
 from ..protocol.fields import Host, text
-from .addresses import IP, ip_in, ip_of, unmapped
+from .addresses import IP, ip_in, unmapped
 
 MOST_ADDRESSES = 64             # of one name: its owner must not cause thousands of attempts by one request
 ANSWER_S = 30.0                 # getaddrinfo does not tell the TTL: short enough for names that move
@@ -81,5 +81,5 @@ def look_up(name: bytes) -> Answer:
     except (OSError, ValueError, MemoryError) as exc:     # UnicodeError is a ValueError
         known = isinstance(exc, socket.gaierror) and exc.errno in NO_SUCH_NAME
         return Answer((), "%s does not resolve: %s" % (text(name), exc), FAILURE_S if known else 0.0)
-    addresses = dict.fromkeys([ip_of(sockaddr) for *_, sockaddr in found])
+    addresses = dict.fromkeys([ip_in(sockaddr[0]) for *_, sockaddr in found])
     return Answer(tuple(addresses)[:MOST_ADDRESSES], "" if addresses else "%s has no address" % text(name), ANSWER_S)

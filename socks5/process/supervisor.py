@@ -14,8 +14,7 @@ from time import monotonic
 from typing import Callable, Dict, Iterable, List, Optional, Sequence
 
 from ..config import Config
-from ..net import listeners as listening
-from ..relay import affinity
+from ..net import affinity, listeners as listening
 from ..server.counters import Shared
 from ..server.server import Server
 from . import worker as child

@@ -1,10 +1,12 @@
-"""The relay loop: one thread that relays every quiet tunnel of the process, and waits for silent newcomers.
+"""The relay loop: one thread that relays every quiet tunnel of the process and every UDP association, and waits for
+silent newcomers.
 
 An event loop in the classic form: wait for events, let each tunnel move its bytes, then close what has ended. An idle
 tunnel is two descriptors and a few small objects: no thread, no buffer, no timer of its own. A tunnel that turns busy
 is lent to a thread of its own, which waits for its two sockets alone and sends the bytes through a kernel pipe; when it
 is quiet again the loop takes it back. The first moments of a tunnel are relayed in the thread that brings it, and where
-there is only select(), all of them.
+there is only select(), all of them. A UDP association is a Group: the loop has it like a tunnel, but is never without
+it, since it takes no more than a burst of datagrams at a time.
 
 Any thread may call `relay`, `watch`, `call_soon` and `stop`; everything else runs in the loop's thread, which alone
 closes sockets that it has registered. So no event can name a descriptor that was closed and used again: closing comes
@@ -21,38 +23,43 @@ import threading
 from collections import deque
 from functools import partial
 from time import monotonic, sleep
-from typing import Any, Callable, Deque, Dict, List, Set
+from typing import Any, Callable, Deque, List, Set, Union
 
-from ..net.poller import BATCH, READ, new_poller
+from ..net import affinity
+from ..net.poller import BATCH, READ
 from ..net.shares import Share
-from . import affinity, splice
+from . import splice
 from .busy import QUIET_S, borrow, relay_busy, relay_first
+from .group import Group, relay_alone
 from .limited import Timers, read_on
 from .pipe import DONTWAIT
-from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel, rewatch
-from .watch import Bell, Watch
+from .tunnel import CLIENT, REMOTE, Tunnel
+from .watch import Bell, Registered, Watch
+
+Relay = Union[Tunnel, Group]
 
 CROWD = 256                         # tunnels; when nearly all of so many have ended, their memory is given back
 SWEEP_S = 1.0                       # how late a time limit may be noticed; no wait is longer
+GROUPS_S = 0.0003                   # how long groups may relay before tunnels come again; a burst takes as long
 MAX_LENT = splice.MAX_PIPES         # threads of busy tunnels at a time; further ones stay in the loop
 MANY = hasattr(select, "poll")      # whether one thread can wait for thousands of descriptors
 
 
 class Loop:
-    """`ended(tunnel)` is called once for every tunnel when it is over, in the loop's thread or in that of relay(): then
-    close it.
+    """`ended(tunnel)` is called once for every tunnel or group when it is over, in the loop's thread or in that of
+    relay(): then close it. Where it says "tunnel" below, a group is meant as well, unless it says otherwise.
 
     `failed()` is called inside of an except block, for an exception that cost a tunnel its life: a bug of ours.
     """
 
-    def __init__(self, ended: Callable[[Tunnel], None], failed: Callable[[], object]) -> None:
+    def __init__(self, ended: Callable[[Any], None], failed: Callable[[], object]) -> None:
         self._ended = ended
         self._failed = failed
-        self._poller = new_poller()
-        self._watched: Dict[int, Any] = {}                      # by descriptor: Tunnel, Watch or Bell
-        self._tunnels: Set[Tunnel] = set()
+        self._registered = Registered()
+        self._poller, self._watched = self._registered.poller, self._registered.watched
+        self._tunnels: Set[Relay] = set()
         self._most, self._few = 0, False                        # tunnels at a time; whether few of these are left
-        self._over: List[Tunnel] = []                           # to be closed after this batch
+        self._over: List[Relay] = []                           # to be closed after this batch
         self._calls: Deque[Callable[[], object]] = deque()
         self._timers = Timers()                                 # of directions that a rate limit holds back
         self._lent = 0                                          # to threads of their own
@@ -76,12 +83,12 @@ class Loop:
 
     # ---- for any thread -------------------------------------------------------------------------------------------
 
-    def relay(self, tunnel: Tunnel) -> None:
-        """Relay the first moments of a tunnel, and have the loop go on with it. Both sockets are the loop's from here
-        on. Raises OSError, and has not taken them, when that cannot be."""
+    def relay(self, tunnel: Any) -> None:
+        """Relay the first moments of a tunnel, and have the loop go on with it; of a group, the loop relays these as
+        well. The sockets are the loop's from here on. Raises OSError, and has not taken them, when that cannot be."""
         self._check_process()
         tunnel.moved_at = monotonic()
-        for sock in (tunnel.client, tunnel.remote):
+        for sock in tunnel.sockets():
             if sock.gettimeout() or not DONTWAIT:   # Python waits for a socket with a timeout, whatever the flags say
                 sock.setblocking(False)
         with self._gate:
@@ -89,9 +96,11 @@ class Loop:
             tunnel.lent = True
             self._tunnels.add(tunnel)
             self._first += 1
+        group = isinstance(tunnel, Group)
         if not MANY:
-            borrow(tunnel, partial(relay_busy, until_quiet=False), self._failed)
-        elif self._alone.acquire(False):            # several threads would fight for the interpreter's lock
+            whole: Callable[[Any], None] = relay_alone if group else partial(relay_busy, until_quiet=False)
+            borrow(tunnel, whole, self._failed)
+        elif not group and self._alone.acquire(False):      # several threads would fight for the interpreter's lock
             borrow(tunnel, relay_first, self._failed)
             self._alone.release()
         if tunnel.ended or not self._taken_over(tunnel):
@@ -102,11 +111,11 @@ class Loop:
         if self._stopping:
             self._bell.ring()                       # the loop waits for this thread
 
-    def _taken_over(self, tunnel: Tunnel) -> bool:
+    def _taken_over(self, tunnel: Relay) -> bool:
         """Whether the loop goes on with a tunnel after its first moments; if not, it has ended here."""
         with self._gate:
             tunnel.lent = False                     # before it is registered: the loop may lend it at once
-            if not self._registered(tunnel):
+            if not self._register(tunnel):
                 return False
             self._first -= 1
             return True
@@ -125,7 +134,7 @@ class Loop:
 
         Raises OSError when the system has no more to give, or the loop has stopped."""
         self._check_process()
-        watch = Watch(sock, spoke, self._forget)
+        watch = Watch(sock, spoke, self._registered.forget)
         with self._gate:
             self._check_open()
             self._poller.register(watch.fd, READ)
@@ -137,7 +146,7 @@ class Loop:
         self._bell.ring()
 
     def change_all(self, change: Callable[[Tunnel], None]) -> None:
-        """Have change(tunnel) called for each tunnel, by the thread that has it."""
+        """Have change(tunnel) called for each tunnel that is no group, by the thread that has it."""
         self.call_soon(partial(self._change_each, change))
 
     def abort_all(self, why: str) -> None:
@@ -187,10 +196,11 @@ class Loop:
         self._bell.close()
 
     def _serve(self) -> None:
-        poll, watched, paused = self._poller.poll, self._watched, self._timers.heap
+        poll, watched, paused, members = self._poller.poll, self._watched, self._timers.heap, self._registered.ready
         subject: Any = None
         while not self._stopping or self._lent or self._first or self._calls:
-            ready = poll(self._timers.wait_s(SWEEP_S) if paused else SWEEP_S, BATCH)
+            wait_s = 0.0 if members else self._timers.wait_s(SWEEP_S) if paused else SWEEP_S
+            ready = poll(wait_s, BATCH)
             now = monotonic()
             for fd, events in ready:
                 try:
@@ -203,6 +213,8 @@ class Loop:
                 except Exception:               # one exception costs one tunnel
                     self._bug(fd, subject)
             subject = None                      # keep no tunnel alive while the loop waits
+            if members:
+                self._relay_groups(now)
             if paused and paused[0][0] <= now:
                 self._go_on(now)
             self._run_calls()
@@ -210,6 +222,20 @@ class Loop:
                 self._sweep(now)
             if self._over:
                 self._close_ended()
+
+    def _relay_groups(self, now: float) -> None:
+        """Relay the next bursts of groups, in turns, before the tunnels are looked at again: one at the least."""
+        members, until = self._registered.ready, monotonic() + GROUPS_S
+        while members:
+            member = next(iter(members))
+            events, group = members.pop(member), member.group
+            try:
+                if not group.ended and group.handle(member.fd, events, now):
+                    self._look_at(group)
+            except Exception:
+                self._bug(-1, group)
+            if monotonic() >= until:
+                return
 
     def _go_on(self, now: float) -> None:
         """Read from the directions that were paused until now."""
@@ -229,34 +255,28 @@ class Loop:
 
     def _look_at(self, tunnel: Any) -> None:
         """After an event that changed more than bytes: has it ended, is it busy, what is to be waited for?"""
-        if not isinstance(tunnel, Tunnel):
-            return
         if tunnel.ended:
             self._over.append(tunnel)
-            self._unregister(tunnel)
+            self._registered.remove(tunnel)
             return
-        if tunnel.busy() and splice.available and self._threads.take(tunnel.owner):
-            self._unregister(tunnel)
+        group = isinstance(tunnel, Group)
+        if not group and tunnel.busy() and splice.available and self._threads.take(tunnel.owner):
+            self._registered.remove(tunnel)
             self._lend(tunnel)
             return
-        wanted, before = tunnel.interest(), tunnel.watched
-        if wanted != before:
-            rewatch(self._poller, tunnel.client.fileno(), before[CLIENT], wanted[CLIENT])
-            tunnel.watched = wanted[CLIENT], before[REMOTE]         # what is true if the next line fails
-            rewatch(self._poller, tunnel.remote.fileno(), before[REMOTE], wanted[REMOTE])
-            tunnel.watched = wanted
-        if tunnel.up.resume_at or tunnel.down.resume_at:
+        self._registered.renew(tunnel)
+        if not group and tunnel.paused():
             self._timers.note(tunnel)
 
     def _bug(self, fd: int, subject: Any) -> None:
         self._failed()
-        if not isinstance(subject, Tunnel):
+        if not isinstance(subject, (Tunnel, Group)):
             if subject is not self._bell:
-                self._forget(fd)
+                self._registered.forget(fd)
         elif subject not in self._over:
             subject.end("server", "a bug of the server")
             self._over.append(subject)
-            self._unregister(subject)
+            self._registered.remove(subject)
 
     def _sweep(self, now: float) -> None:
         """End the tunnels whose deadline has passed."""
@@ -288,7 +308,7 @@ class Loop:
             self._tunnels.discard(tunnel)
             self._close_tunnel(tunnel)
 
-    def _close_tunnel(self, tunnel: Tunnel) -> None:
+    def _close_tunnel(self, tunnel: Relay) -> None:
         try:
             self._ended(tunnel)
         except Exception:
@@ -297,26 +317,35 @@ class Loop:
     def _change_each(self, change: Callable[[Tunnel], None]) -> None:
         with self._gate:
             for tunnel in self._tunnels:
-                tunnel.change = change              # the thread of a lent tunnel sees it soon
-                self._calls.append(partial(self._change, tunnel))
+                if isinstance(tunnel, Tunnel):
+                    tunnel.change = change          # the thread of a lent tunnel sees it soon
+                    self._calls.append(partial(self._change, tunnel))
 
-    def _change(self, tunnel: Tunnel) -> None:
+    def _change(self, tunnel: Relay) -> None:
         """Do what another thread has asked for, and take note of a pause, if the loop has the tunnel."""
-        if not tunnel.lent and not tunnel.ended:
+        if tunnel.lent or tunnel.ended:
+            return
+        try:
             tunnel.change_now()
             self._look_at(tunnel)
+        except Exception:
+            self._bug(-1, tunnel)
+
+    def _woken(self, group: Group) -> None:
+        """By any thread: something has come for this group."""
+        self.call_soon(partial(self._change, group))
 
     def _abort_each(self, why: str) -> None:
         with self._gate:                            # a lent tunnel must not be closed meanwhile
             for tunnel in self._tunnels:
                 self._abort(tunnel, why)
 
-    def _abort(self, tunnel: Tunnel, why: str) -> None:
+    def _abort(self, tunnel: Relay, why: str) -> None:
         if tunnel.ended:
             return
         if tunnel.lent:                             # its thread is woken, and sees it
             tunnel.aborted = why
-            for sock in (tunnel.client, tunnel.remote):
+            for sock in tunnel.sockets():
                 try:
                     sock.shutdown(socket.SHUT_RD)   # sends nothing
                 except OSError:
@@ -325,48 +354,18 @@ class Loop:
             tunnel.end(why)
             self._look_at(tunnel)
 
-    # ---- which descriptors are registered -------------------------------------------------------------------------
-
-    def _registered(self, tunnel: Tunnel) -> bool:
+    def _register(self, tunnel: Relay) -> bool:
         """Whether the loop has it now, and may have ended it already; or else the tunnel has ended here."""
         try:
-            self._register(tunnel)
-            return True
+            if isinstance(tunnel, Group):
+                tunnel.waker = self._woken          # before an event comes
+            self._registered.add(tunnel)
         except OSError as exc:
             tunnel.end("server", exc.strerror or str(exc))
             return False
-
-    def _register(self, tunnel: Tunnel) -> None:
-        """Register both sides, and only then publish them: an event that comes between is seen again at once."""
-        client, remote = tunnel.client.fileno(), tunnel.remote.fileno()
-        wanted = tunnel.interest()
-        done = []
-        try:
-            for fd, events in ((remote, wanted[REMOTE]), (client, wanted[CLIENT])):     # the client speaks first
-                if events != UNREGISTERED:
-                    self._poller.register(fd, events)
-                    done.append(fd)
-        except (OSError, ValueError) as exc:        # ValueError: a socket that is closed already
-            for fd in done:
-                self._poller.unregister(fd)
-            raise exc if isinstance(exc, OSError) else OSError(errno.EBADF, str(exc)) from None
-        tunnel.watched = wanted
-        tunnel.fd = client
-        self._watched.update({client: tunnel, remote: tunnel})
-        if tunnel.change or tunnel.paused():
+        if isinstance(tunnel, Tunnel) and (tunnel.change or tunnel.paused()):
             self.call_soon(partial(self._change, tunnel))
-
-    def _unregister(self, tunnel: Tunnel) -> None:
-        for sock in (tunnel.client, tunnel.remote):
-            self._forget(sock.fileno())
-        tunnel.watched = (UNREGISTERED, UNREGISTERED)
-
-    def _forget(self, fd: int) -> None:
-        if self._watched.pop(fd, None):
-            try:
-                self._poller.unregister(fd)
-            except (OSError, KeyError):             # not registered, or closed by its owner before its time
-                pass
+        return True
 
     # ---- tunnels in threads of their own --------------------------------------------------------------------------
 
@@ -396,5 +395,5 @@ class Loop:
             self._over.append(tunnel)
             return
         tunnel.up.full = tunnel.down.full = 0
-        if not self._registered(tunnel):
+        if not self._register(tunnel):
             self._over.append(tunnel)

@@ -66,6 +66,9 @@ class Tunnel:
         self.ended_by = ""
         self.why = ""
 
+    def sockets(self) -> Tuple[socket.socket, ...]:
+        return self.client, self.remote
+
     def interest(self) -> Tuple[int, int]:
         """The events to wait for now, of the client and of the remote. 0 still reports a failure; UNREGISTERED is for
         a side that has nothing more to report."""

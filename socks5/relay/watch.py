@@ -1,10 +1,16 @@
-"""What the relay loop waits for besides tunnels: a client that has not said anything yet, and other threads."""
+"""What the relay loop waits for: the descriptors of tunnels and groups, clients that have not said anything yet, and
+other threads.
+"""
 from __future__ import annotations
 
+import errno
 import socket
-from typing import Callable, Optional
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
+from ..net.poller import READ, new_poller
+from .group import Group, Member
 from .pipe import DONTWAIT
+from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel, rewatch
 
 
 class Watch:
@@ -66,3 +72,78 @@ class Bell:
     def close(self) -> None:
         self._heard.close()
         self._rung.close()
+
+
+class Registered:
+    """`watched` has, by descriptor, that whose handle() is to be called: Tunnel, Member of a Group, Watch or Bell.
+
+    A descriptor is registered first and only then published there: an event that comes between is seen again at once.
+    `ready` has those members of groups that have been told of events.
+    """
+
+    def __init__(self) -> None:
+        self.poller = new_poller()
+        self.watched: Dict[int, Any] = {}
+        self.ready: Dict[Member, int] = {}
+
+    def add(self, one: Union[Tunnel, Group]) -> None:
+        """Wait for all descriptors of it. Raises OSError, and waits for none."""
+        if isinstance(one, Group):
+            self._add_members(one)
+            return
+        client, remote = one.client.fileno(), one.remote.fileno()
+        wanted = one.interest()
+        self._register(((remote, wanted[REMOTE]), (client, wanted[CLIENT])))            # the client speaks first
+        one.watched = wanted
+        one.fd = client
+        self.watched.update({client: one, remote: one})
+
+    def _register(self, pairs: Sequence[Tuple[int, int]]) -> None:
+        done = []
+        try:
+            for fd, events in pairs:
+                if events != UNREGISTERED:
+                    self.poller.register(fd, events)
+                    done.append(fd)
+        except (OSError, ValueError) as exc:        # ValueError: a socket that is closed already
+            for fd in done:
+                self.poller.unregister(fd)
+            raise exc if isinstance(exc, OSError) else OSError(errno.EBADF, str(exc)) from None
+
+    def _add_members(self, group: Group) -> None:
+        """Wait for those descriptors of a group that are new."""
+        new = group.fds[group.watched:]
+        self._register([(fd, READ) for fd in new])
+        group.watched += len(new)
+        self.watched.update({fd: Member(fd, group, self.ready) for fd in new})
+
+    def renew(self, one: Union[Tunnel, Group]) -> None:
+        """Wait for what it wants now. Raises OSError."""
+        if isinstance(one, Group):
+            if one.watched < len(one.fds):
+                self._add_members(one)
+            return
+        wanted, before = one.interest(), one.watched
+        if wanted != before:
+            rewatch(self.poller, one.client.fileno(), before[CLIENT], wanted[CLIENT])
+            one.watched = wanted[CLIENT], before[REMOTE]            # what is true if the next line fails
+            rewatch(self.poller, one.remote.fileno(), before[REMOTE], wanted[REMOTE])
+            one.watched = wanted
+
+    def remove(self, one: Union[Tunnel, Group]) -> None:
+        """Wait for none of its descriptors any more."""
+        if isinstance(one, Group):
+            for fd in one.fds[:one.watched]:
+                self.forget(fd)
+            one.watched = 0
+            return
+        for sock in (one.client, one.remote):
+            self.forget(sock.fileno())
+        one.watched = (UNREGISTERED, UNREGISTERED)
+
+    def forget(self, fd: int) -> None:
+        if self.watched.pop(fd, None):
+            try:
+                self.poller.unregister(fd)
+            except (OSError, KeyError):             # not registered, or closed by its owner before its time
+                pass

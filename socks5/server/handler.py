@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import ExitStack
 from functools import cached_property, partial
 from socketserver import StreamRequestHandler
 from time import monotonic
@@ -44,7 +45,7 @@ from ..relay.tunnel import Tunnel
 from .counters import Meter
 from .inbox import Inbox, InboxFile, LoginWait, Outbox, linger
 from .principal import by_gssapi
-from .session import Session
+from .session import Relay, Session
 from .sessions import HEAVIEST, Full, Sessions
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Service:
     def session_of(self, request: socket.socket, client_address: Any) -> Session:
         raise NotImplementedError
 
-    def relay(self, tunnel: Tunnel) -> None:
+    def relay(self, tunnel: Relay) -> None:
         raise NotImplementedError
 
 
@@ -281,28 +282,29 @@ class Handler(StreamRequestHandler):
 
     def udp_associate(self, dst: Address) -> None:
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
-        config, session = self.server.config, self.session
+        server, config, session = self.server, self.server.config, self.session      # it outlives this handler
         asker = self.may.associate()
         try:
-            self.server.sessions.grow(session, HEAVIEST)
+            server.sessions.grow(session, HEAVIEST)
         except Full as exc:
             raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
-        way = (lambda *what: self.server.rules.way_of(asker, *what)) if config.upstream else None
-        links = Links(self.chain, self.server.rules.upstreams(asker), self.deadline()) if config.upstream else Links()
-        with links, Association(self.connection, session.client.ip, self.server.udp_ports, config.advertise,
-                                self.server.names, self.may.permits_datagram, lambda: self.server.rules,
-                                self.story.datagram if self.story else None, config.out, links, way,
-                                self.envelope, lambda: self.server.rates.police(session)) as association:
+        way = (lambda *what: server.rules.way_of(asker, *what)) if config.upstream else None
+        links = Links(self.chain, server.rules.upstreams(asker), self.deadline()) if config.upstream else None
+        with ExitStack() as undo:                               # what is open, until the relay loop has it
+            if links:
+                undo.callback(links.close)
+            association = Association(
+                self.connection, session.client.ip, server.udp_ports, config.advertise, server.names,
+                self.may.permits_datagram, lambda: server.rules, self.story.datagram if self.story else None,
+                config.out, links, way, self.envelope, lambda: server.rates.police(session),
+                config.udp_idle_timeout, session)
+            undo.pop_all()
+            undo.callback(association.close)                    # the links, too
             self.reply(Rep.SUCCEEDED, association.bnd)
-            session.association = association
-            try:
-                association.run(config.udp_idle_timeout)
-            finally:
-                session.up, session.down = association.up, association.down
-                self.server.meter.udp(session, association)
-                session.association = None                      # which refers to us, and we to the session
-            session.ended_by = session.ended_by or association.ended_by
-            session.why, session.notes = session.why or association.why, links.also(association.summary())
+            if self.timeout is not None:
+                self.connection.settimeout(None)
+            server.relay(association)
+            undo.pop_all()
 
     def relay(self, remote: socket.socket) -> None:
         """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.

@@ -28,12 +28,11 @@ from ..net.shares import Ports
 from ..protocol.errors import name_of
 from ..protocol.facts import Facts
 from ..relay.loop import Loop
-from ..relay.tunnel import Tunnel
 from . import acceptors, tracing
 from .counters import Counts, Meter, Shared
 from .handler import Handler, method_table
 from .newcomers import COMPLAIN_EVERY_S, REFUSED, Newcomers
-from .session import Session, Table, tell
+from .session import Relay, Session, Table, tell
 from .sessions import UNKNOWN, Full, Sessions, Teller
 
 log = logging.getLogger(__name__)
@@ -320,23 +319,23 @@ class Server(Newcomers):
                 self._loop = loop
             return self._loop
 
-    def relay(self, tunnel: Tunnel) -> None:
-        """Relay a tunnel, the first moments in this thread. Raises OSError when the loop cannot take it."""
+    def relay(self, tunnel: Relay) -> None:
+        """Relay a tunnel, the first moments in this thread; or an association. OSError: the loop cannot take it."""
         session: Session = tunnel.session
-        session.tunnel = tunnel
+        session.relay(tunnel)
         try:
             self.relay_loop().relay(tunnel)
         except BaseException:
-            session.tunnel = None
+            session.tunnel = session.association = None
             raise
 
-    def _tunnel_ended(self, tunnel: Tunnel) -> None:
+    def _tunnel_ended(self, tunnel: Relay) -> None:
         """In the relay loop's thread, or in its handler's."""
         session: Session = tunnel.session
-        session.up, session.down = tunnel.up.total, tunnel.down.total
-        session.ended_by, session.why = tunnel.ended_by, tunnel.why
+        if session.association:
+            self.meter.udp(session, session.association)
         tunnel.close()
-        session.tunnel = tunnel.session = None
+        session.over(tunnel)
         self.end_session(session)
 
     def shutdown_request(self, request: Any) -> None:
@@ -345,7 +344,7 @@ class Server(Newcomers):
         if not session:
             if request.fileno() >= 0:                           # else the session is over, and has closed it
                 self.close_request(request)
-        elif not session.tunnel:
+        elif not session.tunnel and not session.association:
             self.end_session(session)
 
     def close_request(self, request: Any) -> None:

@@ -21,6 +21,7 @@ from ..relay.tunnel import Tunnel
 from .inbox import Record
 
 log = logging.getLogger(__name__)
+Relay = Union[Tunnel, Association]
 
 LIVE = ("live id=%(id)d client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s state=%(state)s age=%(age).1f "
         "idle=%(idle)s up=%(up)d down=%(down)d rate=%(rate)d")
@@ -101,10 +102,27 @@ class Session:
 
     def moved(self) -> Tuple[int, int]:
         """Bytes up and down until now."""
-        tunnel, association = self.tunnel, self.association     # its own thread may take them away meanwhile
+        tunnel, association = self.tunnel, self.association     # the relay loop may take them away meanwhile
         if tunnel:
             return tunnel.up.total, tunnel.down.total
         return (association.up, association.down) if association else (self.up, self.down)
+
+    def relay(self, relay: Relay) -> None:
+        """It has this tunnel or association from now on, until `over`."""
+        if isinstance(relay, Association):
+            self.association = relay
+        else:
+            self.tunnel = relay
+
+    def over(self, relay: Relay) -> None:
+        """Its tunnel or association has ended: keep what that has done, and let go of it."""
+        self.up, self.down = self.moved()
+        if relay is self.association:               # we may have shut its connection down: that, not the EOF, is why
+            self.ended_by, self.why = self.ended_by or relay.ended_by, self.why or relay.why
+            self.notes = relay.summary()
+        else:
+            self.ended_by, self.why = relay.ended_by, relay.why
+        self.tunnel = self.association = relay.session = None
 
     def idle_s(self, now: float) -> Optional[float]:
         """For how many seconds no byte was relayed; None before there is a relay."""
@@ -114,11 +132,12 @@ class Session:
     def state(self) -> str:
         """What it is doing, in a word."""
         tunnel = self.tunnel
-        if self.ended_by or (tunnel and (tunnel.ended or tunnel.aborted)):
+        relay = tunnel or self.association
+        if self.ended_by or (relay and (relay.ended or relay.aborted)):
             return "closing"
         if tunnel:
             return "half-closed" if tunnel.up.done or tunnel.down.done else "relaying"
-        if self.association:
+        if relay:
             return "relaying"
         return "waiting" if self.cmd == "BIND" and self.rep else "connecting" if self.cmd else "negotiating"
 

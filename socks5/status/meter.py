@@ -228,7 +228,7 @@ class Meter(counters.Meter):
         return True
 
     def _count_udp(self, counted: Counted, association: Association) -> None:
-        """The association's own thread may be counting on: what is missed now comes with the next call."""
+        """The relay loop may be counting on: what is missed now comes with the next call."""
         now: Dict[Count, int] = {("datagrams", way): count for way, count in zip(WAYS, association.datagrams)}
         for reason, count in association.losses().items():
             key = "dropped", reason if reason in DROPS else OTHER
