@@ -17,7 +17,7 @@ except ImportError:                     # Windows
 from socks5 import client
 from socks5.access import throttle
 from socks5.config import Config
-from socks5.process import control
+from socks5.process import control, systemd
 from socks5.process import supervisor as workers
 from socks5.process.files import read_access
 from socks5.protocol.codes import Cmd, Rep
@@ -479,21 +479,34 @@ def large_users(folder):
 class Parts(unittest.TestCase):
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_backoff(self):
-        """A worker that dies young is replaced later and later, one that was steady at once."""
-        now = [1000.0]
+        """A worker that dies young is replaced later and later, one that was steady at once. While all die young, the
+        watchdog is not told any more."""
+        now, told = [1000.0], []
+
+        class Told(systemd.Notifier):
+            def alive(self):
+                told.append(now[0])
+
+        def tells():
+            told.clear()
+            supervisor.prove_alive()
+            return bool(told)
+
         with mock.patch.object(workers, "monotonic", lambda: now[0]), self.assertLogs("socks5", "ERROR"):
-            supervisor = workers.Supervisor(Config(), [], 1, read_access(Config()))
+            supervisor = workers.Supervisor(Config(), [], 1, read_access(Config()), notifier=Told({}))
             self.addCleanup(supervisor.close)
             for lived, expected in ((0, 0.2), (1, 0.4), (1, 0.8), (1, 1.6), (1, 3.2), (1, 5.0), (1, 5.0), (11, 0.1)):
                 child = subprocess.Popen([sys.executable, "-c", "pass"])
                 supervisor.workers[child.pid] = workers.Worker(0, child.pid, mock.Mock())
                 supervisor.shared.row(0).add("192.0.2.1", 1)
                 now[0] += lived
+                self.assertEqual(tells(), lived > 10 or supervisor.backoff_s < 5)
                 os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
                 supervisor.reap()
                 child.returncode = 0                    # reaped already
                 self.assertAlmostEqual(supervisor.start_at[0] - now[0], expected)
                 self.assertEqual(supervisor.shared.row(0).live(), 0)
+                self.assertEqual(tells(), expected < 5)
 
     def test_how_it_died(self):
         self.assertEqual(workers.how_it_died(9), "signal-9")

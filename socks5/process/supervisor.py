@@ -104,6 +104,13 @@ class Supervisor(Control):
         for worker in self.workers.values():
             worker.outbox.put(order, message)
 
+    def prove_alive(self) -> None:
+        """As in the base, unless every worker dies of its start: then systemd is to restart the service."""
+        steady = any(monotonic() - worker.started > STEADY_S for worker in self.workers.values()
+                     if worker.row != COMPANION)
+        if steady or self.backoff_s < RESTART_MOST_S:
+            super().prove_alive()
+
     def live(self) -> int:
         return self.shared.row(0).live()
 
