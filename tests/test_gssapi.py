@@ -35,9 +35,9 @@ from socks5.relay.tunnel import BUSY_READS
 from socks5.status import views
 from socks5.status.meter import LOGINS, Board, Meter
 from tests import realm, support
-from tests.support import (PATIENCE_S, ROOT, address, closed_port, dial, echoes, heard, logging_of, need, need_program,
-                           negotiate, read_to_end, reader_of, refusal, reset, run_cli, run_python, running, spawned,
-                           target, udp_socket, wait_until)
+from tests.support import (PATIENCE_S, address, by_another_clock, closed_port, dial, echoes, heard, logging_of,
+                           need, need_program, negotiate, read_to_end, reader_of, refusal, reset, run_cli, run_python,
+                           running, spawned, target, udp_socket, wait_until)
 from tests.test_udp import remote
 
 LEVELS = ("clear", "integrity", "confidentiality")
@@ -502,10 +502,7 @@ class Refused(Case):
     def token_at(self, when, env):
         """The token that a client makes whose clock says `when`, for which it has a ticket already."""
         ours.run("kvno", "rcmd/localhost", **env)
-        faketime = need_program(self, "faketime")
-        done = subprocess.run([faketime, "-f", when, sys.executable, "-c", self.SCRIPT], cwd=str(ROOT),
-                              timeout=PATIENCE_S, env=dict(os.environ, **env), stdout=subprocess.PIPE, check=True)
-        return bytes.fromhex(done.stdout.decode())
+        return bytes.fromhex(by_another_clock(self, "-f", when, sys.executable, "-c", self.SCRIPT, env=env))
 
     def test_a_clock_that_is_wrong(self):
         self.refusal(self.token_at("+1h", ours.login("alice")), self.serve(), "[Cc]lock skew")
@@ -515,13 +512,12 @@ class Refused(Case):
         env = ours.login("bob", "secret", "-l", "2s")
         with mock.patch.dict(os.environ, env):
             token = first_token()
-            done = subprocess.run(
-                [need_program(self, "faketime"), "-f", "+2h", sys.executable, "-c",
-                 "import sys; from socks5.access.gssapi import *\n"
-                 "try: Credentials('', sys.argv[1]).context().step(bytes.fromhex(sys.argv[2]))\n"
-                 "except GssError as exc: print(exc)", str(ours.keytab), token.hex()],
-                cwd=str(ROOT), timeout=PATIENCE_S, env=dict(os.environ), stdout=subprocess.PIPE, check=True)
-        self.assertRegex(done.stdout.decode(), "(?i)expired|skew")
+            said = by_another_clock(
+                self, "-f", "+2h", sys.executable, "-c",
+                "import sys; from socks5.access.gssapi import *\n"
+                "try: Credentials('', sys.argv[1]).context().step(bytes.fromhex(sys.argv[2]))\n"
+                "except GssError as exc: print(exc)", str(ours.keytab), token.hex())
+        self.assertRegex(said, "(?i)expired|skew")
 
     def test_garbage_after_the_context_stands(self):
         """Closed, with a reason; what is cut off never looks complete to the destination."""

@@ -1,11 +1,13 @@
 """The lookup service: fair turns, limits, what is remembered, and requests that wait for a name."""
 import contextlib
 import errno
+import select
 import socket
 import threading
 import time
 import unittest
 from ipaddress import IPv4Address
+from queue import Empty, SimpleQueue
 from unittest import mock
 
 from socks5.net import lookups as module
@@ -231,10 +233,17 @@ class Turns(LookupCase):
 
     def test_a_thread_that_a_name_is_meant_for_waits_for_it(self):
         """Its time without work may be over in the moment in which it gets some."""
-        with mock.patch.object(module, "REST_S", 0):
-            for number in range(200):
-                self.ask(b"quick%d.test" % number)
-                wait_until(lambda: len(self.told) == number + 1)
+        class Work(SimpleQueue):
+            def get(work, timeout=None):
+                if timeout is not None:
+                    if len(self.told) < 10:
+                        self.ask(b"quick%d.test" % len(self.told))
+                    raise Empty
+                return super().get()
+
+        with mock.patch.object(module, "SimpleQueue", Work):
+            self.ask(b"quick.test")
+            wait_until(lambda: len(self.told) == 10)
         wait_until(lambda: not lookup_threads())
         self.assertEqual(self.names._idle, [])
 
@@ -337,6 +346,17 @@ class Requests(LookupCase):
                 mock.patch.object(self.names, "_watch", side_effect=AssertionError("nothing sets this one")):
             found = self.names.resolve(b"hang.test", time.monotonic() + PATIENCE_S, None, "one")
             self.assertEqual(list(found), [FOUND])
+
+    def test_an_answer_that_comes_late_wakes_the_handler(self):
+        real_watch = self.names._watch
+
+        def watch(wakeup, *others):
+            self.resolver.answer()
+            self.assertTrue(select.select([wakeup], [], [], PATIENCE_S)[0])
+            real_watch(wakeup, *others)
+
+        with mock.patch.object(module, "SOON_S", 0.0), mock.patch.object(self.names, "_watch", watch):
+            self.assertEqual(list(self.names.resolve(b"hang.test", float("inf"), None, "one")), [FOUND])
 
 
 class WaitingTest(LookupCase):

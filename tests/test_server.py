@@ -7,7 +7,6 @@ import select
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -24,9 +23,9 @@ from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.net.addresses import Endpoint
 from socks5.protocol.messages import Greeting, Login, Reply, Request
 from tests import support
-from tests.support import (HAS_IPV6, OTHER_THREADS, PATIENCE_S, address, closed_port, connect_through, descriptors,
-                           dial, echoes, greeted, heard, need, need_program, read_to_end, reader_of, refuses,
-                           run_python, running, spawned, target, threads, wait_until)
+from tests.support import (HAS_IPV6, OTHER_THREADS, PATIENCE_S, address, by_another_clock, closed_port, connect_through,
+                           descriptors, dial, echoes, greeted, heard, need, read_to_end, reader_of, refuses, run_python,
+                           running, spawned, target, threads, wait_until)
 
 try:
     import resource
@@ -344,12 +343,10 @@ class ClockJumps(unittest.TestCase):
     """The clock of the system is set, a month ahead and back: no limit, no lookup and no login goes by it."""
 
     def test_sessions_and_logins(self):
-        faketime = need_program(self, "faketime")
+        library = by_another_clock(self, "-m", "-f", "+0d", "sh", "-c", "echo $LD_PRELOAD")
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             clock = Path(folder, "clock")
             clock.write_text("+0d\n")
-            library = subprocess.run([faketime, "-m", "-f", "+0d", "sh", "-c", "echo $LD_PRELOAD"],
-                                     stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S).stdout.strip()
             destination = stack.enter_context(crowd_echo())
             server = stack.enter_context(spawned(
                 *ALONE, "-u", "bob:x", "--idle-timeout", "60", "--udp-idle-timeout", "60", "--handshake-timeout", "60",
