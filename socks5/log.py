@@ -127,7 +127,7 @@ class TextFormatter(logging.Formatter):
         self.timed = timed
 
     def format(self, record: logging.LogRecord) -> str:
-        words = record.words() if isinstance(record, FactsRecord) else words_of(record)
+        words = words_of(record)
         text = f"{self.formatTime(record)} {record.levelname} {words}" if self.timed else f"{record.levelname} {words}"
         if not (record.exc_text or record.exc_info or record.stack_info):
             return text
@@ -147,6 +147,8 @@ class TextFormatter(logging.Formatter):
 
 def words_of(record: logging.LogRecord) -> str:
     """The message, printable. A plain dict of arguments is read like Facts."""
+    if isinstance(record, FactsRecord) and record.words:
+        return record.words()
     args = record.args
     if isinstance(args, dict) and args:
         return (args if isinstance(args, Facts) else Facts(args)).fill(str(record.msg))

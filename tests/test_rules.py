@@ -174,6 +174,14 @@ class Reading(Case):
 
 
 class Judging(Case):
+    def test_what_is_remembered_for_an_asker_takes_little_memory(self):
+        """With many rules and many askers there is one verdict for each rule, not one for each asker as well."""
+        rules = self.rules("allow to 192.0.2.0/24", "deny user bob", "allow to any")
+        first, second = (rules.concerning(Asker(ip_address(host), None, Cmd.CONNECT)) for host in (ELSEWHERE, "::1"))
+        self.assertEqual(len(first), 2)
+        for one, other in zip(first, second):
+            self.assertIs(one, other)
+
     def test_the_first_that_matches(self):
         rules = self.rules("deny to 192.0.2.0/25", "allow to 192.0.2.0/24", "deny to 192.0.2.200",
                            "allow to 198.51.100.1")

@@ -172,6 +172,20 @@ class Eviction(Case):
             here.remove(one)
         self.assertEqual((shared.row(0).live(), len(here)), (5, 1))
 
+    def test_a_load_balancers_connection_that_is_evicted_before_its_header(self):
+        """The header may be read already: the session stays where it was counted, and is counted off once."""
+        shared = Shared(1)
+        live = Sessions(2, counts=shared.row(0))
+        balanced = self.admit(live, "192.0.2.1", sessions.UNKNOWN)
+        self.admit(live, "192.0.2.2")
+        self.now += 5
+        self.admit(live, "192.0.2.3")
+        self.assertTrue(self.shut(balanced))
+        live.move(balanced, Endpoint(ip_address("198.51.100.1"), 1), "198.51.100.1")
+        live.remove(balanced)
+        self.assertEqual([shared.row(0).live(), len(live), *map(shared.row(0).of, (sessions.UNKNOWN, "198.51.100.1"))],
+                         [2, 2, 0, 0])
+
     def test_one_that_is_old_enough_is_found_beside_newer_ones_of_a_busier_origin(self):
         live = Sessions(100, 10, negotiating_max=3)
         old = self.admit(live, "192.0.2.1")

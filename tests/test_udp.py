@@ -949,18 +949,23 @@ class InTheLoop(unittest.TestCase):
         self.assertEqual((bugs, len(ended)), ([], 4))
 
 
+def held_back(event):
+    """A Server that hands nothing over to its relay loop before the event."""
+    class Server(socks5.Server):
+        def relay(self, relay):
+            event.wait(PATIENCE_S)
+            super().relay(relay)
+
+    return Server
+
+
 class OneForItself(unittest.TestCase):
     """In the loop, or in threads where there is only select()."""
 
     def test_what_comes_before_the_hand_over_is_relayed(self):
         came = threading.Event()
 
-        class Server(socks5.Server):
-            def relay(self, relay):
-                came.wait(PATIENCE_S)
-                super().relay(relay)
-
-        with running(server_class=Server) as server, remote() as where, associated(server) as udp:
+        with running(server_class=held_back(came)) as server, remote() as where, associated(server) as udp:
             for number in range(5):
                 udp.sendto(b"early %d" % number, where)
             came.set()
@@ -970,13 +975,8 @@ class OneForItself(unittest.TestCase):
     def test_a_control_connection_that_ended_before_the_hand_over(self):
         gone = threading.Event()
 
-        class Server(socks5.Server):
-            def relay(self, relay):
-                gone.wait(PATIENCE_S)
-                super().relay(relay)
-
         for end in (lambda udp: udp.close(), lambda udp: reset(udp.control)):
-            with running(server_class=Server) as server, session_line(self, server) as line:
+            with running(server_class=held_back(gone)) as server, session_line(self, server) as line:
                 with associated(server) as udp:
                     end(udp)
                 gone.set()

@@ -156,6 +156,7 @@ class Rules:
     path: str = field(init=False)
     rules: Tuple[Rule, ...] = field(init=False)
     known: Known = field(init=False, compare=False)
+    pairs: Dict[int, Tuple[Rule, Verdict]] = field(init=False, compare=False)       # by id(): one for each rule
 
     def __post_init__(self) -> None:
         path = self.config.rules
@@ -165,10 +166,10 @@ class Rules:
                 path, len(lines)))
         object.__setattr__(self, "path", path or "default rules")
         object.__setattr__(self, "rules", tuple(parse_lines(lines, self.path)))
-        vars(self).update(self.remembered())
         for rule in self.rules:
             if rule.via not in (None, DIRECT, *(upstream.name for upstream in self.config.upstream)):
                 raise ConfigError("%s: no --upstream is called %s" % (rule.where, ascii(rule.via)))
+        vars(self).update(self.remembered())
         opener = self.opener()
         if path and opener and not self.config.open:
             raise ConfigError("%s: lets in every client that reaches %s; add 'from CIDR' or 'user NAME' to this rule, "
@@ -184,8 +185,8 @@ class Rules:
 
     def remembered(self) -> Dict[str, object]:
         """What takes the place of these attributes, and is bounded."""
-        return {"judge": lru_cache(VERDICTS)(self.judge), "concerning": lru_cache(ASKERS)(self.concerning),
-                "known": Known()}
+        return {"pairs": {}, "known": Known(),
+                "judge": lru_cache(VERDICTS)(self.judge), "concerning": lru_cache(ASKERS)(self.concerning)}
 
     def __len__(self) -> int:
         return len(self.rules)
@@ -225,7 +226,8 @@ class Rules:
 
     def concerning(self, asker: Asker) -> List[Tuple[Rule, Verdict]]:
         """The rules that concern this asker, in order, and the verdict of each. Cached."""
-        return [(rule, self.verdict(rule)) for rule in self.rules if rule.concerns(asker)]
+        return [self.pairs.get(id(rule)) or self.pairs.setdefault(id(rule), (rule, self.verdict(rule)))
+                for rule in self.rules if rule.concerns(asker)]
 
     def verdict(self, rule: Rule) -> Verdict:
         return Verdict(rule.allow, rule.where, self.config.upstream_of(rule.via) if rule.allow else None, rule.rate)

@@ -11,7 +11,7 @@ import re
 import time
 from enum import EnumMeta
 from functools import lru_cache
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from .fields import text
 
@@ -79,6 +79,7 @@ class FactsRecord(logging.LogRecord):
     lineno = thread = process = 0
     relativeCreated = 0.0
     exc_info = exc_text = stack_info = taskName = None
+    words: Optional[Callable[[], str]] = None       # gives the line, where that is faster than by its facts
 
     def __init__(self, name: str, level: int, line: str, facts: Optional[Facts] = None) -> None:
         self.created = time.time()
@@ -89,11 +90,6 @@ class FactsRecord(logging.LogRecord):
         self.msg = line
         if facts is not None:                       # else a subclass has them
             self.args = facts
-
-    def words(self) -> str:
-        """The message, printable."""
-        facts = self.args
-        return (facts if isinstance(facts, Facts) else Facts(facts)).fill(self.msg)     # type: ignore[arg-type]
 
     def getMessage(self) -> str:
         """The line. A logging.Formatter asks for it first, then looks into __dict__ for what else its format shows."""

@@ -29,7 +29,7 @@ class Group:
         self.session = session
         self.fds: List[int] = []
         self.watched = 0
-        self.waker: Callable[[Group], object] = id              # nothing to wake yet
+        self.waker: Callable[[Group], object] = lambda _group: None
         self.moved_at = monotonic()
         self.lent = False
         self.aborted = ""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from contextlib import ExitStack
 from functools import cached_property, partial
 from socketserver import StreamRequestHandler
 from time import monotonic
@@ -92,6 +91,7 @@ class Handler(StreamRequestHandler):
             self.connection.settimeout(self.timeout)
         self.session = self.server.session_of(self.request, self.client_address)
         self.inbox = Inbox(self.connection, self.session.record)
+        self.opened: Any = None                                 # closed if the command fails
         self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
         self.dialogue: Optional[Dialogue] = None                # with the upstream that `remote` is
         self.story = self.session.story
@@ -124,7 +124,12 @@ class Handler(StreamRequestHandler):
                     self.server.sessions.negotiated(session)
                 except Full as exc:                             # --max-per-user
                     raise RequestRefused(Rep.NOT_ALLOWED, str(exc)) from None
-                COMMANDS[request.cmd](self, request.dst)        # §4 CONNECT | BIND | UDP ASSOCIATE
+                try:
+                    COMMANDS[request.cmd](self, request.dst)    # §4 CONNECT | BIND | UDP ASSOCIATE
+                except BaseException:
+                    if self.opened is not None:
+                        self.opened.close()
+                    raise
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
                 session.ended_by, session.why = "refused", exc.why
                 self.reply(exc.rep)
@@ -232,30 +237,23 @@ class Handler(StreamRequestHandler):
         addresses = self.may.not_ourselves(dst.port, hosts)     # type: ignore[arg-type]    # no name is among them
         remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection, self.source(),
                              self.has_room)
+        self.opened = remote
+        session.reached = dst if ip is dst.host else Endpoint(ip, dst.port)
         try:
-            session.reached = dst if ip is dst.host else Endpoint(ip, dst.port)
-            try:
-                tune(remote)
-                here = remote.getsockname()
-            except OSError as exc:                              # reset already; Linux leaves that to the tunnel
-                raise RequestRefused(rep_of(exc), "reset by the destination at once") from None
-            self.reply(Rep.SUCCEEDED, Address(ip_of(here), here[1]))
-            self.relay(remote)
-        except BaseException:                                   # else the socket is the relay loop's
-            remote.close()
-            raise
+            tune(remote)
+            here = remote.getsockname()
+        except OSError as exc:                                  # reset already; Linux leaves that to the tunnel
+            raise RequestRefused(rep_of(exc), "reset by the destination at once") from None
+        self.reply(Rep.SUCCEEDED, Address(ip_of(here), here[1]))
+        self.relay(remote)
 
     def connect_through(self, chain: Chain, hosts: Sequence[Host], port: int) -> None:
         dialogue, bnd = chain.connect(hosts, port)
-        try:
-            self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
-            self.session.judged = hosts[0]
-            self.reply(Rep.SUCCEEDED, bnd)                      # the upstream's own end: what the destination sees
-            self.dialogue = dialogue
-            self.relay(dialogue.sock)
-        except BaseException:
-            dialogue.sock.close()
-            raise
+        self.opened, self.dialogue = dialogue.sock, dialogue
+        self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
+        self.session.judged = hosts[0]
+        self.reply(Rep.SUCCEEDED, bnd)                          # the upstream's own end: what the destination sees
+        self.relay(dialogue.sock)
 
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
@@ -270,15 +268,11 @@ class Handler(StreamRequestHandler):
         with waiting:
             self.reply(Rep.SUCCEEDED, waiting.bnd)              # the first: where we listen, or the upstream
             remote, peer = waiting.wait(config.bind_timeout)
-        try:                                                    # the listener is closed: one peer only
-            session.reached, session.notes = peer, waiting.also("via %s" % upstream.name if upstream else "")
-            self.inbox.feed(waiting.early)
-            self.reply(Rep.SUCCEEDED, peer)                     # the second: who came
-            self.dialogue = waiting.dialogue
-            self.relay(remote)
-        except BaseException:
-            remote.close()
-            raise
+        self.opened, self.dialogue = remote, waiting.dialogue   # the listener is closed: one peer only
+        session.reached, session.notes = peer, waiting.also("via %s" % upstream.name if upstream else "")
+        self.inbox.feed(waiting.early)
+        self.reply(Rep.SUCCEEDED, peer)                         # the second: the peer that has connected
+        self.relay(remote)
 
     def udp_associate(self, dst: Address) -> None:
         """DST says where the client means to send from; it may be wrong behind NAT, and is not needed."""
@@ -290,28 +284,18 @@ class Handler(StreamRequestHandler):
             raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
         way = (lambda *what: server.rules.way_of(asker, *what)) if config.upstream else None
         links = Links(self.chain, server.rules.upstreams(asker), self.deadline()) if config.upstream else None
-        with ExitStack() as undo:                               # what is open, until the relay loop has it
-            if links:
-                undo.callback(links.close)
-            association = Association(
-                self.connection, session.client.ip, server.udp_ports, config.advertise, server.names,
-                self.may.permits_datagram, lambda: server.rules, self.story.datagram if self.story else None,
-                config.out, links, way, self.envelope, lambda: server.rates.police(session),
-                config.udp_idle_timeout, session)
-            undo.pop_all()
-            undo.callback(association.close)                    # the links, too
-            self.reply(Rep.SUCCEEDED, association.bnd)
-            if self.timeout is not None:
-                self.connection.settimeout(None)
-            server.relay(association)
-            undo.pop_all()
+        self.opened = links
+        self.opened = association = Association(                # which closes the links, too
+            self.connection, session.client.ip, server.udp_ports, config.advertise, server.names,
+            self.may.permits_datagram, lambda: server.rules, self.story.datagram if self.story else None, config.out,
+            links, way, self.envelope, lambda: server.rates.police(session), config.udp_idle_timeout, session)
+        self.reply(Rep.SUCCEEDED, association.bnd)
+        self.hand_over(association)
 
     def relay(self, remote: socket.socket) -> None:
         """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
         What the client sent behind its request goes first."""
         config = self.server.config
-        if self.timeout is not None:
-            self.connection.settimeout(None)
         tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
                         self.session, self.session.origin)
         envelope, held = (self.dialogue.envelope, self.dialogue.held) if self.dialogue else (None, b"")
@@ -319,7 +303,14 @@ class Handler(StreamRequestHandler):
             tunnel = ProtectedTunnel(tunnel, self.envelope, envelope, held)
         if self.server.rates.on:
             self.server.rates.apply(tunnel)
-        self.server.relay(tunnel)
+        self.hand_over(tunnel)
+
+    def hand_over(self, relay: Relay) -> None:
+        """Have the relay loop relay it. Raises OSError, and it is still ours, when that cannot be."""
+        if self.timeout is not None:
+            self.connection.settimeout(None)
+        self.server.relay(relay)
+        self.opened = None
 
     def chain(self, upstream: Upstream, deadline: float) -> Chain:
         return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.own_ports)

@@ -120,7 +120,7 @@ class Sessions:
         """The session is of this client, as a load balancer says: from now on it counts for `origin`. Raises Full, and
         has not moved, when the limits of that origin leave no place for it."""
         with self._lock:
-            if self._live.get(session.sock) is not session:
+            if self._live.get(session.sock) is not session or session.leaving:      # then it is not counted any more
                 return
             if 0 < self.per_origin <= self._counts.of(origin):
                 raise self._too_many_of(origin)
