@@ -74,16 +74,27 @@ class Browser:
 @contextlib.contextmanager
 def browser(test):
     """A Browser; skips the test, and says why, where there is none."""
-    chromium, driver = need_program(test, "chromium"), need_program(test, "chromedriver")
-    with tempfile.TemporaryDirectory() as folder, \
-            subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                             cwd=folder) as process:
+    chromium = need_program(test, "chromium")
+    with tempfile.TemporaryDirectory() as folder, driver(need_program(test, "chromedriver"), folder) as port:
+        window = Browser(port, chromium)
         try:
-            line = next(line for line in process.stdout if "successfully on port" in line)
-            window = Browser(int(line.rstrip().rstrip(".").rpartition(" ")[2]), chromium)
-            try:
-                yield window
-            finally:
-                window.call("DELETE", "")
+            yield window
         finally:
-            process.kill()
+            window.call("DELETE", "")
+
+
+@contextlib.contextmanager
+def driver(program, folder):
+    """The port of a chromedriver. It takes a free port of IPv4 and the same of IPv6; where another program has that, it
+    ends, and is started again."""
+    for _ in range(10):
+        with subprocess.Popen([program, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                              cwd=folder) as process:
+            try:
+                line = next((line for line in process.stdout if "successfully on port" in line), "")
+                if line:
+                    yield int(line.rstrip().rstrip(".").rpartition(" ")[2])
+                    return
+            finally:
+                process.kill()
+    raise AssertionError("%s does not start" % program)
