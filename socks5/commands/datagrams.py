@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 import struct
 import sys
-from threading import Condition
 from typing import Any, Callable, Counter, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
 
 from ..net.addresses import IP, Sockaddr, family_of, ip_of, leaving
@@ -25,7 +23,6 @@ DATAGRAM_BYTES = 1 << 16        # more than UDP can carry, so that no datagram i
 BURST_BYTES = 60000             # what a burst may hold before its last datagram: one call sends 65,507 at most
 SEGMENT_BYTES = 1452            # of payload in an Ethernet frame with IPv6 and UDP headers; longer ones go one by one
 SOCKET_BYTES = 1 << 20          # of each kernel buffer, or what the kernel allows (net.core.rmem_max)
-BUFFER_WAIT_S = 1.0             # for a shared buffer, before one more is allocated
 NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # saves a system call where it exists
 LINUX = sys.platform.startswith("linux")
 DISCARD = 9                     # a port
@@ -37,47 +34,22 @@ Buffer = Tuple[bytearray, memoryview]                   # and a view of the whol
 
 
 class Buffers:
-    """Receive buffers that the threads of the process share, so that none has to keep one while it waits for datagrams.
+    """Receive buffers that no thread uses just now: as many as ever received at the same time. The relay loop alone
+    needs one. Where each association has a thread, none has to keep one while it waits for datagrams."""
 
-    As many threads receive and send at the same time as there are buffers; the others wait for one, as they would for
-    the interpreter.
-    """
-
-    def __init__(self, size: int, most: int = max(4, min(os.cpu_count() or 1, 32))) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
-        self.most = most
-        self._free: List[Optional[Buffer]] = [None] * most      # None: allocated when it is first needed
-        self._returned = Condition()
-        self._waiting = 0                                       # threads that wait for a buffer
+        self._free: List[Buffer] = []
 
     def take(self) -> Buffer:
         try:
-            free = self._free.pop()
+            return self._free.pop()
         except IndexError:
-            free = self._wait()
-        if free:
-            return free
-        buffer = bytearray(self.size)
-        return buffer, memoryview(buffer)
-
-    def _wait(self) -> Optional[Buffer]:
-        with self._returned:
-            self._waiting += 1                              # before it looks again: see give_back
-            try:
-                # If none comes, others are stuck: a trace to a full pipe, a fork amid a burst.
-                self._returned.wait_for(lambda: self._free, BUFFER_WAIT_S)
-                return self._free.pop()
-            except IndexError:
-                return None
-            finally:
-                self._waiting -= 1
+            buffer = bytearray(self.size)
+            return buffer, memoryview(buffer)
 
     def give_back(self, buffer: Buffer) -> None:
-        if len(self._free) < self.most:
-            self._free.append(buffer)
-        if self._waiting:
-            with self._returned:
-                self._returned.notify()
+        self._free.append(buffer)
 
 
 def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = ()) -> socket.socket:
