@@ -284,22 +284,23 @@ class Units(Case):
         (self.folder / "socks5.socket").write_text(SOCKET_UNIT)
         for name, text in (("User", SERVICE_UNIT),
                            ("DynamicUser", SERVICE_UNIT.replace(user, "\n".join(dynamic.groups()) + "\n"))):
-            with self.subTest(name):
-                service.write_text(text.replace("/usr/bin/python3", sys.executable))
-                yield service
+            service.write_text(text.replace("/usr/bin/python3", sys.executable))
+            yield name, service
 
     def test_verify(self):
-        for service in self.units():
+        for name, service in self.units():
             done = self.analyze("verify", "--man=no", service, self.folder / "socks5.socket")
-            ours = [line for line in done.stderr.splitlines() if "socks5" in line]
-            self.assertEqual((done.returncode, ours), (0, []), done.stderr)
+            with self.subTest(name):
+                ours = [line for line in done.stderr.splitlines() if "socks5" in line]
+                self.assertEqual((done.returncode, ours), (0, []), done.stderr)
 
     def test_exposure(self):
-        for service in self.units():
+        for name, service in self.units():
             done = self.analyze("security", "--offline=true", service)
-            found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
-            self.assertTrue(found, done.stdout + done.stderr)
-            self.assertLess(float(found.group(1)), 2.0, done.stdout)
+            with self.subTest(name):
+                found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+                self.assertTrue(found, done.stdout + done.stderr)
+                self.assertLess(float(found.group(1)), 2.0, done.stdout)
 
     def test_the_filter_lets_every_call_of_ours_pass(self):
         """systemd kills the process that makes a call which is filtered out, unless the unit names an error."""
