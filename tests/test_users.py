@@ -346,8 +346,11 @@ class Guessing(unittest.TestCase):
         with mock.patch.multiple(throttle, BURST=1, INTERVAL_S=1000.0), running(
                 user=(("bob", "x"),), handshake_timeout=1) as server, self.assertLogs("socks5", "WARNING") as logs:
             self.assertEqual(login(server.server_address, b"bob", b"1"), 1)
-            with mock.patch.object(server.users, "check", side_effect=AssertionError("looked at")):
-                self.assertEqual(login(server.server_address, b"bob", b"x", "127.9.9.9"), 1)
+            with mock.patch.object(server.users, "check", side_effect=AssertionError("looked at")), \
+                    offered(server.server_address, b"bob", b"x", "127.9.9.9") as client:
+                wait_until(lambda: server.users.logins.throttle._pending, "it waits")
+                client.sendall(b"\5")                           # what comes behind it does not cost it its answer
+                self.assertEqual(status(client), 1)
         self.assertEqual([record.getMessage() for record in logs.records],
                          ["auth_failed client=127.0.0.1 user='bob'",
                           "auth_deferred client=127.9.9.9 user='bob' left_out=0"])
