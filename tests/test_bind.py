@@ -298,10 +298,6 @@ class Where(unittest.TestCase):
             self.assertEqual(waiting.bnd[0], "127.0.0.1")
             self.assertTrue(is_closed(("127.0.0.3", waiting.bnd[1])))
 
-    def test_advertise_of_the_other_family_changes_nothing(self):
-        with running(advertise=("2001:db8::5",)) as server, client.bind(server.server_address) as waiting:
-            self.assertEqual(waiting.bnd[0], "127.0.0.1")
-
     def test_ports_from_the_range_and_no_others(self):
         first = free_ports(2)
         with running(bind_ports=(first, first + 1)) as server, logging_of(self) as logs:

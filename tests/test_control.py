@@ -223,13 +223,6 @@ with tempfile.TemporaryDirectory() as folder:
                 self.assertRaises(ConfigError, self.failing(exc).read)
         self.assertRaises(Exhausted, self.failing(MemoryError()).read)
 
-    def test_the_reserve_is_back_after_each_read(self):
-        reader = Files(Config(), lambda _config: "read")
-        self.addCleanup(reader.close)
-        for _ in range(3):
-            self.assertEqual(reader.read(), "read")
-            self.assertEqual(len(reader._reserve), files.RESERVE)
-
 
 @unittest.skipUnless(HAS_MASK, "no pthread_sigmask here")
 class Waiting(unittest.TestCase):
@@ -310,11 +303,6 @@ class Waiting(unittest.TestCase):
         self.signals.wait(0)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self.assertLessEqual({*signals.ORDERS, *signals.CHILD}, blocked)
-
-    def test_handlers_are_c_functions(self):
-        """One written in Python is called within itself by the next signal, until there is a RecursionError."""
-        for number in {*signals.ORDERS, *signals.CHILD}:
-            self.assertFalse(hasattr(signal.getsignal(number), "__code__"))
 
     def test_under_a_flood_other_signals_are_seen(self):
         """Two processes that do nothing but send."""

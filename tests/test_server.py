@@ -450,22 +450,6 @@ class Stopping(unittest.TestCase):
                     self.assertEqual(server.process.wait(PATIENCE_S), 0)
 
 
-class NothingLeaks(support.Case):
-    """Of a client that ends in any way nothing is left: test_fuzz.py, test_bind.py."""
-
-    def setUp(self):
-        need(self, HAS_PROC, "/proc")
-
-    def test_start_and_stop(self):
-        with target() as destination:
-            before = descriptors()
-            for _ in range(5):
-                with running() as server:
-                    self.check_serves(server.server_address, destination)
-                    wait_until(lambda: not len(server.sessions))
-                wait_until(lambda: descriptors() <= before, "descriptors back at %d" % before)
-
-
 class Package(support.Case):
     """Server is a socketserver class, and behaves as one."""
 
@@ -505,17 +489,3 @@ class Package(support.Case):
                 server.shutdown()
                 thread.join(PATIENCE_S)
             self.assertLess(len(loops), 100)                    # a loop that spins makes thousands
-
-    def test_handler_subclass_decides_what_may_be_reached(self):
-        class Strict(socks5.Authorizer):
-            def permitted(self, cmd, host, port, addresses):
-                if port == 25:
-                    raise socks5.RequestRefused(Rep.NOT_ALLOWED, "no mail from here")
-                return super().permitted(cmd, host, port, addresses)
-
-        with running(support.authorizing(Strict)) as server, target() as destination:
-            with support.logging_of(self) as logs:
-                with greeted(server.server_address) as client:
-                    self.assertEqual(support.ask(client, Cmd.CONNECT, "127.0.0.1", 25), Reply(Rep.NOT_ALLOWED))
-                logs.wait("rep=NOT_ALLOWED .*ended=refused why='no mail from here'")
-            self.check_serves(server.server_address, destination)

@@ -311,19 +311,8 @@ class Deadline(Case):
 
 
 class Facts(Case):
-    KEYS = "client user cmd dst reached rep up down seconds ended why".split()
-
     def line(self, session):
         return text_of(logging.makeLogRecord({"levelname": "INFO", "msg": Session.LINE, "args": session.facts()}))
-
-    def test_a_session_that_never_asked_for_anything(self):
-        session = self.admit(Sessions(9, 0))
-        facts = session.facts()
-        self.assertEqual({key: facts.get(key) for key in facts if facts.get(key) not in (None, "", 0)},
-                         {"client": Endpoint(ip_address("192.0.2.1"), 1)})
-        self.assertEqual((list(facts), [facts.get(key) for key in ("up", "down", "seconds")]), (self.KEYS, [0, 0, 0]))
-        self.assertEqual(self.line(session), "INFO session client=192.0.2.1:1 user=- cmd=- dst=- reached=- "
-                         "rep=- up=0 down=0 seconds=0.000 ended=- why=-")
 
     def test_order_of_a_whole_line(self):
         session = self.admit(Sessions(9, 0), "2001:db8::1")

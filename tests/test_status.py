@@ -21,7 +21,6 @@ from socks5.config import Config, ConfigError
 from socks5.net.addresses import Endpoint
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Address, Reply, Request
-from socks5.server.counters import Shared
 from socks5.server.sessions import Sessions
 from socks5.status import line, metrics, web
 from socks5.status.channel import Channel
@@ -593,12 +592,6 @@ class Words(unittest.TestCase):
                 with mock.patch("socks5.status.history.time", return_value=when):
                     history._add()
             self.assertEqual([one[0] for one in history.since(since)], found)
-
-    def test_sessions_given_in_all_processes(self):
-        shared = Shared(2)
-        for row in (0, 1, 1):
-            shared.row(row).number()
-        self.assertEqual(shared.given(), 3)
 
 
 OFTEN = "from socks5.status import beside, line\nline.EVERY_S = beside.SWEEP_S = 0.1"
