@@ -91,6 +91,13 @@ class Options(unittest.TestCase):
                 with self.subTest(item.name):
                     self.assertTrue(item.metadata["why"])
 
+    def test_units_are_in_the_kind(self):
+        for item in options():
+            if item.name.endswith("_timeout"):
+                with self.subTest(item.name):
+                    self.assertEqual((item.metadata["kind"], type(item.default), item.metadata["metavar"]),
+                                     (values.seconds, float, "S"))
+
 
 class Parse(unittest.TestCase):
     def test_as_many_workers_as_there_are_cpus(self):
