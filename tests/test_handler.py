@@ -257,18 +257,6 @@ class Strangers(Case):
         with self.logged("ended=refused why='VER 0x04"):
             self.assertEqual(exchange(self.server, NO_LOGIN + b"\x04\x01\x00\x01\x7f\x00\x00\x01\x00\x50"), b"\x05\x00")
 
-    def test_gone_in_the_middle(self):
-        said = NO_LOGIN + connect_to((b"example.com", 80))
-        for cut in (1, 2, 3, 4, len(said) - 1):
-            with self.subTest("FIN after %d bytes" % cut), self.logged("rep=- .*ended=client"):
-                self.assertEqual(exchange(self.server, said[:cut], end=True), b"\x05\x00" if cut >= 3 else b"")
-            with self.subTest("RST after %d bytes" % cut):
-                with self.logged("rep=- .*ended=client"), dial(self.server.server_address) as client:
-                    client.sendall(said[:cut])
-                    wait_until(lambda: len(self.server.sessions), "accepted")
-                    support.reset(client)
-                self.all_gone()
-
 
 class Sockets(unittest.TestCase):
     def test_both_ends_of_a_tunnel_send_at_once_and_notice_a_dead_peer(self):

@@ -13,19 +13,9 @@ from socks5.server.counters import GIVEN, Shared
 from socks5.server.session import Session
 from socks5.server.sessions import Full, Sessions
 from socks5.net.addresses import Endpoint
-from socks5.net.poller import READ, new_poll
 from socks5.protocol.messages import Address
 from tests import support
-from tests.support import (HAS_IPV6, PATIENCE_S, connect_through, dial, echoes, greeted, running,
-                           target, text_of, wait_until)
-
-
-def gone(clients):
-    """How many of them the server has closed."""
-    poll = new_poll()
-    for client in clients:
-        poll.register(client.fileno(), READ)
-    return len(poll.poll(0))
+from tests.support import HAS_IPV6, PATIENCE_S, greeted, running, text_of
 
 
 class State(unittest.TestCase):
@@ -368,18 +358,3 @@ class Serving(unittest.TestCase):
         with running(listen=("::1",), max_per_client=7) as server, greeted(server.server_address):
             session, = server.sessions
             self.assertEqual(session.origin, "::/64")
-
-    def test_the_silent_make_room_for_others(self):
-        """Clients that say nothing, or stop half-way, are evicted; tunnels and newcomers do not notice."""
-        with target() as destination, running(max_negotiating=10, handshake_timeout=0) as server, \
-                mock.patch.object(sessions, "GRACE_S", 0.0), contextlib.ExitStack() as stack:
-            tunnel = stack.enter_context(connect_through(server.server_address, *destination))
-            silent = []
-            for number in range(30):
-                silent.append(stack.enter_context(dial(server.server_address)))
-                silent[-1].sendall(b"\5\2\0"[:1 + number % 3])
-            wait_until(lambda: len(server.sessions) == 11)
-            wait_until(lambda: gone(silent) == 20)
-            for _ in range(20):
-                connect_through(server.server_address, *destination, source="127.0.0.2").close()
-            self.assertTrue(echoes(tunnel))

@@ -575,14 +575,6 @@ class Words(unittest.TestCase):
         self.assertEqual(written, [b"\r!abcd", b"\r!efgh"])
         self.assertIs(log.after(b"", write), write)
 
-    def test_samples_that_the_page_has_are_not_sent_again(self):
-        history = History(Board(1), lambda: 0)
-        history.start()
-        self.addCleanup(history.stop)
-        wait_until(lambda: history.since(0))
-        last = history.since(0)[-1]
-        self.assertNotIn(last, history.since(last[0]))
-
     def test_history_when_the_clock_is_set(self):
         """The page asks for what came after its last sample, which is in the future when the clock was set back."""
         history = History(Board(1), lambda: 0)
