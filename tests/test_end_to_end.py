@@ -134,9 +134,12 @@ class Ways(Case):
 
     def test_a_python_without_all_of_its_library(self):
         """Such as Debian's python3-minimal."""
-        code = ("import runpy, sys; sys.modules['dataclasses'] = None; "
-                "runpy.run_path(%r, run_name='__main__')" % str(SCRIPT))
-        self.check_refused(run_python("-c", code), "no module dataclasses")
+        for way in ("path(%r" % str(SCRIPT), "module('socks5'"):
+            with self.subTest(way):
+                code = "import runpy, sys; sys.modules['dataclasses'] = None; runpy.run_%s, run_name='__main__')" % way
+                self.check_refused(run_python("-c", code), "no module dataclasses", "apt install python3;")
+        shutil.copy(str(SCRIPT), str(self.folder))
+        self.check_refused(run_python(self.folder / SCRIPT.name, cwd=self.folder), "the folder socks5 beside it")
 
 
 class Big(unittest.TestCase):
