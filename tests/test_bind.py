@@ -463,13 +463,6 @@ class Hosts(TwoHosts, unittest.TestCase):
                     with self.far(call, waiting.bnd) as peer:
                         tunnel(self, waiting, peer)
 
-    def test_behind_NAT_another_address_is_told_and_ours_answers(self):
-        with self.proxy("--advertise", "203.0.113.5") as server:
-            with self.near(client.bind, ("127.0.0.1", server.port), (FAR[4], 21)) as waiting:
-                self.assertEqual(waiting.bnd[0], "203.0.113.5")
-                with self.far(call, (NEAR[4], waiting.bnd[1])) as peer:
-                    tunnel(self, waiting, peer)
-
 
 # ---- real programs -----------------------------------------------------------------------------------------------
 
