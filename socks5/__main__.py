@@ -9,7 +9,12 @@ def load() -> Callable[[], int]:
     a tenth of a second: they are blocked before, and obeyed as soon as the server runs."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
-    from .cli import main as program
+    try:
+        from .cli import main as program
+    except ModuleNotFoundError as exc:          # such as Debian's python3-minimal, which has no socketserver
+        sys.stderr.write("socks5-server: no module %s: it needs all of Python's standard library (Debian: apt install "
+                         "python3; python3-minimal is not enough)\n" % exc.name)
+        sys.exit(2)
     return program
 
 

@@ -348,7 +348,7 @@ def set_password(args: Dict[str, Any]) -> int:
 
 
 def say(line: str) -> None:
-    """Print, whatever has become of standard output."""
+    """Print. A standard output that is closed or broken is no error."""
     try:
         print(line, flush=True)
     except (OSError, ValueError, AttributeError):

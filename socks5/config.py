@@ -122,7 +122,7 @@ class Config:
         why="RFC 1928 §6 gives 10 s to close after a failure; a negotiation over a modem takes 1 s")
     connect_timeout: float = option(
         10.0, "--connect-timeout", values.seconds, "limits", metavar="S",
-        help="time to resolve the name and connect",
+        help="time to resolve the name and connect; 0: no limit",
         why="shorter than the time-outs of clients, so that they receive the REP")
     bind_timeout: float = option(
         120.0, "--bind-timeout", values.seconds, "limits", metavar="S", help="time until a peer connects; 0: no limit",
@@ -139,7 +139,8 @@ class Config:
         help="idle time of an association; 0: no limit",
         why="RFC 4787 §4.3 recommends 5 minutes for a mapping")
     drain_timeout: float = option(
-        5.0, "--drain-timeout", values.seconds, "limits", metavar="S", help="time for sessions to end after SIGTERM",
+        5.0, "--drain-timeout", values.seconds, "limits", metavar="S",
+        help="time for sessions to end after SIGTERM or SIGINT",
         why="less than the 10 s that `docker stop` allows")
     log_format: str = option(
         "text", "--log-format", values.log_format, "watching", metavar="text|json",
@@ -211,9 +212,9 @@ def reloaded(before: Config, now: Config) -> Tuple[Config, List[str]]:
             [long_flag(item) for item in options() if item.name in changed and item.name not in RELOADED])
 
 
-def options() -> List["Field[Any]"]:
-    """The fields of Config in the order of GROUPS."""
-    return sorted(fields(Config), key=lambda item: GROUPS.index(item.metadata["group"]))
+def options() -> Sequence["Field[Any]"]:
+    """The fields of Config."""
+    return fields(Config)
 
 
 def long_flag(item: "Field[Any]") -> str:

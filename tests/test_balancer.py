@@ -17,7 +17,7 @@ from socks5.server import newcomers
 from socks5.server.newcomers import client_of
 from tests import support
 from tests.support import (HAS_IPV6, ask, closed_port, dial, echoes, logging_of, need, negotiate, read_to_end,
-                           reader_of, run_cli, running, spawned, target, threads, udp_socket, wait_until)
+                           reader_of, run_cli, running, target, threads, udp_socket, wait_until)
 
 HERE = (ip_network("127.0.0.1"),)           # the load balancer; 127.0.0.2 and the like are other clients
 LOCAL = ProxyHeader(2).pack()
@@ -159,15 +159,6 @@ class ReadsIt(Case):
         self.server.trace = Trace(lambda block: blocks.append(" ".join(block)))
         self.greeted(header())
         self.assertRegex(blocks[1], r"#1 127.0.0.1:\d+ is a load balancer: its PROXY header names 192.0.2.7:51000")
-
-    def test_several_processes(self):
-        with spawned("--proxy-protocol", "127.0.0.1", "--open", "-w", "2") as server:
-            for number in range(4):
-                with dial(server.port) as sock:
-                    sock.sendall(header(port=number + 1))
-                    negotiate(sock)
-                    self.assertEqual(ask(sock, Cmd.CONNECT, *self.echo).rep, Rep.NOT_ALLOWED)
-                server.wait_line(r"session client=192\.0\.2\.7:%d .*rep=NOT_ALLOWED" % (number + 1))
 
 
 class SeesTheClient(Case):

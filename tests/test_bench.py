@@ -96,7 +96,3 @@ class Bench(unittest.TestCase):
                 process.kill()
         for pid in pids:
             self.assertRaises(ProcessLookupError, os.kill, pid, 0)
-
-
-if __name__ == "__main__":
-    unittest.main()

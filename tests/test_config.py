@@ -91,27 +91,12 @@ class Options(unittest.TestCase):
                 with self.subTest(item.name):
                     self.assertTrue(item.metadata["why"])
 
-    def test_no_flag_stands_for_two_options(self):
-        flags = [flag for item in options() for flag in item.metadata["flags"]]
-        self.assertEqual(len(flags), len(set(flags)))
-
-    def test_read_in_the_order_of_the_groups(self):
-        groups = [GROUPS.index(item.metadata["group"]) for item in options()]
-        self.assertEqual(groups, sorted(groups))
-        self.assertEqual({item.name for item in options()}, {item.name for item in dataclasses.fields(Config)})
-
     def test_units_are_in_the_kind(self):
         for item in options():
             if item.name.endswith("_timeout"):
                 with self.subTest(item.name):
                     self.assertEqual((item.metadata["kind"], type(item.default), item.metadata["metavar"]),
                                      (values.seconds, float, "S"))
-
-    def test_defaults_are_the_designs(self):
-        defaults = Config()
-        self.assertEqual((defaults.listen, defaults.port), (("127.0.0.1",), 1080))
-        self.assertEqual((defaults.user, defaults.open), ((), False))
-        self.assertEqual((defaults.handshake_timeout, defaults.idle_timeout, defaults.drain_timeout), (10, 3600, 5))
 
 
 class Parse(unittest.TestCase):

@@ -5,7 +5,6 @@ import itertools
 import os
 import socket
 import subprocess
-import threading
 import time
 import unittest
 from ipaddress import ip_address
@@ -19,7 +18,6 @@ from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.commands.connect import connect, interleave
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.messages import Greeting, Reply, Request, Selection
-from socks5.server import handler
 from tests import support
 
 try:
@@ -164,22 +162,6 @@ class ConnectTest(unittest.TestCase):
             self.assertRegex(why, r"127\.0\.0\.1 silent for 0\.[3-9]|silent for [1-9]")
             self.assertGreaterEqual(time.monotonic() - began, 0.3)
 
-    def test_the_lookup_is_part_of_the_time(self):
-        left = []
-
-        def slow(*args, **kwargs):
-            threading.Event().wait(0.2)
-            return real_getaddrinfo("127.0.0.1", *args[1:], **kwargs)
-
-        def connecting(addresses, port, timeout_s, *args):
-            left.append(timeout_s)
-            return connect(addresses, port, timeout_s, *args)
-
-        with support.target() as (_, port), support.running(connect_timeout=60) as server, \
-                mock.patch.object(socket, "getaddrinfo", slow), mock.patch.object(handler, "connect", connecting):
-            support.connect_through(("127.0.0.1", server.server_address[1]), "slow.test", port).close()
-        self.assertLessEqual(left[0], 59.8)
-
     def test_out_of_descriptors(self):
         support.need(self, resource and os.path.exists("/proc/self/fd"), "a descriptor limit")
         with support.target() as target, support.running() as server, support.greeted(server.server_address) as client:
@@ -239,20 +221,17 @@ class ConnectTest(unittest.TestCase):
                 mock.patch.object(module.socket, "socket", Socket):         # only poll() tells of a refusal
             connect(ips("127.0.0.1", "127.0.0.2", "127.0.0.3"), port, 5)[0].close()
 
-    def delayed_little(self, server, port, dead, alive):
+    def test_a_dead_address_delays_a_live_one_little(self):
         """RFC 8305: the first choice has 250 ms, no more and no less."""
-        with resolving(dead, alive), counting_waits() as waits:
+        dead = "::1" if support.HAS_IPV6 else "127.0.0.2"
+        port = support.closed_port("127.0.0.1", dead)
+        with support.target(port=port) as (host, _), silent(dead, port), support.running() as server, \
+                resolving(dead, host), counting_waits() as waits:
             began = time.monotonic()
             support.connect_through(server.server_address, NAME, port).close()
             self.assertGreaterEqual(time.monotonic() - began, 0.25)
         self.assertEqual(len(waits), 1)
         self.assertLessEqual(waits[0], 251)
-
-    def test_a_dead_address_delays_a_live_one_little(self):
-        dead = "::1" if support.HAS_IPV6 else "127.0.0.2"
-        port = support.closed_port("127.0.0.1", dead)
-        with support.target(port=port) as (host, _), silent(dead, port), support.running() as server:
-            self.delayed_little(server, port, dead, host)
 
     def test_the_first_that_connects_wins_and_the_others_are_closed(self):
         support.need(self, os.path.exists("/proc/self/fd"), "/proc")
@@ -346,7 +325,7 @@ class ConnectTest(unittest.TestCase):
 class NetworkTest(support.TwoHosts, unittest.TestCase):
     """On two hosts: what routers and neighbours say, or do not."""
 
-    SILENT = {4: "203.0.113.1", 6: "2001:db8:dead::1"}          # routed to the far host, which throws it away
+    SILENT = "203.0.113.1"                                      # routed to the far host, which throws it away
     ABSENT = {4: "198.51.100.77", 6: "2001:db8:51::77"}         # no host of this link has it
 
     @classmethod
@@ -354,9 +333,7 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
         super().setUpClass()
         near, far = cls.names
         lines = ["ip -n %s route add 203.0.113.0/24 via %s" % (near, support.FAR[4]),
-                 "ip -n %s -6 route add 2001:db8:dead::/64 via %s" % (near, support.FAR[6]),
                  "ip -n %s route add blackhole 203.0.113.0/24" % far,
-                 "ip -n %s -6 route add blackhole 2001:db8:dead::/64" % far,
                  "ip -n %s route add 192.0.2.0/24 via %s" % (near, support.FAR[4]),
                  "ip netns exec %s sysctl -q net.ipv4.ip_forward=1" % far,
                  "ip -n %s route add unreachable 192.0.2.0/25" % far,
@@ -394,28 +371,14 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
                 self.assertEqual(self.near(outcome, host, 80)[0], rep)
                 self.assertIn(words, self.near(outcome, host, 80)[1])
 
-    def test_silence(self):
-        for version, host in self.SILENT.items():
-            with self.subTest("IPv%d" % version):
-                rep, why = self.near(outcome, host, 80, connect_timeout=0.3)
-                self.assertEqual(rep, Rep.TTL_EXPIRED)
-                self.assertIn("%s silent" % host, why)
-
     def test_the_most_telling_failure_wins(self):
-        cases = [("unreachable before timed out", ["198.18.1.1", self.SILENT[4]], Rep.NETWORK_UNREACHABLE),
+        cases = [("unreachable before timed out", ["198.18.1.1", self.SILENT], Rep.NETWORK_UNREACHABLE),
                  ("refused before unreachable", ["198.18.1.1", support.FAR[4]], Rep.CONNECTION_REFUSED),
                  ("the host before its network", ["198.18.1.1", self.ABSENT[4]], Rep.HOST_UNREACHABLE),
-                 ("in whatever order", [support.FAR[4], self.SILENT[4], "198.18.1.1"], Rep.CONNECTION_REFUSED)]
+                 ("in whatever order", [support.FAR[4], self.SILENT, "198.18.1.1"], Rep.CONNECTION_REFUSED)]
         for name, addresses, rep in cases:
             with self.subTest(name), resolving(*addresses), mock.patch.object(module, "ATTEMPT_DELAY_S", 0.01):
                 self.assertEqual(self.near(outcome, NAME, 80, connect_timeout=1)[0], rep)
-
-    def test_a_dead_ipv6_address_delays_a_live_ipv4_one_little(self):
-        def delay():
-            with support.target(host=support.NEAR[4]) as (host, port), support.running() as server:
-                ConnectTest.delayed_little(self, server, port, self.SILENT[6], host)
-
-        self.near(delay)
 
     def test_without_ipv6(self):
         """Switched off, as on many servers: what has an IPv4 address as well does not notice."""

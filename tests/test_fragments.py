@@ -3,7 +3,7 @@ import unittest
 from unittest.mock import patch
 
 from socks5.commands import fragments
-from socks5.commands.fragments import REASSEMBLY_S, WHOLE_BYTES, Fragments
+from socks5.commands.fragments import Fragments
 from socks5.protocol.messages import Datagram
 
 from .support import address
@@ -35,8 +35,8 @@ class Reassembly(unittest.TestCase):
             ("the first again", [(1, b"a"), (1, b"b"), (2 | END, b"c")], [b"bc"], 1),
             ("another destination", [(1, b"a"), (2 | END, b"b", THERE)], [], 2),
             ("a new one for another", [(1, b"a"), (1, b"b", THERE), (2 | END, b"c", THERE)], [b"bc"], 1),
-            ("all that is allowed", [(1, bytes(WHOLE_BYTES - 1)), (2 | END, b"b")], [bytes(WHOLE_BYTES - 1) + b"b"], 0),
-            ("too much", [(1, bytes(WHOLE_BYTES)), (2, b"b"), (3 | END, b"c")], [], 3),
+            ("64 KiB", [(1, bytes(65535)), (2 | END, b"b")], [bytes(65535) + b"b"], 0),
+            ("more than 64 KiB", [(1, bytes(65536)), (2, b"b"), (3 | END, b"c")], [], 3),
         ]
         for name, pieces, whole, dropped in cases:
             with self.subTest(name):
@@ -48,12 +48,13 @@ class Reassembly(unittest.TestCase):
         self.assertEqual(collected.add(Datagram(THERE, b"b", 2 | END)), Datagram(THERE, b"ab"))
 
     def test_time(self):
-        for name, later, whole in [("in time", REASSEMBLY_S - 0.1, b"ab"), ("too late", REASSEMBLY_S, None)]:
+        """RFC 1928 section 7: the timer is no less than 5 s."""
+        for name, later, whole in [("in time", 4.9, b"ab"), ("too late", 5.0, None)]:
             with self.subTest(name), patch.object(fragments, "monotonic") as clock:
                 clock.return_value = 100.0
                 collected = Fragments()
                 collected.add(Datagram(HERE, b"a", 1))
-                self.assertEqual(collected.deadline, 100.0 + REASSEMBLY_S)
+                self.assertEqual(collected.deadline, 105.0)
                 clock.return_value += later
                 datagram = collected.add(Datagram(HERE, b"b", 2 | END))
                 self.assertEqual(datagram and datagram.data, whole)

@@ -923,10 +923,6 @@ class Process(Case):
         self.assertEqual((status, err), (0, ""), out)
         self.assertRegex(out, r"missing +GSSAPI .*gss_init_sec_context")
 
-    def test_one_line_and_status_2(self):
-        self.assertEqual(run_cli("--gssapi", "--keytab", "/no/such/file"),
-                         (2, "", "socks5-server: --keytab /no/such/file: No such file or directory\n"))
-
     def test_a_keytab_that_the_user_of_run_as_cannot_read(self):
         need(self, os.name == "posix" and os.geteuid() == 0, "root")
         keytab = self.own_keytab()

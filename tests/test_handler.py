@@ -184,12 +184,9 @@ class LoginTest(Case):
     OPTIONS = {"user": USERS}
 
     def test_wrong_is_01_and_nothing_behind_it_is_a_request(self):
-        cases = [("wrong password", b"alice", b"wrong"), ("empty password", b"alice", b""), ("both empty", b"", b""),
-                 ("empty name", b"", ALICE[1]), ("unknown user", b"mallory", ALICE[1]),
-                 ("another user's", b"bob", ALICE[1]),
-                 ("a prefix", b"alice", b"s3cret-of-alic"), ("one more", b"alice", b"s3cret-of-alice\0"),
-                 ("case", b"Alice", b"s3cret-of-alice"), ("not UTF-8", b"\xff\xfe", b"\xff"),
-                 ("another encoding", "zoë".encode("latin-1"), "пароль".encode()),
+        cases = [("wrong password", b"alice", b"wrong"), ("empty password", b"alice", b""),
+                 ("empty name", b"", ALICE[1]),
+                 ("unknown user", b"mallory", ALICE[1]), ("not UTF-8", b"\xff\xfe", b"\xff"),
                  ("255 bytes", b"a" * 255, b"b" * 255)]
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setblocking(False)
@@ -259,18 +256,6 @@ class Strangers(Case):
     def test_another_version_in_the_request_is_closed_without_a_reply(self):
         with self.logged("ended=refused why='VER 0x04"):
             self.assertEqual(exchange(self.server, NO_LOGIN + b"\x04\x01\x00\x01\x7f\x00\x00\x01\x00\x50"), b"\x05\x00")
-
-    def test_gone_in_the_middle(self):
-        said = NO_LOGIN + connect_to((b"example.com", 80))
-        for cut in (1, 2, 3, 4, len(said) - 1):
-            with self.subTest("FIN after %d bytes" % cut), self.logged("rep=- .*ended=client"):
-                self.assertEqual(exchange(self.server, said[:cut], end=True), b"\x05\x00" if cut >= 3 else b"")
-            with self.subTest("RST after %d bytes" % cut):
-                with self.logged("rep=- .*ended=client"), dial(self.server.server_address) as client:
-                    client.sendall(said[:cut])
-                    wait_until(lambda: len(self.server.sessions), "accepted")
-                    support.reset(client)
-                self.all_gone()
 
 
 class Sockets(unittest.TestCase):
@@ -507,21 +492,6 @@ class Requests(Case):
 class LogLine(Case):
     """One line for each session, complete, into which no peer can write."""
 
-    def test_a_tunnel(self):
-        with target() as destination:
-            name = Address(b"localhost", destination[1])
-            with self.logged("session ") as logs, dial(self.server.server_address) as client:
-                here = "%s:%d" % client.getsockname()[:2]
-                client.sendall(NO_LOGIN + Request(Cmd.CONNECT, name).pack() + b"four")
-                client.shutdown(socket.SHUT_WR)
-                self.assertEqual(read_to_end(client)[-4:], b"four")
-            facts = LINE.search(logs.output[-1]).groupdict()
-            self.assertLess(float(facts.pop("seconds")), PATIENCE_S)
-            self.assertEqual(facts, {
-                "client": here, "user": "-", "cmd": "CONNECT", "dst": "'localhost':%d" % destination[1],
-                "reached": "127.0.0.1:%d" % destination[1], "rep": "SUCCEEDED", "up": "4", "down": "4",
-                "ended": "client", "why": "-"})
-
     def test_which_side_ended_it(self):
         with self.subTest("remote"), target(lambda connection: connection.sendall(b"bye")) as destination:
             with self.logged("rep=SUCCEEDED up=0 down=3 .*ended=remote why=-"):
@@ -545,29 +515,6 @@ class LogLine(Case):
                         self.assertRegex(line, r"\A[ -~]+\Z")        # one line of printable ASCII
                     self.assertRegex(line, LINE)
                     self.assertEqual(sum(record.msg.startswith("session ") for record in logs.records), 1)
-
-
-class NeverReads(Case):
-    def test_a_client_that_never_reads_stops_its_own_tunnel_only(self):
-        """The target pushes until everything on the way is full; its client ends it whenever it likes."""
-        sent, ended = [], threading.Event()
-
-        def push(connection):
-            connection.settimeout(PATIENCE_S)
-            try:
-                while True:
-                    sent.append(connection.send(bytes(1 << 16)))
-            finally:
-                ended.set()
-
-        with target(push) as destination, target() as echo:
-            client = support.connect_through(self.server.server_address, *destination)
-            wait_until(lambda: sum(sent) > 1 << 18)
-            with support.connect_through(self.server.server_address, *echo) as other:
-                self.assertTrue(echoes(other))
-            support.reset(client)
-            self.assertTrue(ended.wait(PATIENCE_S))
-            self.all_gone()
 
 
 class Ourselves(support.TwoHosts, unittest.TestCase):

@@ -140,6 +140,19 @@ class Hooks(Case):
             self.assertEqual(heard(client), b"")
             wait_until(lambda: not len(server.sessions))
 
+    def test_close_request_that_fails_leaves_no_session(self):
+        class Server(socks5.Server):
+            def close_request(self, request):
+                super().close_request(request)
+                raise KeyError("bug")
+
+        for name, act in (("tunnel", lambda server: connect_through(server.server_address, *self.echo).close()),
+                          ("none", lambda server: dial(server.server_address).close())):
+            with self.subTest(name), running(server_class=Server) as server, self.assertLogs("socks5", "ERROR") as logs:
+                act(server)
+                wait_until(lambda: logs.output)
+                wait_until(lambda: not len(server.sessions))
+
     def test_get_request_may_wrap_the_socket_and_fail(self):
         class Wrapped(socket.socket):
             pass

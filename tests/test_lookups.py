@@ -491,7 +491,3 @@ class Attacks(LookupCase):
                 support.negotiate(sock)
                 self.assertEqual(support.ask(sock, Cmd.CONNECT, b"quick.test", 80).rep, Rep.TTL_EXPIRED)
                 self.assertEqual([round(seconds, 3) for seconds in dialled], [left])
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,5 +1,5 @@
-"""More real clients through the server, each at its own job, with and without a password; test_clients.py has curl, git
-and PySocks. What is not installed is skipped, or fails under SOCKS5_REQUIRE_CLIENTS=1."""
+"""More real clients through the server, each at its own job, with and without a password; test_clients.py has curl and
+git. What is not installed is skipped, or fails under SOCKS5_REQUIRE_CLIENTS=1."""
 import json
 import os
 import subprocess

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import unittest
 from pathlib import Path
@@ -21,9 +22,10 @@ from socks5.access.rules import Rules
 from socks5.config import Config
 from socks5.server.session import LIVE, Session
 from socks5.values import upstream
+from tests.__main__ import WITHOUT
 from tests.support import (
-    PATIENCE_S, ROOT, Case, connect_through, echoes, need, readme_block, readme_blocks, run_python, running, spawned,
-    target, udp_socket)
+    PATIENCE_S, ROOT, Case, connect_through, echoes, need, readme_block, readme_blocks, run_python, running, script,
+    spawned, target, udp_socket)
 
 README = ROOT / "README.rst"
 MOST_LINES = 500                                    # of text and tables, without code and traces
@@ -152,9 +154,10 @@ class Log(unittest.TestCase):
 
 
 class Promises(Case):
-    def test_without_fork_one_process_serves(self):
-        code = ("import os, sys; vars(os).pop('fork', None); sys.path.insert(0, %r); from socks5.cli import main; "
-                "sys.exit(main(sys.argv[1:]))" % str(ROOT))
-        with spawned(code, "-w", "4", script="-c") as server, target() as echo:
-            self.check_serves(server.port, echo)
-            self.assertEqual(server.end(), 0)
+    def test_it_serves_without_what_other_systems_lack(self):
+        for feature, loss in WITHOUT.items():
+            text = "import contextlib\nwith contextlib.suppress(AttributeError):\n" + textwrap.indent(loss, "    ")
+            with self.subTest(feature), script(text) as path, spawned("-w", "2", script=path) as server, \
+                    target() as echo:
+                self.check_serves(server.port, echo)
+                self.assertEqual(server.end(), 0)

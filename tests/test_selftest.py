@@ -11,7 +11,7 @@ from socks5.config import Config
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.codes import Rep
 from socks5.server import handler
-from tests.support import HAS_IPV6, Case, read_to_end, run_cli, running, taken_port, target, users_line
+from tests.support import HAS_IPV6, Case, closed_port, read_to_end, run_cli, running, taken_port, target, users_line
 
 PARTS = ["CONNECT to an IPv4 address", "CONNECT to an IPv6 address", "CONNECT to a name", "half-close", "BIND",
          "UDP ASSOCIATE", "UDP ASSOCIATE, in 3 fragments", "a destination that a rule denies",
@@ -95,6 +95,8 @@ class EachCheck(unittest.TestCase):
     def test_tunnels(self):
         self.fails(selftest.by_ipv4, lambda connection: connection.sendall(b"!"))
         self.fails(selftest.by_name, lambda connection: connection.sendall(b"!"))
+        self.fails(lambda setup: selftest.by_ipv6(setup._replace(echo6=setup.echo)),
+                   lambda connection: connection.sendall(b"!"))
         self.fails(selftest.half_close, lambda connection: connection.sendall(read_to_end(connection)[1:]))
 
     def test_bind(self):
@@ -115,6 +117,8 @@ class EachCheck(unittest.TestCase):
     def test_refusals(self):
         self.fails(selftest.refused_by_rule)
         self.fails(lambda setup: selftest.refusal(setup, setup.echo, Rep.NOT_ALLOWED), words="was not refused")
+        closed = "127.0.0.1", closed_port()
+        self.fails(lambda setup: selftest.wrong_password(setup._replace(echo=closed)), words="5 instead of None")
 
     def test_what_is_asked_for(self):
         asked, sendto = [], client.Association.sendto

@@ -75,11 +75,6 @@ class Bytes(SpliceTest):
                 self.assertEqual(pipe.held, 0)
                 self.assertEqual(self.read(size), data)
 
-    def test_nothing_there(self):
-        pipe = self.pipe()
-        self.assertRaises(BlockingIOError, pipe.fill, self.source.fileno())
-        self.assertEqual(pipe.held, 0)
-
     def test_a_full_pipe_and_a_full_sink_block_nothing_and_lose_nothing(self):
         pipe = self.pipe()
         sent, received, piece = hashlib.sha256(), hashlib.sha256(), numbered(1 << 16)
@@ -243,7 +238,3 @@ class Descriptors(SpliceTest):
                     resource.setrlimit(resource.RLIMIT_NOFILE, before)
                 self.assertEqual(caught.exception.errno, errno.EMFILE)
                 self.nothing_is_left()
-
-
-if __name__ == "__main__":
-    unittest.main()

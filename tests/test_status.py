@@ -21,7 +21,6 @@ from socks5.config import Config, ConfigError
 from socks5.net.addresses import Endpoint
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Address, Reply, Request
-from socks5.server.counters import Shared
 from socks5.server.sessions import Sessions
 from socks5.status import line, metrics, web
 from socks5.status.channel import Channel
@@ -576,14 +575,6 @@ class Words(unittest.TestCase):
         self.assertEqual(written, [b"\r!abcd", b"\r!efgh"])
         self.assertIs(log.after(b"", write), write)
 
-    def test_samples_that_the_page_has_are_not_sent_again(self):
-        history = History(Board(1), lambda: 0)
-        history.start()
-        self.addCleanup(history.stop)
-        wait_until(lambda: history.since(0))
-        last = history.since(0)[-1]
-        self.assertNotIn(last, history.since(last[0]))
-
     def test_history_when_the_clock_is_set(self):
         """The page asks for what came after its last sample, which is in the future when the clock was set back."""
         history = History(Board(1), lambda: 0)
@@ -593,12 +584,6 @@ class Words(unittest.TestCase):
                 with mock.patch("socks5.status.history.time", return_value=when):
                     history._add()
             self.assertEqual([one[0] for one in history.since(since)], found)
-
-    def test_sessions_given_in_all_processes(self):
-        shared = Shared(2)
-        for row in (0, 1, 1):
-            shared.row(row).number()
-        self.assertEqual(shared.given(), 3)
 
 
 OFTEN = "from socks5.status import beside, line\nline.EVERY_S = beside.SWEEP_S = 0.1"

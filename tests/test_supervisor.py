@@ -24,7 +24,7 @@ from socks5.protocol.codes import Cmd, Rep
 from tests import support
 from tests.support import (
     PATIENCE_S, SCRIPT, Spawned, ask, children, connect_through, dial, echoes, free_ports, greeted, heard, need,
-    read_to_end, reader_of, refusal, refuses, script, spawned, target, threads, users_line, wait_until)
+    read_to_end, refusal, refuses, script, spawned, target, threads, users_line, wait_until)
 
 NO_LOGIN = b"\x05\x01\x00"
 QUICK = "from socks5.process import supervisor\nsupervisor.RESTART_MOST_S = 0.1"
@@ -398,33 +398,6 @@ class Slow(support.Case):
             wait_until(lambda: count(server, "INFO reloaded ") == 5, "the one under way, and the latest")
             self.assertEqual(set(children(server.process.pid)), set(pids))
 
-    def test_kill_9_under_load_disturbs_no_other(self):
-        with target() as echo, self.crew(count=2) as (server, pids), contextlib.ExitStack() as stack:
-            tunnels = [stack.enter_context(connect_through(server.port, *echo)) for _ in range(20)]
-            ends = []
-
-            def load(tunnel):
-                data = b"x" * 50000
-                with contextlib.suppress(OSError, EOFError):
-                    for _ in range(20):
-                        tunnel.sendall(data)
-                        if reader_of(tunnel)(len(data)) != data:
-                            return ends.append("wrong")
-                    return ends.append("whole")
-                ends.append("cut")
-
-            loads = [threading.Thread(target=load, args=(tunnel,), daemon=True) for tunnel in tunnels]
-            for thread in loads:
-                thread.start()
-            os.kill(pids[0], signal.SIGKILL)
-            lost = int(server.wait_line(r"worker_died pid=%d how=signal-9 sessions=(\d+)" % pids[0]).group(1))
-            for thread in loads:
-                thread.join(PATIENCE_S)
-            self.assertEqual(len(ends), 20)
-            self.assertLessEqual(ends.count("cut"), lost)
-            self.assertEqual(ends.count("wrong"), 0)
-            self.assertIn(pids[1], children(server.process.pid))
-
     def test_a_fork_that_fails_is_tried_again(self):
         text = """
 from socks5.process import supervisor
@@ -508,9 +481,13 @@ class Parts(unittest.TestCase):
                 self.assertEqual(supervisor.shared.row(0).live(), 0)
                 self.assertEqual(tells(), expected < 5)
 
-    def test_how_it_died(self):
-        self.assertEqual(workers.how_it_died(9), "signal-9")
-        self.assertEqual(workers.how_it_died(1 << 8), "exit-1")
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_what_the_processes_count_together_is_locked_for_all(self):
+        supervisor = workers.Supervisor(Config(), [], 1, read_access(Config()))
+        locks = supervisor.access[0].logins.lock, supervisor.shared.buckets.lock
+        self.assertTrue(all(lock.file for lock in locks))
+        supervisor.close()
+        self.assertEqual([lock.file for lock in locks], [None, None])
 
     def test_how_many(self):
         with mock.patch.object(os, "fork", create=True):

@@ -110,10 +110,6 @@ class OurOwn(Case):
             with associated(server) as udp:
                 exchange(self, udp, udp_there)
 
-    def test_bind(self):
-        with running() as other:
-            self.peer_comes(self.chained(url(other)))
-
     def test_a_bind_waits_for_longer_than_the_connect_timeout(self):
         class Late(upstream_module.UpstreamWait):
             def __init__(self, chain, dialogue, *args):

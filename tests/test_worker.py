@@ -7,6 +7,7 @@ import tempfile
 import threading
 import unittest
 from ipaddress import ip_address
+from unittest import mock
 
 from socks5.access.rules import Asker
 from socks5.config import Config
@@ -133,6 +134,12 @@ class Obeying(unittest.TestCase):
         body = pickle.dumps("no order")
         with self.assertLogs("socks5", "ERROR"):
             self.assertEqual(self.heard(orders.SIZE.pack(len(body)) + body), (["stop"], False))
+
+    def test_the_drain_takes_as_long_as_the_configuration_says(self):
+        server, hurry = mock.MagicMock(config=Config(drain_timeout=600.0)), threading.Event()
+        server.drain.return_value = 0
+        worker.serve(server, hurry)
+        server.drain.assert_called_once_with(600.0, hurry)
 
     def test_an_abort_hurries_a_stop_does_not(self):
         for order, hurried in ((Order.STOP, False), (Order.ABORT, True)):

@@ -29,7 +29,7 @@ class Verdict(enum.Enum):
 
 
 class Look:
-    """A password being looked at. The same one on other connections of this process waits for the verdict."""
+    """A check under way. The same login on other connections of this process waits for its verdict."""
 
     def __init__(self) -> None:
         self.verdict: Optional[Verdict] = None

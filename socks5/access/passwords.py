@@ -85,7 +85,7 @@ class Hash:
 
 
 def closed(password: bytes) -> bytes:
-    """With its length behind it: HMAC fills keys up with NULs, so b"x" and b"x\\0" would be the same (RFC 2104 §2)."""
+    """The password and its length: HMAC pads keys with NULs, so b"x" and b"x\\0" would be the same (RFC 2104 §2)."""
     return password + len(password).to_bytes(2, "big")
 
 

@@ -107,8 +107,8 @@ class Rule:
                 and (self.source is None or asker.client in self.source))
 
     def covers(self, address: IP, real: IP, port: int, name: Optional[bytes]) -> bool:
-        """Whether the rule is about this destination. `real` is what a connection to the address reaches: an allow
-        matches that, and a deny either."""
+        """Whether the rule is about this destination. `real` is what a connection to the address reaches. An allow
+        matches by `real` only, a deny by either address."""
         if not self.ports[0] <= port <= self.ports[1]:
             return False
         if self.name is not None:
@@ -123,8 +123,8 @@ class Rule:
         return not self.allow or self.network is not None or self.anywhere
 
     def may_cover(self, port: Optional[int], name: Optional[bytes]) -> bool:
-        """The same while address, port or name are unknown (None): true for an allow that may match, and for a deny
-        that matches in any case."""
+        """covers() while the address, and perhaps port and name, are unknown (None): true for an allow that may match,
+        and for a deny that matches in any case."""
         if self.ports != ALL_PORTS and (port is None or not self.ports[0] <= port <= self.ports[1]):
             return port is None and self.allow
         if self.name is not None:

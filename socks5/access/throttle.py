@@ -1,21 +1,23 @@
 """Rate limit for wrong passwords, without locking out users.                                              RFC 1929
 
-An origin is an IPv4 address or an IPv6 /64; all of 127.0.0.0/8 and ::1 are one. The rule:
+An origin is an IPv4 address or an IPv6 /64; all of 127.0.0.0/8 and ::1 are one. A look is one check of a password.
+The rules:
 
 1. An origin has BURST looks at once and one more every INTERVAL_S.
 2. A user name has NAME_BURST looks and one more every NAME_INTERVAL_S from all origins together, fewer than 10,000.
 3. A right password costs no look, and gives back what wrong ones for the same user from the same origin have cost.
-4. A password that was right from the same origin within a day needs no look: it is let in at once. Where there is no
-   look, this tells a guesser as much as a look would. So a wrong password for such a user is then counted as a miss, of
-   the user and of the origin; where misses have run out, rule 5 holds for all. Looks and misses of an origin are fewer
-   than 1,000 in any hour.
-5. Attempts without a look wait: the next look goes to the newest of them, after a user's third failure to other users
-   first; the end of the handshake's time, or PENDING others, defer an attempt, which then was never looked at.
+4. A password that was right from the same origin within a day needs no look: it is let in at once. A guesser learns
+   from this, without a look, that another password is not that one. So a wrong password for such a user that had no
+   look is counted as a miss, of the user and of the origin. When no misses are left, rule 5 holds for every attempt.
+   Looks and misses of an origin are fewer than 1,000 in any hour.
+5. Attempts without a look wait. The next look goes to the newest of them; users who have failed three times come after
+   the others. An attempt is deferred, which means that it never gets a look, when the handshake's time is over or when
+   PENDING others wait.
 
 Newest first, because an attacker can leave any number of wrong attempts waiting. A right password that comes later
-must not wait for them: it waits INTERVAL_S at most. What is waiting and what a connection's thread does while it
-waits is logins.py; this module takes facts and a time, and returns decisions. Its records are in tables of a fixed size
-(shared.py), which all server processes share.
+must not wait for them: it waits INTERVAL_S at most. How a connection's thread waits is in logins.py; this module takes
+facts and a time, and returns decisions. Its records are in tables of a fixed size (shared.py), which all server
+processes share.
 
 Each limit is a GCRA (ITU-T I.371), which stores one number: the time at which all looks are there again, `full`.
 """
@@ -38,7 +40,7 @@ QUIET_S = 60.0                              # an origin without a failure for so
 
 PENDING = 256                               # attempts that wait for a look, for an origin in a process
 POLL_S = 0.1                                # how often a waiting attempt asks again
-SHORTEST_S = 0.001                          # a wait that rounding cannot make nothing
+SHORTEST_S = 0.001                          # so that no wait is rounded to 0
 STALE_S = 0.5                               # an attempt that has not asked for so long has ended
 
 ORIGINS = PAIRS = GOOD = 16384              # records, 60 bytes or less each
@@ -46,7 +48,7 @@ NAMES = 16384
 
 
 class Attempt:
-    """One password tried for one user from one origin. `arrived` also tells it from all others."""
+    """One password tried for one user from one origin. `arrived` also identifies it."""
 
     __slots__ = ("origin", "name", "pair", "proof", "arrived", "rank", "known", "compared", "dropped", "waits", "facts")
 
@@ -167,7 +169,7 @@ class Throttle:
     # ---- looks; under the lock ------------------------------------------------------------------------------------
 
     def _count_miss(self, attempt: Attempt, now: float) -> None:
-        """The attempt has to wait: so it is not the password that was right from there, if it was compared with it."""
+        """The attempt was compared with the password that was right from there, and is another one: count a miss."""
         good = None if attempt.compared else self._good.get(attempt.pair)
         if good and self._may_miss(attempt, good, now):
             attempt.compared = True

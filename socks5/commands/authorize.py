@@ -45,7 +45,7 @@ class Authorizer:
 
     def normalised(self, cmd: Cmd, dst: Address) -> Host:
         """DST.ADDR in its normal form: an IP address, or a name in ASCII. Refused: X'04' for what is not a name, X'02'
-        for a name that no address could make right, before anything is looked up."""
+        for a name that is denied whatever its address is, before anything is looked up."""
         host = IPv4Address(0) if cmd == Cmd.BIND and any_peer(dst) else normalise(dst.host)
         if isinstance(host, bytes):                             # an address is judged as such
             verdict = self.rules().foresee(self.asker(cmd), dst.port, host)

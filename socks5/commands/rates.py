@@ -47,7 +47,7 @@ class Rates:
         self._limits: "WeakValueDictionary[Tuple[str, str, str], Limit]" = WeakValueDictionary()
 
     def renew(self, rules: Rules, loop: Optional[Loop]) -> None:
-        """After a reload: have these hold, and apply them to the tunnels of the loop."""
+        """After a reload: put these in force, also for the tunnels of the loop."""
         before, rated = self.rules.config, self.rated
         with self._lock:
             self._put(rules)
@@ -57,7 +57,7 @@ class Rates:
             loop.change_all(self.apply)
 
     def apply(self, tunnel: Tunnel) -> None:
-        """Have the limits hold for this tunnel. By the thread that has it."""
+        """Put the limits in force for this tunnel. Called by the thread that relays it."""
         session = tunnel.session
         if session is None:                             # it has ended
             return

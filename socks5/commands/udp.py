@@ -1,4 +1,4 @@
-"""UDP ASSOCIATE: relay the datagrams of one association. It waits for nothing: the relay loop has it, and no thread.
+"""UDP ASSOCIATE: relay the datagrams of one association. It never blocks: the relay loop runs it, without a thread.
 
 One socket faces the client, one for each address family the remotes: all of them see the client at the same port, and
 any may answer (endpoint-independent mapping, RFC 4787 section 4.1). What cannot be relayed is dropped and counted.
@@ -49,7 +49,7 @@ class Association(Group):
     control      the TCP connection, whose end is the association's; what arrives on it is read and ignored
     client       the client's address: datagrams are taken from there only, and from the port of the first good one
     ports        for all our sockets
-    permit       may a datagram go to this address and port, which its header called so? The host is normalised; no
+    permit       may a datagram go to this address and port? The host is that of its header, normalised; without an
                  address: may the name be looked up?
     rules        what `permit` judges by: when that is another object than before, everything is judged again
     on_datagram  called with trace.UP or trace.DOWN, each datagram between client and association, and the client's

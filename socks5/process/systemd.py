@@ -69,7 +69,7 @@ class Notifier:
 
     @staticmethod
     def _watchdog_s(environ: Environ) -> float:
-        """Half of the time after which systemd takes the service for dead; 0 if it does not look."""
+        """Half of the time after which systemd considers the service dead; 0 without a watchdog."""
         usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", str(os.getpid()))
         return int(usec) / 2e6 if usec.isdecimal() and pid == str(os.getpid()) else 0.0
 

@@ -33,7 +33,7 @@ def serve(server: Server, hurry: threading.Event) -> None:
             raise CannotStart(str(exc)) from None
         aborted = server.drain(server.config.drain_timeout, hurry)
     if aborted:
-        log.warning("stopped with %d sessions cut off, in process %d", aborted, os.getpid())
+        log.warning("stopped with %d session%s cut off, in process %d", aborted, "s" * (aborted > 1), os.getpid())
 
 
 def obey(server: Server, hurry: threading.Event, order: Order, access: Optional[Access] = None) -> None:

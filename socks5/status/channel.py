@@ -75,7 +75,7 @@ class Channel:
 
 
 class Asked:
-    """What was asked, to be read once."""
+    """A request under way, whose answer can be read once."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

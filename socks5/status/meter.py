@@ -101,7 +101,7 @@ class Board:
 
 
 class Counted:
-    """What of a session that is not over is in the counters already.
+    """What the counters already contain of a session that is not over.
 
     answered    the first reply to its request
     udp         what its association has done
@@ -209,8 +209,8 @@ class Meter(counters.Meter):
             self._table[PLACES[what, which if which in known else OTHER]] += 1
 
     def _count_answer(self, session: Session) -> bool:
-        """How long its handshake took, and its connect: whether that is known. Not when it happens, which would cost
-        each connection more."""
+        """Count how long its handshake and its connect took. Returns whether that is known. Not done when it replies,
+        which would cost each connection more."""
         record = session.record or []
         asked = len(record) - 2                         # of a CONNECT, a BIND that waits, a refusal
         while asked >= 0 and record[asked][1] is not Request:
