@@ -24,7 +24,7 @@ from socks5.protocol.errors import ProxyError
 from socks5.server.acceptors import MAX_WAITING
 from socks5.net.lookups import PER_CLIENT, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
 from socks5.net.shares import ANY_PORT
-from socks5.commands.udp import BUFFERS, Association
+from socks5.commands.udp import BUFFERS, LOOKS, Association
 from socks5.net.poller import SelectPoll
 from socks5.relay.group import Group, relay_alone
 from socks5.relay.loop import GROUPS_S, MANY, Loop
@@ -1034,6 +1034,24 @@ class OneForItself(unittest.TestCase):
                     del calls[:]
                     association.handle(association._facing, 1, now)
                     self.assertEqual(calls, expected)
+
+    def test_a_burst_ends_after_a_few_headers_that_are_not_known(self):
+        """To judge one may take milliseconds, where there are thousands of rules."""
+        judged = []
+        with socket.create_server(("127.0.0.1", 0)) as listener, dial(listener.getsockname()), \
+                listener.accept()[0] as ours, udp_socket() as sock:
+            association = Association(ours, ip_address("127.0.0.1"), ANY_PORT, (), Names(),
+                                      lambda host, port, _name: judged.append(port))
+            with contextlib.closing(association):
+                sock.connect((str(association.bnd.ip), association.bnd.port))
+                ports = list(range(1, 3 * LOOKS + 1))
+                for port in ports:
+                    sock.send(Datagram(address("127.0.0.1", port), b"hello").pack())
+                association.handle(association._facing, 1, 1000.0)      # the first one comes alone
+                for burst in range(3):
+                    self.assertEqual(judged, ports[:1 + burst * LOOKS])
+                    association.handle(association._facing, 1, 1000.0)
+                self.assertEqual(judged, ports)
 
 
 # ---- many --------------------------------------------------------------------------------------------------------
