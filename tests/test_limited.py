@@ -7,7 +7,7 @@ from unittest import mock
 
 from socks5.net.poller import READ, URGENT, WRITE
 from socks5.relay import limited
-from socks5.relay.bucket import PORTION_S, Limit, OwnBucket
+from socks5.relay.bucket import NEVER, PORTION_S, Limit, OwnBucket
 from socks5.relay.limited import Timers, limit, read_on
 from socks5.relay.loop import MANY
 from socks5.relay.pipe import CHUNK_BYTES
@@ -93,6 +93,24 @@ class KernelPipeTest(unittest.TestCase):
             tunnel.handle(0, READ, 0)
             self.assertEqual(client.read - before, 5)
             tunnel.up.close()
+
+
+class HeldBackTest(unittest.TestCase):
+    def test_a_gate_that_is_taken_away_while_it_is_looked_at(self):
+        """The thread of the status page asks, that of the tunnel takes them away after a reload."""
+        class Changing:
+            """A pipe whose gate is there for the first who looks, and never again."""
+
+            def __init__(self):
+                self.gates = [limited.Gate([])]
+
+            @property
+            def gate(self):
+                return self.gates.pop() if self.gates else None
+
+        tunnel = mock.Mock(up=Changing(), down=Changing())
+        for _ in range(2):
+            self.assertEqual(limited.held_back(tunnel), NEVER)
 
 
 class LoopTest(test_loop.LoopTest):

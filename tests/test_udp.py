@@ -245,6 +245,28 @@ class Bursts(unittest.TestCase):
             self.assertEqual([there.recv(100), there.recv(100)], [b"", b"the end"])
             self.assertEqual(association.summary(), "dropped: %d bad header" % len(whole))
 
+    def test_losses_are_read_while_more_are_counted(self):
+        """By the thread of the status page, which would end by an exception, and the page's figures with it."""
+        def count():
+            while not over.is_set():
+                for number in range(50):
+                    association.dropped["reason %d" % number] += 1
+                association.dropped.clear()
+
+        over, before = threading.Event(), sys.getswitchinterval()
+        with self.association() as (association, _sock, run):
+            run()
+            thread = threading.Thread(target=count, daemon=True)
+            sys.setswitchinterval(1e-6)
+            try:
+                thread.start()
+                for _ in range(5000):
+                    association.losses()
+            finally:
+                sys.setswitchinterval(before)
+                over.set()
+                thread.join(PATIENCE_S)
+
     def test_errors_that_a_socket_reports_are_counted_and_no_more(self):
         """As BSD and Windows do unasked: what was sent to a closed port makes the next recvfrom() fail."""
         with udp_socket() as there, self.association() as (association, sock, run):

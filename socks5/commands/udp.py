@@ -160,8 +160,10 @@ class Association(Group):
         self._forget_at, self._judged_by = now + FORGET_S, rules
 
     def losses(self) -> Counts[str]:
-        """How many datagrams were dropped, by reason."""
-        return self.dropped + Counter({"fragment": self._fragments.dropped if self._fragments else 0})
+        """How many datagrams were dropped, by reason. Any thread may call."""
+        losses = Counter(self.dropped)                      # copied in one step: the loop may be counting on
+        losses["fragment"] = self._fragments.dropped if self._fragments else 0
+        return +losses
 
     def summary(self) -> str:
         """What was dropped, in words, and which upstreams have no link; "" if there is nothing to say."""

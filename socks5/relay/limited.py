@@ -110,8 +110,9 @@ def readable(sock: Any) -> int:
 
 
 def held_back(tunnel: Tunnel) -> HeldBack:
-    """When a limit held this tunnel back last, and which."""
-    return max(pipe.gate.flow.held_back if pipe.gate else NEVER for pipe in (tunnel.up, tunnel.down))
+    """When a limit held this tunnel back last, and which. Any thread may call: the gates may be taken away meanwhile."""
+    gates = tunnel.up.gate, tunnel.down.gate
+    return max(gate.flow.held_back if gate else NEVER for gate in gates)
 
 
 def pause(tunnel: Tunnel, wait_s: float) -> float:
