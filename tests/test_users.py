@@ -176,6 +176,11 @@ class Files(FileCase):
             self.assertFalse(server.users.check(b"al", b"y"))
             self.assertTrue(server.users.check(b"bob", b"x"))
 
+    def test_a_reload_keeps_what_is_known_of_logins_where_no_password_is_needed(self):
+        """There, security tokens are rate limited by it, in all processes."""
+        before = Users(Config())
+        self.assertIs(Users(Config(), before).logins, before.logins)
+
     def test_the_same_password_with_a_new_salt_is_another_line(self):
         users = self.users(self.line("bob", b"x"))
         self.assertTrue(users.check(b"bob", b"x"))
