@@ -110,7 +110,7 @@ def readable(sock: Any) -> int:
 
 
 def held_back(tunnel: Tunnel) -> HeldBack:
-    """When a limit held this tunnel back last, and which. Any thread may call: the gates may be taken away meanwhile."""
+    """When a limit held this tunnel back last, and which. Any thread may call; another may take the gates away."""
     gates = tunnel.up.gate, tunnel.down.gate
     return max(gate.flow.held_back if gate else NEVER for gate in gates)
 
