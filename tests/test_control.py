@@ -105,6 +105,15 @@ class Obeying(Case):
         self.assertEqual(self.at(made, RELOAD_EVERY_S), [Order.RELOAD])
         self.assertEqual(made.access, "new")
 
+    def test_want_of_memory_ends_nothing_and_no_order_is_lost(self):
+        made = self.control("new")
+        made.running, made.close = lambda: not made.told, lambda: None
+        made.signals = mock.MagicMock()
+        made.signals.wait.side_effect = [MemoryError(), {Order.STOP}]
+        with mock.patch.object(control, "sleep"):
+            self.assertEqual(made.run(), 0)
+        self.assertEqual(made.told, [Order.STOP])
+
     def test_a_bad_file_ends_the_tries(self):
         made = self.control(Exhausted("too many open files"), ConfigError("bad"))
         with self.assertLogs("socks5", "ERROR"):

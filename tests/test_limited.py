@@ -7,7 +7,7 @@ from unittest import mock
 
 from socks5.net.poller import READ, URGENT, WRITE
 from socks5.relay import limited
-from socks5.relay.bucket import PORTION_S, Limit, OwnBucket
+from socks5.relay.bucket import NEVER, PORTION_S, Limit, OwnBucket
 from socks5.relay.limited import Timers, limit, read_on
 from socks5.relay.loop import MANY
 from socks5.relay.pipe import CHUNK_BYTES
@@ -56,7 +56,7 @@ class LimitedPlay(Play):
     def check_interest(self, wanted):
         for mask, end in zip(wanted, self.ends):
             readable = not end.pipe.held and not end.pipe.done and not end.pipe.resume_at
-            writable = bool(end.back.held)
+            writable = bool(end.back.held) and not end.back.resume_at
             assert mask == UNREGISTERED or mask == (READ | URGENT) * readable | WRITE * writable, (mask, readable)
             assert mask != UNREGISTERED or not readable and not writable
 
@@ -95,10 +95,51 @@ class KernelPipeTest(unittest.TestCase):
             tunnel.up.close()
 
 
+class HeldBackTest(unittest.TestCase):
+    def test_a_gate_that_is_taken_away_while_it_is_looked_at(self):
+        """The thread of the status page asks, that of the tunnel takes them away after a reload."""
+        class Changing:
+            """A pipe whose gate is there for the first who looks, and never again."""
+
+            def __init__(self):
+                self.gates = [limited.Gate([])]
+
+            @property
+            def gate(self):
+                return self.gates.pop() if self.gates else None
+
+        tunnel = mock.Mock(up=Changing(), down=Changing())
+        for _ in range(2):
+            self.assertEqual(limited.held_back(tunnel), NEVER)
+
+
+class EarlyDataTest(unittest.TestCase):
+    def test_it_waits_for_its_turn_as_what_is_read_does(self):
+        """Or a client could send 4 KiB with each of many connections, whatever the rate."""
+        now = 1000.0
+        ours, theirs = socket.socketpair()
+        with ours, theirs, mock.patch.object(limited, "monotonic", lambda: now):
+            rate = Limit("rate-per-client", OwnBucket(), 1000, 100)
+            tunnels = [Tunnel(ours, theirs, bytes(1000)) for _ in range(3)]
+            for tunnel in tunnels:
+                limit(tunnel, [rate], [rate])
+            self.assertEqual([tunnel.up.resume_at for tunnel in tunnels], [0, now + 0.9, now + 1.9])
+            self.assertEqual([tunnel.interest()[1] & WRITE for tunnel in tunnels], [WRITE, 0, 0])
+            timers = Timers()
+            for tunnel in tunnels:
+                timers.note(tunnel)
+            now += 1
+            self.assertEqual([tunnel for tunnel, _side in timers.due(now)], tunnels[1:2])
+            read_on(tunnels[1], 0, now)
+            self.assertEqual((tunnels[1].interest()[1] & WRITE, tunnels[1].up.gate.flow.granted), (WRITE, 0))
+            tunnels[2].close()                              # what was reserved for it is for others
+            self.assertEqual(rate.reserve(1000, now), now + 0.9)
+
+
 class LoopTest(test_loop.LoopTest):
-    def slow(self, rate=20 * KIB, **kwargs):
-        """A tunnel whose directions share a rate."""
-        made = Limit("rule", OwnBucket(), rate)
+    def slow(self, rate=20 * KIB, made=None, **kwargs):
+        """A tunnel whose directions share a rate, or the Limit `made`."""
+        made = made or Limit("rule", OwnBucket(), rate)
 
         def limited_tunnel(*args, **more):
             tunnel = Tunnel(*args, **more)
@@ -107,6 +148,14 @@ class LoopTest(test_loop.LoopTest):
 
         with mock.patch.object(test_loop, "Tunnel", limited_tunnel):
             return self.tunnel(**kwargs)
+
+    def test_early_data_that_has_to_wait_comes_whole_and_first(self):
+        made, early = Limit("rule", OwnBucket(), 200 * KIB), test_loop.NOISE[:20 * KIB]
+        for _ in range(4):
+            standing = self.slow(made=made, early=early)
+            standing.client.sendall(b"more")
+        self.assertEqual(test_loop.read_exactly(standing.remote, len(early) + 4), early + b"more")
+        wait_until(lambda: standing.tunnel.up.total == len(early) + 4)
 
     def test_a_hang_up_of_a_paused_side_makes_no_thread_spin(self):
         for how in ("FIN both ways", "reset"):

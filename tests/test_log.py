@@ -328,6 +328,7 @@ class WriterThread(unittest.TestCase):
         self.put("more")
         self.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines, ["lost=3", "more"])
+        self.assertEqual(self.writer.lost, 3, "each counts once, however often it could not be said")
 
     def test_what_takes_only_a_part_is_given_the_rest(self):
         self.sink.most = 3

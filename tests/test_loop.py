@@ -683,6 +683,25 @@ class TrapTest(LoopTest):
         wait_until(lambda: len(self.bugs) == 2, "both are told")
 
     @IN_LOOP
+    def test_want_of_memory_ends_neither_the_loop_nor_a_tunnel(self):
+        standing = self.tunnel()
+        failures = [MemoryError()] * 2
+        poll = self.loop._poller.poll
+
+        def failing(*args):
+            if failures:
+                raise failures.pop()
+            return poll(*args)
+
+        with mock.patch("socks5.relay.watch.REST_S", 0), \
+                mock.patch.object(self.loop, "_run_calls", side_effect=[MemoryError(), *[None] * 1000]):
+            self.loop._poller.poll = failing
+            standing.echo()
+            wait_until(lambda: not failures)
+        standing.echo()
+        self.assertEqual(self.bugs, [])
+
+    @IN_LOOP
     def test_a_loop_that_fails_ends_its_tunnels(self):
         standing = self.tunnel()
         with mock.patch.object(self.loop, "_run_calls", side_effect=SystemError("bug")):

@@ -11,6 +11,7 @@ from functools import partial
 from unittest import mock
 from urllib.request import urlopen
 
+import socks5
 from socks5 import client
 from socks5.client import associate
 from socks5.protocol.codes import Cmd, Rep
@@ -235,6 +236,23 @@ class Reload(Rated):
                         self.flows(lambda: reader.total, speed)
                     else:
                         wait_until(lambda: reader.total > before + 4 * MIB, "no limit")
+
+    def test_a_reload_while_a_tunnel_is_handed_over(self):
+        """Its limits were chosen before, and the loop did not have it when those of all tunnels were changed."""
+        rules = self.file("allow to any\n")
+
+        class Reloading(socks5.Server):
+            def relay(server, relay):
+                rules.write_text("allow to any rate 1M\n")
+                changed = threading.Event()
+                self.assertTrue(server.reload())
+                server.relay_loop().call_soon(changed.set)
+                self.assertTrue(changed.wait(support.PATIENCE_S))
+                super().relay(relay)
+
+        with target() as to, running(rules=str(rules), server_class=Reloading) as server:
+            self.tunnels(server.server_address, to, 1)
+            wait_until(lambda: any(session.tunnel and session.tunnel.up.gate for session in server.sessions))
 
     def test_sighup_reads_the_rates_in_the_ini_file(self):
         support.need(self, hasattr(signal, "SIGHUP"), "SIGHUP")

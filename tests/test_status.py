@@ -17,12 +17,13 @@ from ipaddress import ip_address
 from unittest import mock
 
 from socks5 import client, log
+import socks5
 from socks5.config import Config, ConfigError
 from socks5.net.addresses import Endpoint
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Address, Reply, Request
 from socks5.server.sessions import Sessions
-from socks5.status import line, metrics, web
+from socks5.status import beside, line, metrics, web
 from socks5.status.channel import Channel
 from socks5.status.history import History
 from socks5.status.meter import AT_ONCE, BOUNDS_S, BUCKETS, Board, Meter
@@ -458,6 +459,22 @@ class Processes(unittest.TestCase):
             wait_until(lambda: len(children(server.process.pid)) == 2)
         code = "import sys, socks5.cli; print('http.server' in sys.modules)"
         self.assertEqual(run_python("-c", code), (0, "False\n", ""))
+
+    def test_want_of_memory_does_not_end_the_thread_that_counts(self):
+        counted, failures = threading.Event(), [MemoryError()]
+
+        def sweep(_meter, _sessions):
+            if failures:
+                raise failures.pop()
+            counted.set()
+
+        shared = Shared(1)
+        with socks5.Server(Config(port=0)) as server, mock.patch("socks5.status.beside.SWEEP_S", 0.01), \
+                mock.patch("socks5.relay.watch.REST_S", 0), mock.patch.object(Meter, "sweep", sweep):
+            status = beside.Status(server.config, shared, [], [], None)
+            status.attend(server, 0)
+            self.assertTrue(counted.wait(PATIENCE_S))
+            status.close()
 
     def test_a_worker_that_is_gone_costs_its_answer_only(self):
         channel = Channel()

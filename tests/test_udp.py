@@ -24,7 +24,7 @@ from socks5.protocol.errors import ProxyError
 from socks5.server.acceptors import MAX_WAITING
 from socks5.net.lookups import PER_CLIENT, WAITING_BYTES, WAITING_ITEMS, WAITING_NAMES, Names
 from socks5.net.shares import ANY_PORT
-from socks5.commands.udp import BUFFERS, Association
+from socks5.commands.udp import BUFFERS, LOOKS, Association
 from socks5.net.poller import SelectPoll
 from socks5.relay.group import Group, relay_alone
 from socks5.relay.loop import GROUPS_S, MANY, Loop
@@ -244,6 +244,28 @@ class Bursts(unittest.TestCase):
             run()
             self.assertEqual([there.recv(100), there.recv(100)], [b"", b"the end"])
             self.assertEqual(association.summary(), "dropped: %d bad header" % len(whole))
+
+    def test_losses_are_read_while_more_are_counted(self):
+        """By the thread of the status page, which would end by an exception, and the page's figures with it."""
+        def count():
+            while not over.is_set():
+                for number in range(50):
+                    association.dropped["reason %d" % number] += 1
+                association.dropped.clear()
+
+        over, before = threading.Event(), sys.getswitchinterval()
+        with self.association() as (association, _sock, run):
+            run()
+            thread = threading.Thread(target=count, daemon=True)
+            sys.setswitchinterval(1e-6)
+            try:
+                thread.start()
+                for _ in range(5000):
+                    association.losses()
+            finally:
+                sys.setswitchinterval(before)
+                over.set()
+                thread.join(PATIENCE_S)
 
     def test_errors_that_a_socket_reports_are_counted_and_no_more(self):
         """As BSD and Windows do unasked: what was sent to a closed port makes the next recvfrom() fail."""
@@ -1035,6 +1057,24 @@ class OneForItself(unittest.TestCase):
                     del calls[:]
                     association.handle(association._facing, 1, now)
                     self.assertEqual(calls, expected)
+
+    def test_a_burst_ends_after_a_few_headers_that_are_not_known(self):
+        """To judge one may take milliseconds, where there are thousands of rules."""
+        judged = []
+        with socket.create_server(("127.0.0.1", 0)) as listener, dial(listener.getsockname()), \
+                listener.accept()[0] as ours, udp_socket() as sock:
+            association = Association(ours, ip_address("127.0.0.1"), ANY_PORT, (), Names(),
+                                      lambda host, port, _name: judged.append(port))
+            with contextlib.closing(association):
+                sock.connect((str(association.bnd.ip), association.bnd.port))
+                ports = list(range(1, 3 * LOOKS + 1))
+                for port in ports:
+                    sock.send(Datagram(address("127.0.0.1", port), b"hello").pack())
+                association.handle(association._facing, 1, 1000.0)      # the first one comes alone
+                for burst in range(3):
+                    self.assertEqual(judged, ports[:1 + burst * LOOKS])
+                    association.handle(association._facing, 1, 1000.0)
+                self.assertEqual(judged, ports)
 
 
 # ---- many --------------------------------------------------------------------------------------------------------

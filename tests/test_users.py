@@ -175,6 +175,11 @@ class Files(FileCase):
             self.assertFalse(server.users.check(b"al", b"y"))
             self.assertTrue(server.users.check(b"bob", b"x"))
 
+    def test_a_reload_keeps_what_is_known_of_logins_where_no_password_is_needed(self):
+        """There, security tokens are rate limited by it, in all processes."""
+        before = Users(Config())
+        self.assertIs(Users(Config(), before).logins, before.logins)
+
     def test_lines_that_another_process_has_read(self):
         users = self.users(self.line("bob", b"x"))
         self.path.unlink()

@@ -39,7 +39,7 @@ class Users:
     """
 
     def __init__(self, config: Config, before: Optional[Users] = None, lines: Optional[List[str]] = None) -> None:
-        self.logins: Logins = before.logins if before else Logins()
+        self.logins: Logins = before.logins if before is not None else Logins()     # they may be false
         self.lines = lines if lines is not None else read_lines("--users", config.users) if config.users else []
         self._needed = config.needs_password()
         self._hashes = dict(parse_lines(self.lines, config.users)) if config.users else {}

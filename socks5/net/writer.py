@@ -214,9 +214,11 @@ class Writer:
             batch += [queue.get() for _ in range(min(queue.qsize(), BATCH))]
             items = [item for item in batch if item is not STOP]
             try:
-                self._write_all(map(self._block, items))
+                lost = self._write_all(map(self._block, items))
             except MemoryError:
-                self._lose(len(items))
+                lost = len(items)
+            if lost:
+                self._lose(lost)
             if self._lost:
                 self._tell_lost()
             self._handled += len(items)
@@ -248,20 +250,19 @@ class Writer:
         return data if len(data) <= self._chunk_bytes else cut(data, self._chunk_bytes)
 
     def _write_all(self, blocks: Iterable[bytes]) -> int:
-        """How many items were lost, which are also counted."""
+        """How many items were lost."""
         lost = 0
         for chunk, count in chunks(blocks, self._chunk_bytes):
             if not self._write_chunk(chunk):
                 lost += count
-        if lost:
-            self._lose(lost)
         return lost
 
     def _tell_lost(self) -> None:
         with self._lock:
             count, self._lost = self._lost, 0
         if count and self._write_all([self._lost_text(count).encode() + b"\n"]):
-            self._lose(count - 1)           # that line is not one of those which were to be written
+            with self._lock:
+                self._lost += count         # still to be said; `lost` has them already
 
     def _write_chunk(self, data: bytes) -> bool:
         """Whether the whole of it was written."""

@@ -5,7 +5,7 @@ Runs in the main thread, which does nothing else.
 from __future__ import annotations
 
 import logging
-from time import monotonic
+from time import monotonic, sleep
 from typing import Callable, Iterable, List, Optional, Set
 
 from ..config import Config, ConfigError
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 NEVER = float("inf")
 RELOAD_EVERY_S = 1.0            # at most so often; and a reload that failed for want of resources is tried again
 OVERDUE_S = 5.0                 # beyond the drain timeout: then what has not stopped is killed
+REST_S = 0.1                    # when memory has run out
 ABORT_S = 2.0                   # the same after a second signal
 
 
@@ -53,18 +54,25 @@ class Control:
             ready()
             self.notifier.ready("serving")
             while self.running():
-                due = min([self._reload_at, self._kill_at, self._alive_at, self.companion.due(), *self.due()])
-                orders = self.signals.wait(due - monotonic(), self.unsent())
-                self.end(orders)
-                self.work()
-                self.obey(orders)
-                self.companion.work()
-                if monotonic() >= self._alive_at:
-                    self._alive_at = monotonic() + self.notifier.watchdog_s
-                    self.prove_alive()
+                try:
+                    self.turn()
+                except MemoryError:                     # the next time there may be more
+                    sleep(REST_S)
             self.companion.close()
         self.close()
         return self.status
+
+    def turn(self) -> None:
+        """Wait for what is due next, and do it."""
+        due = min([self._reload_at, self._kill_at, self._alive_at, self.companion.due(), *self.due()])
+        orders = self.signals.wait(due - monotonic(), self.unsent())
+        self.end(orders)
+        self.work()
+        self.obey(orders)
+        self.companion.work()
+        if monotonic() >= self._alive_at:
+            self._alive_at = monotonic() + self.notifier.watchdog_s
+            self.prove_alive()
 
     def close(self) -> None:
         self.signals.close()

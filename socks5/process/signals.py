@@ -97,9 +97,9 @@ class Signals:
         with contextlib.suppress(BlockingIOError):
             self.sockets[0].recv(4096)
         seen = list(self._seen)
-        for number in seen:
-            del self._seen[number]
         orders = {ORDERS[number] for number in seen if number in ORDERS}
+        for number in seen:                         # only now: a MemoryError costs no order
+            del self._seen[number]
         if Order.RELOAD in orders and self._terminals and not terminals():
             orders = orders - {Order.RELOAD} | {Order.STOP}
             self._terminals = set()                     # the kernel and the shell may send one SIGHUP each

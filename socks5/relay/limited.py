@@ -77,25 +77,36 @@ class Gate:
         pipe.resume_at = flow.resume_at
         return 0
 
+    def hold(self, pipe: Pipe) -> None:
+        """What is in hand already, such as early data, is passed on when it may be: the Pipe is paused until then."""
+        if self.flow.reserve(pipe.held, monotonic()):
+            self.resume(pipe)
+        pipe.resume_at = self.flow.resume_at
+
     def resume(self, pipe: Pipe) -> None:
         """The Pipe is not paused any more."""
         pipe.resume_at = self.flow.resume_at = 0.0
+        if pipe.held:
+            self.flow.use(pipe.held, monotonic())
 
     def close(self, pipe: Pipe) -> None:
         """Give back what is reserved."""
-        self.resume(pipe)
+        pipe.resume_at = 0.0
         self.flow.close()
 
 
 def limit(tunnel: Tunnel, up: Limits, down: Limits) -> None:
     """Have these limits hold for a tunnel from now on. By the thread that has it."""
     for pipe, limits in ((tunnel.up, up), (tunnel.down, down)):
+        unpaid = pipe.held and pipe.gate is None
         if pipe.gate is not None:
             pipe.gate.close(pipe)
         pipe.gate = Gate(limits) if limits else None
         pipe.room = pipes.CHUNK_BYTES
         if pipe.kernel is not None:
             pipe.kernel.room = PIPE_BYTES
+        if unpaid and pipe.gate is not None:
+            pipe.gate.hold(pipe)
 
 
 def readable(sock: Any) -> int:
@@ -110,8 +121,9 @@ def readable(sock: Any) -> int:
 
 
 def held_back(tunnel: Tunnel) -> HeldBack:
-    """When a limit held this tunnel back last, and which."""
-    return max(pipe.gate.flow.held_back if pipe.gate else NEVER for pipe in (tunnel.up, tunnel.down))
+    """When a limit held this tunnel back last, and which. Any thread may call; another may take the gates away."""
+    gates = tunnel.up.gate, tunnel.down.gate
+    return max(gate.flow.held_back if gate else NEVER for gate in gates)
 
 
 def pause(tunnel: Tunnel, wait_s: float) -> float:
@@ -162,8 +174,11 @@ class Timers:
 def read_on(tunnel: Tunnel, side: int, now: float) -> None:
     """For the relay loop: read what is granted by now. What comes next is reserved at once, which saves two calls to
     the poller while the direction is paused most of the time."""
-    tunnel.handle(side, INCOMING, now)      # urgent data included: without that, recv() would skip the urgent byte
     pipe = tunnel.down if side else tunnel.up
+    if pipe.held and pipe.gate:
+        pipe.gate.resume(pipe)
+        return
+    tunnel.handle(side, INCOMING, now)      # urgent data included: without that, recv() would skip the urgent byte
     if pipe.gate and not (tunnel.ended or pipe.held or pipe.done or pipe.resume_at or pipe.gate.flow.granted):
         pipe.gate.reserve(pipe, now)
 

@@ -34,7 +34,7 @@ from .group import Group, relay_alone
 from .limited import Timers, read_on
 from .pipe import DONTWAIT
 from .tunnel import CLIENT, REMOTE, Tunnel
-from .watch import Bell, Registered, Watch
+from .watch import Bell, Registered, Watch, persist
 
 Relay = Union[Tunnel, Group]
 
@@ -174,7 +174,7 @@ class Loop:
 
     def _run(self) -> None:
         try:
-            self._serve()
+            persist(self._serve)
         except Exception:                           # no tunnel may wait for a thread that is gone
             self._failed()
         self._end_all()

@@ -50,7 +50,7 @@ class Pipe:
     parked      bytes of `chunk` that count for splice.parked: what a kernel pipe held when it was given back
     room        bytes of one read
     gate        limits what is read (limited.Gate); None while no rate limit holds
-    resume_at   when it may read again, while the gate holds it back; 0: now
+    resume_at   when it may read again, or write early data, while the gate holds it back; 0: now
     """
 
     __slots__ = ("source", "sink", "chunk", "kernel", "held", "total", "done", "full", "urgent", "parked", "room",

@@ -73,8 +73,12 @@ class Tunnel:
         """The events to wait for now, of the client and of the remote. 0 still reports a failure; UNREGISTERED is for
         a side that has nothing more to report."""
         up, down = self.up, self.down
-        client = (0 if up.done or up.held or up.resume_at else INCOMING) | (WRITE if down.held else 0)
-        remote = (0 if down.done or down.held or down.resume_at else INCOMING) | (WRITE if up.held else 0)
+        client = 0 if up.done or up.held or up.resume_at else INCOMING
+        remote = 0 if down.done or down.held or down.resume_at else INCOMING
+        if down.held and not down.resume_at:
+            client |= WRITE
+        if up.held and not up.resume_at:
+            remote |= WRITE
         if self.hung_up:
             client = client or (UNREGISTERED if self.hung_up & 1 else 0)
             remote = remote or (UNREGISTERED if self.hung_up & 2 else 0)

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import errno
 import socket
+from time import sleep
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 from ..net.poller import READ, new_poller
 from .group import Group, Member
 from .pipe import DONTWAIT
 from .tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel, rewatch
+
+REST_S = 0.1                    # when memory has run out
 
 
 class Watch:
@@ -72,6 +75,16 @@ class Bell:
     def close(self) -> None:
         self._heard.close()
         self._rung.close()
+
+
+def persist(serve: Callable[[], object]) -> None:
+    """Call it again when memory has run out: what it could not do is still due, and the next time there may be more."""
+    while True:
+        try:
+            serve()
+            return
+        except MemoryError:
+            sleep(REST_S)
 
 
 class Registered:

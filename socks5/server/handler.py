@@ -39,6 +39,7 @@ from ..protocol.messages import (
     HTTP_HELP, SELECTIONS, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request)
 from ..protocol.proxy import begins
 from ..protocol.trace import M, Sent
+from ..relay.loop import Loop
 from ..relay.protected import ProtectedTunnel
 from ..relay.tunnel import Tunnel
 from .counters import Meter
@@ -71,6 +72,9 @@ class Service:
         raise NotImplementedError
 
     def relay(self, tunnel: Relay) -> None:
+        raise NotImplementedError
+
+    def relay_loop(self) -> Loop:
         raise NotImplementedError
 
 
@@ -301,9 +305,13 @@ class Handler(StreamRequestHandler):
         envelope, held = (self.dialogue.envelope, self.dialogue.held) if self.dialogue else (None, b"")
         if self.envelope or envelope:
             tunnel = ProtectedTunnel(tunnel, self.envelope, envelope, held)
-        if self.server.rates.on:
-            self.server.rates.apply(tunnel)
+        rates = self.server.rates
+        rules = rates.rules
+        if rates.on:
+            rates.apply(tunnel)
         self.hand_over(tunnel)
+        if rates.rules is not rules:                            # a reload came between the two, and missed this tunnel
+            self.server.relay_loop().change_all(rates.apply)
 
     def hand_over(self, relay: Relay) -> None:
         """Have the relay loop relay it. Raises OSError, and it is still ours, when that cannot be."""

@@ -21,7 +21,6 @@ from ..protocol.errors import ProtocolError
 from ..protocol.facts import Facts
 from ..protocol.fields import ReadExactly
 from ..protocol.proxy import ProxyHeader
-from ..relay.loop import Loop
 from ..relay.watch import peek
 from .handler import Service
 from .inbox import linger
@@ -138,9 +137,6 @@ class Newcomers(ThreadingTCPServer, Service):
         return "out of memory" if no_memory else "a bug of the server"
 
     # ---- what the Server has --------------------------------------------------------------------------------------
-
-    def relay_loop(self) -> Loop:
-        raise NotImplementedError
 
     def end_session(self, session: Session) -> None:
         raise NotImplementedError

@@ -14,6 +14,7 @@ from ..net.addresses import endpoint_of
 from ..process.companion import Companion
 from ..process.files import Access
 from ..process.orders import Order
+from ..relay.watch import persist
 from ..server.counters import Shared
 from ..server.server import Server
 from . import metrics, views
@@ -126,7 +127,7 @@ class Status(Companion):
             self._line.close()
 
     def _start(self, target: Any) -> None:
-        thread = threading.Thread(target=target, name="status", daemon=True)
+        thread = threading.Thread(target=persist, args=(target,), name="status", daemon=True)
         thread.start()
         self._threads.append(thread)
 
