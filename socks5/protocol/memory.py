@@ -6,22 +6,27 @@ it. One small object that was made amid a crowd of clients and is kept holds all
 from __future__ import annotations
 
 import gc
+import weakref
 from functools import lru_cache
 from typing import Any, Callable, List, TypeVar
 
 T = TypeVar("T")
 
-_forget: List[Callable[[], None]] = []
+_remembered: List["weakref.ref[Any]"] = []         # weak: rules that were read again go
 
 
 def remembered(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Decorate a function by functools.lru_cache(most), until memory is given back."""
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        cached = lru_cache(most)(function)
-        _forget.append(cached.cache_clear)
-        return cached
+        return emptied(lru_cache(most)(function))
 
     return decorate
+
+
+def emptied(cache: T) -> T:
+    """Have an lru_cache, or an instance of a subclass of dict, emptied when memory is given back."""
+    _remembered[:] = [one for one in _remembered if one() is not None] + [weakref.ref(cache)]
+    return cache
 
 
 def give_back(*tables: Any) -> None:
@@ -31,7 +36,9 @@ def give_back(*tables: Any) -> None:
         kept = table.copy()
         table.clear()
         table.update(kept)
-    for forget in _forget:
-        forget()
+    for one in _remembered[:]:
+        cache = one()
+        if cache is not None:
+            (cache.clear if isinstance(cache, dict) else cache.cache_clear)()
     if gc.get_freeze_count():                   # or it would look at all objects of a larger program
         gc.collect()
