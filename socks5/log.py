@@ -11,12 +11,13 @@ import logging
 import os
 import time
 from enum import Enum
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional
 
 from .brief import BriefFormatter
 from .net.writer import CLOSE_S, PIPE_BUF, Write, Writer, nothing, writing_at_once, writing_to
 from .protocol.facts import Facts, FactsRecord, positional
 from .protocol.messages import Address
+from .protocol.memory import remembered
 
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 BARE = "%(levelname)s %(message)s"                              # the journal notes the time by itself
@@ -120,8 +121,6 @@ class TextFormatter(logging.Formatter):
     One record is one line of printable text, whatever its arguments are; a traceback follows, each line marked.
     """
 
-    _last: Tuple[int, str] = (0, "")
-
     def __init__(self, timed: bool) -> None:
         super().__init__(TEXT if timed else BARE)
         self.timed = timed
@@ -137,12 +136,12 @@ class TextFormatter(logging.Formatter):
         return text
 
     def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
-        second = int(record.created)
-        last, words = self._last
-        if second != last:
-            words = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-            self._last = second, words
-        return f"{words},{int(record.msecs):03d}"
+        return "%s,%03d" % (time_of(int(record.created)), record.msecs)
+
+
+@remembered(1)
+def time_of(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 def words_of(record: logging.LogRecord) -> str:

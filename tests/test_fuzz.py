@@ -17,7 +17,7 @@ from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.protocol.errors import SocksError
 from socks5.protocol.fields import BytesReader
 from socks5.net.resolver import normalise
-from socks5.server.acceptors import MAX_WAITING
+from socks5.server.acceptors import MAX_SPARE, MAX_WAITING
 from socks5.protocol.messages import Datagram, Greeting, Login, LoginStatus, Request, Selection
 from tests.support import (OTHER_THREADS, PATIENCE_S, ROOT, Case, address, ask, closed_port, connect_through,
                            descriptors, dial, echoes, greeted, need, read_to_end, reader_of, reset, resident_kib,
@@ -168,7 +168,7 @@ class Fuzz(Case):
 
     def spare_threads_only(self):
         """The acceptors that wait, the server's and the relay loop's."""
-        wait_until(lambda: threads(self.pid) <= MAX_WAITING + OTHER_THREADS, "no threads but acceptors")
+        wait_until(lambda: threads(self.pid) <= MAX_WAITING + MAX_SPARE + OTHER_THREADS, "no threads but acceptors")
 
     @contextlib.contextmanager
     def nothing_left(self, warm_up):

@@ -8,6 +8,7 @@ import os
 import random
 import select
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ import weakref
 from unittest import mock
 
 from socks5.net import poller as poller_module
+from socks5.net.addresses import ip_in
 from socks5.net.listeners import tune
 from socks5.net.poller import EpollPoller, PollPoller, SelectPoll
 from socks5.net.shares import Share
@@ -25,7 +27,7 @@ from socks5.relay import loop as loop_module
 from socks5.relay.loop import Loop
 from socks5.relay.pipe import Pipe
 from socks5.relay.tunnel import Tunnel
-from tests.support import PATIENCE_S, descriptors, reset, wait_until
+from tests.support import PATIENCE_S, ROOT, descriptors, reset, wait_until
 
 MIB = 1 << 20
 SMALL = 8192                # socket buffers of tunnels that shall feel backpressure soon
@@ -524,7 +526,8 @@ class LentTest(LoopTest):
         swept = threading.Event()
         with mock.patch.object(busy, "QUIET_S", 60):
             standing, _thread = self.busy(self.tunnel(idle_s=60))
-            self.loop.call_soon(lambda: (self.loop._sweep(time.monotonic() + 3600), swept.set()))
+            standing.tunnel.idle_s = 1e-9               # over; its thread does not look
+            self.loop.call_soon(lambda: (self.loop._sweep(), swept.set()))
             self.assertTrue(swept.wait(PATIENCE_S))
             for _ in range(64):                         # more than the kernel holds
                 self.assertEqual(len(read_exactly(standing.client, MIB)), MIB)
@@ -880,6 +883,8 @@ class TrapTest(LoopTest):
     def test_tables_shrink_when_a_crowd_has_left(self):
         """What stays is served as ever."""
         with mock.patch.object(loop_module, "CROWD", 64):
+            ip_in("192.0.2.1")
+            over = self.loop._over
             stays, *crowd = [self.tunnel() for _ in range(70)]
             wait_until(lambda: self.loop._most == 70, "a sweep saw them all")
             full = sys.getsizeof(self.loop._watched), sys.getsizeof(self.loop._tunnels)
@@ -891,11 +896,40 @@ class TrapTest(LoopTest):
                 one.remote.close()
             wait_until(lambda: sys.getsizeof(self.loop._watched) * 8 < full[0], "few entries, a small dict")
             self.assertLess(sys.getsizeof(self.loop._tunnels) * 8, full[1])
+            self.assertIs(self.loop._over, over)
+            self.assertEqual(ip_in.cache_info().currsize, 0, "what was remembered amid the crowd is forgotten")
             stays.echo()
             self.tunnel().echo()
 
+    def test_no_list_of_events_and_no_time_is_held_while_memory_goes_back(self):
+        """An object that was made amid a crowd holds the memory around it."""
+        made, held = [], []
+
+        def noted(thing):
+            made.append(weakref.ref(thing))
+            return thing
+
+        class Events(list):
+            """With weak references."""
+
+        class Time(float):
+            """With weak references."""
+
+        loop = Loop(lambda tunnel: None, self.fail)
+        poll = loop._poller.poll
+        loop._poller.poll = lambda *how: noted(Events(poll(*how)))
+        loop._shrink = lambda: held.append((loop._sweep_at, [one() for one in made if one() is not None]))
+        with mock.patch.object(loop_module, "monotonic", lambda: noted(Time(time.monotonic()))):
+            loop.start()
+            wait_until(lambda: len(held) > 1, "two sweeps")
+            loop.stop("test over")
+        self.assertEqual(held, [(0.0, [])] * len(held))
+        self.assertGreater(len(made), 4)
+
     def test_a_read_allocates_no_more_than_has_come(self):
         """A buffer for each read, allocated and shrunk to what has come, fragments the heap, which then grows."""
+        subprocess.run([sys.executable, "-c", "from socks5.relay.pipe import _buffers; assert _buffers, 'none yet'"],
+                       cwd=str(ROOT), check=True)
         (client, near_client), (remote, near_remote) = tcp_pair(), tcp_pair()
         for sock in (client, near_client, remote, near_remote):
             self.addCleanup(sock.close)

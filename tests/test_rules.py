@@ -1,16 +1,19 @@
 """rules.py: what a line says, what it decides, and that the server does as it says."""
 import contextlib
+import gc
 import itertools
 import os
 import signal
 import socket
 import unittest
+import weakref
 from ipaddress import ip_address, ip_network
 from unittest import mock
 
 import socks5
 from socks5 import client
 from socks5.protocol.codes import Cmd, Rep
+from socks5.protocol.memory import give_back
 from socks5.config import Config, ConfigError
 from socks5.net.addresses import unmapped
 from socks5.access.rules import ALL_PORTS, LOCAL as LOCAL_NETWORKS, Asker, Rule, Rules, inside
@@ -609,3 +612,17 @@ class Reloading(Case):
                 server.signal(signal.SIGHUP)
                 wait_until(lambda: sum("reloaded users" in line for line in server.log) == 2)
                 connect_through(server.port, *destination).close()
+
+
+class Memory(unittest.TestCase):
+    def test_what_is_remembered_goes_with_a_crowd_and_rules_that_were_read_again_go(self):
+        rules = Rules(Config())
+        rules.known.put("key", [])
+        here = ip_address("127.0.0.1")
+        rules.judge(Asker(here, None, Cmd.CONNECT), here, 80)
+        give_back()
+        self.assertEqual((dict(rules.known), rules.judge.cache_info().currsize), ({}, 0))
+        gone = weakref.ref(rules)
+        del rules
+        gc.collect()
+        self.assertIsNone(gone())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -18,6 +17,7 @@ from ..config import Config, ConfigError
 from ..values import DIRECT, Network, Rate, Upstream, network, rate
 from .files import read_lines
 from ..protocol.fields import Host
+from ..protocol.memory import emptied, remembered
 
 IP = Union[IPv4Address, IPv6Address]
 
@@ -185,8 +185,8 @@ class Rules:
 
     def remembered(self) -> Dict[str, object]:
         """What takes the place of these attributes, and is bounded."""
-        return {"pairs": {}, "known": Known(),
-                "judge": lru_cache(VERDICTS)(self.judge), "concerning": lru_cache(ASKERS)(self.concerning)}
+        return {"pairs": {}, "known": emptied(Known()),
+                "judge": remembered(VERDICTS)(self.judge), "concerning": remembered(ASKERS)(self.concerning)}
 
     def __len__(self) -> int:
         return len(self.rules)

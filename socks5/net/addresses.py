@@ -5,13 +5,13 @@ An IPv4-mapped IPv6 address (::ffff:192.0.2.1) is always shown and judged as the
 from __future__ import annotations
 
 import socket
-from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..values import SAME
 
 from ..protocol.fields import IPv4, IPv6, bracketed
+from ..protocol.memory import remembered
 
 IP = Union[IPv4Address, IPv6Address]
 Sockaddr = Tuple[Union[str, int], ...]
@@ -47,7 +47,7 @@ def ip_of(sockaddr: Sockaddr) -> IP:
     return ip_in(sockaddr[0])
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def ip_in(text: Union[str, int]) -> IP:
     """Remembered, because the same few come with every connection, and reading one takes longer than finding it."""
     bare = str(text).partition("%")[0]
@@ -89,7 +89,7 @@ def origin_of(sockaddr: Sockaddr) -> str:
     return _origin_in(sockaddr[0])
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def _origin_in(text: Union[str, int]) -> str:
     """Remembered by the text, whose hash Python keeps; to hash an address takes longer than all the rest."""
     return subscriber(ip_in(text))

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 import socket
-from functools import lru_cache
 from typing import NamedTuple, Optional, Sequence
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused
 from ..protocol.fields import Host, text
+from ..protocol.memory import remembered
 from .addresses import IP, ip_in, unmapped
 
 MOST_ADDRESSES = 64             # of one name: its owner must not cause thousands of attempts by one request
@@ -37,7 +37,7 @@ def normalise(host: Host) -> Host:
     return _spelled(host) if isinstance(host, bytes) else unmapped(host)
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def _spelled(name: bytes) -> Host:
     try:
         spelled = name.decode("ascii")

@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple, Union
 
 from .codes import Atyp, Rep
 from .errors import ProtocolError, RequestRefused
+from .memory import remembered
 
 ReadExactly = Callable[[int], bytes]
 Raw = Dict[str, bytes]
@@ -138,7 +138,7 @@ def host_of(atyp: int, packed: bytes) -> Host:
     return packed[1:] if atyp == DOMAINNAME else _ip_of(packed)
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def _ip_of(packed: bytes) -> Union[IPv4, IPv6]:
     """Cached: a lookup is faster than a new object."""
     return IPv4(packed) if len(packed) == 4 else IPv6(packed)

@@ -9,13 +9,13 @@ RFC 1928 sections 3 to 7, RFC 1929, RFC 1961 sections 3 to 5. All integers are i
 """
 from __future__ import annotations
 
-from functools import lru_cache
 from ipaddress import IPv4Address
 from typing import Any, Callable, Dict, NamedTuple, Type, TypeVar
 
 from .codes import METHOD_RANGES, Atyp, Cmd, Method, Mtyp, Rep, phrase
 from .errors import RequestRefused
 from .fields import BytesReader, Field, Host, Layout, Raw, ReadExactly, bracketed, host_of, split, text
+from .memory import remembered
 
 VER = 0x05          # RFC 1928 §3
 AUTH_VER = 0x01     # RFC 1929 §2: the version of the sub-negotiation, not of SOCKS
@@ -356,4 +356,4 @@ def parse_whole(kind: Any, data: bytes) -> Any:
 
 
 # Remembered, because clients say the same again and again. Not for a Login or a token: those would stay in memory.
-whole: Callable[[Any, bytes], Any] = lru_cache(maxsize=4096)(parse_whole)
+whole: Callable[[Any, bytes], Any] = remembered(4096)(parse_whole)

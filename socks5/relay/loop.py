@@ -15,7 +15,6 @@ after the batch of events in which the tunnel ended.
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import select
 import socket
@@ -28,6 +27,7 @@ from typing import Any, Callable, Deque, List, Set, Union
 from ..net import affinity
 from ..net.poller import BATCH, READ
 from ..net.shares import Share
+from ..protocol.memory import give_back
 from . import splice
 from .busy import QUIET_S, borrow, relay_busy, relay_first
 from .group import Group, relay_alone
@@ -219,7 +219,8 @@ class Loop:
                 self._go_on(now)
             self._run_calls()
             if now >= self._sweep_at:
-                self._sweep(now)
+                del now, ready                  # made amid a crowd, perhaps: protocol/memory.py
+                self._sweep()
             if self._over:
                 self._close_ended()
 
@@ -278,35 +279,31 @@ class Loop:
             self._over.append(subject)
             self._registered.remove(subject)
 
-    def _sweep(self, now: float) -> None:
+    def _sweep(self) -> None:
         """End the tunnels whose deadline has passed."""
+        self._sweep_at = 0.0                        # as in _serve()
         with self._gate:
             self._shrink()
+            now = monotonic()
             for tunnel in [one for one in self._tunnels if one.deadline() <= now and not (one.lent or one.ended)]:
                 tunnel.expire()
                 self._look_at(tunnel)
         self._sweep_at = now + SWEEP_S
 
     def _shrink(self) -> None:
-        """When a crowd has left, give its memory back. A table keeps what it needed for as many entries as it ever had.
-        The interpreter's free lists have blocks all over its arenas, none of which it can give back."""
+        """When a crowd has left, give its memory back."""
         few, self._most = self._few, max(self._most, len(self._tunnels))
         self._few = len(self._tunnels) <= self._most // 8
         if self._most < CROWD or not (few and self._few):       # the second time: those that were ending have ended
             return
         self._most = 0
-        for table in (self._watched, self._tunnels):
-            kept: Any = table.copy()
-            table.clear()
-            table.update(kept)
-        if gc.get_freeze_count():                   # or it would look at all objects of a larger program
-            gc.collect()
+        give_back(self._watched, self._tunnels)
 
     def _close_ended(self) -> None:
-        over, self._over = self._over, []
-        for tunnel in over:
+        for tunnel in self._over:
             self._tunnels.discard(tunnel)
             self._close_tunnel(tunnel)
+        self._over.clear()                          # not a new list, made amid a crowd
 
     def _close_tunnel(self, tunnel: Relay) -> None:
         try:

@@ -26,8 +26,9 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # SO_LINGER on, for 0 s: close() sen
 SIOCATMARK = 0x8905 if sys.platform.startswith("linux") else 0x40047307 if fcntl else 0
 
 # Receive buffers that no thread uses just now: as many as ever read at the same time. recv() would allocate CHUNK_BYTES
-# for each read and shrink that to what has come, which leaves holes in the heap: tens of MiB with glibc.
-_buffers: List[memoryview] = []
+# for each read and shrink that to what has come, which leaves holes in the heap: tens of MiB with glibc. The first one
+# is not made amid a crowd: see protocol/memory.py.
+_buffers: List[memoryview] = [memoryview(bytearray(CHUNK_BYTES))]
 
 
 class Broken(Exception):

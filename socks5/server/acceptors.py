@@ -18,7 +18,8 @@ from ..net.poller import one_of_many
 from ..net.wakeup import Wakeup
 
 available = hasattr(socket, "TCP_DEFER_ACCEPT")     # Linux has this option
-MAX_WAITING = 16            # for each listener; a thread that comes back when there are so many ends
+MAX_WAITING = 16            # for each listener, from the start
+MAX_SPARE = 8               # a thread that was started later ends when it comes back and so many wait
 RELEASE_S = 1.0
 REST_S = 0.1                # when memory has run out
 
@@ -51,28 +52,28 @@ class Acceptors:
                 if isinstance(listener, SharedListener):
                     listener.setblocking(False)             # or two threads that wake up for one client
                     self._wakeup = self._wakeup or Wakeup()
-        if not self.refill():
+        if not self.refill(2 * MAX_WAITING):                # these hardly ever end
             raise NoThread("can't start new thread")
 
-    def refill(self) -> bool:
+    def refill(self, spare: int = MAX_SPARE) -> bool:
         """None waits at first; and later, when none could be started. Whether one waits now for each listener.
 
-        All at once: what a thread needs would otherwise be allocated amid a crowd's tunnels, and keep their memory from
-        being given back."""
+        All at once, and these stay: what a thread needs would otherwise be allocated amid a crowd's tunnels, and keep
+        their memory from being given back."""
         covered = True
         for listener in [listener for listener, waiting in self._waiting.items() if not waiting]:
-            started = [*itertools.takewhile(bool, (self.start(listener) for _ in range(MAX_WAITING)))]
+            started = [*itertools.takewhile(bool, (self.start(listener, spare) for _ in range(MAX_WAITING)))]
             covered = covered and bool(started)
         return covered
 
-    def start(self, listener: socket.socket) -> bool:
-        """One more; False when the system has no thread to give."""
+    def start(self, listener: socket.socket, spare: int = MAX_SPARE) -> bool:
+        """One more, until it comes back and `spare` others wait; False when the system has no thread to give."""
         with self._lock:
             if not self._serving:
                 return True                                 # none is needed any more
             self._waiting[listener] += 1
         try:
-            threading.Thread(target=self._run, args=(listener,), name="acceptor", daemon=True).start()
+            threading.Thread(target=self._run, args=(listener, spare), name="acceptor", daemon=True).start()
         except (RuntimeError, MemoryError):                 # RuntimeError: can't start new thread
             with self._lock:
                 self._waiting[listener] -= 1
@@ -87,7 +88,7 @@ class Acceptors:
             last = not self._waiting[listener]
         return not last or self.start(listener)
 
-    def _run(self, listener: socket.socket) -> None:
+    def _run(self, listener: socket.socket, spare: int) -> None:
         self._here.listener = listener
         wakeup = self._wakeup
         shared = wakeup and isinstance(listener, SharedListener)
@@ -104,7 +105,7 @@ class Acceptors:
             except MemoryError:                             # also for what it does about errors: the thread goes on
                 sleep(REST_S)
             with self._lock:
-                if not self._serving or self._waiting[listener] >= MAX_WAITING or wakeup is not self._wakeup:
+                if not self._serving or self._waiting[listener] >= spare or wakeup is not self._wakeup:
                     return
                 self._waiting[listener] += 1
 
