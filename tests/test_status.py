@@ -22,6 +22,7 @@ from socks5.config import Config, ConfigError
 from socks5.net.addresses import Endpoint
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Address, Reply, Request
+from socks5.server.counters import Shared
 from socks5.server.sessions import Sessions
 from socks5.status import beside, line, metrics, web
 from socks5.status.channel import Channel
