@@ -404,6 +404,18 @@ class TunnelTest(unittest.TestCase):
         self.assertEqual((self.tunnel.ended, self.tunnel.why, bytes(self.remote.sent)),
                          (True, "", bytes(self.client.stream[:CHUNK])))
 
+    def test_a_kernel_pipe_that_was_emptied_is_nothing_to_look_at(self):
+        self.tunnel.up.use_kernel()
+        self.remote.room = KERNEL
+        self.client.arrive(KERNEL + 1)
+        self.assertFalse(self.tunnel.handle(CLIENT, READ, 1.0))
+        self.assertEqual((len(self.remote.sent), self.tunnel.moved_at), (KERNEL, 1.0))
+        self.assertTrue(self.tunnel.handle(CLIENT, READ, 2.0), "something is in hand")
+        self.remote.take(2)
+        self.tunnel.handle(REMOTE, WRITE, 3.0)
+        self.client.finish()
+        self.assertTrue(self.tunnel.handle(CLIENT, READ, 4.0), "EOF")
+
     def test_what_stalled_kernel_pipes_held_is_counted_until_it_is_delivered(self):
         up = self.tunnel.up
         self.remote.room = 1

@@ -119,7 +119,7 @@ class Pipe:
             raise Broken(self.source, exc) from None
         if self.held:
             self.drain()
-            return True
+            return self.held > 0
         self.close_kernel()                 # EOF, or urgent data in the way: what it is, recv() says
         return self.fill()
 
