@@ -14,10 +14,11 @@ from socks5.net.poller import BROKEN, HANG_UP, READ, URGENT, WRITE
 from socks5.relay import pipe as pipe_module
 from socks5.relay import splice
 from socks5.relay.pipe import Pipe
-from socks5.relay.tunnel import CLIENT, REMOTE, UNREGISTERED, Tunnel
+from socks5.relay.tunnel import BUSY_READS, BUSY_S, CLIENT, REMOTE, UNREGISTERED, Tunnel
 
 SEEDS = 3000
 CHUNK = 16                  # one read, in place of 64 KiB: then short streams have many
+LARGE = CHUNK // 2          # a large read
 KERNEL = 40                 # what a kernel pipe takes at once
 NOISE = random.Random(1928).getrandbits(8 * 4099).to_bytes(4099, "big")
 
@@ -183,7 +184,8 @@ class KernelPipe:
 @contextlib.contextmanager
 def model():
     with contextlib.ExitStack() as stack:
-        for place, name, value in ((pipe_module, "CHUNK_BYTES", CHUNK), (pipe_module, "_buffers", []),
+        for place, name, value in ((pipe_module, "CHUNK_BYTES", CHUNK), (pipe_module, "LARGE_BYTES", LARGE),
+                                   (pipe_module, "_buffers", []),
                                    (splice, "KernelPipe", KernelPipe), (splice, "available", True),
                                    (splice, "parked", 0),
                                    (Pipe, "at_mark", lambda pipe: pipe.source.at_mark())):
@@ -352,13 +354,30 @@ class TunnelTest(unittest.TestCase):
             self.tunnel.handle(REMOTE, events, 50.0)
         self.assertEqual(self.tunnel.moved_at, 0)
 
-    def test_busy_after_full_reads_in_a_row_only(self):
-        self.remote.room = 1000
-        for size, busy in ((CHUNK, False), (CHUNK, False), (CHUNK, False), (CHUNK - 1, False), (CHUNK, False),
-                           (CHUNK, False), (CHUNK, False), (CHUNK, True)):
+    def busy_after(self, *sizes, every_s=0.001):
+        """How many reads, of these sizes, it takes until the owner looks and finds it busy."""
+        self.remote.room = sum(sizes)
+        for turn, size in enumerate(sizes):
             self.client.arrive(size)
-            self.tunnel.handle(CLIENT, READ, 1.0)
-            self.assertEqual(self.tunnel.busy(), busy)
+            if self.tunnel.handle(CLIENT, READ, 1.0 + turn * every_s) and self.tunnel.busy():
+                return turn + 1
+        return None
+
+    def test_busy_after_some_large_reads(self):
+        self.assertEqual(self.busy_after(*[CHUNK] * 20), BUSY_READS + 1)
+
+    def test_busy_whatever_comes_between_large_reads(self):
+        """On loopback 3 * 65483 bytes come at a time: two buffers full, and less than a third."""
+        self.assertEqual(self.busy_after(*[CHUNK, CHUNK, CHUNK - 1, 1] * 20), BUSY_READS + 2)
+
+    def test_busy_without_one_full_read(self):
+        self.assertEqual(self.busy_after(*[CHUNK - 1] * 20), BUSY_READS + 1)
+
+    def test_not_busy_with_small_messages(self):
+        self.assertIsNone(self.busy_after(*[LARGE - 1] * 200))
+
+    def test_not_busy_with_large_messages_now_and_then(self):
+        self.assertIsNone(self.busy_after(*[CHUNK] * 20, every_s=BUSY_S / 2))
 
     def test_the_shutdown_that_wakes_an_aborted_tunnel_is_no_eof(self):
         """A download that is cut off must not look complete."""
@@ -384,6 +403,18 @@ class TunnelTest(unittest.TestCase):
         self.tunnel.handle(CLIENT, READ | HANG_UP, 5.0)
         self.assertEqual((self.tunnel.ended, self.tunnel.why, bytes(self.remote.sent)),
                          (True, "", bytes(self.client.stream[:CHUNK])))
+
+    def test_a_kernel_pipe_that_was_emptied_is_nothing_to_look_at(self):
+        self.tunnel.up.use_kernel()
+        self.remote.room = KERNEL
+        self.client.arrive(KERNEL + 1)
+        self.assertFalse(self.tunnel.handle(CLIENT, READ, 1.0))
+        self.assertEqual((len(self.remote.sent), self.tunnel.moved_at), (KERNEL, 1.0))
+        self.assertTrue(self.tunnel.handle(CLIENT, READ, 2.0), "something is in hand")
+        self.remote.take(2)
+        self.tunnel.handle(REMOTE, WRITE, 3.0)
+        self.client.finish()
+        self.assertTrue(self.tunnel.handle(CLIENT, READ, 4.0), "EOF")
 
     def test_what_stalled_kernel_pipes_held_is_counted_until_it_is_delivered(self):
         up = self.tunnel.up

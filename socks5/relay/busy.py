@@ -91,7 +91,7 @@ def relay_busy(tunnel: Tunnel, until_quiet: bool) -> None:
     while not tunnel.ended and not tunnel.aborted:
         if turns.look:
             for pipe in (tunnel.up, tunnel.down):
-                if pipe.full and not pipe.held:
+                if pipe.large and not pipe.held:
                     pipe.use_kernel(tunnel.owner)
         turns.turn(QUIET_S)
         now = monotonic()

@@ -59,7 +59,7 @@ class Gate:
         before = pipe.taken()
         filled = fill()
         if room < pipes.CHUNK_BYTES:        # so little is not worth a thread
-            pipe.full = 0
+            pipe.large = 0
         flow.use(max(0, pipe.taken() - before), now)        # a message is less when it is opened
         return paused or filled             # the owner has to look when it was paused until now
 

@@ -391,6 +391,6 @@ class Loop:
         if tunnel.ended:
             self._over.append(tunnel)
             return
-        tunnel.up.full = tunnel.down.full = 0
+        tunnel.up.large = tunnel.down.large = 0
         if not self._register(tunnel):
             self._over.append(tunnel)

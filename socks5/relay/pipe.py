@@ -20,6 +20,7 @@ except ImportError:                         # Windows
     fcntl = None                            # type: ignore[assignment]
 
 CHUNK_BYTES = 1 << 16                       # one read
+LARGE_BYTES = CHUNK_BYTES // 2              # a large read, which tells of much to move
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)       # spares small tunnels the call that makes a socket non-blocking
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)    # SO_LINGER on, for 0 s: close() sends RST
 # ioctl(): is the next byte to be read the urgent one? Linux, then BSD and macOS: asm/sockios.h, sys/sockio.h.
@@ -46,7 +47,7 @@ class Pipe:
     held        bytes in hand: in `chunk`, or in the kernel pipe where there is one
     total       bytes that the sink has taken
     done        the source has said EOF, and nothing is in hand
-    full        how many reads in a row filled their buffer: from a few on, a kernel pipe is worth its price
+    large       how many large reads there were, all delivered: see Tunnel.busy
     urgent      `chunk` is the one byte that the source sent as urgent data
     parked      bytes of `chunk` that count for splice.parked: what a kernel pipe held when it was given back
     room        bytes of one read
@@ -54,7 +55,7 @@ class Pipe:
     resume_at   when it may read again, or write early data, while the gate holds it back; 0: now
     """
 
-    __slots__ = ("source", "sink", "chunk", "kernel", "held", "total", "done", "full", "urgent", "parked", "room",
+    __slots__ = ("source", "sink", "chunk", "kernel", "held", "total", "done", "large", "urgent", "parked", "room",
                  "gate", "resume_at")
 
     def __init__(self, source: socket.socket, sink: socket.socket, early: bytes = b"") -> None:
@@ -66,7 +67,7 @@ class Pipe:
         self.held = len(early)
         self.total = 0
         self.done = False
-        self.full = 0
+        self.large = 0
         self.urgent = False
         self.parked = 0
         self.room = CHUNK_BYTES
@@ -77,7 +78,7 @@ class Pipe:
         """Read what the source has and pass on what the sink takes; to be called while nothing is in hand.
 
         None when nothing was there after all; True when the caller has to look: something is in hand, the source said
-        EOF, or a read filled its buffer. Raises Broken.
+        EOF, or a read was large. Raises Broken.
         """
         if self.kernel is not None:
             return self._fill_kernel(self.kernel)
@@ -102,13 +103,12 @@ class Pipe:
         finally:
             _buffers.append(buffer)
         self.total += sent
-        if sent == size and 0 < size < self.room:
-            self.full = 0
+        if sent == size and 0 < size < LARGE_BYTES:
             return False
         if not size:
             self.done = True
         elif sent == size:
-            self.full += 1
+            self.large += 1
         return True
 
     def _fill_kernel(self, kernel: splice.KernelPipe) -> Optional[bool]:
@@ -120,7 +120,7 @@ class Pipe:
             raise Broken(self.source, exc) from None
         if self.held:
             self.drain()
-            return True
+            return self.held > 0
         self.close_kernel()                 # EOF, or urgent data in the way: what it is, recv() says
         return self.fill()
 
@@ -171,7 +171,7 @@ class Pipe:
     def use_kernel(self, owner: str = "") -> None:
         """Send the bytes through a kernel pipe from now on, if the owner can have one. Nothing is in hand, and neither
         socket blocks: splice() has no flag for that."""
-        self.full = 0
+        self.large = 0
         if self.kernel is None and splice.available:
             try:
                 self.kernel = splice.KernelPipe(owner)

@@ -72,14 +72,14 @@ class CodingPipe(Pipe):
         except ProtocolError as exc:
             raise Broken(self.source, OSError(0, str(exc))) from None
         self.done = not size
-        self.full = self.full + 1 if size == most else 0
+        self.large = self.large + 1 if size == most else 0
         if len(coded) < size // 2 and size - unfinished >= COSTLY_BYTES:
-            self.full = BUSY_READS
+            self.large = BUSY_READS
         if coded:
             self.chunk, self.held = coded, len(coded)
             self.payload = self.measure(size, len(coded))
             self.drain()
-        return self.done or self.held > 0 or self.full > 0
+        return self.done or self.held > 0 or self.large > 0
 
     def _read_coded(self) -> Tuple[int, int, Union[bytes, memoryview], int]:
         """The most that could be read, what was, its code, and the bytes of a message that is not whole."""

@@ -19,7 +19,8 @@ INCOMING = READ | URGENT                # what a source is asked for
 FAILED = ~(READ | URGENT | WRITE)       # a hang-up or an error, which poll() and epoll report without being asked
 UNREGISTERED = -1                       # in the place of events
 QUIET = INCOMING, INCOMING              # what nearly all tunnels want, who share this tuple
-BUSY_READS = 4                          # full reads in a row (256 KiB) that make a tunnel busy
+BUSY_READS = 4                          # so many large reads in one direction make a tunnel busy,
+BUSY_S = 0.1                            # if they come in so short a time
 
 
 class Tunnel:
@@ -30,6 +31,7 @@ class Tunnel:
     up, down        client to remote, remote to client
     idle_s          seconds without a byte after which the tunnel ends, 0 for never; half_closed_s after the first EOF
     moved_at        when a byte was last moved, by time.monotonic()
+    counted_until   when its pipes begin to count large reads anew
     fd              the client's descriptor, by which the loop tells the sides apart
     watched         the events for which the loop has registered each side; UNREGISTERED for none
     hung_up         the sides that are closed both ways, as bits 1 (client) and 2 (remote)
@@ -41,8 +43,8 @@ class Tunnel:
     why             the error that ended it, or ""
     """
 
-    __slots__ = ("session", "owner", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at", "fd",
-                 "watched", "hung_up", "lent", "change", "aborted", "ended", "ended_by", "why")
+    __slots__ = ("session", "owner", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at",
+                 "counted_until", "fd", "watched", "hung_up", "lent", "change", "aborted", "ended", "ended_by", "why")
 
     def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", idle_s: float = 0,
                  half_closed_s: float = 0, session: Any = None, owner: str = "") -> None:
@@ -56,6 +58,7 @@ class Tunnel:
         self.idle_s = idle_s
         self.half_closed_s = half_closed_s
         self.moved_at = 0.0
+        self.counted_until = 0.0
         self.fd = -1
         self.watched = (UNREGISTERED, UNREGISTERED)
         self.hung_up = 0
@@ -121,8 +124,16 @@ class Tunnel:
             return True
 
     def busy(self) -> bool:
-        """Whether a direction has so much to move that a thread of its own is worth its price."""
-        return self.up.full >= BUSY_READS or self.down.full >= BUSY_READS
+        """Whether a direction has so much to move that a thread of its own is worth its price. To be asked after each
+        read that was large. What comes between counts for nothing: when the loop is quick, one buffer is often not
+        enough for what has come, and the next one too much."""
+        up, down = self.up, self.down
+        if up.large >= BUSY_READS or down.large >= BUSY_READS:
+            return True
+        if self.moved_at >= self.counted_until:         # a few large messages, now and then, are not much
+            self.counted_until = self.moved_at + BUSY_S
+            up.large = down.large = 0
+        return False
 
     def moved(self) -> int:
         """Bytes that were delivered, both ways."""
