@@ -315,7 +315,7 @@ class Datagrams(Rated):
                 self.flows(arrived, 100 * KIB)
                 self.flows(answered, 50 * KIB)
                 session, = server.sessions
-                self.assertGreater(session.association.losses()["beyond the rate"], 100)
+                self.assertGreater(session.relay.losses()["beyond the rate"], 100)
             wait_until(lambda: not len(server.sessions), "the end")
         self.assertRegex(log.output[-1], "UDP_ASSOCIATE .* why='dropped: [0-9]+ beyond the rate")
 
@@ -353,7 +353,7 @@ class Datagrams(Rated):
                     self.flows(arrived, up * KIB)
                     self.flows(answered, down * KIB)
                     session, = server.sessions
-                    self.assertGreater(session.association.losses()["beyond the rate"], 100)
+                    self.assertGreater(session.relay.losses()["beyond the rate"], 100)
 
 
 class PerUser(Rated):

@@ -570,7 +570,7 @@ class NamesOfRemotes(unittest.TestCase):
                             udp.sendto(b"hello", ("good.test", where[1]))
                             self.assertEqual(udp.recvfrom(), (b"HELLO", where))
                             udp.sendto(b"hello", ("bad.test", where[1]))
-                        wait_until(lambda: any(session.association and session.association.dropped["unresolved"] == 10
+                        wait_until(lambda: any(session.relay and session.relay.dropped["unresolved"] == 10
                                                for session in server.sessions))
         self.assertEqual(sorted(self.asked), ["bad.test", "good.test"])
         self.assertIn("why='dropped: 10 unresolved'", line[0])
@@ -582,7 +582,7 @@ class NamesOfRemotes(unittest.TestCase):
                     udp.sendto(b"hello", ("good.test", where[1]))
                     self.assertEqual(udp.recvfrom(), (b"HELLO", where))
                     udp.sendto(b"hello", ("bad.test", where[1]))
-                    wait_until(lambda: [session.association.dropped["unresolved"] for session in server.sessions]
+                    wait_until(lambda: [session.relay.dropped["unresolved"] for session in server.sessions]
                                == [number], "the answer is there, and forgotten")
                     self.assertEqual((self.asked.count("good.test"), self.asked.count("bad.test")), (number, number))
 
@@ -674,7 +674,7 @@ class OurSide(unittest.TestCase):
                     server.udp_ports, "give_back", wraps=server.udp_ports.give_back) as give_back:
             for number in range(1, 4):
                 udp.sendto(b"x", ("2001:db8::1", 53))
-                wait_until(lambda: [one.association and one.association.dropped["EAFNOSUPPORT"]
+                wait_until(lambda: [one.relay and one.relay.dropped["EAFNOSUPPORT"]
                                     for one in server.sessions] == [number])
                 self.assertEqual(give_back.call_count, number)
 
@@ -695,7 +695,7 @@ class OurSide(unittest.TestCase):
                 with associated(server) as udp, udp_socket() as early:
                     outside = low + 1 if udp.relay[1] == low else low
                     early.sendto(b"too early", ("127.0.0.1", outside))
-                    wait_until(lambda: any(session.association and session.association.dropped
+                    wait_until(lambda: any(session.relay and session.relay.dropped
                                            for session in server.sessions))
                     exchange(self, udp, where)
             self.assertIn("dropped: 1 client not known yet", line[0])
@@ -998,7 +998,7 @@ class OneForItself(unittest.TestCase):
                     exchange(self, udp, where)
                 oldest = min(server.sessions, key=lambda session: session.number)
                 with self.assertLogs("socks5", "INFO") as logs:
-                    oldest.association.permit = lambda address, port, name: address is None or bug()
+                    oldest.relay.permit = lambda address, port, name: address is None or bug()
                     one.sendto(b"x", (host, closed_port()))
                     self.assertRaises(ProxyError, one.recvfrom)
                     wait_until(lambda: len(server.sessions) == 2)

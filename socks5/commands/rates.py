@@ -189,6 +189,6 @@ class Police:
 
 def held_back(session: Any, now: float) -> str:
     """What holds this session back now or did within HELD_S; "" for nothing."""
-    relay = session.tunnel or session.association
+    relay = session.relay
     last = relay.held_back() if relay else NEVER
     return last.name if now - last.at < HELD_S else ""

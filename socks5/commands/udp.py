@@ -89,8 +89,7 @@ class Association(Relay):
         self.idle_s = idle_s
         self._judged_by = rules()
         self._hire, self.police = police, police()
-        self.up, self.down = 0, 0
-        self.datagrams: List[int] = [0, 0]
+        self.up, self.down, self.datagrams = 0, 0, [0, 0]
         self.dropped: Counts[str] = Counter()
         self._peer: Any = None                              # the client's socket address, once its port is known
         self._routes: Dict[bytes, Route] = {}               # by the header that leads there

@@ -8,12 +8,13 @@ all tunnels are relayed so, and UDP associations by `relay_bursts`.
 from __future__ import annotations
 
 from time import monotonic
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Any, Callable, Iterator, Optional, Tuple
 
 from ..net.poller import READ, new_poll
 from ..net.wakeup import Wakeup
 from .limited import pause
-from .relay import Relay, rewatch
+from .relay import UNREGISTERED, Relay, rewatch, rewatch_all
+from .tunnel import Tunnel
 
 FIRST_S = 0.005                     # how long a tunnel that has just been made is waited for at a time,
 FIRST_TURNS = 16                    # and how often
@@ -26,8 +27,8 @@ def turns(relay: Relay, most_s: float, wakeup: Optional[Wakeup] = None) -> Itera
     whether the owner has to look, as handle() says; None when there was no event in most_s.
 
     Raises OSError when poll() or select() takes no more."""
-    watched: Sequence[int] = ()
-    poll, look, woken = new_poll(), True, -1
+    poll, fds, look, woken = new_poll(), relay.fds(), True, -1
+    watched: Tuple[int, ...] = ()
     if wakeup:
         woken = wakeup.fileno()
         poll.register(woken, READ)
@@ -36,13 +37,15 @@ def turns(relay: Relay, most_s: float, wakeup: Optional[Wakeup] = None) -> Itera
         if relay.change is not None:
             relay.change_now()
             look = True
-        if relay.paused():
-            wait_s = pause(relay, most_s)
-            look = True
         if look:
+            paused = relay.paused()
+            if paused:
+                wait_s = pause(relay, most_s)
             wanted = relay.interest()
-            rewatch(poll, relay.fds(), watched, wanted)
-            watched, look = wanted, False
+            if wanted != watched:
+                rewatch_all(poll, fds, watched, wanted)
+                watched = wanted
+            look = paused                           # its time may come without an event
         ready = poll.poll(wait_s * 1000)
         now = monotonic()
         for fd, events in ready:
@@ -57,10 +60,27 @@ def turns(relay: Relay, most_s: float, wakeup: Optional[Wakeup] = None) -> Itera
         yield look if ready else None
 
 
-def relay_first(relay: Relay) -> None:
-    """Relay until it has ended, is aborted, quiet or busy, or has had its turns."""
-    for _, look in zip(range(FIRST_TURNS), turns(relay, FIRST_S)):
-        if look is None or look and relay.busy():
+def relay_first(tunnel: Tunnel) -> None:
+    """Relay until the tunnel has ended, is aborted, quiet or busy, or has had its turns.
+
+    What a rate limit holds back, or another thread wants changed, is for the loop: such a tunnel is quiet soon. By
+    turns(), a short connection would take some percent more of the processor."""
+    (client, remote), wait_ms = tunnel.fds(), FIRST_S * 1000
+    poll, watched, look = new_poll(), (UNREGISTERED, UNREGISTERED), True
+    for _ in range(FIRST_TURNS):
+        if look:
+            wanted = tunnel.interest()
+            rewatch(poll, client, watched[0], wanted[0])
+            rewatch(poll, remote, watched[1], wanted[1])
+            watched, look = wanted, False
+        ready = poll.poll(wait_ms)
+        now = monotonic()
+        for fd, events in ready:
+            if tunnel.handle(fd, events, now):
+                look = True
+                if tunnel.ended:
+                    return
+        if not ready or tunnel.aborted or look and tunnel.busy():
             return
 
 
@@ -72,10 +92,10 @@ def relay_busy(tunnel: Relay, until_quiet: bool = False) -> None:
     for sock in tunnel.sockets():
         if sock.gettimeout() != 0:
             sock.setblocking(False)
-    look_back_at, moved = monotonic() + QUIET_S, sum(tunnel.moved())
+    look_back_at, moved, pipes = monotonic() + QUIET_S, sum(tunnel.moved()), tunnel.pipes()
     for look in turns(tunnel, QUIET_S):
         if look:
-            for pipe in tunnel.pipes():
+            for pipe in pipes:
                 if pipe.full and not pipe.held:
                     pipe.use_kernel(tunnel.owner)
         now = monotonic()
@@ -84,7 +104,7 @@ def relay_busy(tunnel: Relay, until_quiet: bool = False) -> None:
         look_back_at = now + QUIET_S            # a few bytes now and then must not keep a thread and a kernel pipe
         before, moved = moved, sum(tunnel.moved())
         if moved - before < QUIET_BYTES:
-            for pipe in tunnel.pipes():
+            for pipe in pipes:
                 pipe.leave_kernel()
             if until_quiet:
                 return
@@ -101,7 +121,7 @@ def relay_bursts(relay: Relay) -> None:
                 relay.expire()
 
 
-def borrow(relay: Relay, how: Callable[[Relay], None], failed: Callable[[], object]) -> None:
+def borrow(relay: Relay, how: Callable[[Any], None], failed: Callable[[], object]) -> None:
     """Relay a lent tunnel in the calling thread, which closes nothing. failed() is told of a bug."""
     try:
         how(relay)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import socket
-from itertools import zip_longest
 from typing import Any, Callable, Optional, Sequence, Tuple
 
 from ..net.poller import READ
@@ -30,7 +29,6 @@ class Relay:
 
     __slots__ = ("session", "owner", "moved_at", "watched", "lent", "change", "aborted", "ended", "ended_by", "why")
     bursts = True                       # handle() may take long: its turn comes when tunnels have had theirs
-    datagrams: Sequence[int] = ()       # that were relayed up and down, where there are datagrams
 
     def __init__(self, session: Any = None, owner: str = "") -> None:
         self.session = session
@@ -47,7 +45,7 @@ class Relay:
     # ---- for the thread that has it -------------------------------------------------------------------------------
 
     def fds(self) -> Sequence[int]:
-        """The descriptors to wait for. More may come while it is relayed."""
+        """The descriptors to wait for. To this list more may be added while it is relayed."""
         raise NotImplementedError
 
     def interest(self) -> Tuple[int, ...]:
@@ -119,15 +117,20 @@ class Relay:
         return ""
 
 
-def rewatch(poller: Any, fds: Sequence[int], before: Sequence[int], wanted: Sequence[int]) -> None:
-    """Have a poller of net/poller.py wait for the events `wanted` in place of those `before`, of each descriptor.
-    Raises OSError; ValueError for one that is closed already."""
-    for fd, was, now in zip_longest(fds, before, wanted, fillvalue=UNREGISTERED):
-        if was == now:
-            continue
-        if was == UNREGISTERED:
-            poller.register(fd, now)
-        elif now == UNREGISTERED:
-            poller.unregister(fd)
-        else:
-            poller.modify(fd, now)
+def rewatch(poller: Any, fd: int, before: int, wanted: int) -> None:
+    """Have a poller of net/poller.py wait for the events `wanted` in place of those `before`. Raises OSError;
+    ValueError for a descriptor that is closed already."""
+    if wanted == before:
+        return
+    if before == UNREGISTERED:
+        poller.register(fd, wanted)
+    elif wanted == UNREGISTERED:
+        poller.unregister(fd)
+    else:
+        poller.modify(fd, wanted)
+
+
+def rewatch_all(poller: Any, fds: Sequence[int], before: Tuple[int, ...], wanted: Tuple[int, ...]) -> None:
+    """The same for several, of which further ones may have come."""
+    for at, fd in enumerate(fds):
+        rewatch(poller, fd, before[at] if at < len(before) else UNREGISTERED, wanted[at])

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 from ..net.poller import new_poller
 from .pipe import DONTWAIT
-from .relay import Relay, rewatch
+from .relay import Relay, rewatch_all
 
 
 class Watch:
@@ -105,17 +105,18 @@ class Registered:
             return
         fds, relay.watched = relay.fds(), wanted
         try:
-            rewatch(self.poller, fds, before, wanted)
+            rewatch_all(self.poller, fds, before, wanted)
         except (OSError, ValueError) as exc:
             self.remove(relay)
             raise exc if isinstance(exc, OSError) else OSError(errno.EBADF, str(exc)) from None
         if len(before) < len(wanted):
             one = Later(relay, self.ready) if relay.bursts else relay
-            self.watched.update(dict.fromkeys(fds[len(before):], one))
+            for fd in fds[len(before):]:
+                self.watched[fd] = one
 
     def remove(self, relay: Relay) -> None:
         """Wait for none of its descriptors any more."""
-        for fd in relay.fds()[:len(relay.watched)]:
+        for fd, _ in zip(relay.fds(), relay.watched):
             self.forget(fd)
         relay.watched = ()
 
