@@ -39,13 +39,13 @@
         splice        a kernel pipe, through which bytes go without a copy
         bucket        token buckets for rate limits, which the server processes share
         pipe          one direction
+        relay         what the relay loop relays: a tunnel, or the sockets of a UDP association
         tunnel        both directions: a state machine that never waits
         protected     a tunnel whose client speaks through an envelope
         limited       a direction under a rate limit
         busy          a busy tunnel in a thread of its own
-        group         sockets that are only read, like those of a UDP association
         watch         what the loop waits for: descriptors, silent newcomers, other threads
-        loop          the thread that relays every quiet tunnel of the process, and every group
+        loop          the thread that relays every quiet tunnel of the process, and every association
     commands/         what a client can ask for
         authorize     what one client may reach, by the rules in force
         connect       CONNECT: Happy Eyeballs over the destination's addresses (RFC 8305)

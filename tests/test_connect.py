@@ -405,7 +405,7 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
                 client.sendall(b"before")
                 self.assertEqual(support.reader_of(peer)(6), b"before")
                 subprocess.run(route % "add", shell=True, check=True)
-                remote = next(iter(server.sessions)).tunnel.remote
+                remote = next(iter(server.sessions)).relay.remote
                 client.sendall(b"never acknowledged")
                 unacked = slice(24, 28)                         # tcpi_unacked of struct tcp_info
                 support.wait_until(lambda: any(remote.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)[unacked]))

@@ -285,7 +285,7 @@ class Sockets(unittest.TestCase):
                 self.assertTrue(support.echoes(tunnel))
                 tunnel.shutdown(socket.SHUT_WR)
                 self.assertEqual(tunnel.recv(1), b"")
-                wait_until(lambda: [session.cmd for session in server.sessions if session.association]
+                wait_until(lambda: [session.cmd for session in server.sessions if session.relay]
                            == ["UDP_ASSOCIATE"], "it stands")
 
 

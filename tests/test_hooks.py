@@ -246,7 +246,7 @@ class Hooks(Case):
     def test_closing_twice_is_harmless(self):
         server = self.enter(running())
         with connect_through(server.server_address, *self.echo) as tunnel:
-            wait_until(lambda: [session.tunnel for session in server.sessions] != [None])
+            wait_until(lambda: [session.relay for session in server.sessions] != [None])
             session, = server.sessions
             server.shutdown_request(session.sock)               # as socketserver does when the handler has ended
             self.assertTrue(echoes(tunnel))
@@ -381,7 +381,7 @@ class SessionEnded(Case):
 
         def stays(server):
             self.enter(connect_through(server.server_address, *self.echo))
-            wait_until(lambda: any(session.tunnel for session in server.sessions))
+            wait_until(lambda: any(session.relay for session in server.sessions))
         self.check("server_close", "server stopped", stays)
 
     def test_what_has_no_tunnel(self):

@@ -11,7 +11,9 @@ from socks5.relay.bucket import NEVER, PORTION_S, Limit, OwnBucket
 from socks5.relay.limited import Timers, limit, read_on
 from socks5.relay.loop import MANY
 from socks5.relay.pipe import CHUNK_BYTES
-from socks5.relay.tunnel import UNREGISTERED, Tunnel
+from socks5.relay.relay import Relay
+from socks5.relay.relay import UNREGISTERED
+from socks5.relay.tunnel import Tunnel
 from tests import test_loop
 from tests.support import wait_until
 from tests.test_tunnel import SEEDS, Play, model
@@ -43,8 +45,8 @@ class LimitedPlay(Play):
             self.limit()
         if not stale and self.timers.heap:              # nothing else is to come
             self.now = max(self.now, self.timers.heap[0][0])
-        for tunnel, side in self.timers.due(self.now):
-            read_on(tunnel, side, self.now)
+        for tunnel, pipe in self.timers.due(self.now):
+            read_on(tunnel, pipe, self.now)
             self.check()
         came = super().turn(stale)
         self.timers.note(self.tunnel)
@@ -108,9 +110,10 @@ class HeldBackTest(unittest.TestCase):
             def gate(self):
                 return self.gates.pop() if self.gates else None
 
-        tunnel = mock.Mock(up=Changing(), down=Changing())
-        for _ in range(2):
-            self.assertEqual(limited.held_back(tunnel), NEVER)
+        relay, pipes = Relay(), (Changing(), Changing())
+        with mock.patch.object(Relay, "pipes", lambda _relay: pipes):
+            for _ in range(2):
+                self.assertEqual(relay.held_back(), NEVER)
 
 
 class EarlyDataTest(unittest.TestCase):
@@ -209,7 +212,7 @@ class LoopTest(test_loop.LoopTest):
         more(64 * MIB)
         slow = Limit("rate-per-user", OwnBucket(), 200 * KIB)
         self.loop.change_all(lambda tunnel: limit(tunnel, [slow], [slow]))
-        wait_until(lambda: (more(KIB), limited.held_back(standing.tunnel).name)[1] == "rate-per-user", "slow")
+        wait_until(lambda: (more(KIB), standing.tunnel.held_back().name)[1] == "rate-per-user", "slow")
         self.loop.change_all(lambda tunnel: limit(tunnel, [], []))
         more(64 * MIB)
         with contextlib.suppress(OSError):

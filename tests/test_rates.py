@@ -252,7 +252,7 @@ class Reload(Rated):
 
         with target() as to, running(rules=str(rules), server_class=Reloading) as server:
             self.tunnels(server.server_address, to, 1)
-            wait_until(lambda: any(session.tunnel and session.tunnel.up.gate for session in server.sessions))
+            wait_until(lambda: any(session.relay and session.relay.up.gate for session in server.sessions))
 
     def test_sighup_reads_the_rates_in_the_ini_file(self):
         support.need(self, hasattr(signal, "SIGHUP"), "SIGHUP")
@@ -329,7 +329,7 @@ class Datagrams(Rated):
                 self.flows(arrived, 100 * KIB)
                 self.flows(answered, 50 * KIB)
                 session, = server.sessions
-                self.assertGreater(session.association.losses()["beyond the rate"], 100)
+                self.assertGreater(session.relay.losses()["beyond the rate"], 100)
             wait_until(lambda: not len(server.sessions), "the end")
         self.assertRegex(log.output[-1], "UDP_ASSOCIATE .* why='dropped: [0-9]+ beyond the rate")
 
@@ -367,7 +367,7 @@ class Datagrams(Rated):
                     self.flows(arrived, up * KIB)
                     self.flows(answered, down * KIB)
                     session, = server.sessions
-                    self.assertGreater(session.association.losses()["beyond the rate"], 100)
+                    self.assertGreater(session.relay.losses()["beyond the rate"], 100)
 
 
 class PerUser(Rated):

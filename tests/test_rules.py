@@ -490,7 +490,7 @@ class Serving(Case):
             with client.associate(server.server_address) as udp:
                 for number in range(TOLD + 5):
                     udp.sendto(b"", ("127.0.1.%d" % number, 9))
-                wait_until(lambda: any(session.association and session.association.dropped["not allowed"] == TOLD + 5
+                wait_until(lambda: any(session.relay and session.relay.dropped["not allowed"] == TOLD + 5
                                        for session in server.sessions))
             wait_until(lambda: not len(server.sessions))
         self.assertEqual(sum("denied client=" in line for line in logs.output), TOLD)

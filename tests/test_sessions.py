@@ -13,6 +13,8 @@ from socks5.server.counters import GIVEN, Shared
 from socks5.server.session import Session
 from socks5.server.sessions import Full, Sessions
 from socks5.net.addresses import Endpoint
+from socks5.relay.relay import Relay
+from socks5.relay.tunnel import Tunnel
 from socks5.protocol.messages import Address
 from tests import support
 from tests.support import HAS_IPV6, PATIENCE_S, greeted, running, text_of
@@ -21,15 +23,16 @@ from tests.support import HAS_IPV6, PATIENCE_S, greeted, running, text_of
 class State(unittest.TestCase):
     def test_each(self):
         def tunnel(up=False, down=False, ended=False, aborted=""):
-            return mock.Mock(up=mock.Mock(done=up), down=mock.Mock(done=down), ended=ended, aborted=aborted)
+            made = Tunnel(mock.Mock(), mock.Mock())
+            made.up.done, made.down.done, made.ended, made.aborted = up, down, ended, aborted
+            return {"relay": made}
 
         for expected, facts in (
                 ("negotiating", {}), ("connecting", {"cmd": "CONNECT"}), ("connecting", {"cmd": "BIND"}),
-                ("waiting", {"cmd": "BIND", "rep": "SUCCEEDED"}), ("relaying", {"tunnel": tunnel()}),
-                ("relaying", {"association": mock.Mock(ended=False, aborted="")}),
-                ("closing", {"association": mock.Mock(ended=True)}), ("half-closed", {"tunnel": tunnel(up=True)}),
-                ("half-closed", {"tunnel": tunnel(down=True)}), ("closing", {"tunnel": tunnel(ended=True)}),
-                ("closing", {"tunnel": tunnel(aborted="server stopped")}), ("closing", {"ended_by": "evicted"})):
+                ("waiting", {"cmd": "BIND", "rep": "SUCCEEDED"}), ("relaying", tunnel()),
+                ("half-closed", tunnel(up=True)), ("half-closed", tunnel(down=True)), ("relaying", {"relay": Relay()}),
+                ("closing", tunnel(ended=True)), ("closing", tunnel(aborted="server stopped")),
+                ("closing", {"ended_by": "evicted"})):
             with self.subTest(expected, facts=facts):
                 session = Session(Endpoint(ip_address("192.0.2.1"), 1), "192.0.2.1", None)
                 for name, value in facts.items():
@@ -316,7 +319,7 @@ class Ending(Case):
         live = Sessions(9, 60)
         negotiating, connecting, relaying = (self.admit(live) for _ in range(3))
         live.negotiated(connecting)
-        relaying.tunnel = mock.Mock()
+        relaying.relay = mock.Mock()
         live.abort("server stopped")
         self.assertEqual([self.shut(session) for session in (negotiating, connecting, relaying)], [True, True, False])
         self.assertEqual([session.ended_by for session in (negotiating, connecting, relaying)],

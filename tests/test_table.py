@@ -66,8 +66,8 @@ class Lines(unittest.TestCase):
             states, _ = self.tables(server)
             with client.associate(server.server_address[:2]):
                 unused = max(server.sessions, key=lambda session: session.number)
-                wait_until(lambda: unused.association and unused.association.watched, "it is relayed")
-                idle_s = unused.idle_s(unused.association.moved_at + 5)
+                wait_until(lambda: unused.relay and unused.relay.watched, "it is relayed")
+                idle_s = unused.idle_s(unused.relay.moved_at + 5)
                 self.assertAlmostEqual(idle_s, 5, msg="before its first datagram")
         self.assertEqual((states["relaying"]["cmd"], states["relaying"]["up"]), ("UDP_ASSOCIATE", "8"))
         self.assertGreaterEqual(float(states["relaying"]["idle"]), 0)
@@ -84,7 +84,7 @@ class Lines(unittest.TestCase):
     def test_as_json_idle_is_a_number_or_null(self):
         with running() as server, target() as echo, greeted(server.server_address), \
                 connect_through(server.server_address, *echo):
-            wait_until(lambda: [bool(session.tunnel) for session in server.sessions].count(True) == 1, "it is relayed")
+            wait_until(lambda: [bool(session.relay) for session in server.sessions].count(True) == 1, "it is relayed")
             with logging_of(self) as logs:
                 server.log_sessions_soon()
                 logs.wait("live sessions=")
@@ -96,11 +96,11 @@ class Lines(unittest.TestCase):
     def test_idle_is_since_the_last_byte(self):
         with running() as server, target() as echo, connect_through(server.server_address, *echo) as sock:
             session, = server.sessions
-            wait_until(lambda: session.tunnel)
-            now = session.tunnel.moved_at
+            wait_until(lambda: session.relay)
+            now = session.relay.moved_at
             self.assertEqual(session.idle_s(now + 5), 5)
             self.assertTrue(echoes(sock))
-            wait_until(lambda: session.tunnel.moved_at > now)
+            wait_until(lambda: session.relay.moved_at > now)
             self.assertLess(session.idle_s(now + 5), 5)
 
 

@@ -14,8 +14,10 @@ from socks5.net.poller import BROKEN, HANG_UP, READ, URGENT, WRITE
 from socks5.relay import pipe as pipe_module
 from socks5.relay import splice
 from socks5.relay.pipe import Pipe
-from socks5.relay.tunnel import BUSY_READS, BUSY_S, CLIENT, REMOTE, UNREGISTERED, Tunnel
+from socks5.relay.relay import UNREGISTERED
+from socks5.relay.tunnel import BUSY_READS, BUSY_S, Tunnel
 
+CLIENT, REMOTE = 0, 1       # their descriptors
 SEEDS = 3000
 CHUNK = 16                  # one read, in place of 64 KiB: then short streams have many
 LARGE = CHUNK // 2          # a large read

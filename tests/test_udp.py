@@ -26,8 +26,9 @@ from socks5.net.lookups import PER_CLIENT, WAITING_BYTES, WAITING_ITEMS, WAITING
 from socks5.net.shares import ANY_PORT
 from socks5.commands.udp import BUFFERS, LOOKS, Association
 from socks5.net.poller import SelectPoll
-from socks5.relay.group import Group, relay_alone
-from socks5.relay.loop import GROUPS_S, MANY, Loop
+from socks5.relay import busy
+from socks5.relay.loop import BURSTS_S, MANY, Loop
+from socks5.relay.relay import Relay
 from socks5.relay.tunnel import Tunnel
 from socks5.protocol.messages import Datagram
 
@@ -182,7 +183,8 @@ class Bursts(unittest.TestCase):
                 association = Association(ours, ip_address("127.0.0.1"), ANY_PORT, (), Names(), lambda *_: True,
                                           idle_s=idle_s)
                 with contextlib.closing(association):
-                    thread = threading.Thread(target=relay_alone, args=(association,), daemon=True)
+                    association.moved_at = busy.monotonic()
+                    thread = threading.Thread(target=busy.relay_bursts, args=(association,), daemon=True)
                     sock.connect((str(association.bnd.ip), association.bnd.port))
                     try:
                         yield association, sock, thread.start
@@ -231,7 +233,7 @@ class Bursts(unittest.TestCase):
             self.both_ways()                                        # 99 is no option of its: EINVAL
 
     def test_without_poll_and_nonblocking_creation(self):
-        with patch("socks5.relay.group.new_poll", SelectPoll), patch.object(datagrams, "NONBLOCK", 0):
+        with patch.object(busy, "new_poll", SelectPoll), patch.object(datagrams, "NONBLOCK", 0):
             self.both_ways()
 
     def test_a_short_datagram_is_not_taken_for_the_one_before(self):
@@ -283,7 +285,7 @@ class Bursts(unittest.TestCase):
     def test_idle_is_without_datagrams_either_way(self):
         for direction in ("up", "down"):
             clock = [1000.0]
-            with self.subTest(direction), patch("socks5.relay.group.monotonic", lambda: clock[0]), \
+            with self.subTest(direction), patch.object(busy, "monotonic", lambda: clock[0]), \
                     udp_socket() as there:
                 with self.association(idle_s=100) as (association, sock, run), udp_socket("127.0.0.2") as stranger:
                     run()
@@ -590,7 +592,7 @@ class NamesOfRemotes(unittest.TestCase):
                             udp.sendto(b"hello", ("good.test", where[1]))
                             self.assertEqual(udp.recvfrom(), (b"HELLO", where))
                             udp.sendto(b"hello", ("bad.test", where[1]))
-                        wait_until(lambda: any(session.association and session.association.dropped["unresolved"] == 10
+                        wait_until(lambda: any(session.relay and session.relay.dropped["unresolved"] == 10
                                                for session in server.sessions))
         self.assertEqual(sorted(self.asked), ["bad.test", "good.test"])
         self.assertIn("why='dropped: 10 unresolved'", line[0])
@@ -602,7 +604,7 @@ class NamesOfRemotes(unittest.TestCase):
                     udp.sendto(b"hello", ("good.test", where[1]))
                     self.assertEqual(udp.recvfrom(), (b"HELLO", where))
                     udp.sendto(b"hello", ("bad.test", where[1]))
-                    wait_until(lambda: [session.association.dropped["unresolved"] for session in server.sessions]
+                    wait_until(lambda: [session.relay.dropped["unresolved"] for session in server.sessions]
                                == [number], "the answer is there, and forgotten")
                     self.assertEqual((self.asked.count("good.test"), self.asked.count("bad.test")), (number, number))
 
@@ -694,7 +696,7 @@ class OurSide(unittest.TestCase):
                     server.udp_ports, "give_back", wraps=server.udp_ports.give_back) as give_back:
             for number in range(1, 4):
                 udp.sendto(b"x", ("2001:db8::1", 53))
-                wait_until(lambda: [one.association and one.association.dropped["EAFNOSUPPORT"]
+                wait_until(lambda: [one.relay and one.relay.dropped["EAFNOSUPPORT"]
                                     for one in server.sessions] == [number])
                 self.assertEqual(give_back.call_count, number)
 
@@ -715,7 +717,7 @@ class OurSide(unittest.TestCase):
                 with associated(server) as udp, udp_socket() as early:
                     outside = low + 1 if udp.relay[1] == low else low
                     early.sendto(b"too early", ("127.0.0.1", outside))
-                    wait_until(lambda: any(session.association and session.association.dropped
+                    wait_until(lambda: any(session.relay and session.relay.dropped
                                            for session in server.sessions))
                     exchange(self, udp, where)
             self.assertIn("dropped: 1 client not known yet", line[0])
@@ -798,10 +800,6 @@ class TheEnd(unittest.TestCase):
             udp.control.shutdown(socket.SHUT_WR)
             self.assertEqual(udp.control.recv(1), b"")
 
-        def stop(udp, server):
-            server.sessions.abort("server stopped")
-            self.assertRaises(ProxyError, udp.recvfrom)
-
         def idle(udp, server):
             self.assertRaises(ProxyError, udp.recvfrom)
 
@@ -816,7 +814,7 @@ class TheEnd(unittest.TestCase):
 
         cases = [("FIN", fin, {}, "ended=client why=-"),
                  ("RST", rst, {}, "ended=client why='Connection reset by peer'"),
-                 ("half-closed", half, {}, "ended=client why=-"), ("abort", stop, {}, "ended=server-stopped why=-"),
+                 ("half-closed", half, {}, "ended=client why=-"),
                  ("loop", loop_stops, {}, "ended=server-stopped why=-"),
                  ("drain", drain, {}, "ended=server-stopped why=-"),
                  ("idle", idle, {"udp_idle_timeout": 2}, "ended=idle why=-")]
@@ -918,20 +916,22 @@ class InTheLoop(unittest.TestCase):
                 hang.set()
 
     def test_a_flood_leaves_tunnels_their_turns(self):
-        """Groups whose bursts never end take turns with one another, and a tunnel's turn comes between two of them."""
+        """Relays whose bursts never end take turns with one another, and a tunnel's turn comes between two of them."""
         turns = []
 
-        class Endless(Group):
+        class Endless(Relay):
             __slots__ = ("number", "sock")
 
             def __init__(self, number, sock):
                 super().__init__()
                 self.number, self.sock = number, sock
-                self.fds.append(sock.fileno())
+
+            def fds(self):
+                return [self.sock.fileno()]
 
             def handle(self, fd, events, now):
                 turns.append(self.number)
-                over.wait(2 * GROUPS_S)
+                over.wait(2 * BURSTS_S)
                 return False
 
             def sockets(self):
@@ -964,7 +964,7 @@ class InTheLoop(unittest.TestCase):
                 self.assertEqual(pairs[9].recv(100), b"there")
                 pairs[9].send(b"and back")
                 self.assertEqual(pairs[6].recv(100), b"and back")
-                wait_until(lambda: len(turns) > before, "groups have turns as well")
+                wait_until(lambda: len(turns) > before, "bursts have turns as well")
             between = [after - before for before, after in zip(at_polls, at_polls[1:])]
             self.assertEqual(max(between), 1, "one long turn, and then the tunnels")
             counts = [turns[:30].count(number) for number in range(3)]
@@ -1017,7 +1017,7 @@ class OneForItself(unittest.TestCase):
                     exchange(self, udp, where)
                 oldest = min(server.sessions, key=lambda session: session.number)
                 with self.assertLogs("socks5", "INFO") as logs:
-                    oldest.association.permit = lambda address, port, name: address is None or bug()
+                    oldest.relay.permit = lambda address, port, name: address is None or bug()
                     one.sendto(b"x", (host, closed_port()))
                     self.assertRaises(ProxyError, one.recvfrom)
                     wait_until(lambda: len(server.sessions) == 2)

@@ -82,9 +82,9 @@ class OurOwn(Case):
         other, server = self.pair()
         with target() as there, client.connect(server.server_address[:2], there):
             session, = server.sessions
-            wait_until(lambda: session.tunnel, "the tunnel stands")
+            wait_until(lambda: session.relay, "the tunnel stands")
             for level, option in OPTIONS:
-                self.assertTrue(session.tunnel.remote.getsockopt(level, option), (level, option))
+                self.assertTrue(session.relay.remote.getsockopt(level, option), (level, option))
 
     def test_early_data(self):
         other, server = self.pair()
@@ -169,10 +169,10 @@ class OurOwn(Case):
                 udp.sendto(b"?", there.getsockname())
                 there.recv(10)
                 session, = server.sessions
-                link, = session.association.links.values()
+                link, = session.relay.links.values()
                 stranger.sendto(bytes.fromhex("00000001 7f000001 0009") + b"forged",
                                 ("127.0.0.1", link.sock.getsockname()[1]))
-                wait_until(lambda: session.association.dropped["not the upstream"])
+                wait_until(lambda: session.relay.dropped["not the upstream"])
             logs.wait("1 not the upstream")
 
 

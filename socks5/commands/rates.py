@@ -19,6 +19,7 @@ from ..protocol.messages import Datagram
 from ..relay import limited
 from ..relay.bucket import NEVER, Buckets, Flow, HeldBack, Limit, OwnBucket
 from ..relay.loop import Loop
+from ..relay.relay import Relay
 from ..relay.tunnel import Tunnel
 from ..values import OneWay, Rate
 from .datagrams import remember
@@ -56,10 +57,11 @@ class Rates:
                                  != (before.rate_per_client, before.rate_per_user)):
             loop.change_all(self.apply)
 
-    def apply(self, tunnel: Tunnel) -> None:
-        """Put the limits in force for this tunnel. Called by the thread that relays it."""
+    def apply(self, tunnel: Relay) -> None:
+        """Put the limits in force for this tunnel. Called by the thread that relays it. An association looks itself:
+        see Police."""
         session = tunnel.session
-        if session is None:                             # it has ended
+        if session is None or not isinstance(tunnel, Tunnel):       # None: it has ended
             return
         limits = self.shared(session)
         before = [[limit for limit in one if limit.name == RULE] for one in limited.limits_of(tunnel)]
@@ -188,7 +190,6 @@ class Police:
 
 def held_back(session: Any, now: float) -> str:
     """What holds this session back now or did within HELD_S; "" for nothing."""
-    tunnel, association = session.tunnel, session.association
-    police = association and association.police
-    last = limited.held_back(tunnel) if tunnel else police.held_back() if police else NEVER
+    relay = session.relay
+    last = relay.held_back() if relay else NEVER
     return last.name if now - last.at < HELD_S else ""

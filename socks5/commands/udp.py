@@ -23,8 +23,9 @@ from ..protocol.errors import RequestRefused, name_of
 from ..protocol.fields import Host
 from ..protocol.messages import Address, Datagram
 from ..protocol.trace import DOWN, UP
-from ..relay.group import Group
+from ..relay.bucket import NEVER, HeldBack
 from ..relay.pipe import DONTWAIT
+from ..relay.relay import Relay
 from ..values import Upstream
 from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, Sockets, remember, send
 from .enveloped import EnvelopedSocket
@@ -44,7 +45,7 @@ ALONE_S = 0.001                 # a datagram that comes so long after the one be
 BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
 
 
-class Association(Group):
+class Association(Relay):
     """The relay between one client and the remotes that it sends to. Raises RequestRefused without a socket or port.
 
     control      the TCP connection, whose end is the association's; what arrives on it is read and ignored
@@ -67,9 +68,9 @@ class Association(Group):
     ended_by     "client", "remote" or "idle"; or why it was aborted
     """
 
-    __slots__ = ("control", "client", "owner", "names", "permit", "rules", "on_datagram", "links", "way", "police",
-                 "idle_s", "bnd", "up", "down", "datagrams", "dropped", "_judged_by", "_hire", "_peer", "_routes",
-                 "_headers", "_forget_at", "_fragments", "_waiting", "_sockets", "_inside", "_facing", "_linked",
+    __slots__ = ("control", "client", "names", "permit", "rules", "on_datagram", "links", "way", "police", "idle_s",
+                 "bnd", "up", "down", "datagrams", "dropped", "_judged_by", "_hire", "_peer", "_routes", "_headers",
+                 "_fds", "_forget_at", "_fragments", "_waiting", "_waker", "_sockets", "_inside", "_facing", "_linked",
                  "_now", "_last_up", "_last_down")
 
     def __init__(self, control: socket.socket, client: IP, ports: Ports, advertise: Sequence[str],
@@ -78,10 +79,9 @@ class Association(Group):
                  out: Sequence[str] = (), links: Optional[Links] = None, way: Optional[Way] = None,
                  envelope: Optional[Envelope] = None, police: Callable[[], Optional[Police]] = lambda: None,
                  idle_s: float = 0, session: Any = None) -> None:
-        super().__init__(session)
+        super().__init__(session, subscriber(client))
         self.control = control
         self.client = str(client)
-        self.owner = subscriber(client)
         self.names = names
         self.permit = permit
         self.rules = rules
@@ -98,16 +98,31 @@ class Association(Group):
         self._forget_at = self._now = self._last_up = self._last_down = 0.0
         self._fragments: Optional[Fragments] = None
         self._waiting: Optional[Waiting[Tuple[Datagram, Host]]] = None
-        self._sockets = sockets = Sockets(control, client, self.owner, ports, out, self.fds.append)
+        self._waker: Callable[[Relay], object] = lambda _relay: None
+        self._fds: List[int] = []                           # of all that is read
+        self._sockets = sockets = Sockets(control, client, self.owner, ports, out, self._fds.append)
         self._inside: Any = EnvelopedSocket(sockets.inside, envelope, self.client) if envelope else sockets.inside
         self._facing = self._inside.fileno()
         self._linked = {sock.fileno(): link for link in (links or {}).values() for sock in (link.sock, link.control)}
-        self.fds += [control.fileno(), self._facing, *self._linked]
+        self._fds += [control.fileno(), self._facing, *self._linked]
         here = self._inside.getsockname()
         self.bnd = Endpoint(advertised(advertise, ip_of(here)), here[1])
 
     def sockets(self) -> Tuple[socket.socket, ...]:
         return (self.control,)
+
+    def fds(self) -> List[int]:
+        return self._fds
+
+    def woken_by(self, waker: Callable[[Relay], object]) -> None:
+        self._waker = waker
+
+    def moved(self) -> Tuple[int, int]:
+        return self.up, self.down
+
+    def held_back(self) -> HeldBack:
+        police = self.police                                # the loop may take it away meanwhile
+        return police.held_back() if police else NEVER
 
     def close(self) -> None:
         self._sockets.close()
@@ -122,7 +137,7 @@ class Association(Group):
         """Relay a burst of what has come to one socket, with one of the shared buffers."""
         if now >= self._forget_at or self.rules() is not self._judged_by:
             self._judge_anew(now)
-        self._now = now
+        self._now, known = now, len(self._fds)
         buffer, view = BUFFERS.take()
         try:
             if fd == self._facing:
@@ -135,7 +150,7 @@ class Association(Group):
                 self._from_link(self._linked[fd], fd, view)
         finally:
             BUFFERS.give_back((buffer, view))
-        return self.ended or self.watched < len(self.fds)
+        return self.ended or known < len(self._fds)
 
     def deadline(self) -> float:
         return min(self._idle_at(), self._fragments.deadline if self._fragments else inf)
@@ -292,6 +307,7 @@ class Association(Group):
 
     def change_now(self) -> None:
         """The addresses of a name have come."""
+        super().change_now()
         for (datagram, host), answer in self._waiting.take() if self._waiting else ():
             self._send(datagram, host, answer.addresses)
 
@@ -332,7 +348,7 @@ class Association(Group):
             self._send_through(upstream, datagram, host, rule)
             return None
         if not self._waiting:
-            self._waiting = Waiting(self.names, self.owner, self.wake)
+            self._waiting = Waiting(self.names, self.owner, lambda: self._waker(self))
         answer = self._waiting.ask(host, (datagram, host), len(datagram.data))
         return answer and answer.addresses
 

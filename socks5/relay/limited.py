@@ -14,10 +14,11 @@ from time import monotonic
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 from . import pipe as pipes
-from .bucket import NEVER, Flow, HeldBack, Limit
+from .bucket import Flow, Limit
 from .pipe import Pipe
 from .splice import PIPE_BYTES
-from .tunnel import CLIENT, INCOMING, REMOTE, Tunnel
+from .relay import Relay
+from .tunnel import INCOMING, Tunnel
 
 try:
     import fcntl
@@ -97,7 +98,7 @@ class Gate:
 
 def limit(tunnel: Tunnel, up: Limits, down: Limits) -> None:
     """Have these limits hold for a tunnel from now on. By the thread that has it."""
-    for pipe, limits in ((tunnel.up, up), (tunnel.down, down)):
+    for pipe, limits in zip(tunnel.pipes(), (up, down)):
         unpaid = pipe.held and pipe.gate is None
         if pipe.gate is not None:
             pipe.gate.close(pipe)
@@ -120,17 +121,11 @@ def readable(sock: Any) -> int:
     return max(0, int.from_bytes(answer, sys.byteorder, signed=True))
 
 
-def held_back(tunnel: Tunnel) -> HeldBack:
-    """When a limit held this tunnel back last, and which. Any thread may call; another may take the gates away."""
-    gates = tunnel.up.gate, tunnel.down.gate
-    return max(gate.flow.held_back if gate else NEVER for gate in gates)
-
-
-def pause(tunnel: Tunnel, wait_s: float) -> float:
+def pause(relay: Relay, wait_s: float) -> float:
     """For the thread of a busy tunnel: go on with the directions whose time has come. How long to wait for events, at
     most wait_s."""
     now = monotonic()
-    for pipe in (tunnel.up, tunnel.down):
+    for pipe in relay.pipes():
         if pipe.resume_at > now:
             wait_s = min(wait_s, pipe.resume_at - now)
         elif pipe.resume_at:
@@ -145,45 +140,43 @@ class Timers:
     """
 
     def __init__(self) -> None:
-        self.heap: List[Tuple[float, int, Tunnel, int]] = []
+        self.heap: List[Tuple[float, int, Relay, Pipe]] = []
         self._numbers = itertools.count()               # so that no two entries are equal
 
-    def note(self, tunnel: Tunnel) -> None:
-        """This tunnel may be paused."""
-        for side, pipe in ((CLIENT, tunnel.up), (REMOTE, tunnel.down)):
+    def note(self, relay: Relay) -> None:
+        """It may be paused."""
+        for pipe in relay.pipes():
             if pipe.resume_at and pipe.gate.timed_at != pipe.resume_at:
                 pipe.gate.timed_at = pipe.resume_at
-                heapq.heappush(self.heap, (pipe.resume_at, next(self._numbers), tunnel, side))
+                heapq.heappush(self.heap, (pipe.resume_at, next(self._numbers), relay, pipe))
 
     def wait_s(self, most_s: float) -> float:
         """How long to wait for events; while nothing is paused, the caller need not ask."""
         return max(0.0, min(most_s, self.heap[0][0] - monotonic()))
 
-    def due(self, now: float) -> Iterator[Tuple[Tunnel, int]]:
-        """Yield the tunnels that go on now, each with the side that may be read."""
+    def due(self, now: float) -> Iterator[Tuple[Relay, Pipe]]:
+        """Yield what goes on now, each with the direction that may be read."""
         heap = self.heap
         while heap and heap[0][0] <= now:
-            when, _, tunnel, side = heapq.heappop(heap)
-            pipe = tunnel.down if side else tunnel.up
+            when, _, relay, pipe = heapq.heappop(heap)
             if pipe.gate and pipe.gate.timed_at == when:
                 pipe.gate.timed_at = 0.0        # or a tunnel that is lent now would have no timer when it is back
-            if pipe.resume_at == when and not tunnel.lent and not tunnel.ended:
-                yield tunnel, side
+            if pipe.resume_at == when and not relay.lent and not relay.ended:
+                yield relay, pipe
 
 
-def read_on(tunnel: Tunnel, side: int, now: float) -> None:
+def read_on(relay: Relay, pipe: Pipe, now: float) -> None:
     """For the relay loop: read what is granted by now. What comes next is reserved at once, which saves two calls to
     the poller while the direction is paused most of the time."""
-    pipe = tunnel.down if side else tunnel.up
     if pipe.held and pipe.gate:
         pipe.gate.resume(pipe)
         return
-    tunnel.handle(side, INCOMING, now)      # urgent data included: without that, recv() would skip the urgent byte
-    if pipe.gate and not (tunnel.ended or pipe.held or pipe.done or pipe.resume_at or pipe.gate.flow.granted):
+    relay.handle(pipe.source.fileno(), INCOMING, now)       # or recv() would skip an urgent byte
+    if pipe.gate and not (relay.ended or pipe.held or pipe.done or pipe.resume_at or pipe.gate.flow.granted):
         pipe.gate.reserve(pipe, now)
 
 
 def limits_of(tunnel: Tunnel) -> Tuple[Limits, Limits]:
     """Those in force, up and down."""
-    up, down = (pipe.gate.flow.limits if pipe.gate else () for pipe in (tunnel.up, tunnel.down))
+    up, down = (pipe.gate.flow.limits if pipe.gate else () for pipe in tunnel.pipes())
     return up, down

@@ -5,8 +5,8 @@ An event loop in the classic form: wait for events, let each tunnel move its byt
 tunnel is two descriptors and a few small objects: no thread, no buffer, no timer of its own. A tunnel that turns busy
 is lent to a thread of its own, which waits for its two sockets alone and sends the bytes through a kernel pipe; when it
 is quiet again the loop takes it back. The first moments of a tunnel are relayed in the thread that brings it, and where
-there is only select(), all of them. A UDP association is a Group: the loop has it like a tunnel, but is never without
-it, since it takes no more than a burst of datagrams at a time.
+there is only select(), all of them. A UDP association is a Relay as a tunnel is, but never busy, and its turns come
+when tunnels have had theirs: see Relay.
 
 Any thread may call `relay`, `watch`, `call_soon` and `stop`; everything else runs in the loop's thread, which alone
 closes sockets that it has registered. So no event can name a descriptor that was closed and used again: closing comes
@@ -22,32 +22,29 @@ import threading
 from collections import deque
 from functools import partial
 from time import monotonic, sleep
-from typing import Any, Callable, Deque, List, Set, Union
+from typing import Any, Callable, Deque, List, Set
 
 from ..net import affinity
 from ..net.poller import BATCH, READ
 from ..net.shares import Share
 from ..protocol.memory import give_back
 from . import splice
-from .busy import QUIET_S, borrow, relay_busy, relay_first
-from .group import Group, relay_alone
+from .busy import QUIET_S, borrow, relay_bursts, relay_busy, relay_first
 from .limited import Timers, read_on
 from .pipe import DONTWAIT
-from .tunnel import CLIENT, REMOTE, Tunnel
+from .relay import Relay
 from .watch import Bell, Registered, Watch, persist
-
-Relay = Union[Tunnel, Group]
 
 CROWD = 256                         # tunnels; when nearly all of so many have ended, their memory is given back
 SWEEP_S = 1.0                       # how late a time limit may be noticed; no wait is longer
-GROUPS_S = 0.0003                   # how long groups may relay before tunnels come again; a burst takes as long
+BURSTS_S = 0.0003                   # how long bursts may take before tunnels come again; one burst takes as long
 MAX_LENT = splice.MAX_PIPES         # threads of busy tunnels at a time; further ones stay in the loop
 MANY = hasattr(select, "poll")      # whether one thread can wait for thousands of descriptors
 
 
 class Loop:
-    """`ended(tunnel)` is called once for every tunnel or group when it is over, in the loop's thread or in that of
-    relay(): then close it. Where it says "tunnel" below, a group is meant as well, unless it says otherwise.
+    """`ended(tunnel)` is called once for every tunnel when it is over, in the loop's thread or in that of relay(): then
+    close it. Where it says "tunnel" here, any Relay is meant.
 
     `failed()` is called inside of an except block, for an exception that cost a tunnel its life: a bug of ours.
     """
@@ -83,9 +80,9 @@ class Loop:
 
     # ---- for any thread -------------------------------------------------------------------------------------------
 
-    def relay(self, tunnel: Any) -> None:
-        """Relay the first moments of a tunnel, and have the loop go on with it; of a group, the loop relays these as
-        well. The sockets are the loop's from here on. Raises OSError, and has not taken them, when that cannot be."""
+    def relay(self, tunnel: Relay) -> None:
+        """Relay the first moments of a tunnel, unless it has bursts, and have the loop go on with it. The sockets are
+        the loop's from here on. Raises OSError, and has not taken them, when that cannot be."""
         self._check_process()
         tunnel.moved_at = monotonic()
         for sock in tunnel.sockets():
@@ -96,11 +93,11 @@ class Loop:
             tunnel.lent = True
             self._tunnels.add(tunnel)
             self._first += 1
-        group = isinstance(tunnel, Group)
         if not MANY:
-            whole: Callable[[Any], None] = relay_alone if group else partial(relay_busy, until_quiet=False)
-            borrow(tunnel, whole, self._failed)
-        elif not group and self._alone.acquire(False):      # several threads would fight for the interpreter's lock
+            borrow(tunnel, relay_bursts if tunnel.bursts else relay_busy, self._failed)
+        elif tunnel.bursts:
+            tunnel.woken_by(self._wake)
+        elif self._alone.acquire(False):            # several threads would fight for the interpreter's lock
             borrow(tunnel, relay_first, self._failed)
             self._alone.release()
         if tunnel.ended or not self._taken_over(tunnel):
@@ -134,19 +131,19 @@ class Loop:
 
         Raises OSError when the system has no more to give, or the loop has stopped."""
         self._check_process()
-        watch = Watch(sock, spoke, self._registered.forget)
+        watch, fd = Watch(sock, spoke, self._registered.forget), sock.fileno()
         with self._gate:
             self._check_open()
-            self._poller.register(watch.fd, READ)
-            self._watched[watch.fd] = watch
+            self._poller.register(fd, READ)
+            self._watched[fd] = watch
 
     def call_soon(self, call: Callable[[], object]) -> None:
         """Have the loop's thread call it, after the events that it is busy with."""
         self._calls.append(call)
         self._bell.ring()
 
-    def change_all(self, change: Callable[[Tunnel], None]) -> None:
-        """Have change(tunnel) called for each tunnel that is no group, by the thread that has it."""
+    def change_all(self, change: Callable[[Any], None]) -> None:
+        """Have change(tunnel) called for each tunnel, by the thread that has it."""
         self.call_soon(partial(self._change_each, change))
 
     def abort_all(self, why: str) -> None:
@@ -196,10 +193,10 @@ class Loop:
         self._bell.close()
 
     def _serve(self) -> None:
-        poll, watched, paused, members = self._poller.poll, self._watched, self._timers.heap, self._registered.ready
+        poll, watched, paused, bursts = self._poller.poll, self._watched, self._timers.heap, self._registered.ready
         subject: Any = None
         while not self._stopping or self._lent or self._first or self._calls:
-            wait_s = 0.0 if members else self._timers.wait_s(SWEEP_S) if paused else SWEEP_S
+            wait_s = 0.0 if bursts else self._timers.wait_s(SWEEP_S) if paused else SWEEP_S
             ready = poll(wait_s, BATCH)
             now = monotonic()
             for fd, events in ready:
@@ -208,13 +205,13 @@ class Loop:
                 except KeyError:                # unregistered by an earlier event of this batch; or not published yet
                     continue
                 try:
-                    if subject.handle(CLIENT if fd == subject.fd else REMOTE, events, now):
+                    if subject.handle(fd, events, now):
                         self._look_at(subject)
                 except Exception:               # one exception costs one tunnel
-                    self._bug(fd, subject)
+                    self._bug(subject)
             subject = None                      # keep no tunnel alive while the loop waits
-            if members:
-                self._relay_groups(now)
+            if bursts:
+                self._relay_bursts(now)
             if paused and paused[0][0] <= now:
                 self._go_on(now)
             self._run_calls()
@@ -224,28 +221,28 @@ class Loop:
             if self._over:
                 self._close_ended()
 
-    def _relay_groups(self, now: float) -> None:
-        """Relay the next bursts of groups, in turns, before the tunnels are looked at again: one at the least."""
-        members, until = self._registered.ready, monotonic() + GROUPS_S
-        while members:
-            member = next(iter(members))
-            events, group = members.pop(member), member.group
+    def _relay_bursts(self, now: float) -> None:
+        """Relay the next bursts, in turns, before the tunnels are looked at again: one at the least."""
+        ready, until = self._registered.ready, monotonic() + BURSTS_S
+        while ready:
+            fd = next(iter(ready))
+            relay, events = ready.pop(fd)
             try:
-                if not group.ended and group.handle(member.fd, events, now):
-                    self._look_at(group)
+                if not relay.ended and relay.handle(fd, events, now):
+                    self._look_at(relay)
             except Exception:
-                self._bug(-1, group)
+                self._bug(relay)
             if monotonic() >= until:
                 return
 
     def _go_on(self, now: float) -> None:
         """Read from the directions that were paused until now."""
-        for tunnel, side in self._timers.due(now):
+        for tunnel, pipe in self._timers.due(now):
             try:
-                read_on(tunnel, side, now)
+                read_on(tunnel, pipe, now)
                 self._look_at(tunnel)
             except Exception:
-                self._bug(-1, tunnel)
+                self._bug(tunnel)
 
     def _run_calls(self) -> None:
         while self._calls:
@@ -254,27 +251,23 @@ class Loop:
             except Exception:
                 self._failed()
 
-    def _look_at(self, tunnel: Any) -> None:
+    def _look_at(self, tunnel: Relay) -> None:
         """After an event that changed more than bytes: has it ended, is it busy, what is to be waited for?"""
         if tunnel.ended:
             self._over.append(tunnel)
             self._registered.remove(tunnel)
             return
-        group = isinstance(tunnel, Group)
-        if not group and tunnel.busy() and splice.available and self._threads.take(tunnel.owner):
+        if tunnel.busy() and splice.available and self._threads.take(tunnel.owner):
             self._registered.remove(tunnel)
             self._lend(tunnel)
             return
         self._registered.renew(tunnel)
-        if not group and tunnel.paused():
+        if tunnel.paused():
             self._timers.note(tunnel)
 
-    def _bug(self, fd: int, subject: Any) -> None:
+    def _bug(self, subject: object) -> None:
         self._failed()
-        if not isinstance(subject, (Tunnel, Group)):
-            if subject is not self._bell:
-                self._registered.forget(fd)
-        elif subject not in self._over:
+        if isinstance(subject, Relay) and subject not in self._over:
             subject.end("server", "a bug of the server")
             self._over.append(subject)
             self._registered.remove(subject)
@@ -311,12 +304,11 @@ class Loop:
         except Exception:
             self._failed()
 
-    def _change_each(self, change: Callable[[Tunnel], None]) -> None:
+    def _change_each(self, change: Callable[[Any], None]) -> None:
         with self._gate:
             for tunnel in self._tunnels:
-                if isinstance(tunnel, Tunnel):
-                    tunnel.change = change          # the thread of a lent tunnel sees it soon
-                    self._calls.append(partial(self._change, tunnel))
+                tunnel.change = change              # the thread of a lent tunnel sees it soon
+                self._calls.append(partial(self._change, tunnel))
 
     def _change(self, tunnel: Relay) -> None:
         """Do what another thread has asked for, and take note of a pause, if the loop has the tunnel."""
@@ -326,11 +318,11 @@ class Loop:
             tunnel.change_now()
             self._look_at(tunnel)
         except Exception:
-            self._bug(-1, tunnel)
+            self._bug(tunnel)
 
-    def _woken(self, group: Group) -> None:
-        """By any thread: something has come for this group."""
-        self.call_soon(partial(self._change, group))
+    def _wake(self, tunnel: Relay) -> None:
+        """By any thread: have the loop call change_now()."""
+        self.call_soon(partial(self._change, tunnel))
 
     def _abort_each(self, why: str) -> None:
         with self._gate:                            # a lent tunnel must not be closed meanwhile
@@ -354,19 +346,17 @@ class Loop:
     def _register(self, tunnel: Relay) -> bool:
         """Whether the loop has it now, and may have ended it already; or else the tunnel has ended here."""
         try:
-            if isinstance(tunnel, Group):
-                tunnel.waker = self._woken          # before an event comes
-            self._registered.add(tunnel)
+            self._registered.renew(tunnel)
         except OSError as exc:
             tunnel.end("server", exc.strerror or str(exc))
             return False
-        if isinstance(tunnel, Tunnel) and (tunnel.change or tunnel.paused()):
-            self.call_soon(partial(self._change, tunnel))
+        if tunnel.change or tunnel.paused():
+            self._wake(tunnel)
         return True
 
     # ---- tunnels in threads of their own --------------------------------------------------------------------------
 
-    def _lend(self, tunnel: Tunnel) -> None:
+    def _lend(self, tunnel: Relay) -> None:
         """Give a busy tunnel a thread of its own, and take it back when there is none to be had."""
         tunnel.lent = True
         self._lent += 1
@@ -375,13 +365,13 @@ class Loop:
         except (RuntimeError, MemoryError):
             self._take_back(tunnel)
 
-    def _relay_busy(self, tunnel: Tunnel) -> None:
+    def _relay_busy(self, tunnel: Relay) -> None:
         """The thread of a busy tunnel."""
         affinity.unpin()
         borrow(tunnel, partial(relay_busy, until_quiet=True), self._failed)
         self.call_soon(lambda: self._take_back(tunnel))
 
-    def _take_back(self, tunnel: Tunnel) -> None:
+    def _take_back(self, tunnel: Relay) -> None:
         tunnel.lent = False
         self._lent -= 1
         if MANY:                                        # else all are lent, whatever their number
@@ -391,6 +381,7 @@ class Loop:
         if tunnel.ended:
             self._over.append(tunnel)
             return
-        tunnel.up.large = tunnel.down.large = 0
+        for pipe in tunnel.pipes():
+            pipe.large = 0
         if not self._register(tunnel):
             self._over.append(tunnel)

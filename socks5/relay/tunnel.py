@@ -9,72 +9,53 @@ the other, so that a download which was cut off never looks complete. Urgent dat
 from __future__ import annotations
 
 import socket
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Tuple
 
 from ..net.poller import HANG_UP, READ, URGENT, WRITE
 from .pipe import Broken, Pipe, error_of, reset_on_close
+from .relay import UNREGISTERED, Relay
 
-CLIENT, REMOTE = 0, 1                   # the two sides
 INCOMING = READ | URGENT                # what a source is asked for
 FAILED = ~(READ | URGENT | WRITE)       # a hang-up or an error, which poll() and epoll report without being asked
-UNREGISTERED = -1                       # in the place of events
 QUIET = INCOMING, INCOMING              # what nearly all tunnels want, who share this tuple
 BUSY_READS = 4                          # so many large reads in one direction make a tunnel busy,
 BUSY_S = 0.1                            # if they come in so short a time
 
 
-class Tunnel:
+class Tunnel(Relay):
     """A client, a remote, and a Pipe for each direction. Both sockets are the owner's, who closes them by close().
 
-    session         whatever the owner wants to find again
-    owner           the client's share of kernel pipes and threads is counted by this: see net/shares.py
     up, down        client to remote, remote to client
     idle_s          seconds without a byte after which the tunnel ends, 0 for never; half_closed_s after the first EOF
-    moved_at        when a byte was last moved, by time.monotonic()
     counted_until   when its pipes begin to count large reads anew
-    fd              the client's descriptor, by which the loop tells the sides apart
-    watched         the events for which the loop has registered each side; UNREGISTERED for none
+    fd              the client's descriptor, which tells the sides apart
     hung_up         the sides that are closed both ways, as bits 1 (client) and 2 (remote)
-    lent            a thread of its own has it: the loop must not touch it
-    change          set by another thread: to be called with the tunnel by the thread that has it; see change_now
-    aborted         set by another thread: the tunnel is to end, for this reason
-    ended           it is over, and `close` may be called
-    ended_by        "client" or "remote", which said EOF or failed first; "idle", "half-closed", or why it was aborted
-    why             the error that ended it, or ""
     """
 
-    __slots__ = ("session", "owner", "client", "remote", "up", "down", "idle_s", "half_closed_s", "moved_at",
-                 "counted_until", "fd", "watched", "hung_up", "lent", "change", "aborted", "ended", "ended_by", "why")
+    __slots__ = ("client", "remote", "up", "down", "idle_s", "half_closed_s", "counted_until", "fd", "hung_up")
+    bursts = False
 
     def __init__(self, client: socket.socket, remote: socket.socket, early: bytes = b"", idle_s: float = 0,
                  half_closed_s: float = 0, session: Any = None, owner: str = "") -> None:
         """`early` is what the client has sent behind its request."""
-        self.session = session
-        self.owner = owner
+        Relay.__init__(self, session, owner)        # faster than super()
         self.client = client
         self.remote = remote
         self.up = Pipe(client, remote, early)
         self.down = Pipe(remote, client)
         self.idle_s = idle_s
         self.half_closed_s = half_closed_s
-        self.moved_at = 0.0
         self.counted_until = 0.0
-        self.fd = -1
-        self.watched = (UNREGISTERED, UNREGISTERED)
+        self.fd = client.fileno()
         self.hung_up = 0
-        self.lent = False
-        self.change: Optional[Callable[[Any], None]] = None
-        self.aborted = ""
-        self.ended = False
-        self.ended_by = ""
-        self.why = ""
 
     def sockets(self) -> Tuple[socket.socket, ...]:
         return self.client, self.remote
 
+    def fds(self) -> Tuple[int, int]:
+        return self.fd, self.remote.fileno()
+
     def interest(self) -> Tuple[int, int]:
-        """The events to wait for now, of the client and of the remote. 0 still reports a failure; UNREGISTERED is for
-        a side that has nothing more to report."""
         up, down = self.up, self.down
         client = 0 if up.done or up.held or up.resume_at else INCOMING
         remote = 0 if down.done or down.held or down.resume_at else INCOMING
@@ -87,9 +68,8 @@ class Tunnel:
             remote = remote or (UNREGISTERED if self.hung_up & 2 else 0)
         return QUIET if client == remote == INCOMING else (client, remote)
 
-    def handle(self, side: int, events: int, now: float) -> bool:
-        """Move bytes after an event on one side. True when the owner has to look: at `ended`, `busy`, `interest`."""
-        mine, other = (self.up, self.down) if side == CLIENT else (self.down, self.up)
+    def handle(self, fd: int, events: int, now: float) -> bool:
+        mine, other = (self.up, self.down) if fd == self.fd else (self.down, self.up)
         try:
             if events == READ and not mine.held and not mine.done:      # nearly always
                 filled = mine.fill() if mine.gate is None else mine.gate.fill(mine, mine.fill)
@@ -117,7 +97,7 @@ class Tunnel:
                     acted = look = True
                     self.moved_at = now
             if events & FAILED and not acted:
-                return self._look_at_failure(mine, side, events)
+                return self._look_at_failure(mine, events)
             return look
         except Broken as exc:
             self._fail(exc)
@@ -135,42 +115,38 @@ class Tunnel:
             up.large = down.large = 0
         return False
 
-    def moved(self) -> int:
-        """Bytes that were delivered, both ways."""
-        return self.up.total + self.down.total
+    def pipes(self) -> Tuple[Pipe, Pipe]:
+        return self.up, self.down
+
+    def moved(self) -> Tuple[int, int]:
+        return self.up.total, self.down.total
+
+    def state(self) -> str:
+        return "half-closed" if self.up.done or self.down.done else "relaying"
 
     def limit(self) -> Tuple[float, str]:
         """The time limit in force, in seconds (0: none), and its name."""
         return (self.half_closed_s, "half-closed") if self.up.done or self.down.done else (self.idle_s, "idle")
 
     def paused(self) -> bool:
-        """Whether a rate limit holds a direction back."""
         return bool(self.up.resume_at or self.down.resume_at)
 
     def deadline(self) -> float:
-        """When the time limit ends the tunnel, if no byte moves before. A paused tunnel is not idle."""
+        """When the time limit ends it, if no byte moves before. A paused tunnel is not idle."""
         limit_s, _name = self.limit()
         return self.moved_at + limit_s if limit_s and not self.paused() else float("inf")
 
     def expire(self) -> None:
-        """End it because its deadline has passed."""
         limit_s, name = self.limit()
         self.end(name, "nothing moved for %g s" % limit_s)
 
-    def change_now(self) -> None:
-        """By the thread that has the tunnel: make the change that another has asked for."""
-        change, self.change = self.change, None
-        if change is not None:
-            change(self)
-
     def end(self, by: str, why: str = "") -> None:
         """End it by our own decision: both sides are reset."""
-        self.ended, self.ended_by, self.why = True, by, why
+        super().end(by, why)
         reset_on_close(self.client)
         reset_on_close(self.remote)
 
     def close(self) -> None:
-        """Close the remote and what is in hand; the client's socket is closed with its session."""
         for pipe in (self.up, self.down):
             if pipe.held or pipe.kernel is not None or pipe.gate is not None:
                 pipe.close()
@@ -192,16 +168,17 @@ class Tunnel:
         except OSError:                     # the sink is dead, and its own direction will say so
             pass
 
-    def _look_at_failure(self, pipe: Pipe, side: int, events: int) -> bool:
+    def _look_at_failure(self, pipe: Pipe, events: int) -> bool:
         """A side of which nothing is wanted has failed; or is closed both ways, which would be reported for ever."""
+        side = 1 if pipe is self.up else 2
         if pipe.resume_at:                  # what has come before is read when it is time, and then the error
-            self.hung_up |= 1 << side
+            self.hung_up |= side
             return True
         error = error_of(pipe.source)
         if error:
             raise Broken(pipe.source, error)
         if events & HANG_UP:
-            self.hung_up |= 1 << side
+            self.hung_up |= side
         return True
 
     def _fail(self, broken: Broken) -> None:
@@ -213,15 +190,3 @@ class Tunnel:
 
     def _name_of(self, sock: socket.socket) -> str:
         return "client" if sock is self.client else "remote"
-
-
-def rewatch(poller: Any, fd: int, before: int, wanted: int) -> None:
-    """Have a poller of net/poller.py wait for the events `wanted` in place of those `before`. Raises OSError."""
-    if wanted == before:
-        return
-    if before == UNREGISTERED:
-        poller.register(fd, wanted)
-    elif wanted == UNREGISTERED:
-        poller.unregister(fd)
-    else:
-        poller.modify(fd, wanted)

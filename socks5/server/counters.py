@@ -115,8 +115,8 @@ class Meter:
     def begin(self, session: Any) -> None:
         """A Session was admitted."""
 
-    def udp(self, session: Any, association: Any) -> None:
-        """What an Association has done until now."""
+    def relayed(self, session: Any, relay: Any) -> None:
+        """Its tunnel or association has ended."""
 
     def ended(self, session: Any) -> None:
         """It is over, and its facts are final. Of a session with a record."""

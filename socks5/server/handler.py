@@ -41,11 +41,12 @@ from ..protocol.proxy import begins
 from ..protocol.trace import M, Sent
 from ..relay.loop import Loop
 from ..relay.protected import ProtectedTunnel
+from ..relay.relay import Relay
 from ..relay.tunnel import Tunnel
 from .counters import Meter
 from .inbox import Inbox, InboxFile, LoginWait, Outbox, linger
 from .principal import by_gssapi
-from .session import Relay, Session
+from .session import Session
 from .sessions import HEAVIEST, Full, Sessions
 
 log = logging.getLogger(__name__)

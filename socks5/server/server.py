@@ -28,11 +28,12 @@ from ..net.shares import Ports
 from ..protocol.errors import name_of
 from ..protocol.facts import Facts
 from ..relay.loop import Loop
+from ..relay.relay import Relay
 from . import acceptors, tracing
 from .counters import Counts, Meter, Shared
 from .handler import Handler, method_table
 from .newcomers import COMPLAIN_EVERY_S, REFUSED, Newcomers
-from .session import Relay, Session, Table, tell
+from .session import Session, Table, tell
 from .sessions import UNKNOWN, Full, Sessions, Teller
 
 log = logging.getLogger(__name__)
@@ -322,18 +323,17 @@ class Server(Newcomers):
     def relay(self, tunnel: Relay) -> None:
         """Relay a tunnel, the first moments in this thread; or an association. OSError: the loop cannot take it."""
         session: Session = tunnel.session
-        session.relay(tunnel)
+        session.relay = tunnel
         try:
             self.relay_loop().relay(tunnel)
         except BaseException:
-            session.tunnel = session.association = None
+            session.relay = None
             raise
 
     def _tunnel_ended(self, tunnel: Relay) -> None:
         """In the relay loop's thread, or in its handler's."""
         session: Session = tunnel.session
-        if session.association:
-            self.meter.udp(session, session.association)
+        self.meter.relayed(session, tunnel)
         tunnel.close()
         session.over(tunnel)
         self.end_session(session)
@@ -344,7 +344,7 @@ class Server(Newcomers):
         if not session:
             if request.fileno() >= 0:                           # else the session is over, and has closed it
                 self.close_request(request)
-        elif not session.tunnel and not session.association:
+        elif not session.relay:
             self.end_session(session)
 
     def close_request(self, request: Any) -> None:

@@ -12,16 +12,14 @@ from functools import cached_property
 from time import monotonic
 from typing import Any, Dict, Iterable, Optional, Tuple, Union
 
-from ..commands.udp import Association
 from ..net.addresses import Endpoint
 from ..protocol.facts import NOTHING, Facts, FactsRecord
 from ..protocol.fields import Host, text
 from ..protocol.messages import Address
-from ..relay.tunnel import Tunnel
+from ..relay.relay import Relay
 from .inbox import Record
 
 log = logging.getLogger(__name__)
-Relay = Union[Tunnel, Association]
 
 LIVE = ("live id=%(id)d client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s state=%(state)s age=%(age).1f "
         "idle=%(idle)s up=%(up)d down=%(down)d rate=%(rate)d")
@@ -34,6 +32,7 @@ class Session:
     origin      what shares one limit: an IPv4 address, an IPv6 /64
     reached     the address that answered (CONNECT; the upstream's, if there is one) or called (BIND)
     rep         the name of the last reply's REP
+    relay       its tunnel or association, as long as there is one
     up, down    bytes from the client and to it, once the session is over; `moved` knows them before
     ended_by    "client", "remote", or the reason why we ended it; `why` is the error behind it
     notes       what is to be added to `why`
@@ -42,7 +41,7 @@ class Session:
     """
 
     __slots__ = ("number", "client", "origin", "sock", "started", "ended_at", "user", "cmd", "dst", "reached", "rep",
-                 "tunnel", "association", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
+                 "relay", "up", "down", "ended_by", "why", "notes", "greeted", "leaving", "weight",
                  "story", "record", "extended_s", "judged", "counted_as")
 
     def __init__(self, client: Endpoint, origin: str, sock: socket.socket) -> None:
@@ -57,8 +56,7 @@ class Session:
         self.dst: Optional[Address] = None
         self.reached: Union[Endpoint, Address, None] = None
         self.rep = ""
-        self.tunnel: Optional[Tunnel] = None
-        self.association: Optional[Association] = None
+        self.relay: Optional[Relay] = None
         self.judged: Optional[Host] = None
         self.counted_as: Optional[bytes] = None
         self.up = 0
@@ -102,43 +100,29 @@ class Session:
 
     def moved(self) -> Tuple[int, int]:
         """Bytes up and down until now."""
-        tunnel, association = self.tunnel, self.association     # the relay loop may take them away meanwhile
-        if tunnel:
-            return tunnel.up.total, tunnel.down.total
-        return (association.up, association.down) if association else (self.up, self.down)
-
-    def relay(self, relay: Relay) -> None:
-        """It has this tunnel or association from now on, until `over`."""
-        if isinstance(relay, Association):
-            self.association = relay
-        else:
-            self.tunnel = relay
+        relay = self.relay                          # the relay loop may take it away meanwhile
+        return relay.moved() if relay else (self.up, self.down)
 
     def over(self, relay: Relay) -> None:
         """Its tunnel or association has ended: keep what that has done, and let go of it."""
-        self.up, self.down = self.moved()
-        if relay is self.association:               # we may have shut its connection down: that, not the EOF, is why
-            self.ended_by, self.why = self.ended_by or relay.ended_by, self.why or relay.why
-            self.notes = relay.summary()
-        else:
-            self.ended_by, self.why = relay.ended_by, relay.why
-        self.tunnel = self.association = relay.session = None
+        self.up, self.down = relay.moved()
+        # We may have shut its connection down: that, not the EOF, is why.
+        self.ended_by, self.why = self.ended_by or relay.ended_by, self.why or relay.why
+        self.notes = relay.summary() or self.notes
+        self.relay = relay.session = None
 
     def idle_s(self, now: float) -> Optional[float]:
         """For how many seconds no byte was relayed; None before there is a relay."""
-        relay = self.tunnel or self.association
+        relay = self.relay
         return max(0.0, now - max(relay.moved_at, self.started)) if relay else None
 
     def state(self) -> str:
         """What it is doing, in a word."""
-        tunnel = self.tunnel
-        relay = tunnel or self.association
+        relay = self.relay
         if self.ended_by or (relay and (relay.ended or relay.aborted)):
             return "closing"
-        if tunnel:
-            return "half-closed" if tunnel.up.done or tunnel.down.done else "relaying"
         if relay:
-            return "relaying"
+            return relay.state()
         return "waiting" if self.cmd == "BIND" and self.rep else "connecting" if self.cmd else "negotiating"
 
     def step(self, word: str, **facts: object) -> None:

@@ -258,10 +258,10 @@ class Sessions:
             self._closed = True
 
     def abort(self, why: str) -> None:
-        """End every session that has no tunnel; the relay loop ends the others."""
+        """End every session that has no tunnel or association; the relay loop ends the others."""
         with self._lock:
             for session in self._live.values():
-                if not session.tunnel:
+                if not session.relay:
                     self._shut(session, why)
 
     def wait_empty(self, timeout_s: float, hurry: threading.Event) -> bool:

@@ -21,6 +21,7 @@ from ..commands.udp import BEYOND, Association
 from ..net.writer import lost_in_all
 from ..protocol.codes import Cmd, Rep
 from ..protocol.messages import Request
+from ..relay.relay import Relay
 from ..server import counters
 from ..server.session import Session
 from ..server.sessions import Sessions
@@ -136,10 +137,11 @@ class Meter(counters.Meter):
     def begin(self, session: Session) -> None:
         session.record = []
 
-    def udp(self, session: Session, association: Association) -> None:
-        with self._lock:
-            if not session.ended_at:
-                self._count_udp(self._counted.setdefault(session, Counted()), association)
+    def relayed(self, session: Session, relay: Relay) -> None:
+        if isinstance(relay, Association):              # the bytes are the session's facts
+            with self._lock:
+                if not session.ended_at:
+                    self._count_udp(self._counted.setdefault(session, Counted()), relay)
 
     def ended(self, session: Session) -> None:
         table, rep, up, down = self._table, session.rep, session.up, session.down
@@ -180,7 +182,7 @@ class Meter(counters.Meter):
         for number, session in enumerate(sessions):
             if number % AT_ONCE == AT_ONCE - 1:
                 sleep(0)                                # let others have the interpreter
-            association = session.association
+            relay = session.relay
             states[session.state()] += 1
             held[rates.held_back(session, now)] += 1
             with self._lock:
@@ -192,8 +194,8 @@ class Meter(counters.Meter):
                     counted.up, counted.down = up, down
                     if session.rep and not counted.answered:
                         counted.answered = self._count_answer(session)
-                    if association:
-                        self._count_udp(counted, association)
+                    if isinstance(relay, Association):
+                        self._count_udp(counted, relay)
         lost = lost_in_all()
         self._table[PLACES["lost", ""]] += lost - self._lost
         self._lost = lost
