@@ -53,7 +53,8 @@ SERVICE_UNIT = readme_block("ini", "[Service]")
 def listening_on(pid, port):
     """Whether the process has a descriptor of the socket that listens there."""
     with open("/proc/net/tcp") as lines:
-        inodes = {fields[9] for fields in map(str.split, lines) if fields[1] == "0100007F:%04X" % port}
+        inodes = {fields[9] for fields in map(str.split, lines)
+                  if fields[1] == "0100007F:%04X" % port and fields[3] == "0A"}         # LISTEN, in net/tcp_states.h
     links = []
     with contextlib.suppress(OSError):                      # it has ended
         for fd in os.listdir("/proc/%d/fd" % pid):
