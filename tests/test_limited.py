@@ -132,8 +132,8 @@ class EarlyDataTest(unittest.TestCase):
             for tunnel in tunnels:
                 timers.note(tunnel)
             now += 1
-            self.assertEqual([tunnel for tunnel, _side in timers.due(now)], tunnels[1:2])
-            read_on(tunnels[1], 0, now)
+            self.assertEqual([tunnel for tunnel, _pipe in timers.due(now)], tunnels[1:2])
+            read_on(tunnels[1], tunnels[1].up, now)
             self.assertEqual((tunnels[1].interest()[1] & WRITE, tunnels[1].up.gate.flow.granted), (WRITE, 0))
             tunnels[2].close()                              # what was reserved for it is for others
             self.assertEqual(rate.reserve(1000, now), now + 0.9)
