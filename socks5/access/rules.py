@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -17,7 +18,7 @@ from ..config import Config, ConfigError
 from ..values import DIRECT, Network, Rate, Upstream, network, rate
 from .files import read_lines
 from ..protocol.fields import Host
-from ..protocol.memory import emptied, remembered
+from ..protocol.memory import when_given_back
 
 IP = Union[IPv4Address, IPv6Address]
 
@@ -169,7 +170,7 @@ class Rules:
         for rule in self.rules:
             if rule.via not in (None, DIRECT, *(upstream.name for upstream in self.config.upstream)):
                 raise ConfigError("%s: no --upstream is called %s" % (rule.where, ascii(rule.via)))
-        vars(self).update(self.remembered())
+        self.begin()
         opener = self.opener()
         if path and opener and not self.config.open:
             raise ConfigError("%s: lets in every client that reaches %s; add 'from CIDR' or 'user NAME' to this rule, "
@@ -181,12 +182,21 @@ class Rules:
 
     def __setstate__(self, state: Dict[str, object]) -> None:
         vars(self).update(state)
+        self.begin()
+
+    def begin(self) -> None:
+        self.forget()
+        when_given_back(self.forget)
+
+    def forget(self) -> None:
+        """Begin anew with what is remembered."""
         vars(self).update(self.remembered())
 
     def remembered(self) -> Dict[str, object]:
         """What takes the place of these attributes, and is bounded."""
-        return {"pairs": {}, "known": emptied(Known()),
-                "judge": remembered(VERDICTS)(self.judge), "concerning": remembered(ASKERS)(self.concerning)}
+        kind = type(self)
+        return {"pairs": {}, "known": Known(), "judge": lru_cache(VERDICTS)(partial(kind.judge, self)),
+                "concerning": lru_cache(ASKERS)(partial(kind.concerning, self))}
 
     def __len__(self) -> int:
         return len(self.rules)

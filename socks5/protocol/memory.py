@@ -12,21 +12,22 @@ from typing import Any, Callable, List, TypeVar
 
 T = TypeVar("T")
 
-_remembered: List["weakref.ref[Any]"] = []         # weak: rules that were read again go
+_forget: List[Callable[[], Any]] = []           # each gives a function that forgets; None when its object is gone
 
 
 def remembered(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Decorate a function by functools.lru_cache(most), until memory is given back."""
+    """Decorate a function of a module by functools.lru_cache(most), until memory is given back."""
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
-        return emptied(lru_cache(most)(function))
+        cache = lru_cache(most)(function)
+        _forget.append(lambda: cache.cache_clear)
+        return cache
 
     return decorate
 
 
-def emptied(cache: T) -> T:
-    """Have an lru_cache, or an instance of a subclass of dict, emptied when memory is given back."""
-    _remembered[:] = [one for one in _remembered if one() is not None] + [weakref.ref(cache)]
-    return cache
+def when_given_back(forget: Callable[[], object]) -> None:
+    """Have this method called when memory is given back, as long as its object lives."""
+    _forget[:] = [one for one in _forget if one()] + [weakref.WeakMethod(forget)]
 
 
 def give_back(*tables: Any) -> None:
@@ -36,9 +37,7 @@ def give_back(*tables: Any) -> None:
         kept = table.copy()
         table.clear()
         table.update(kept)
-    for one in _remembered[:]:
-        cache = one()
-        if cache is not None:
-            (cache.clear if isinstance(cache, dict) else cache.cache_clear)()
+    for forget in filter(None, [one() for one in _forget]):
+        forget()
     if gc.get_freeze_count():                   # or it would look at all objects of a larger program
         gc.collect()
