@@ -185,12 +185,14 @@ class Rules:
         self.begin()
 
     def begin(self) -> None:
-        self.forget()
+        vars(self).update(self.remembered())
         when_given_back(self.forget)
 
     def forget(self) -> None:
-        """Begin anew with what is remembered."""
-        vars(self).update(self.remembered())
+        """Empty what is remembered."""
+        self.known.clear()
+        for name in "judge", "concerning":
+            vars(self)[name].cache_clear()
 
     def remembered(self) -> Dict[str, object]:
         """What takes the place of these attributes, and is bounded."""
