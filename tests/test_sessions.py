@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from unittest import mock
 
 from socks5.server import session as one_session, sessions
-from socks5.server.counters import GIVEN, Shared
+from socks5.server.counters import GIVEN, ORIGINS, Shared
 from socks5.server.session import Session
 from socks5.server.sessions import Full, Sessions
 from socks5.net.addresses import Endpoint
@@ -148,11 +148,14 @@ class Eviction(Case):
         What is evicted is not counted any more, and is not counted twice when it goes."""
         shared = Shared(2)
         here, there = (Sessions(6, counts=shared.row(row)) for row in range(2))
-        silent = [self.admit(live, "192.0.2.%d" % number) for number, live in enumerate([here, there] * 3)]
-        shared.row(1).add("198.51.100.1", 1)
-        self.assertRaises(Full, self.admit, here, "203.0.113.1")
+        # By chance two origins meet in one place of Counts, and would count as one.
+        places = {hash(origin) % ORIGINS: origin for origin in map("192.0.2.{}".format, range(20))}
+        another, newcomer, *origins = places.values()
+        silent = [self.admit(live, origin) for live, origin in zip([here, there] * 3, origins)]
+        shared.row(1).add(another, 1)
+        self.assertRaises(Full, self.admit, here, newcomer)
         self.now += 5
-        self.admit(here, "203.0.113.1")
+        self.admit(here, newcomer)
         self.assertEqual([self.shut(one) for one in silent], [True, False, True, False, False, False])
         self.assertEqual(shared.row(0).live(), 6)
         for one in silent[::2]:
