@@ -10,7 +10,7 @@
         messages      every message of SOCKS5
         proxy         the PROXY header, in which a load balancer names the client
         facts         typed values of a line in the log, and how text shows them
-        memory        functions that remember results, until memory is given back
+        memory        caches, giving memory back, and going on when it has run out
         envelope      messages encapsulated by a security context: RFC 1961
         trace         a message explained, field by field
     access/           who may do what

@@ -141,6 +141,7 @@ class TextFormatter(logging.Formatter):
 
 @remembered(1)
 def time_of(second: int) -> str:
+    """In local time. Formatted once a second."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 

@@ -110,7 +110,7 @@ class Obeying(Case):
         made.running, made.close = lambda: not made.told, lambda: None
         made.signals = mock.MagicMock()
         made.signals.wait.side_effect = [MemoryError(), {Order.STOP}]
-        with mock.patch.object(control, "sleep"):
+        with mock.patch("socks5.protocol.memory.REST_S", 0):
             self.assertEqual(made.run(), 0)
         self.assertEqual(made.told, [Order.STOP])
 

@@ -696,7 +696,7 @@ class TrapTest(LoopTest):
                 raise failures.pop()
             return poll(*args)
 
-        with mock.patch("socks5.relay.watch.REST_S", 0), \
+        with mock.patch("socks5.protocol.memory.REST_S", 0), \
                 mock.patch.object(self.loop, "_run_calls", side_effect=[MemoryError(), *[None] * 1000]):
             self.loop._poller.poll = failing
             standing.echo()

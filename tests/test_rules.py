@@ -368,7 +368,7 @@ class OpenProxy(Case):
                 ("clients are limited", ["allow"], {"allow_from": (ip_network("10.0.0.0/8"),)}),
                 ("by the rule", ["allow from 10.0.0.0/8", "allow user bob"], {}),
                 ("by a rule before", ["allow from 10.0.0.0/8", "deny", "allow"], {}),
-                ("by one that says so", ["deny to any", "allow"], {})):
+                ("by a rule for any destination", ["deny to any", "allow"], {})):
             with self.subTest(name):
                 self.assertTrue(self.rules(*lines, **dict({"listen": ("0.0.0.0",)}, **options)))
 

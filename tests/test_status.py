@@ -472,7 +472,7 @@ class Processes(unittest.TestCase):
 
         shared = Shared(1)
         with socks5.Server(Config(port=0)) as server, mock.patch("socks5.status.beside.SWEEP_S", 0.01), \
-                mock.patch("socks5.relay.watch.REST_S", 0), mock.patch.object(Meter, "sweep", sweep):
+                mock.patch("socks5.protocol.memory.REST_S", 0), mock.patch.object(Meter, "sweep", sweep):
             status = beside.Status(server.config, shared, [], [], None)
             status.attend(server, 0)
             self.assertTrue(counted.wait(PATIENCE_S))

@@ -185,11 +185,12 @@ class Rules:
         self.begin()
 
     def begin(self) -> None:
+        """Start with empty caches, which are emptied again when memory is given back."""
         vars(self).update(self.remembered())
         when_given_back(self.forget)
 
     def forget(self) -> None:
-        """Empty what is remembered."""
+        """Empty the caches."""
         self.known.clear()
         for name in "judge", "concerning":
             vars(self)[name].cache_clear()

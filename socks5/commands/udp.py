@@ -39,7 +39,7 @@ OnDatagram = Callable[[str, bytes, Sockaddr], None]
 
 HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, ATYP, 16 of IPv6, port
 BEYOND = "beyond the rate"
-LOOKS = 4                       # headers in one burst that are not known yet: each takes as long as ten others, or more
+LOOKS = 4                       # new headers to parse and judge in one burst; with many rules each takes milliseconds
 FORGET_S = 30.0                 # how long a name stands for the same address
 ALONE_S = 0.001                 # a datagram that comes so long after the one before: no burst is expected
 BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)

@@ -5,10 +5,11 @@ Runs in the main thread, which does nothing else.
 from __future__ import annotations
 
 import logging
-from time import monotonic, sleep
+from time import monotonic
 from typing import Callable, Iterable, List, Optional, Set
 
 from ..config import Config, ConfigError
+from ..protocol.memory import persist
 from .companion import Companion
 from .files import Access, Exhausted, Files, fresh_access
 from .orders import Order
@@ -20,7 +21,6 @@ log = logging.getLogger(__name__)
 NEVER = float("inf")
 RELOAD_EVERY_S = 1.0            # at most so often; and a reload that failed for want of resources is tried again
 OVERDUE_S = 5.0                 # beyond the drain timeout: then what has not stopped is killed
-REST_S = 0.1                    # when memory has run out
 ABORT_S = 2.0                   # the same after a second signal
 
 
@@ -53,14 +53,15 @@ class Control:
         with self.signals:
             ready()
             self.notifier.ready("serving")
-            while self.running():
-                try:
-                    self.turn()
-                except MemoryError:                     # the next time there may be more
-                    sleep(REST_S)
+            persist(self.serve)
             self.companion.close()
         self.close()
         return self.status
+
+    def serve(self) -> None:
+        """Until all servers have ended."""
+        while self.running():
+            self.turn()
 
     def turn(self) -> None:
         """Wait for what is due next, and do it."""

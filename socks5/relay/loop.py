@@ -27,13 +27,13 @@ from typing import Any, Callable, Deque, List, Set
 from ..net import affinity
 from ..net.poller import BATCH, READ
 from ..net.shares import Share
-from ..protocol.memory import give_back
+from ..protocol.memory import give_back, persist
 from . import splice
 from .busy import QUIET_S, borrow, relay_bursts, relay_busy, relay_first
 from .limited import Timers, read_on
 from .pipe import DONTWAIT
 from .relay import Relay
-from .watch import Bell, Registered, Watch, persist
+from .watch import Bell, Registered, Watch
 
 CROWD = 256                         # tunnels; when nearly all of so many have ended, their memory is given back
 SWEEP_S = 1.0                       # how late a time limit may be noticed; no wait is longer

@@ -20,7 +20,7 @@ class Relay:
     moved_at        when a byte was last moved, by time.monotonic()
     watched         the events for which the loop has registered each of `fds`; further ones are not registered
     lent            another thread than the loop's has it: the loop must not touch it
-    change          set by another thread: to be called with this by the thread that has it; see change_now
+    change          a function, set by another thread: the thread that relays this calls change(self) in change_now()
     aborted         set by another thread: it is to end, for this reason
     ended           it is over, and `close` may be called
     ended_by        "client" or "remote", which said EOF or failed first; "idle", "half-closed", or why it was aborted
@@ -42,15 +42,16 @@ class Relay:
         self.ended_by = ""
         self.why = ""
 
-    # ---- for the thread that has it -------------------------------------------------------------------------------
+    # ---- for the thread that relays it ----------------------------------------------------------------------------
 
     def fds(self) -> Sequence[int]:
         """The descriptors to wait for. To this list more may be added while it is relayed."""
         raise NotImplementedError
 
     def interest(self) -> Tuple[int, ...]:
-        """The events to wait for now, of each of these. 0 still reports a failure; UNREGISTERED is for one that has
-        nothing more to report."""
+        """The events to wait for now: a mask for each of fds(), in the same order. With mask 0, poll() still reports
+        errors and hang-ups. With UNREGISTERED the descriptor is not polled: its connection is closed both ways, which
+        poll() would report again and again."""
         return (READ,) * len(self.fds())
 
     def handle(self, fd: int, events: int, now: float) -> bool:
@@ -62,7 +63,7 @@ class Relay:
         return False
 
     def pipes(self) -> Sequence[Pipe]:
-        """Those directions of which the parts below know."""
+        """Its two directions, client to remote first. None where datagrams are relayed."""
         return ()
 
     def paused(self) -> bool:
@@ -92,12 +93,12 @@ class Relay:
         raise NotImplementedError
 
     def woken_by(self, waker: Callable[[Relay], object]) -> None:
-        """Another thread that has something for change_now() is to call waker(self)."""
+        """Keep `waker`: any thread that wants change_now() to be called calls waker(self)."""
 
     # ---- for any thread -------------------------------------------------------------------------------------------
 
     def sockets(self) -> Sequence[socket.socket]:
-        """The TCP connections by which another thread wakes the one that has it, when it shuts them down."""
+        """Its TCP sockets. To end it, another thread calls shutdown() on them; the thread that relays it sees EOF."""
         raise NotImplementedError
 
     def moved(self) -> Tuple[int, int]:
@@ -110,7 +111,7 @@ class Relay:
 
     def held_back(self) -> HeldBack:
         """When a rate limit held it back last, and which."""
-        gates = [pipe.gate for pipe in self.pipes()]        # the thread that has it may take them away meanwhile
+        gates = [pipe.gate for pipe in self.pipes()]        # the thread that relays it may remove them meanwhile
         return max((gate.flow.held_back for gate in gates if gate), default=NEVER)
 
     def summary(self) -> str:

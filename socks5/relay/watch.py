@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import errno
 import socket
-from time import sleep
 from typing import Any, Callable, Dict, Optional, Tuple
 
 from ..net.poller import new_poller
 from .pipe import DONTWAIT
 from .relay import Relay, rewatch_all
-
-REST_S = 0.1                    # when memory has run out
 
 
 class Watch:
@@ -73,16 +70,6 @@ class Bell:
     def close(self) -> None:
         self._heard.close()
         self._rung.close()
-
-
-def persist(serve: Callable[[], object]) -> None:
-    """Call it again when memory has run out: what it could not do is still due, and the next time there may be more."""
-    while True:
-        try:
-            serve()
-            return
-        except MemoryError:
-            sleep(REST_S)
 
 
 class Later:

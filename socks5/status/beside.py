@@ -14,7 +14,7 @@ from ..net.addresses import endpoint_of
 from ..process.companion import Companion
 from ..process.files import Access
 from ..process.orders import Order
-from ..relay.watch import persist
+from ..protocol.memory import persist
 from ..server.counters import Shared
 from ..server.server import Server
 from . import metrics, views
