@@ -29,13 +29,13 @@ class Waiting(unittest.TestCase):
         covered = True
         self.calls += 1
         try:
-            connection, _ = self.acceptors.listener().accept()
+            connection, _ = self.acceptors.here.listener.accept()
         except OSError:
             return
         finally:
             covered = self.acceptors.accepted()
         with connection:
-            self.served.append(self.acceptors.listener())
+            self.served.append(self.acceptors.here.listener)
             if not covered:
                 self.uncovered.append(True)
             if connection.recv(1) == b"w":
@@ -43,7 +43,7 @@ class Waiting(unittest.TestCase):
             connection.sendall(b"done")
 
     def waiting(self):
-        return self.acceptors._waiting[self.listener]
+        return len(self.acceptors._waiting[self.listener])
 
     def client(self, first):
         client = socket.create_connection(self.listener.getsockname(), PATIENCE_S)
@@ -66,7 +66,7 @@ class Waiting(unittest.TestCase):
         most = acceptors.MAX_WAITING + acceptors.MAX_SPARE
         wait_until(lambda: acceptors.MAX_WAITING <= self.waiting() <= most, "the others ended")
         self.assertTrue(all(thread.is_alive() for thread in first), "what is new would hold a crowd's memory")
-        self.assertIsNone(self.acceptors.listener(), "this thread is none of them")
+        self.assertIsNone(self.acceptors.here.listener, "this thread is none of them")
 
     def test_release_wakes_all_and_the_listener_still_listens(self):
         self.acceptors.serve([self.listener])

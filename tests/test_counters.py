@@ -21,9 +21,9 @@ class Counting(unittest.TestCase):
     def test_no_number_is_given_twice(self):
         shared = Shared(2)
         rows = [shared.row(which) for which in range(2)]
-        numbers = [row.number() for row in rows for _ in range(3)]
+        numbers = [row.enter("", False) for row in rows for _ in range(3)]
         rows[0].clear()
-        numbers += [shared.row(0).number(), rows[1].number()]
+        numbers += [shared.row(0).enter("", False), rows[1].enter("", False)]
         self.assertEqual(sorted(numbers), list(range(1, 9)))
 
     def test_each_thing_by_itself_and_all_are_cleared_when_a_process_has_died(self):
@@ -33,8 +33,8 @@ class Counting(unittest.TestCase):
             row.of_thing(what).add("192.0.2.1", 3)
             other.of_thing(what).add("192.0.2.1", 1)
             self.assertEqual(other.of_thing(what).of("192.0.2.1"), 4)
-        row.number()
-        self.assertEqual(row.clear(), 3)
+        row.enter("", False)
+        self.assertEqual(row.clear(), 4)
         for what in Shared.THINGS:
             self.assertEqual((other.of_thing(what).live(), other.of_thing(what).of("192.0.2.1")), (1, 1))
-        self.assertEqual(row.number(), 3, "the number goes on")
+        self.assertEqual(row.enter("", False), 3, "the number goes on")

@@ -56,6 +56,10 @@ class Case(support.Case):
         self.far[session] = far
         return session
 
+    def over(self, live, session):
+        self.assertTrue(live.end(session))
+        live.remove(session)
+
     def shut(self, session):
         """Whether it was shut down."""
         try:
@@ -80,7 +84,7 @@ class Limits(Case):
         self.admitted(live, 1, "192.0.2.2")
         with self.assertRaisesRegex(Full, "^max-sessions 2 reached$"):
             self.admit(live, "192.0.2.3")
-        live.remove(first)
+        self.over(live, first)
         self.admit(live, "192.0.2.3")
         self.assertEqual(len(live), 2)
 
@@ -112,7 +116,7 @@ class Limits(Case):
         self.admit(live, "192.0.2.2")
         live.negotiated(first)
         self.assertRaises(Full, self.admit, live)
-        live.remove(first)
+        self.over(live, first)
         self.admit(live)
 
     def test_a_session_that_grows(self):
@@ -159,7 +163,7 @@ class Eviction(Case):
         self.assertEqual([self.shut(one) for one in silent], [True, False, True, False, False, False])
         self.assertEqual(shared.row(0).live(), 6)
         for one in silent[::2]:
-            here.remove(one)
+            self.over(here, one)
         self.assertEqual((shared.row(0).live(), len(here)), (5, 1))
 
     def test_a_load_balancers_connection_that_is_evicted_before_its_header(self):
@@ -172,7 +176,7 @@ class Eviction(Case):
         self.admit(live, "192.0.2.3")
         self.assertTrue(self.shut(balanced))
         live.move(balanced, Endpoint(ip_address("198.51.100.1"), 1), "198.51.100.1")
-        live.remove(balanced)
+        self.over(live, balanced)
         self.assertEqual([shared.row(0).live(), len(live), *map(shared.row(0).of, (sessions.UNKNOWN, "198.51.100.1"))],
                          [2, 2, 0, 0])
 
@@ -234,7 +238,7 @@ class Eviction(Case):
         self.admit(live, "192.0.2.3")
         self.assertEqual([self.shut(session) for session in (busy, silent, other)], [False, True, False])
         self.assertEqual(len(live), 4, "until its thread has noticed")
-        live.remove(silent)
+        self.over(live, silent)
         self.assertEqual(len(live), 3)
         live.negotiated(other)
         self.assertRaises(Full, self.admit, live, "192.0.2.2")
@@ -271,12 +275,13 @@ class Eviction(Case):
                 if number % 7 == 0:
                     live.grow(session, 3)
                 if number % 3:
-                    self.assertTrue(live.remove(session))
+                    self.over(live, session)
         self.assertTrue(len(live))
         for session in live:
-            self.assertEqual([live.remove(session), live.remove(session)], [True, False])
+            self.over(live, session)
+            self.assertFalse(live.end(session))
         table = live._counts._table
-        self.assertEqual((len(live), sum(table) - table[GIVEN], live.negotiating, live._leaving,
+        self.assertEqual((len(live), sum(table) - table[GIVEN], len(live.negotiating), live._leaving,
                           live._weights.live()), (0, 0, 0, 0, 0))
 
 

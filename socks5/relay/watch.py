@@ -49,7 +49,7 @@ def peek(sock: socket.socket) -> Optional[bool]:
 
 
 class Bell:
-    """Wakes the loop: a socket pair, of which one end is registered."""
+    """Wakes a thread that waits in poll(): a socket pair, of which one end is registered."""
 
     def __init__(self) -> None:
         self._heard, self._rung = socket.socketpair()
@@ -63,8 +63,11 @@ class Bell:
         except OSError:                     # so many are unread that the loop wakes up anyway; or it is over
             pass
 
-    def handle(self, _fd: int, _events: int, _now: float) -> bool:
+    def clear(self) -> None:
         self._heard.recv(4096)
+
+    def handle(self, _fd: int, _events: int, _now: float) -> bool:
+        self.clear()
         return False
 
     def close(self) -> None:

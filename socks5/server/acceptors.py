@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
+from collections import deque
 from time import monotonic, sleep
-from typing import Callable, Dict, Optional, Sequence
+from typing import Callable, Deque, Dict, Optional, Sequence
 
 from ..net.listeners import SharedListener
 from ..net.poller import one_of_many
@@ -28,27 +29,33 @@ class NoThread(RuntimeError):
     """Not even the first acceptor could be started."""
 
 
+class Here(threading.local):
+    """What the calling thread accepts from; None if it is not an acceptor."""
+
+    listener: Optional[socket.socket] = None
+
+
 class Acceptors:
-    """`accept_one()` is what they call: it must call `accepted` as soon as accept() has returned."""
+    """`accept_one()` is what they call: it must call `accepted` as soon as accept() has returned.
+
+    A thread that waits has put an entry into `_waiting` before it looks at `_serving`; release() changes `_serving`
+    before it looks at `_waiting`. So one of the two sees the other, and no lock is needed for each connection.
+    """
 
     def __init__(self, accept_one: Callable[[], None]) -> None:
         self._accept_one = accept_one
-        self._here = threading.local()
+        self.here = Here()
         self._lock = threading.Lock()
-        self._serving = False                               # may threads go on to accept()? changes under the lock
-        self._waiting: Dict[socket.socket, int] = {}        # threads in accept(), or about to call it
+        self._serving = False                               # may threads go on to accept()?
+        self._waiting: Dict[socket.socket, Deque[None]] = {}        # an entry for each thread in accept(), or before it
         self._wakeup: Optional[Wakeup] = None               # of those that wait for a shared listener
-
-    def listener(self) -> Optional[socket.socket]:
-        """The socket from which the calling thread accepts; None if it is not an acceptor."""
-        return getattr(self._here, "listener", None)
 
     def serve(self, listeners: Sequence[socket.socket]) -> None:
         """Raises NoThread."""
         with self._lock:
             self._serving = True
             for listener in listeners:
-                self._waiting.setdefault(listener, 0)
+                self._waiting.setdefault(listener, deque())
                 if isinstance(listener, SharedListener):
                     listener.setblocking(False)             # or two threads that wake up for one client
                     self._wakeup = self._wakeup or Wakeup()
@@ -71,43 +78,42 @@ class Acceptors:
         with self._lock:
             if not self._serving:
                 return True                                 # none is needed any more
-            self._waiting[listener] += 1
+            self._waiting[listener].append(None)
         try:
             threading.Thread(target=self._run, args=(listener, spare), name="acceptor", daemon=True).start()
         except (RuntimeError, MemoryError):                 # RuntimeError: can't start new thread
-            with self._lock:
-                self._waiting[listener] -= 1
+            self._waiting[listener].pop()
             return False
         return True
 
     def accepted(self) -> bool:
-        """The calling thread waits no longer; False when it should have a successor, and none can be started."""
-        listener: socket.socket = self._here.listener
-        with self._lock:
-            self._waiting[listener] -= 1
-            last = not self._waiting[listener]
-        return not last or self.start(listener)
+        """The calling thread waits no longer, if it is an acceptor. False when it should have a successor, and none can
+        be started."""
+        listener = self.here.listener
+        if listener is None:
+            return True
+        waiting = self._waiting[listener]
+        waiting.pop()
+        return bool(waiting) or self.start(listener)
 
     def _run(self, listener: socket.socket, spare: int) -> None:
-        self._here.listener = listener
-        wakeup = self._wakeup
+        self.here.listener = listener
+        wakeup, waiting = self._wakeup, self._waiting[listener]
         shared = wakeup and isinstance(listener, SharedListener)
         poll = one_of_many(listener.fileno(), wakeup.fileno()) if wakeup and shared else None
-        while True:
+        while self._serving:
             if poll:
                 poll()
-                with self._lock:
-                    if not self._serving:                   # what has come since then is the next server's
-                        self._waiting[listener] -= 1
-                        return
+                if not self._serving:                       # what has come since then is the next server's
+                    break
             try:
                 self._accept_one()
             except MemoryError:                             # also for what it does about errors: the thread goes on
                 sleep(REST_S)
-            with self._lock:
-                if not self._serving or self._waiting[listener] >= spare or wakeup is not self._wakeup:
-                    return
-                self._waiting[listener] += 1
+            if len(waiting) >= spare or wakeup is not self._wakeup:
+                return
+            waiting.append(None)
+        waiting.pop()
 
     def release(self, backlog: int) -> None:
         """Wake the threads in accept(), which takes a moment without listening; a client that connects later waits in

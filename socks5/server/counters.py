@@ -21,8 +21,8 @@ class Counts:
     def __init__(self, shared: Shared, row: int, what: str = "sessions") -> None:
         self._shared = shared
         self._row = row
-        self._at = row * Shared.ROW
         self._table = shared.tables[what]
+        self._own = self._table[row * Shared.ROW:(row + 1) * Shared.ROW]
 
     def of_thing(self, what: str) -> Counts:
         """This process's counts of another thing."""
@@ -33,20 +33,28 @@ class Counts:
         """Of the rate limits."""
         return self._shared.buckets
 
-    def number(self) -> int:
-        """The number of one more session: no other session has it or had it, in any process. From 1."""
-        given = self._table[self._at + GIVEN]
-        self._table[self._at + GIVEN] = (given + 1) % (1 << 32)
+    def enter(self, origin: Hashable, by_origin: bool) -> int:
+        """One more session; counted for its origin only where a limit asks for that. Gives its number, from 1: no other
+        session has it or had it, in any process."""
+        own = self._own
+        given = own[GIVEN]
+        own[GIVEN] = (given + 1) % (1 << 32)
+        if by_origin:
+            self.add(origin, 1)
+        else:
+            own[LIVE] += 1
         return 1 + self._row + given * self._shared.rows
 
-    def add(self, origin: Hashable, change: int) -> None:
-        table, at = self._table, self._at
-        table[at + LIVE] += change
-        table[at + 2 + hash(origin) % ORIGINS] += change        # as in _place
+    def leave(self, origin: Hashable, by_origin: bool) -> None:
+        """One session less."""
+        if by_origin:
+            self.add(origin, -1)
+        else:
+            self._own[LIVE] -= 1
 
-    def live_is(self, number: int) -> None:
-        """So many there are of this process. In the place of add() where no limit asks for those of an origin."""
-        self._table[self._at + LIVE] = number
+    def add(self, origin: Hashable, change: int) -> None:
+        self._own[LIVE] += change
+        self._own[self._place(origin)] += change
 
     def live(self) -> int:
         return self._sum(LIVE)
@@ -56,11 +64,12 @@ class Counts:
 
     def clear(self) -> int:
         """The process has died: it holds nothing any more, of any thing. How many sessions it had."""
-        lost = int(self._table[self._at + LIVE])
-        for table in self._shared.tables.values():
-            given = table[self._at + GIVEN]
-            table[self._at:self._at + Shared.ROW] = memoryview(bytes(4 * Shared.ROW)).cast("I")
-            table[self._at + GIVEN] = given
+        lost = int(self._own[LIVE])
+        for what in self._shared.tables:
+            own = self.of_thing(what)._own
+            given = own[GIVEN]
+            own[:] = memoryview(bytes(4 * Shared.ROW)).cast("I")
+            own[GIVEN] = given
         return lost
 
     def _sum(self, place: int) -> int:

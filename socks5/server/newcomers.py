@@ -48,7 +48,7 @@ class Newcomers(ThreadingTCPServer, Service):
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """As in socketserver; but first, where it is due, the PROXY header."""
-        session = self.sessions.get(request)
+        session = self.sessions.get(request) if self.config.proxy_protocol else None
         if session and session.origin == UNKNOWN:
             balancer, client_address = client_address, self._client_of(session, client_address)
             if client_address is None:
@@ -89,7 +89,7 @@ class Newcomers(ThreadingTCPServer, Service):
 
     def waits_silently(self, session: Session, client_address: Any) -> bool:
         """Whether the relay loop waits for the first byte of this client, because many others negotiate."""
-        if self.sessions.negotiating <= MANY_NEGOTIATING or peek(session.sock) is not None:
+        if len(self.sessions.negotiating) <= MANY_NEGOTIATING or peek(session.sock) is not None:
             return False
         try:
             self.relay_loop().watch(session.sock, partial(self._newcomer, session, client_address))

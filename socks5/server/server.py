@@ -29,6 +29,7 @@ from ..protocol.errors import name_of
 from ..protocol.facts import Facts
 from ..relay.loop import Loop
 from ..relay.relay import Relay
+from ..relay.watch import Bell
 from . import acceptors, tracing
 from .counters import Counts, Meter, Shared
 from .handler import Handler, method_table
@@ -89,24 +90,25 @@ class Server(Newcomers):
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = tracing.opened(self.config.trace)
         self.names = Names()
-        self.counts = counts or Shared(1).row(0)
-        self.rates = Rates(self.counts.buckets, self.rules)
-        self.bind_ports = Ports(self.config.bind_ports, 1, lambda ip: self.counts.of_thing("bind-ports %d" % ip))
+        here = counts or Shared(1).row(0)
+        self.rates = Rates(here.buckets, self.rules)
+        self.bind_ports = Ports(self.config.bind_ports, 1, lambda ip: here.of_thing("bind-ports %d" % ip))
         # Two at once: one towards the client, one towards the remotes.
-        self.udp_ports = Ports(self.config.udp_ports, 2, lambda ip: self.counts.of_thing("udp-ports %d" % ip))
+        self.udp_ports = Ports(self.config.udp_ports, 2, lambda ip: here.of_thing("udp-ports %d" % ip))
         self.methods = method_table(self.users)
         net_listeners.raise_descriptor_limit()
         limits = self.config.handshake_timeout, self.config.max_per_client, self.config.max_negotiating
-        self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, self.counts,
+        self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, here,
                                  max(self.config.max_sessions, net_listeners.session_limit()), config.max_per_user)
         self.table, self.meter = Table(), Meter()
-        self._wakeup, self._waker = socket.socketpair()
+        self._bell = Bell()
         self._stopping, self._stopped = threading.Event(), threading.Event()
         self._stopped.set()
         self._due: Deque[Callable[[], object]] = deque()        # for serve_forever to do
         self._loop: Optional[Loop] = None                       # made when first needed: not before a fork
         self._lock, self._complained = threading.Lock(), {}
-        self._teller = Teller(self.session_ended)
+        hook = None if type(self).session_ended is Server.session_ended else self.session_ended
+        self._teller = Teller(hook) if hook else None           # a thread for a hook that does something
         self._acceptors = acceptors.Acceptors(self._accept_one)
         self._accepting: Optional[socket.socket] = None         # where there are no acceptors: what is ready
         self.listeners: List[socket.socket] = []
@@ -144,7 +146,7 @@ class Server(Newcomers):
         self.relay_loop()
         self._stopped.clear()
         poll = new_poll()
-        poll.register(self._wakeup.fileno(), READ)
+        poll.register(self._bell.fd, READ)
         by_fd = {listener.fileno(): listener for listener in self.listeners}
         for fd, listener in by_fd.items():
             listener.setblocking(acceptors.available)
@@ -171,7 +173,7 @@ class Server(Newcomers):
             if self._accepting:
                 self._accept_one()
             else:
-                self._wakeup.recv(64)                           # or serving again after shutdown() would spin
+                self._bell.clear()                              # or serving again after shutdown() would spin
         self.sessions.expire()
         while self._due:
             self._due.popleft()()
@@ -190,10 +192,7 @@ class Server(Newcomers):
     def soon(self, action: Callable[[], object]) -> None:
         """Have serve_forever do it."""
         self._due.append(action)
-        try:
-            self._waker.send(b"x")
-        except OSError:                                         # closed, or so many are unread that it wakes up
-            pass
+        self._bell.ring()
 
     def log_sessions_soon(self) -> None:
         self.soon(lambda: self.table.log(self.sessions))
@@ -217,7 +216,7 @@ class Server(Newcomers):
 
     def _accept_one(self) -> None:
         """Accept one connection and serve it, or have it served. Raises nothing."""
-        while len(self._teller) > MAX_UNTOLD:                   # an overridden session_ended is slow
+        while self._teller is not None and len(self._teller) > MAX_UNTOLD:      # an overridden session_ended is slow
             sleep(REST_S)
         covered = True
         try:
@@ -225,12 +224,12 @@ class Server(Newcomers):
         except OSError:
             return
         finally:
-            if self._acceptors.listener():
-                covered = self._acceptors.accepted()
+            covered = self._acceptors.accepted()
         try:
             if not covered:
                 raise RuntimeError("can't start new thread")
-            if self.is_balancer(client_address) or self.verify_request(request, client_address):
+            if (self.config.proxy_protocol and self.is_balancer(client_address)
+                    or self.verify_request(request, client_address)):
                 self.process_request(request, client_address)
             else:
                 self.shutdown_request(request)
@@ -245,7 +244,7 @@ class Server(Newcomers):
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept one connection. When resources have run out, rest a little before raising."""
-        listener = self._acceptors.listener()
+        listener = self._acceptors.here.listener
         try:
             request, client_address = (listener or self._accepting or self.socket).accept()
         except (OSError, MemoryError) as error:
@@ -282,7 +281,7 @@ class Server(Newcomers):
             return
         if self.waits_silently(session, client_address):
             return
-        if self._acceptors.listener():
+        if self._acceptors.here.listener:
             self.process_request_thread(request, client_address)
         else:
             super().process_request(request, client_address)
@@ -292,7 +291,8 @@ class Server(Newcomers):
         session = self.sessions.get(request)
         if not session:
             client = endpoint_of(client_address)
-            origin = UNKNOWN if self.is_balancer(client_address) else origin_of(client_address)
+            unknown = self.config.proxy_protocol and self.is_balancer(client_address)
+            origin = UNKNOWN if unknown else origin_of(client_address)
             session = self.sessions.admit(request, client, origin)
             self.meter.begin(session)
             session.story = self.trace and self.trace.begin(session.number, client)
@@ -366,7 +366,7 @@ class Server(Newcomers):
             try:
                 self.close_request(session.sock)
             finally:
-                if type(self).session_ended is not Server.session_ended:
+                if self._teller is not None:
                     self._teller.tell(session)
                 self.sessions.remove(session)                   # last: server_close() waits for it, then for the hook
 
@@ -379,11 +379,11 @@ class Server(Newcomers):
         self.drain(0)
         if self._loop is not None:                      # it is false while it has no tunnel
             self._loop.stop("server stopped")
-        self._teller.close(COMPLAIN_EVERY_S)
+        if self._teller is not None:
+            self._teller.close(COMPLAIN_EVERY_S)
         if self.trace:
             self.trace.close()
-        self._wakeup.close()
-        self._waker.close()
+        self._bell.close()
 
     def drain(self, timeout_s: float, hurry: Optional[threading.Event] = None) -> int:
         """Stop listening, give sessions timeout_s to finish, then abort the rest. How many were aborted."""

@@ -69,16 +69,12 @@ class Sessions:
         self._plenty = maximum_here - kept(maximum_here, HEAVIEST) if maximum == NO_LIMIT else 0
         self._live: Dict[socket.socket, Session] = {}
         self.get = self._live.get                           # get(sock): its session, or None
-        self._negotiating: Dict[Session, None] = {}         # in the order in which they came; see _settle()
+        self.negotiating: Dict[Session, None] = {}          # in the order in which they came; see _settle()
         self._leaving = 0
         self._closed = False
 
     def __len__(self) -> int:
         return len(self._live)
-
-    @property
-    def negotiating(self) -> int:
-        return len(self._negotiating)
 
     def __iter__(self) -> Iterator[Session]:
         with self._lock:
@@ -98,42 +94,37 @@ class Sessions:
                 raise Full("server", "stopped")
             if self.per_origin and origin != UNKNOWN and self.per_origin <= self._counts.of(origin):
                 raise self._too_many_of(origin)
-            if 0 < self.negotiating_max <= len(self._negotiating):
+            if 0 < self.negotiating_max <= len(self.negotiating):
                 self._evict()
             if self._weights.total >= self._plenty:
                 self._find_place(origin, 1, 1)
-            session.number = self._counts.number()
+            session.number = self._counts.enter(origin, self._by_origin)
             self._live[sock] = session
-            self._count(origin, 1)
+            self.negotiating[session] = None
             self._weights.add(origin, 1)
-            self._negotiating[session] = None
         return session
-
-    def _count(self, origin: str, change: int) -> None:
-        """A session has come or gone: for the limits that hold over all processes."""
-        if self._by_origin:
-            self._counts.add(origin, change)
-        else:
-            self._counts.live_is(len(self._live))
 
     def move(self, session: Session, client: Endpoint, origin: str) -> None:
         """The session is of this client, as a load balancer says: from now on it counts for `origin`. Raises Full, and
         has not moved, when the limits of that origin leave no place for it."""
         with self._lock:
-            if self._live.get(session.sock) is not session or session.leaving:      # then it is not counted any more
+            if session.ended_at or session.leaving:             # then it is not counted any more
                 return
             if 0 < self.per_origin <= self._counts.of(origin):
                 raise self._too_many_of(origin)
             session.weight, weight = 0, session.weight      # it is not evicted in its own favour, nor counted twice
-            self._count(session.origin, -1)
-            self._weights.add(session.origin, -weight)
+            self._moves(session.origin, -1, -weight)
             try:
                 self._find_place(origin, 1, weight)
                 session.client, session.origin = client, origin
             finally:
                 session.weight = weight
-                self._count(session.origin, 1)
-                self._weights.add(session.origin, weight)
+                self._moves(session.origin, 1, weight)
+
+    def _moves(self, origin: str, sessions: int, weight: int) -> None:
+        if self._by_origin:
+            self._counts.add(origin, sessions)
+        self._weights.add(origin, weight)
 
     def _too_many_of(self, origin: str) -> Full:
         return Full("max-per-client", "%d reached by %s" % (self.per_origin, origin))
@@ -142,6 +133,8 @@ class Sessions:
         """The session will take as many descriptors as `weight` ordinary ones, at the expense of others if `evict`.
         Raises Full."""
         with self._lock:
+            if session.ended_at:
+                return
             more = weight - session.weight
             if more > 0:
                 self._find_place(session.origin, 0, more, evict)
@@ -173,7 +166,7 @@ class Sessions:
 
     def _evict(self, origin: str = "") -> bool:
         """Shut down one session that is still negotiating (of this origin, if one is given), unless it is new."""
-        oldest = list(self._negotiating)
+        oldest = list(self.negotiating)
         if origin:
             oldest = [session for session in oldest if session.origin == origin]
         before = monotonic() - GRACE_S
@@ -187,15 +180,14 @@ class Sessions:
             return False
         victim.leaving = True
         self._leaving += 1
-        if self._by_origin:                                 # other processes need not wait for it to go
-            self._counts.add(victim.origin, -1)
+        self._counts.leave(victim.origin, self._by_origin)  # other processes need not wait for it to go
         self._shut(victim, "evicted")
         return True
 
     def _settle(self, session: Session) -> bool:
         """It is not negotiating any more. False if that was so before: of two threads, the faster one decides what
         becomes of a session. The lock is not needed."""
-        return self._negotiating.pop(session, session) is None
+        return self.negotiating.pop(session, session) is None
 
     def negotiated(self, session: Session) -> None:
         """The request is here: its deadline no longer holds, and it counts for its user. Raises Full."""
@@ -204,7 +196,7 @@ class Sessions:
         if user is None:
             return
         with self._lock:
-            if self._live.get(session.sock) is not session:
+            if session.ended_at:
                 return
             self._users.add(user, 1)                            # first: two processes must not both take the last place
             if 0 < self.per_user < self._users.of(user):
@@ -213,38 +205,39 @@ class Sessions:
             session.counted_as = user
 
     def end(self, session: Session) -> bool:
-        """From now on its facts are final, and its socket is the caller's. False if another thread was faster."""
+        """It is over: its place is free, its facts are final, and its socket is the caller's, who closes that and then
+        calls remove(). False if another thread was faster."""
         with self._lock:
-            if session.ended_at or self._live.get(session.sock) is not session:
+            if session.ended_at:
                 return False
             session.ended_at = monotonic()
-        return True
-
-    def remove(self, session: Session) -> bool:
-        """Its place is free. False if it was removed before."""
-        with self._lock:
-            if self._live.pop(session.sock, None) is None:
-                return False
-            if not self._live:
-                self._live.clear()                          # or it keeps the memory for as many as there ever were
-            self._settle(session)
-            self._leaving -= session.leaving
-            if not (session.leaving and self._by_origin):
-                self._count(session.origin, -1)
+            self.negotiating.pop(session, None)
+            if session.leaving:
+                self._leaving -= 1
+            else:
+                self._counts.leave(session.origin, self._by_origin)
             self._weights.add(session.origin, -session.weight)
             if session.counted_as is not None:
                 self._users.add(session.counted_as, -1)
         return True
 
+    def remove(self, session: Session) -> None:
+        """Nothing is left of it."""
+        self._live.pop(session.sock, None)
+
     # ---- ending them ----------------------------------------------------------------------------------------------
 
     def expire(self) -> None:
         """Shut down the sessions that are over the handshake's deadline; the thread that serves each sees EOF."""
-        if not self._negotiating or not self.handshake_s:
+        if not self._live:
+            with self._lock:
+                if not self._live:
+                    self._live.clear()                      # or it keeps the memory for as many as there ever were
+        if not self.negotiating or not self.handshake_s:
             return
         since = monotonic() - self.handshake_s
         with self._lock:
-            for session in itertools.takewhile(lambda session: session.started <= since, list(self._negotiating)):
+            for session in itertools.takewhile(lambda session: session.started <= since, list(self.negotiating)):
                 if session.started + session.extended_s <= since and self._settle(session):
                     self._shut(session, "handshake timeout")
 
