@@ -5,19 +5,17 @@ the log. A program that embeds the package has handlers and formatters of its ow
 """
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
 import time
 from enum import Enum
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Tuple
 
 from .brief import BriefFormatter
 from .net.writer import CLOSE_S, PIPE_BUF, Write, Writer, nothing, writing_at_once, writing_to
-from .protocol.facts import Facts, FactsRecord, positional
+from .protocol.facts import Facts, FactsRecord, LeanRecord, positional
 from .protocol.messages import Address
-from .protocol.memory import remembered
 
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 BARE = "%(levelname)s %(message)s"                              # the journal notes the time by itself
@@ -26,12 +24,12 @@ DEBUG = 7
 MOST_BYTES = PIPE_BUF - len("<6>\n")                            # of a line that is to stay whole
 MORE = "..."                                                    # at the end of what was cut
 LOST = "lost lines=%(lines)d"
-TRACEBACKS = logging.Formatter()
+MILLISECONDS = [",%03d " % number for number in range(1000)]      # to format a number costs ten times as much
 MARK = "| "                                                    # before its lines, or its text could begin a line
 
 
 class Handler(logging.Handler):
-    """Puts records into a Writer's queue.
+    """Makes text of records, and has a Writer write it.
 
     write, at_once, release     as net.writer.Writer takes them: os.write with a descriptor, say
     """
@@ -39,28 +37,28 @@ class Handler(logging.Handler):
     def __init__(self, write: Write, form: logging.Formatter, at_once: Optional[Write] = None,
                  release: Callable[[], object] = nothing) -> None:
         super().__init__()
-        self.setFormatter(form)
-        self.writer = Writer(write, form.format, lost_line(form), release=release, at_once=at_once)
-        self.put = self.writer.put
+        self.form = form
+        self.writer = Writer(write, lost_line(form), release=release, at_once=at_once)
 
     def createLock(self) -> None:
-        """None is needed: what is shared is the queue."""
+        """None is needed: what is shared is the writer."""
         self.lock = None
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """emit(), without the lock of the base; the command line's handler has no filters."""
-        if record.exc_info:
-            self.emit(record)
-        else:
-            self.put(record)
+        """As that of the base, without its lock and filters. The record is not kept: with a traceback, it holds every
+        variable of its frames, sockets too."""
+        try:
+            text = self.form.format(record)
+        except MemoryError:
+            self.writer.lose(1)
+            return True
+        except Exception as exc:            # an argument that does not fit its format, say
+            text = "ERROR cannot be written: %s" % ascii(exc)
+        self.writer.put(text)
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        trouble = record.exc_info
-        if trouble:                                 # it holds every variable of its frames, sockets too
-            record = copy.copy(record)              # other handlers may want it
-            record.exc_text, record.exc_info = TRACEBACKS.formatException(trouble), None
-        self.put(record)
+        self.handle(record)
 
     def close(self) -> None:
         """Write what is queued, for CLOSE_S at the most. logging.shutdown() calls this, too."""
@@ -124,31 +122,35 @@ class TextFormatter(logging.Formatter):
     def __init__(self, timed: bool) -> None:
         super().__init__(TEXT if timed else BARE)
         self.timed = timed
+        self.clock = 0, ""                      # a second since 1970, and how it is shown
 
     def format(self, record: logging.LogRecord) -> str:
-        words = words_of(record)
-        text = f"{self.formatTime(record)} {record.levelname} {words}" if self.timed else f"{record.levelname} {words}"
-        if not (record.exc_text or record.exc_info or record.stack_info):
+        lean = isinstance(record, LeanRecord)             # and has no traceback
+        words = record.text() if lean else words_of(record)         # type: ignore[attr-defined]
+        if not self.timed:
+            text = f"{record.levelname} {words}"
+        else:
+            second, shown = self.clock
+            elapsed = record.created - second
+            if not 0 <= elapsed < 1:
+                second, shown = self.clock = clock_of(int(record.created))
+                elapsed = record.created - second
+            text = f"{shown}{MILLISECONDS[int(elapsed * 1000)]}{record.levelname} {words}"
+        if lean or not (record.exc_text or record.exc_info or record.stack_info):
             return text
         trouble = record.exc_text or record.exc_info and self.formatException(record.exc_info)
         for more in filter(None, (trouble, record.stack_info)):
             text += "".join("\n" + MARK + printable(line) for line in more.split("\n"))
         return text
 
-    def formatTime(self, record: logging.LogRecord, datefmt: Optional[str] = None) -> str:
-        return "%s,%03d" % (time_of(int(record.created)), record.msecs)
 
-
-@remembered(1)
-def time_of(second: int) -> str:
-    """In local time. Formatted once a second."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+def clock_of(second: int) -> Tuple[int, str]:
+    """It, and how local time shows it."""
+    return second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 def words_of(record: logging.LogRecord) -> str:
     """The message, printable. A plain dict of arguments is read like Facts."""
-    if isinstance(record, FactsRecord) and record.words:
-        return record.words()
     args = record.args
     if isinstance(args, dict) and args:
         return (args if isinstance(args, Facts) else Facts(args)).fill(str(record.msg))

@@ -8,9 +8,8 @@ from socks5 import log
 from socks5.brief import session
 from socks5.net.addresses import Endpoint
 from socks5.protocol.codes import Cmd, Rep
-from socks5.protocol.facts import Facts, FactsRecord
+from socks5.protocol.facts import Facts, FactsRecord, template
 from socks5.protocol.messages import Address
-from socks5.server.session import Session
 from tests.support import address, time_zone
 
 CLIENT = Endpoint(ip_address("192.0.2.7"), 4711)
@@ -56,7 +55,7 @@ class Lines(unittest.TestCase):
         return log.formatter("text", None, "", **options).format(record)
 
     def test_only_where_asked_for(self):
-        record = FactsRecord("socks5.x", logging.INFO, Session.LINE, facts())
+        record = FactsRecord("socks5.x", logging.INFO, template("session", facts()), facts())
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         self.assertEqual(self.line(record, brief=True), clock + " 192.0.2.7 -> example.com:443 ok 3.4 s")
         self.assertIn(" INFO session client=192.0.2.7:4711 user=- ", self.line(record))
@@ -64,7 +63,7 @@ class Lines(unittest.TestCase):
 
     @unittest.skipUnless(hasattr(time, "tzset"), "no tzset")
     def test_local_time(self):
-        record = FactsRecord("socks5.x", logging.INFO, Session.LINE, facts())
+        record = FactsRecord("socks5.x", logging.INFO, template("session", facts()), facts())
         record.created = 1700000000.25
         with time_zone("XXX-5:30"):
             self.assertRegex(self.line(record, brief=True), r"\A03:43:20 192\.0\.2\.7 -> ")

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import unittest
+import weakref
 from ipaddress import ip_address
 from logging.handlers import QueueHandler
 from unittest import mock
@@ -27,7 +28,7 @@ from socks5.net import writer as writers
 from socks5.net.addresses import Endpoint
 from socks5.net.writer import PIPE_BUF, Writer, chunks, cut, writing_at_once
 from socks5.protocol.codes import Cmd, Rep
-from socks5.protocol.facts import Facts, FactsRecord
+from socks5.protocol.facts import Facts, FactsRecord, template
 from socks5.server.session import Session, SessionRecord
 from tests import support
 from tests.support import (PATIENCE_S, ROOT, address, dial, need, run_python, spawned, target, time_zone, wait_until)
@@ -68,6 +69,9 @@ def evil_session(**facts):
     """The facts of a session whose client chose the worst of names."""
     return Facts(dict(client=CLIENT, user=EVIL, cmd="CONNECT", dst=address(EVIL, 443), reached=None, rep="", up=1,
                       down=2, seconds=0.5, ended="client", why="no host: %s" % ascii(EVIL), **facts))
+
+
+EVIL_LINE = template("session", evil_session())
 
 
 # ---- what a line shows -------------------------------------------------------------------------------------------
@@ -114,16 +118,16 @@ class TypedFacts(unittest.TestCase):
                              name.decode("utf-8", "backslashreplace"))
 
     def test_a_handler_of_another_program_shows_the_same_line(self):
-        line = FactsRecord("socks5.x", logging.INFO, Session.LINE, evil_session())
+        line = FactsRecord("socks5.x", logging.INFO, EVIL_LINE, evil_session())
         shown = logging.Formatter("%(name)s %(threadName)s %(process)d %(lineno)d %(message)s").format(line)
         self.assertTrue(shown.isprintable(), shown)
-        self.assertEqual(shown.partition("session ")[2], as_text(Session.LINE, evil_session()).partition("session ")[2])
+        self.assertEqual(shown.partition("session ")[2], as_text(EVIL_LINE, evil_session()).partition("session ")[2])
         self.assertEqual(copy.copy(line).getMessage(), line.getMessage())
         known = set(record("x").__dict__)
         self.assertEqual({name for name in known if not hasattr(line, name)}, set())
 
     def test_a_sessions_record(self):
-        """Its line is written in one piece, not from its facts: both say the same, whatever the session was."""
+        """Its text is made in one piece, not from its facts: both say the same, whatever the session was."""
         named, there, six = address(EVIL, 443), address("192.0.2.1", 80), address("2001:db8::1", 80)
         for fields in (
                 {}, {"user": EVIL, "cmd": "BIND", "dst": named}, {"dst": there, "reached": there, "rep": "SUCCEEDED"},
@@ -136,15 +140,15 @@ class TypedFacts(unittest.TestCase):
                 setattr(session, name, value)
             with self.subTest(fields):
                 line = SessionRecord("socks5.x", logging.INFO, session)
-                self.assertEqual(line.words(), session.facts().fill(Session.LINE))
-                self.assertTrue(line.words().isprintable(), line.words())
+                self.assertEqual(line.text(), session.facts().fill(line.msg))
+                self.assertTrue(line.text().isprintable(), line.text())
                 said = json.loads(logs.JsonFormatter().format(line))
-                self.assertEqual(list(said), ["time", "level", "event", *re.findall(r"%\((\w+)\)", Session.LINE)])
+                self.assertEqual(list(said), ["time", "level", "event", *session.facts()])
                 self.assertEqual((said["client"], said["why"]), (str(session.client), session.reason() or None))
                 shown = logging.Formatter("%(levelname)s %(message)s").format(line)
-                self.assertEqual(shown, "INFO " + line.words())
+                self.assertEqual(shown, "INFO " + line.text())
                 for other in (copy.copy(line), pickle.loads(pickle.dumps(line)), handed_over(line)):
-                    self.assertEqual(other.getMessage(), line.words())
+                    self.assertEqual(other.getMessage(), line.text())
 
 
 class Text(unittest.TestCase):
@@ -265,13 +269,13 @@ class WriterThread(unittest.TestCase):
     def setUp(self):
         self.sink = Sink()
         self.released = []
-        self.writer = Writer(self.sink, str, "lost=%d".__mod__, 64, lambda: self.released.append(1))
+        self.writer = Writer(self.sink, "lost=%d".__mod__, 64, lambda: self.released.append(1))
         self.addCleanup(self.writer.close)
         self.addCleanup(self.sink.may.set)
 
-    def put(self, *items):
-        for item in items:
-            self.writer.put(item)
+    def put(self, *lines):
+        for line in lines:
+            self.writer.put(line)
 
     def hang(self):
         """The thread hangs in a write of "first"."""
@@ -303,7 +307,7 @@ class WriterThread(unittest.TestCase):
 
     def test_it_is_woken_for_each_line_when_it_waits(self):
         for number in range(50):
-            self.put(number)
+            self.put(str(number))
             self.assertTrue(self.sink.entered.acquire(timeout=PATIENCE_S), number)
 
     def test_it_rests_between_batches(self):
@@ -311,7 +315,7 @@ class WriterThread(unittest.TestCase):
 
         def rest(seconds):
             rests.append(seconds)
-            self.put(*range(10)) if len(rests) == 1 else None
+            self.put(*"0123456789") if len(rests) == 1 else None
 
         with mock.patch.object(writers, "sleep", rest):
             self.put("first")
@@ -349,7 +353,7 @@ class WriterThread(unittest.TestCase):
                 self.sink.data += data[:size]
                 return size
 
-        writer = Writer(Disk(), str, "lost=%d".__mod__, 64)
+        writer = Writer(Disk(), "lost=%d".__mod__, 64)
         writer.put("abcdefgh")
         writer.put("more")
         writer.close(PATIENCE_S)
@@ -361,15 +365,6 @@ class WriterThread(unittest.TestCase):
         self.put("abc")
         self.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines, ["abc"])
-
-    def test_an_item_that_cannot_be_rendered_costs_itself(self):
-        class Bad:
-            def __str__(self):
-                raise KeyError("no\nkey")
-
-        self.put("a", Bad(), "b")
-        self.writer.close(PATIENCE_S)
-        self.assertEqual(self.sink.lines, ["a", "ERROR cannot be written: KeyError('no\\nkey')", "b"])
 
     def test_close_waits_no_longer_than_told(self):
         self.hang()
@@ -411,12 +406,12 @@ class WriterThread(unittest.TestCase):
         wait_until(lambda: self.sink.lines == ["first", "second", "third"])
 
     def test_what_comes_while_it_goes_on_after_such_a_pause(self):
-        def render(item):
-            if item == "second":
+        def write(data):
+            if data == b"second\n":
                 writer.put("third")
-            return item
+            return self.sink(data)
 
-        writer = Writer(self.sink, render, "lost=%d".__mod__)
+        writer = Writer(write, "lost=%d".__mod__)
         self.addCleanup(writer.close)
         self.addCleanup(self.sink.may.set)
         self.sink.may.clear()
@@ -460,7 +455,7 @@ class AtOnce(unittest.TestCase):
         self.sink = Sink()
         self.takes = []                                     # of each line; then everything
         self.seen = []                                      # by at_once
-        self.writer = Writer(self.sink, str, "lost=%d".__mod__, 64, at_once=self.at_once)
+        self.writer = Writer(self.sink, "lost=%d".__mod__, 64, at_once=self.at_once)
         self.addCleanup(self.writer.close)
         self.addCleanup(self.sink.may.set)
 
@@ -486,7 +481,7 @@ class AtOnce(unittest.TestCase):
             self.assertEqual(self.seen, [b"first\n"])       # and nothing overtakes it
             self.sink.may.set()
             wait_until(lambda: self.sink.lines == ["first", "second", "third"])
-            wait_until(lambda: self.writer._given == self.writer._handled)
+            wait_until(lambda: not self.writer._turn.locked())
             self.writer.put("fourth")
             self.assertEqual(self.seen, [b"first\n", b"fourth\n"])
 
@@ -564,7 +559,7 @@ from socks5.net.writer import Writer
 
     def test_the_child_has_an_empty_queue_and_a_thread_of_its_own(self):
         lines = self.run_program("""
-w = Writer(partial(os.write, 1), str, 'lost=%d'.__mod__)
+w = Writer(partial(os.write, 1), 'lost=%d'.__mod__)
 w.put('parent 1')
 for number in range(5):
     w.put('before %d' % number)
@@ -587,7 +582,7 @@ def write(data):
     entered.set()
     may.wait()
     return os.write(1, data)
-w = Writer(write, str, 'lost=%d'.__mod__)
+w = Writer(write, 'lost=%d'.__mod__)
 w.put('parent')
 entered.wait()
 pid = os.fork()
@@ -612,30 +607,41 @@ class Handler(unittest.TestCase):
         self.addCleanup(made.close)
         return made
 
-    def test_nothing_is_formatted_in_the_thread_that_logs(self):
-        seen = []
-
-        class Form(logging.Formatter):
-            def format(self, record):
-                seen.append(threading.current_thread().name)
-                return "x"
-
-        handler = self.handler(Form())
-        handler.handle(record("x"))
-        handler.writer.close(PATIENCE_S)
-        self.assertEqual(seen, ["writer"])
-
-    def test_a_traceback_keeps_no_frame_alive_and_other_handlers_see_it(self):
-        handler, seen = self.handler(), []
-        with mock.patch.object(handler, "put", seen.append):
-            bug = record("bug", level=logging.ERROR, exc_info=trouble())
-            handler.handle(bug)
-        self.assertIsNone(seen[0].exc_info)
-        self.assertIsNotNone(bug.exc_info)
+    def test_a_record_that_waits_keeps_no_frame_alive_and_other_handlers_see_it(self):
+        handler = self.handler()
+        bug = record("bug", level=logging.ERROR, exc_info=trouble())
+        kept = weakref.ref(bug)
+        self.sink.may.clear()                               # the thread hangs
         handler.handle(bug)
+        handler.handle(bug)
+        self.assertIsNotNone(bug.exc_info)
+        del bug
+        self.assertIsNone(kept())
+        self.sink.may.set()
         handler.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines[0], "ERROR bug")
         self.assertIn("| RuntimeError: a", self.sink.lines)
+
+    def test_a_record_that_cannot_be_shown_costs_itself(self):
+        class Bad:
+            def __str__(self):
+                raise KeyError("no\nkey")
+
+        handler = self.handler()
+        for line in "a", Bad(), "b":
+            handler.handle(record("%s", line))
+        handler.writer.close(PATIENCE_S)
+        self.assertEqual(self.sink.lines, ["INFO a", "ERROR cannot be written: KeyError('no\\nkey')", "INFO b"])
+
+    def test_a_record_for_which_there_is_no_memory_is_counted(self):
+        class Large:
+            def __str__(self):
+                raise MemoryError
+
+        handler = self.handler()
+        handler.handle(record("%s", Large()))
+        wait_until(lambda: self.sink.lines == ["WARNING lost lines=1"])
+        self.assertEqual(handler.writer.lost, 1)
 
     def test_lost_lines_are_told_in_the_format_of_the_others(self):
         for form in (logs.TextFormatter(True), logs.JsonFormatter(), logs.Prioritized(logs.TextFormatter(False))):

@@ -15,6 +15,7 @@ from socks5.server.sessions import Full, Sessions
 from socks5.net.addresses import Endpoint
 from socks5.relay.relay import Relay
 from socks5.relay.tunnel import Tunnel
+from socks5.protocol.facts import template
 from socks5.protocol.messages import Address
 from tests import support
 from tests.support import HAS_IPV6, PATIENCE_S, greeted, running, text_of
@@ -307,7 +308,8 @@ class Deadline(Case):
 
 class Facts(Case):
     def line(self, session):
-        return text_of(logging.makeLogRecord({"levelname": "INFO", "msg": Session.LINE, "args": session.facts()}))
+        facts = session.facts()
+        return text_of(logging.makeLogRecord({"levelname": "INFO", "msg": template("session", facts), "args": facts}))
 
     def test_order_of_a_whole_line(self):
         session = self.admit(Sessions(9, 0), "2001:db8::1")

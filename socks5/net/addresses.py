@@ -25,7 +25,10 @@ class Endpoint(NamedTuple):
 
     def text(self) -> str:
         """192.0.2.1:80 or [2001:db8::1]:80"""
-        return f"{bracketed(self.ip)}:{self.port}"
+        ip = self.ip
+        if type(ip) is IPv4:                            # nearly always, and the others take longer
+            return f"{ip.text}:{self.port}"
+        return f"{bracketed(ip)}:{self.port}"
 
     def __str__(self) -> str:
         return self.text()

@@ -2,12 +2,12 @@
 
 The log and the trace use it. put() runs in any thread. Where a write that cannot wait is possible, put() writes at
 once: to wake another thread for each line costs ten times as much as to write it. What the descriptor does not take at
-once goes into a bounded queue. A thread makes text of the queued items and writes it, in chunks that end at a line's
-end and are small enough that the kernel never mixes them with those of another process on the same pipe (PIPE_BUF,
-pipe(7)).
+once waits in a bounded queue for a thread, which writes it in chunks that end at a line's end and are small enough
+that the kernel never mixes them with those of another process on the same pipe (PIPE_BUF, pipe(7)).
 
-Processes: the thread starts with the first queued item. os.fork() stops it before and starts it again afterwards,
-because a fork copies only the thread that calls it; the child begins with an empty queue and a thread of its own.
+Processes: the thread starts with the first line that it is to write. os.fork() stops it before and starts it again
+afterwards, because a fork copies only the thread that calls it; the child begins with an empty queue and a thread of
+its own.
 """
 from __future__ import annotations
 
@@ -19,44 +19,43 @@ import threading
 import weakref
 from collections import deque
 from functools import partial
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Any, Callable, Deque, Iterable, Iterator, List, Optional, Tuple
 
 PIPE_BUF = getattr(select, "PIPE_BUF", 512)     # POSIX promises 512 at the least
 MOST_QUEUED = 10000
-BATCH = 1000                    # items taken at once: bounds what is held beside the queue
+BATCH = 1000                    # lines taken at once: bounds what is held beside the queue
 REST_S = 0.001                  # between batches: a busy process wakes the thread a thousand times a second, not more
 RETRY_S = 0.01                  # a descriptor that does not block, and is full
 PAUSE_S = 0.2                   # the longest that a fork waits for a write to end
 CLOSE_S = 1.0
 SLOW_S = 0.5                    # a disk on which a write at once takes longer (the wait for the GIL included)
 SLOW_REST_S = 10.0              # is left to the thread for so long
-STOP = object()                 # in the queue: everything before it is written, then the thread ends
 CUT = b"...\n"
 
 Write = Callable[[bytes], Optional[int]]        # writes some of it, and says how many bytes; None: all of it
 
 
 class Writer:
-    """A bounded queue, and the thread that writes it.
+    """Lines that are to be written, and the turn at writing them, which one thread at a time has.
 
     write        as os.write with a descriptor: a short write is continued, an exception loses the chunk
-    render       an item's text in ASCII, one line or several, without the last newline. Runs in the thread that writes
-    lost         the text of the line that says how many items were lost
+    lost         the text of the line that says how many lines were lost
     chunk_bytes  the most that is given to write() at once; a longer line is cut, and ends in "..."
     release      called once, when nothing will be written any more: closes what was opened for it
-    at_once      as `write`, but never waits: it takes less, or raises. None: only the thread writes
+    at_once      as `write`, but never waits: it takes less, or raises. None: only the Writer's thread writes
 
-    Methods that any thread may call: put, close. Those for a fork are called by it: pause, resume, after_fork.
+    put() takes the turn if it is free. What at_once() does not take is left to the Writer's thread, and so is the turn:
+    the thread gives it back when all is written. So the lines keep their order.
+
+    Methods that any thread may call: put, close, lose. Those for a fork are called by it: pause, resume, after_fork.
     """
 
-    def __init__(self, write: Write, render: Callable[[Any], str], lost: Callable[[int], str],
-                 chunk_bytes: int = PIPE_BUF, release: Callable[[], object] = lambda: None,
-                 at_once: Optional[Write] = None) -> None:
+    def __init__(self, write: Write, lost: Callable[[int], str], chunk_bytes: int = PIPE_BUF,
+                 release: Callable[[], object] = lambda: None, at_once: Optional[Write] = None) -> None:
         self._write = write
         self._at_once = at_once
-        self._render = render
         self._lost_text = lost
         self._chunk_bytes = chunk_bytes
         self._release = release
@@ -68,63 +67,58 @@ class Writer:
         self.after_fork()
         WRITERS.add(self)
 
-    def put(self, item: object) -> None:
-        """Have it written. Never waits: beyond the bound the item is dropped and counted."""
-        if self._at_once is None:
-            self._enqueue(item)
+    def put(self, text: str) -> None:
+        """Have it written: a line or several, without the last newline. Never waits: beyond the bound it is dropped and
+        counted."""
+        lines = self._lines
+        if len(lines) >= self._most:
+            self.lose(1)
             return
-        if len(self._fresh) >= self._most:
-            self._lose(1)
-            return
-        self._fresh.append(item)
-        while self._fresh and self._turn.acquire(False):    # else the thread that has the turn writes it as well
+        data = (text + "\n").encode("ascii", "backslashreplace")
+        if len(data) <= self._chunk_bytes:
+            lines.append(data)
+        else:
+            lines.extend(chunk for chunk, _count in chunks([cut(data, self._chunk_bytes)], self._chunk_bytes))
+        while lines and self._turn.acquire(False):
+            whole = False
             try:
-                self._write_fresh(self._at_once)
-            except MemoryError:
-                self._lose(1)
+                whole = self._write_at_once(lines)
             finally:
-                self._turn.release()
+                if whole:
+                    self._turn.release()
+                else:
+                    self._threads_turn = True
+        if self._threads_turn:
+            self._wake()
 
-    def _write_fresh(self, at_once: Write) -> None:
-        """Write at once, or queue, what put() was given. The order is kept: nothing is written at once while the thread
-        has something to write."""
-        while self._fresh:
-            item = self._fresh.popleft()
-            if self._given == self._handled and not (self._lost or self._torn or self._closed):
-                item = self._left_of(self._block(item), at_once)
-            if item != b"":
-                self._given += self._enqueue(item)
-
-    def _left_of(self, line: bytes, at_once: Write) -> bytes:
-        """What the descriptor did not take at once of a line."""
-        now = monotonic()
-        if len(line) > self._chunk_bytes or now < self._slow_until:     # the former is several lines
-            return line
-        try:
-            done = at_once(line)
-        except Exception:                               # it takes nothing now, or never will: the thread finds out
-            return line
-        if monotonic() - now > SLOW_S:
-            self._slow_until = now + SLOW_REST_S
-        left = b"" if done is None else line[done:]
-        self._half = 0 < len(left) < len(line)
-        return left
-
-    def _enqueue(self, item: object) -> bool:
-        """Leave it to the thread. Whether there was room.
-
-        SimpleQueue is safe with and without a GIL and in signal handlers; it wakes the thread only if that waits."""
-        if self._queue.qsize() >= self._most:
-            self._lose(1)
-            return False
-        try:
-            self._queue.put(item)
-        except MemoryError:
-            self._lose(1)
-            return False
-        if self._thread is None:
-            self._start()
+    def _write_at_once(self, lines: Deque[bytes]) -> bool:
+        """Whether all was written; what was not is left in `lines`."""
+        while lines:
+            line = lines[0]
+            begun = monotonic()
+            try:
+                done = self._at_once(line)              # type: ignore[misc]
+            except Exception:                           # it takes nothing now, or never will: the thread finds out
+                return False
+            if done != len(line):
+                lines[0] = line[done:]
+                self._half = bool(done)
+                return False
+            lines.popleft()
+            if monotonic() - begun > SLOW_S:
+                self._slow_until = begun + SLOW_REST_S
+                return False
         return True
+
+    def lose(self, count: int) -> None:
+        """Lines are lost: count them. The thread says so."""
+        with self._lock:
+            self._lost += count
+            self.lost += count
+        if self._turn.acquire(False):
+            self._threads_turn = True
+        if self._threads_turn:
+            self._wake()
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Write what is queued, for timeout_s at the most; what comes later is dropped. In the calling thread where the
@@ -132,18 +126,15 @@ class Writer:
         with self._lock:
             if self._closed:
                 return
-            if self._queue.qsize():
-                self._start()
+            if self._lines:
+                self._wake()
             self._closed, self._most = True, 0
             self._give_up_at = monotonic() + timeout_s
-            thread = self._thread
-            queued = self._queue.qsize()
-        with self._turn:                    # nothing is being written at once
-            pass
-        if thread is None and not queued:
-            self._release()
-            return
-        self._queue.put(STOP)
+        while not self._threads_turn:
+            if self._turn.acquire(timeout=RETRY_S):     # else a line is being written at once
+                self._threads_turn = True
+        self._bell.put(None)
+        thread = self._thread
         if thread is None:
             self._run()
         else:
@@ -157,112 +148,114 @@ class Writer:
             self._paused = True
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            self._queue.put(STOP)
+            self._bell.put(None)
             thread.join(timeout_s)
 
     def resume(self) -> None:
         """Go on, in the parent."""
         with self._lock:
             self._paused = False
-            if self._queue.qsize():
-                self._start()
-
-    _slow_until = 0.0
+        if self._threads_turn:
+            self._wake()
 
     def after_fork(self) -> None:
         """Begin anew, in the child: what is queued is the parent's, and so is the thread."""
-        self._queue: SimpleQueue[Any] = SimpleQueue()
-        self._fresh: Deque[Any] = deque()   # given to put(), and neither written nor queued yet:
-        self._turn = threading.Lock()       # its holder does that
-        self._given = self._handled = 0     # items that the holder has queued; that the thread has written or lost
+        self._lines: Deque[bytes] = deque()         # put, and not written yet
+        self._bell: SimpleQueue[None] = SimpleQueue()   # wakes the thread; safe in signal handlers, and without a GIL
         self._lock = threading.RLock()      # a signal handler may log while its own thread holds it
         self._thread: Optional[threading.Thread] = None
         self._paused = False
-        self._lost = 0
+        self._lost = 0                      # and not said yet
         self.lost = 0                       # in all
+        self._slow_until = 0.0
+        self._turn = threading.Lock()
+        self._threads_turn = self._at_once is None or self._torn or self._half
+        if self._threads_turn:
+            self._turn.acquire()
 
-    # ---- inside ---------------------------------------------------------------------------------------------------
+    # ---- the thread -----------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        with self._lock:
-            if self._thread is None and not self._paused and not self._closed:
-                try:
-                    thread = threading.Thread(target=self._run_thread, name="writer", daemon=True)
-                    thread.start()
-                except (RuntimeError, MemoryError):     # no more threads, or the interpreter ends: the next item
-                    return                              # tries again
-                self._thread = thread
-
-    def _lose(self, count: int) -> None:
-        with self._lock:
-            self._lost += count
-            self.lost += count
+    def _wake(self) -> None:
+        """Have the thread look at the lines."""
+        if self._bell.empty():              # else it will
+            self._bell.put(None)
+        if self._thread is None:
+            with self._lock:
+                if self._thread is None and not self._paused and not self._closed:
+                    try:
+                        thread = threading.Thread(target=self._run_thread, name="writer", daemon=True)
+                        thread.start()
+                    except (RuntimeError, MemoryError):     # no more threads, or the interpreter ends: the next line
+                        return                              # tries again
+                    self._thread = thread
 
     def _run_thread(self) -> None:
         try:
             self._run()
-        except BaseException:               # a bug, or no memory: the next item starts another thread
+        except BaseException:               # a bug, or no memory: the next line starts another thread
             with self._lock:
                 self._thread = None
             raise
 
     def _run(self) -> None:
-        """Write until STOP."""
-        queue = self._queue
+        """Write whenever it is woken, until the Writer is closed or paused."""
         while True:
-            batch = [queue.get()]
-            batch += [queue.get() for _ in range(min(queue.qsize(), BATCH))]
-            items = [item for item in batch if item is not STOP]
+            rest_s = self._slow_until - monotonic()
             try:
-                lost = self._write_all(map(self._block, items))
-            except MemoryError:
-                lost = len(items)
-            if lost:
-                self._lose(lost)
-            if self._lost:
-                self._tell_lost()
-            self._handled += len(items)
-            if len(items) < len(batch) and self._ended():
+                self._bell.get(timeout=rest_s if rest_s > 0 else None)
+            except Empty:
+                pass
+            while self._threads_turn:
+                self._write_batch()
+                if not self._lines:
+                    break
+            self._give_back()
+            if self._ended():
                 return
-            del batch, items                # while it waits, nothing keeps a record alive
-            if not queue.qsize():
+            if not self._lines:
                 sleep(REST_S)
 
-    def _ended(self) -> bool:
-        """Whether the thread is to end: STOP may be of a fork that did not wait for it."""
+    def _give_back(self) -> None:
+        """Let put() write at once again, if that is possible and the last line is whole."""
         with self._lock:
-            ending = self._paused or self._closed
+            if not self._threads_turn or self._at_once is None or self._closed or self._torn or self._lost \
+                    or monotonic() < self._slow_until:
+                return
+            self._threads_turn = False
+        self._turn.release()
+        if (self._lines or self._lost) and self._turn.acquire(False):       # it came meanwhile
+            self._threads_turn = True
+            self._bell.put(None)
+
+    def _ended(self) -> bool:
+        """Whether the thread is to end."""
+        with self._lock:
+            closed = self._closed and self._threads_turn
+            ending = closed or self._paused
             if ending:
                 self._thread = None
-            closed = self._closed
         if closed:
             self._release()
         return ending
 
-    def _block(self, item: object) -> bytes:
-        if type(item) is bytes:             # rendered, and perhaps written in part
-            return item
+    def _write_batch(self) -> None:
+        lines = self._lines
+        batch = [lines.popleft() for _ in range(min(len(lines), BATCH))]
         try:
-            text = self._render(item)
-        except Exception as exc:            # an argument that does not fit its format, say: one item, not the thread
-            text = "ERROR cannot be written: %s" % ascii(exc)
-        data = text.encode("ascii", "backslashreplace") + b"\n"
-        return data if len(data) <= self._chunk_bytes else cut(data, self._chunk_bytes)
-
-    def _write_all(self, blocks: Iterable[bytes]) -> int:
-        """How many items were lost."""
-        lost = 0
-        for chunk, count in chunks(blocks, self._chunk_bytes):
-            if not self._write_chunk(chunk):
-                lost += count
-        return lost
-
-    def _tell_lost(self) -> None:
+            lost = self._write_all(batch)
+        except MemoryError:
+            lost = len(batch)
         with self._lock:
-            count, self._lost = self._lost, 0
-        if count and self._write_all([self._lost_text(count).encode() + b"\n"]):
+            self._lost += lost
+            self.lost += lost
+            unsaid, self._lost = self._lost, 0
+        if unsaid and self._write_all([self._lost_text(unsaid).encode() + b"\n"]):
             with self._lock:
-                self._lost += count         # still to be said; `lost` has them already
+                self._lost += unsaid        # still to be said; `lost` has them already
+
+    def _write_all(self, lines: List[bytes]) -> int:
+        """How many were lost."""
+        return sum(count for chunk, count in chunks(lines, self._chunk_bytes) if not self._write_chunk(chunk))
 
     def _write_chunk(self, data: bytes) -> bool:
         """Whether the whole of it was written."""
@@ -355,7 +348,7 @@ def write_text(stream: Any, data: bytes) -> None:
 
 
 def lost_in_all() -> int:
-    """How many items all writers of this process have lost."""
+    """How many lines all writers of this process have lost."""
     return sum(writer.lost for writer in list(WRITERS))
 
 

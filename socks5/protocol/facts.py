@@ -10,8 +10,8 @@ import logging
 import re
 import time
 from enum import EnumMeta
-from functools import lru_cache
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from functools import cached_property, lru_cache
+from typing import Any, Dict, List, Tuple
 
 from .fields import text
 
@@ -19,14 +19,20 @@ NOTHING = "-"                       # stands in the text for a fact that there i
 NUMBERS = {int, float}
 KEY = re.compile(r"%\((\w+)\)")
 FREE = {"why"}                      # keys whose values are sentences
-PLAIN = re.compile("[!-~]+").fullmatch         # one word
 LEVELS = {level: logging.getLevelName(level) for level in range(10, 60, 10)}
+PLAIN = re.compile("[!-~]+").fullmatch         # one word
 
 
 @lru_cache(maxsize=256)
 def positional(line: str) -> Tuple[str, List[str]]:
     """A line without its keys, and the keys in their order: "up=%(up)d" is "up=%d" and ["up"]."""
     return KEY.sub("%", line), KEY.findall(line)
+
+
+def template(word: str, facts: Dict[str, Any]) -> str:
+    """The line that shows these facts, in their order: "word key=%(key)s ...". A float has three decimals."""
+    return word + "".join(" %s=%%(%s)%s" % (key, key, ".3f" if type(value) is float else "s")
+                          for key, value in facts.items())
 
 
 class Facts(Dict[str, Any]):
@@ -71,32 +77,60 @@ def shown_text(value: str, free: bool) -> str:
     return NOTHING if not value else value if PLAIN(value) and not free else ascii(value)
 
 
-class FactsRecord(logging.LogRecord):
-    """A record of a line of facts, made in a fraction of the time that Logger.info() takes: the place in the code, the
-    thread and the process that it comes from are not looked up."""
+class LeanRecord(logging.LogRecord):
+    """A record made in a fraction of the time that Logger.info() takes: the place in the code, the thread and the
+    process that it comes from are not looked up. A subclass has msg, args and text()."""
+
+    __slots__ = ("source",)                         # what it tells of; not in __dict__, which handlers copy and send
 
     pathname = filename = module = funcName = threadName = processName = ""
     lineno = thread = process = 0
     relativeCreated = 0.0
     exc_info = exc_text = stack_info = taskName = None
-    words: Optional[Callable[[], str]] = None       # gives the line, where that is faster than by its facts
 
-    def __init__(self, name: str, level: int, line: str, facts: Optional[Facts] = None) -> None:
+    def __init__(self, name: str, level: int, source: Any) -> None:
         self.created = time.time()
-        self.msecs = self.created % 1 * 1000
         self.name = name
         self.levelno = level
-        self.levelname = LEVELS.get(level) or logging.getLevelName(level)
-        self.msg = line
-        if facts is not None:                       # else a subclass has them
-            self.args = facts
+        self.levelname = LEVELS[level] if level in LEVELS else logging.getLevelName(level)
+        self.source = source
+
+    @cached_property
+    def msecs(self) -> float:                       # type: ignore[override]
+        return self.created % 1 * 1000
+
+    def text(self) -> str:
+        """msg % args: a line of printable text."""
+        raise NotImplementedError
 
     def getMessage(self) -> str:
-        """The line. A logging.Formatter asks for it first, then looks into __dict__ for what else its format shows."""
-        for key in BLANK:
-            self.__dict__.setdefault(key, getattr(self, key))
+        """The same. A logging.Formatter asks for it first, then looks into __dict__ for what else its format shows."""
+        self._complete()
         return super().getMessage()
 
+    def __reduce__(self) -> Any:
+        """Copied or pickled, it is a plain record."""
+        self._complete()
+        return logging.makeLogRecord, (self.__dict__.copy(),)
 
-BLANK = ("pathname", "filename", "module", "funcName", "threadName", "processName", "lineno", "thread", "process",
-         "relativeCreated", "exc_info", "exc_text", "stack_info", "taskName")
+    def _complete(self) -> None:
+        for key in KEYS:
+            self.__dict__.setdefault(key, getattr(self, key))
+
+
+# What handlers and formatters look for in the __dict__ of a record.
+KEYS = ("msg", "args", "msecs", "pathname", "filename", "module", "funcName", "threadName", "processName", "lineno",
+        "thread", "process", "relativeCreated", "exc_info", "exc_text", "stack_info", "taskName")
+
+
+class FactsRecord(LeanRecord):
+    """A line of facts."""
+
+    def __init__(self, name: str, level: int, line: str, facts: Facts) -> None:
+        super().__init__(name, level, facts)
+        self.msg = line
+        self.args = facts
+
+    def text(self) -> str:
+        facts: Facts = self.source
+        return facts.fill(self.msg)

@@ -70,8 +70,6 @@ class IPv6(IPv6Address):
 
 def bracketed(ip: Union[IPv4Address, IPv6Address]) -> str:
     """An address as it stands in front of a port: IPv6 in brackets."""
-    if type(ip) is IPv4:                            # nearly always, and the others take longer
-        return ip.text
     return f"[{ip}]" if ip.version == 6 else str(ip)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, NamedTuple, Type, TypeVar
 
 from .codes import METHOD_RANGES, Atyp, Cmd, Method, Mtyp, Rep, phrase
 from .errors import RequestRefused
-from .fields import BytesReader, Field, Host, Layout, Raw, ReadExactly, bracketed, host_of, split, text
+from .fields import IPv4, BytesReader, Field, Host, Layout, Raw, ReadExactly, bracketed, host_of, split, text
 from .memory import remembered
 
 VER = 0x05          # RFC 1928 §3
@@ -77,6 +77,8 @@ class Address(NamedTuple):
     def text(self) -> str:
         """192.0.2.1:80, [2001:db8::1]:80 or 'example.com':80. Safe to log: a name is quoted."""
         host = self.host
+        if type(host) is IPv4:                          # nearly always, and the others take longer
+            return f"{host.text}:{self.port}"
         return f"{text(host) if isinstance(host, bytes) else bracketed(host)}:{self.port}"
 
     def __str__(self) -> str:

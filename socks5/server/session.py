@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, Dict, Iterable, Optional, Tuple, Union
 
 from ..net.addresses import Endpoint
-from ..protocol.facts import NOTHING, Facts, FactsRecord
+from ..protocol.facts import NOTHING, Facts, LeanRecord, template
 from ..protocol.fields import Host, text
 from ..protocol.messages import Address
 from ..relay.relay import Relay
@@ -71,29 +71,23 @@ class Session:
         self.story: Any = None                      # the trace of this session
         self.record: Optional[Record] = None        # of its handshake, for the status page
 
-    # A session's facts in the log, in their order.
-    LINE = ("session client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s reached=%(reached)s rep=%(rep)s "
-            "up=%(up)d down=%(down)d seconds=%(seconds).3f ended=%(ended)s why=%(why)s")
-
     def facts(self) -> Facts:
         up, down = self.moved()
         return Facts(client=self.client, user=self.user, cmd=self.cmd, dst=self.dst, reached=self.reached, rep=self.rep,
-                     up=up, down=down, seconds=(self.ended_at or monotonic()) - self.started, ended=self.ended(),
-                     why=self.reason())
+                     up=up, down=down, seconds=(self.ended_at or monotonic()) - self.started,
+                     ended=self.ended_by.replace(" ", "-"), why=self.reason())
 
     def line(self) -> str:
-        """LINE % facts(), in a fifth of the time: all but the user, a name as DST and the reason are words of ours."""
-        why, (up, down) = self.reason(), self.moved()
-        dst = self.dst.text() if self.dst else NOTHING
-        reached = dst if self.reached is self.dst else self.reached.text() if self.reached else NOTHING
+        """facts() as text, once it is over: all but the user, a name as DST and the reason are words of ours."""
+        why, dst, reached = self.reason() if self.notes else self.why, NOTHING, NOTHING
+        if self.dst:
+            dst = reached = self.dst.text()
+        if self.reached is not self.dst:
+            reached = self.reached.text() if self.reached else NOTHING
         return (f"session client={self.client.text()} user={NOTHING if self.user is None else text(self.user)} "
-                f"cmd={self.cmd or NOTHING} dst={dst} reached={reached} rep={self.rep or NOTHING} up={up} down={down} "
-                f"seconds={(self.ended_at or monotonic()) - self.started:.3f} ended={self.ended() or NOTHING} "
-                f"why={ascii(why) if why else NOTHING}")
-
-    def ended(self) -> str:
-        """Why it has ended, as one word."""
-        return self.ended_by.replace(" ", "-")
+                f"cmd={self.cmd or NOTHING} dst={dst} reached={reached} rep={self.rep or NOTHING} up={self.up} "
+                f"down={self.down} seconds={self.ended_at - self.started:.3f} "
+                f"ended={self.ended_by.replace(' ', '-') or NOTHING} why={ascii(why) if why else NOTHING}")
 
     def reason(self) -> str:
         return "; ".join(filter(None, (self.why, self.notes))) if self.notes else self.why
@@ -128,28 +122,23 @@ class Session:
     def step(self, word: str, **facts: object) -> None:
         """A line at DEBUG for a step of the negotiation, its facts in the order in which they are given."""
         said = Facts(client=self.client, **facts)
-        log.debug(word + "".join(" %s=%%(%s)s" % (name, name) for name in said), said)
+        log.debug(template(word, said), said)
 
 
-class SessionRecord(FactsRecord):
+class SessionRecord(LeanRecord):
     """The line of a session that is over. Its facts are made when they are asked for: text does not need them."""
-
-    __slots__ = ("session",)                        # not in __dict__, which handlers copy and send
-
-    def __init__(self, name: str, level: int, session: Session) -> None:
-        FactsRecord.__init__(self, name, level, Session.LINE)       # faster than super()
-        self.session = session
 
     @cached_property
     def args(self) -> Any:                          # type: ignore[override]
-        return self.session.facts()
+        return self.source.facts()
 
-    def words(self) -> str:
-        return self.session.line()
+    @cached_property
+    def msg(self) -> str:                           # type: ignore[override]
+        return template("session", self.args)
 
-    def __reduce__(self) -> Any:
-        """Copied or pickled, it is a plain record."""
-        return logging.makeLogRecord, (dict(self.__dict__, args=self.args),)
+    def text(self) -> str:
+        session: Session = self.source
+        return session.line()
 
 
 def tell(logger: logging.Logger, level: int, session: Session) -> None:

@@ -67,8 +67,8 @@ def chunk_of(fd: int) -> int:
 
 def trace_to(write: Write, chunk_bytes: int, colour: bool = False,
              release: Callable[[], object] = lambda: None) -> Trace:
-    writer = Writer(write, text_of, "# lost blocks=%d".__mod__, chunk_bytes, release)
-    return Trace(writer.put, colour, writer.close)
+    writer = Writer(write, "# lost blocks=%d".__mod__, chunk_bytes, release)
+    return Trace(lambda block: writer.put(text_of(block)), colour, writer.close)
 
 
 def text_of(block: List[str]) -> str:

@@ -27,7 +27,7 @@ class Line:
         self._board = board
         self._begun = begun
         self._before = sample(board, begun())
-        self._writer = Writer(partial(write_last, fd), str, "".format)
+        self._writer = Writer(partial(write_last, fd), "".format)
 
     def draw(self) -> None:
         """If it is time."""
