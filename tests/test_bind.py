@@ -235,6 +235,16 @@ class Waiting(unittest.TestCase):
                 thread.join(PATIENCE_S)
                 self.assertFalse(thread.is_alive())
 
+    def test_no_default_timeout_holds_for_the_peer(self):
+        """Python would wait for its socket, and with it all other tunnels."""
+        with self.rendezvous() as (rendezvous, far, outcome):
+            socket.setdefaulttimeout(PATIENCE_S)
+            self.addCleanup(socket.setdefaulttimeout, None)
+            with call((str(rendezvous.bnd.ip), rendezvous.bnd.port)):
+                wait_until(lambda: outcome)
+            with outcome[0][0] as remote:
+                self.assertEqual(remote.gettimeout(), 0)
+
     def test_it_reads_no_more_than_it_keeps(self):
         with self.rendezvous() as (rendezvous, far, outcome):
             far.sendall(b"first")

@@ -233,15 +233,21 @@ class Hooks(Case):
         class Handler(socks5.Handler):
             timeout = 1
 
-        with running(Handler, handshake_timeout=0) as server, logging_of(self) as logs:
-            with connect_through(server.server_address, *self.echo) as tunnel, dial(server.server_address) as slow:
-                slow.sendall(NO_LOGIN[:1])
-                self.assertEqual(slow.recv(1), b"")
-                wait_until(lambda: len(server.sessions) == 1)
-                self.assertIn("ended=client why='timed out'", logs.output[-1])
-                session, = server.sessions
-                self.assertIn(session.sock.gettimeout(), (None, 0))
-                self.assertTrue(echoes(tunnel))
+        class ByHook(socks5.Handler):
+            def setup(self):
+                super().setup()
+                self.connection.settimeout(1)
+
+        for handler in (Handler, ByHook):
+            with self.subTest(handler), running(handler, handshake_timeout=0) as server, logging_of(self) as logs:
+                with connect_through(server.server_address, *self.echo) as tunnel, dial(server.server_address) as slow:
+                    slow.sendall(NO_LOGIN[:1])
+                    self.assertEqual(slow.recv(1), b"")
+                    wait_until(lambda: len(server.sessions) == 1)
+                    self.assertIn("ended=client why='timed out'", logs.output[-1])
+                    session, = server.sessions
+                    self.assertIn(session.sock.gettimeout(), (None, 0))
+                    self.assertTrue(echoes(tunnel))
 
     def test_closing_twice_is_harmless(self):
         server = self.enter(running())

@@ -310,6 +310,24 @@ threading.Thread.start = start"""
                 server.end(signal.SIGTERM)
             self.assertEqual(count(server, "Traceback"), 0, server.log)
 
+    def test_a_bug_that_ends_the_relay_loop_ends_the_process(self):
+        """With an error: a worker is replaced, a server that is alone ends."""
+        text = """
+from socks5.relay.loop import Loop
+Loop._sweep = lambda loop: 1 / 0"""
+        with script(text) as path:
+            for processes in ("1", "2"):
+                with self.subTest("-w " + processes):
+                    server = Spawned("-p", "0", "-w", processes, script=path)
+                    try:
+                        server.wait_line("cannot go on")
+                        if processes == "1":
+                            self.assertEqual(server.process.wait(PATIENCE_S), 1)
+                        else:
+                            server.wait_line("worker_died pid=[0-9]+ how=exit-1 sessions=0")
+                    finally:
+                        server.end(signal.SIGTERM)
+
     def test_a_stop_that_comes_too_early(self):
         for number in (signal.SIGTERM, signal.SIGINT):
             text = "from socks5 import cli\nold = cli.serve\ncli.serve = lambda *args: " \

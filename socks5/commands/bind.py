@@ -179,6 +179,7 @@ class Rendezvous(PeerWait):
         peer = endpoint_of(sockaddr)
         if self.permit(ip_of(sockaddr)) if self.any_peer else peer.ip in self.peers:
             tune(remote)
+            remote.setblocking(False)           # whatever socket.setdefaulttimeout() says
             return remote, peer
         remote.close()
         self.unexpected += 1

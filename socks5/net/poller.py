@@ -96,7 +96,10 @@ def was_reset(fd: int) -> bool:
 
 def new_poll() -> "Union[select.poll, SelectPoll]":
     """For one thread and the few descriptors that it waits for. poll() takes milliseconds."""
-    return select.poll() if hasattr(select, "poll") else SelectPoll()
+    try:
+        return select.poll()
+    except AttributeError:                          # Windows
+        return SelectPoll()
 
 
 def one_of_many(shared: int, own: int) -> Callable[[], object]:

@@ -13,10 +13,10 @@ from typing import Any, Callable, Iterator, Optional, Tuple
 from ..net.poller import READ, new_poll
 from ..net.wakeup import Wakeup
 from .limited import pause
-from .relay import UNREGISTERED, Relay, rewatch, rewatch_all
+from .relay import UNREGISTERED, Relay, rewatch_all
 from .tunnel import Tunnel
 
-FIRST_S = 0.005                     # how long a tunnel that has just been made is waited for at a time,
+FIRST_MS = 5                        # how long a tunnel that has just been made is waited for at a time,
 FIRST_TURNS = 16                    # and how often
 QUIET_S = 0.5                       # how often a busy tunnel is looked at:
 QUIET_BYTES = 256 * 1024            # if it moved less in that time, it is quiet again and gives its kernel pipes back
@@ -63,24 +63,27 @@ def turns(relay: Relay, most_s: float, wakeup: Optional[Wakeup] = None) -> Itera
 def relay_first(tunnel: Tunnel) -> None:
     """Relay until the tunnel has ended, is aborted, quiet or busy, or has had its turns.
 
-    What a rate limit holds back, or another thread wants changed, is for the loop: such a tunnel is quiet soon. It
-    does not use turns(), with which a short connection takes 3 to 4 % more instructions."""
-    (client, remote), wait_ms = tunnel.fds(), FIRST_S * 1000
-    poll, watched, look = new_poll(), (UNREGISTERED, UNREGISTERED), True
+    What a rate limit holds back, or another thread wants changed, is for the loop: such a tunnel is quiet soon. So is
+    one with a side that is closed both ways. It does not use turns(), which asks for all that on each turn."""
+    poll, client, remote = new_poll(), tunnel.fd, tunnel.remote.fileno()
+    now, look = tunnel.moved_at, True                   # so short a time is not measured
     for _ in range(FIRST_TURNS):
         if look:
             wanted = tunnel.interest()
-            rewatch(poll, client, watched[0], wanted[0])
-            rewatch(poll, remote, watched[1], wanted[1])
-            watched, look = wanted, False
-        ready = poll.poll(wait_ms)
-        now = monotonic()
+            if UNREGISTERED in wanted:
+                return
+            poll.register(client, wanted[0])            # again: poll() then waits for these events in place of others
+            poll.register(remote, wanted[1])
+            look = False
+        ready = poll.poll(FIRST_MS)
+        if not ready:
+            return
         for fd, events in ready:
             if tunnel.handle(fd, events, now):
                 look = True
                 if tunnel.ended:
                     return
-        if not ready or tunnel.aborted or look and tunnel.busy():
+        if look and tunnel.busy():
             return
 
 
@@ -125,10 +128,16 @@ def borrow(relay: Relay, how: Callable[[Any], None], failed: Callable[[], object
     """Relay a lent tunnel in the calling thread, which closes nothing. failed() is told of a bug."""
     try:
         how(relay)
-    except OSError as exc:                          # poll() or select() takes no more
-        relay.end("server", exc.strerror or str(exc))
-    except Exception:
-        failed()
-        relay.end("server", "a bug of the server")
+    except Exception as exc:
+        give_up(relay, exc, failed)
     if relay.aborted and not relay.ended:
         relay.end(relay.aborted)
+
+
+def give_up(relay: Relay, exc: Exception, failed: Callable[[], object]) -> None:
+    """In an except block: end a lent tunnel that cannot be relayed. failed() is told of a bug."""
+    if isinstance(exc, OSError):                    # poll() or select() takes no more
+        relay.end("server", exc.strerror or str(exc))
+    else:
+        failed()
+        relay.end("server", "a bug of the server")

@@ -8,9 +8,9 @@ is quiet again the loop takes it back. The first moments of a tunnel are relayed
 there is only select(), all of them. A UDP association is a Relay as a tunnel is, but never busy, and its turns come
 when tunnels have had theirs: see Relay.
 
-Any thread may call `relay`, `watch`, `call_soon` and `stop`; everything else runs in the loop's thread, which alone
-closes sockets that it has registered. So no event can name a descriptor that was closed and used again: closing comes
-after the batch of events in which the tunnel ended.
+Any thread may call `relay`, `watch`, `call_soon` and `stop`, in a forked child only the last of them; everything else
+runs in the loop's thread, which alone closes sockets that it has registered. So no event can name a descriptor that was
+closed and used again: closing comes after the batch of events in which the tunnel ended.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..net.poller import BATCH, READ
 from ..net.shares import Share
 from ..protocol.memory import give_back, persist
 from . import splice
-from .busy import QUIET_S, borrow, relay_bursts, relay_busy, relay_first
+from .busy import QUIET_S, borrow, give_up, relay_bursts, relay_busy, relay_first
 from .limited import Timers, read_on
 from .pipe import DONTWAIT
 from .relay import Relay
@@ -61,11 +61,13 @@ class Loop:
         self._timers = Timers()                                 # of directions that a rate limit holds back
         self._lent = 0                                          # to threads of their own
         self._threads = Share(MAX_LENT)                         # for busy tunnels
-        self._first, self._alone = 0, threading.Lock()          # still in threads that brought them; one relays
-        self._gate = threading.Lock()                           # held while a tunnel comes in or leaves such a thread
+        self._brought: Set[Relay] = set()                       # still in the threads that brought them
+        self._first = False                                     # whether such a thread relays first moments
+        self._gate = threading.Lock()                           # held while a tunnel leaves such a thread
         self._stopping = ""                                     # why, once it is to stop: nothing comes in then
         self._sweep_at = 0.0
         self.process = os.getpid()                              # of its thread; a forked child needs a loop of its own
+        self.failed = False                                     # a bug has ended it: relay() refuses everything
         self._bell = Bell()
         self._poller.register(self._bell.fd, READ)
         self._watched[self._bell.fd] = self._bell
@@ -76,51 +78,58 @@ class Loop:
         self._thread.start()
 
     def __len__(self) -> int:
-        return len(self._tunnels)
+        return len(self._tunnels) + len(self._brought)
 
     # ---- for any thread -------------------------------------------------------------------------------------------
 
     def relay(self, tunnel: Relay) -> None:
         """Relay the first moments of a tunnel, unless it has bursts, and have the loop go on with it. The sockets are
-        the loop's from here on. Raises OSError, and has not taken them, when that cannot be."""
-        self._check_process()
+        the loop's from here on; they have no timeout, for which Python would wait in spite of MSG_DONTWAIT. Raises
+        OSError, and has not taken them, when that cannot be."""
         tunnel.moved_at = monotonic()
-        for sock in tunnel.sockets():
-            if sock.gettimeout() or not DONTWAIT:   # Python waits for a socket with a timeout, whatever the flags say
-                sock.setblocking(False)
-        with self._gate:
+        self._brought.add(tunnel)                   # first, or stop() might not see it
+        if self._stopping:
+            with self._gate:                        # the loop's thread may be at its sockets
+                self._brought.discard(tunnel)
+            self._bell.ring()
             self._check_open()
-            tunnel.lent = True
-            self._tunnels.add(tunnel)
-            self._first += 1
+        if not DONTWAIT:
+            for sock in tunnel.sockets():
+                sock.setblocking(False)
         if not MANY:
             borrow(tunnel, relay_bursts if tunnel.bursts else relay_busy, self._failed)
         elif tunnel.bursts:
             tunnel.woken_by(self._wake)
-        elif self._alone.acquire(False):            # several threads would fight for the interpreter's lock
-            borrow(tunnel, relay_first, self._failed)
-            self._alone.release()
+        elif not self._first:                       # several threads would fight for the interpreter's lock
+            self._first = True                      # two at once, which is possible, do no harm
+            try:
+                relay_first(tunnel)                 # type: ignore[arg-type]    # a Tunnel has no bursts
+            except Exception as exc:
+                give_up(tunnel, exc, self._failed)
+            self._first = False
         if tunnel.ended or not self._taken_over(tunnel):
+            if tunnel.aborted:
+                with self._gate:                    # the loop's thread may be at its sockets
+                    pass
             self._close_tunnel(tunnel)
-            with self._gate:
-                self._tunnels.discard(tunnel)
-                self._first -= 1                    # only now: stop() must not return before
-        if self._stopping:
-            self._bell.ring()                       # the loop waits for this thread
+            self._brought.discard(tunnel)           # only now: stop() must not return before
+            if self._stopping:
+                self._bell.ring()                   # the loop waits for this thread
 
     def _taken_over(self, tunnel: Relay) -> bool:
         """Whether the loop goes on with a tunnel after its first moments; if not, it has ended here."""
         with self._gate:
-            tunnel.lent = False                     # before it is registered: the loop may lend it at once
-            if not self._register(tunnel):
+            if tunnel.aborted:
+                tunnel.end(tunnel.aborted)
                 return False
-            self._first -= 1
-            return True
-
-    def _check_process(self) -> None:
-        """Raises OSError in a forked child: it has no thread for this loop, and shares the parent's epoll."""
-        if os.getpid() != self.process:
-            raise OSError(errno.ECANCELED, "the relay loop belongs to another process")
+            tunnel.lent = False                     # before it is registered: the loop may lend or close it at once
+            self._tunnels.add(tunnel)
+            tunnel.moved_at = monotonic()
+            if self._register(tunnel):
+                self._brought.discard(tunnel)
+                return True
+            self._tunnels.discard(tunnel)
+            return False
 
     def _check_open(self) -> None:
         if self._stopping:
@@ -130,7 +139,6 @@ class Loop:
         """Call spoke(whether there is something to read) as soon as the client has said something or left.
 
         Raises OSError when the system has no more to give, or the loop has stopped."""
-        self._check_process()
         watch, fd = Watch(sock, spoke, self._registered.forget), sock.fileno()
         with self._gate:
             self._check_open()
@@ -173,6 +181,7 @@ class Loop:
         try:
             persist(self._serve)
         except Exception:                           # no tunnel may wait for a thread that is gone
+            self.failed = True
             self._failed()
         self._end_all()
 
@@ -181,7 +190,7 @@ class Loop:
         with self._gate:
             self._stopping = self._stopping or "the relay loop failed"
         self._abort_each(self._stopping)
-        while self._lent or self._first:            # after a failure only: _serve() waits for them
+        while self._lent or self._brought:            # after a failure only: _serve() waits for them
             self._run_calls()
             sleep(QUIET_S / 10)
         self._close_ended()
@@ -195,7 +204,7 @@ class Loop:
     def _serve(self) -> None:
         poll, watched, paused, bursts = self._poller.poll, self._watched, self._timers.heap, self._registered.ready
         subject: Any = None
-        while not self._stopping or self._lent or self._first or self._calls:
+        while not self._stopping or self._lent or self._brought or self._calls:
             wait_s = 0.0 if bursts else self._timers.wait_s(SWEEP_S) if paused else SWEEP_S
             ready = poll(wait_s, BATCH)
             now = monotonic()
@@ -306,7 +315,7 @@ class Loop:
 
     def _change_each(self, change: Callable[[Any], None]) -> None:
         with self._gate:
-            for tunnel in self._tunnels:
+            for tunnel in (*self._tunnels, *self._brought):
                 tunnel.change = change              # the thread of a lent tunnel sees it soon
                 self._calls.append(partial(self._change, tunnel))
 
@@ -326,14 +335,15 @@ class Loop:
 
     def _abort_each(self, why: str) -> None:
         with self._gate:                            # a lent tunnel must not be closed meanwhile
-            for tunnel in self._tunnels:
+            for tunnel in (*self._tunnels, *self._brought):
                 self._abort(tunnel, why)
 
     def _abort(self, tunnel: Relay, why: str) -> None:
+        if tunnel.lent:
+            tunnel.aborted = why                    # first: who ends it looks at that, and then waits for the gate
         if tunnel.ended:
             return
         if tunnel.lent:                             # its thread is woken, and sees it
-            tunnel.aborted = why
             for sock in tunnel.sockets():
                 try:
                     sock.shutdown(socket.SHUT_RD)   # sends nothing

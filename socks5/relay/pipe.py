@@ -88,8 +88,11 @@ class Pipe:
             buffer = memoryview(bytearray(CHUNK_BYTES))
         try:
             size = self.source.recv_into(buffer, self.room, DONTWAIT)
+            if not size:
+                self.done = True
+                return True
             try:
-                sent = self.sink.send(buffer[:size], DONTWAIT) if size else 0
+                sent = self.sink.send(buffer[:size], DONTWAIT)
             except BlockingIOError:
                 sent = 0
             except OSError as exc:
@@ -103,12 +106,11 @@ class Pipe:
         finally:
             _buffers.append(buffer)
         self.total += sent
-        if sent == size and 0 < size < LARGE_BYTES:
+        if sent < size:
+            return True
+        if size < LARGE_BYTES:
             return False
-        if not size:
-            self.done = True
-        elif sent == size:
-            self.large += 1
+        self.large += 1
         return True
 
     def _fill_kernel(self, kernel: splice.KernelPipe) -> Optional[bool]:

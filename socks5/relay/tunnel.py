@@ -17,6 +17,7 @@ from .relay import UNREGISTERED, Relay
 
 INCOMING = READ | URGENT                # what a source is asked for
 FAILED = ~(READ | URGENT | WRITE)       # a hang-up or an error, which poll() and epoll report without being asked
+READS = READ, READ | HANG_UP            # what nearly all events are: bytes or FIN, the last FIN
 QUIET = INCOMING, INCOMING              # what nearly all tunnels want, who share this tuple
 BUSY_READS = 4                          # so many large reads in one direction make a tunnel busy,
 BUSY_S = 0.1                            # if they come in so short a time
@@ -57,28 +58,34 @@ class Tunnel(Relay):
 
     def interest(self) -> Tuple[int, int]:
         up, down = self.up, self.down
-        client = 0 if up.done or up.held or up.resume_at else INCOMING
-        remote = 0 if down.done or down.held or down.resume_at else INCOMING
-        if down.held and not down.resume_at:
-            client |= WRITE
-        if up.held and not up.resume_at:
-            remote |= WRITE
+        client = remote = 0
+        if up.held:
+            remote = 0 if up.resume_at else WRITE
+        elif not up.done and not up.resume_at:
+            client = INCOMING
+        if down.held:
+            client |= 0 if down.resume_at else WRITE
+        elif not down.done and not down.resume_at:
+            remote |= INCOMING
         if self.hung_up:
             client = client or (UNREGISTERED if self.hung_up & 1 else 0)
             remote = remote or (UNREGISTERED if self.hung_up & 2 else 0)
         return QUIET if client == remote == INCOMING else (client, remote)
 
     def handle(self, fd: int, events: int, now: float) -> bool:
-        mine, other = (self.up, self.down) if fd == self.fd else (self.down, self.up)
+        mine = self.up if fd == self.fd else self.down
         try:
-            if events == READ and not mine.held and not mine.done:      # nearly always
+            if events in READS and not mine.held and not mine.done:     # nearly always
                 filled = mine.fill() if mine.gate is None else mine.gate.fill(mine, mine.fill)
                 if filled is not None:
                     self.moved_at = now
                     if mine.done:
-                        self._pass_eof_on(mine, other)
-                return filled is True
+                        self._pass_eof_on(mine)
+                    return filled
+                if events == READ:
+                    return False
             acted = look = False
+            other = self.down if mine is self.up else self.up
             if events & ~WRITE and not mine.held and not mine.done:
                 # A bare hang-up says nothing about urgent data: it was not asked for when this batch was made.
                 fill = mine.fill if events & (READ | URGENT) == READ else mine.fill_urgent
@@ -89,7 +96,7 @@ class Tunnel(Relay):
                     if filled:
                         look = True
                         if mine.done:
-                            self._pass_eof_on(mine, other)
+                            self._pass_eof_on(mine)
             if other.held and events & ~INCOMING:
                 held = other.held
                 other.drain()
@@ -108,6 +115,8 @@ class Tunnel(Relay):
         read that was large. What comes between counts for nothing: when the loop is quick, one buffer is often not
         enough for what has come, and the next one too much."""
         up, down = self.up, self.down
+        if not up.large and not down.large:
+            return False
         if up.large >= BUSY_READS or down.large >= BUSY_READS:
             return True
         if self.moved_at >= self.counted_until:         # a few large messages, now and then, are not much
@@ -154,15 +163,15 @@ class Tunnel(Relay):
 
     # ---- the parts ------------------------------------------------------------------------------------------------
 
-    def _pass_eof_on(self, pipe: Pipe, other: Pipe) -> None:
+    def _pass_eof_on(self, pipe: Pipe) -> None:
         """EOF on one side becomes FIN on the other; nothing is in hand, or there would have been no read."""
         if self.aborted:                    # the owner has shut this socket down to wake us up: no EOF of the peer
             self.end(self.aborted)
             return
-        self.ended_by = self.ended_by or self._name_of(pipe.source)
-        if other.done:                      # both are: close() says the rest
+        if self.up.done and self.down.done:     # close() says the rest
             self.ended = True
             return
+        self.ended_by = "client" if pipe is self.up else "remote"
         try:
             pipe.sink.shutdown(socket.SHUT_WR)
         except OSError:                     # the sink is dead, and its own direction will say so

@@ -316,7 +316,7 @@ class Handler(StreamRequestHandler):
 
     def hand_over(self, relay: Relay) -> None:
         """Have the relay loop relay it. Raises OSError, and it is still ours, when that cannot be."""
-        if self.timeout is not None:
+        if self.connection.gettimeout():                        # as `timeout` or an overridden hook has set it
             self.connection.settimeout(None)
         self.server.relay(relay)
         self.opened = None

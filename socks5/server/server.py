@@ -142,8 +142,8 @@ class Server(Newcomers):
     # ---- the thread of serve_forever ------------------------------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = TICK_S) -> None:
-        """Serve until shutdown(); service_actions() every poll_interval seconds. NoThread: none can accept."""
-        self.relay_loop()
+        """Serve until shutdown(); service_actions() every poll_interval seconds. RuntimeError: no thread, no loop."""
+        loop = self.relay_loop()
         self._stopped.clear()
         poll = new_poll()
         poll.register(self._bell.fd, READ)
@@ -159,6 +159,8 @@ class Server(Newcomers):
                     self._serve_once(poll, by_fd, poll_interval)
                 except MemoryError:                             # the next time there may be more
                     sleep(REST_S)
+                if loop.failed:
+                    raise RuntimeError("the relay loop has failed")
         finally:
             self._acceptors.release(self.request_queue_size)
             self._stopping.clear()
