@@ -29,6 +29,7 @@ from ..protocol.errors import name_of
 from ..protocol.facts import Facts
 from ..relay.loop import Loop
 from ..relay.relay import Relay
+from ..relay.watch import Bell
 from . import acceptors, tracing
 from .counters import Counts, Meter, Shared
 from .handler import Handler, method_table
@@ -89,18 +90,18 @@ class Server(Newcomers):
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = tracing.opened(self.config.trace)
         self.names = Names()
-        self.counts = counts or Shared(1).row(0)
-        self.rates = Rates(self.counts.buckets, self.rules)
-        self.bind_ports = Ports(self.config.bind_ports, 1, lambda ip: self.counts.of_thing("bind-ports %d" % ip))
+        row = counts or Shared(1).row(0)
+        self.rates = Rates(row.buckets, self.rules)
+        self.bind_ports = Ports(self.config.bind_ports, 1, lambda ip: row.of_thing("bind-ports %d" % ip))
         # Two at once: one towards the client, one towards the remotes.
-        self.udp_ports = Ports(self.config.udp_ports, 2, lambda ip: self.counts.of_thing("udp-ports %d" % ip))
+        self.udp_ports = Ports(self.config.udp_ports, 2, lambda ip: row.of_thing("udp-ports %d" % ip))
         self.methods = method_table(self.users)
         net_listeners.raise_descriptor_limit()
         limits = self.config.handshake_timeout, self.config.max_per_client, self.config.max_negotiating
-        self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, self.counts,
+        self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, row,
                                  max(self.config.max_sessions, net_listeners.session_limit()), config.max_per_user)
         self.table, self.meter = Table(), Meter()
-        self._wakeup, self._waker = socket.socketpair()
+        self._bell = Bell()         # for serve_forever. With 30 attributes, CPython would read each more slowly
         self._stopping, self._stopped = threading.Event(), threading.Event()
         self._stopped.set()
         self._due: Deque[Callable[[], object]] = deque()        # for serve_forever to do
@@ -144,7 +145,7 @@ class Server(Newcomers):
         loop = self.relay_loop()
         self._stopped.clear()
         poll = new_poll()
-        poll.register(self._wakeup.fileno(), READ)
+        poll.register(self._bell.fd, READ)
         by_fd = {listener.fileno(): listener for listener in self.listeners}
         for fd, listener in by_fd.items():
             listener.setblocking(acceptors.available)
@@ -168,12 +169,12 @@ class Server(Newcomers):
         """Wait; accept from listeners that are ready, where there are no acceptors; and do what else is due."""
         if not self._acceptors.refill():                        # EAGAIN: no thread
             self._complain_of_accept("EAGAIN")
-        for fd, _events in poll.poll(poll_interval * 1000):
+        for fd, events in poll.poll(poll_interval * 1000):
             self._accepting = by_fd.get(fd)
             if self._accepting:
                 self._accept_one()
             else:
-                self._wakeup.recv(64)                           # or serving again after shutdown() would spin
+                self._bell.handle(fd, events, 0.0)              # or serving again after shutdown() would spin
         self.sessions.expire()
         while self._due:
             self._due.popleft()()
@@ -192,10 +193,7 @@ class Server(Newcomers):
     def soon(self, action: Callable[[], object]) -> None:
         """Have serve_forever do it."""
         self._due.append(action)
-        try:
-            self._waker.send(b"x")
-        except OSError:                                         # closed, or so many are unread that it wakes up
-            pass
+        self._bell.ring()
 
     def log_sessions_soon(self) -> None:
         self.soon(lambda: self.table.log(self.sessions))
@@ -384,8 +382,7 @@ class Server(Newcomers):
         self._teller.close(COMPLAIN_EVERY_S)
         if self.trace:
             self.trace.close()
-        self._wakeup.close()
-        self._waker.close()
+        self._bell.close()
 
     def drain(self, timeout_s: float, hurry: Optional[threading.Event] = None) -> int:
         """Stop listening, give sessions timeout_s to finish, then abort the rest. How many were aborted."""
