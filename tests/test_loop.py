@@ -444,6 +444,41 @@ class FirstMomentsTest(EveryDriver, LoopTest):
             self.assertEqual(standing.ended(), ("client", ""))
         register.assert_not_called()
 
+    def test_a_change_reaches_it(self):
+        standing, changed = self.tunnel(), []
+        wait_until(lambda: standing.tunnel.lent, "its first moments")
+        self.loop.change_all(changed.append)
+        wait_until(lambda: changed == [standing.tunnel], "the change when the loop has it")
+
+    def test_stop_waits_until_its_thread_has_closed_it(self):
+        closing, go_on, ended = threading.Event(), threading.Event(), self.loop._ended
+        self.loop._ended = lambda tunnel: (closing.set(), go_on.wait(PATIENCE_S), ended(tunnel))
+        standing = self.tunnel()
+        standing.client.close()
+        standing.remote.close()
+        self.assertTrue(closing.wait(PATIENCE_S))
+        stop = threading.Thread(target=self.loop.stop, args=("server stopped",), daemon=True)
+        stop.start()
+        stop.join(0.2)
+        self.assertTrue(stop.is_alive())
+        go_on.set()
+        stop.join(PATIENCE_S)
+        self.assertEqual((stop.is_alive(), self.ends[standing.tunnel]), (False, 1))
+
+    def test_it_is_not_closed_while_another_thread_aborts_it(self):
+        """Or that thread might shut down a descriptor that was used again."""
+        reached = threading.Event()
+
+        def first(tunnel):
+            tunnel.aborted = "enough"
+            tunnel.end("enough")
+            reached.set()
+        with mock.patch.object(loop_module, "relay_first", first), self.loop._gate:
+            standing = self.tunnel()
+            self.assertTrue(reached.wait(PATIENCE_S))
+            self.assertFalse(standing.over.wait(0.1))
+        self.assertEqual(standing.ended(), ("enough", ""))
+
 
 class ThreadDriver(EveryDriver):
     """A thread for each tunnel, from the start to the end."""

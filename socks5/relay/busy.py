@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, Optional, Tuple
 from ..net.poller import READ, new_poll
 from ..net.wakeup import Wakeup
 from .limited import pause
-from .relay import UNREGISTERED, Relay, rewatch_all
+from .relay import Relay, rewatch_all
 from .tunnel import Tunnel
 
 FIRST_MS = 5                        # how long a tunnel that has just been made is waited for at a time,
@@ -69,11 +69,11 @@ def relay_first(tunnel: Tunnel) -> None:
     now, look = tunnel.moved_at, True                   # so short a time is not measured
     for _ in range(FIRST_TURNS):
         if look:
-            wanted = tunnel.interest()
-            if UNREGISTERED in wanted:
+            if tunnel.hung_up:
                 return
-            poll.register(client, wanted[0])            # again: poll() then waits for these events in place of others
-            poll.register(remote, wanted[1])
+            of_client, of_remote = tunnel.interest()
+            poll.register(client, of_client)            # the second time, these events take the place of the first
+            poll.register(remote, of_remote)
             look = False
         ready = poll.poll(FIRST_MS)
         if not ready:

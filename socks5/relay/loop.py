@@ -86,7 +86,7 @@ class Loop:
         """Relay the first moments of a tunnel, unless it has bursts, and have the loop go on with it. The sockets are
         the loop's from here on; they have no timeout, for which Python would wait in spite of MSG_DONTWAIT. Raises
         OSError, and has not taken them, when that cannot be."""
-        tunnel.moved_at = monotonic()
+        tunnel.moved_at, tunnel.lent = monotonic(), True
         self._brought.add(tunnel)                   # first, or stop() might not see it
         if self._stopping:
             with self._gate:                        # the loop's thread may be at its sockets

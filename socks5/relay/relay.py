@@ -19,7 +19,7 @@ class Relay:
     owner           the client's share of kernel pipes and threads is counted by this: see net/shares.py
     moved_at        when a byte was last moved, by time.monotonic()
     watched         the events for which the loop has registered each of `fds`; further ones are not registered
-    lent            another thread than the loop's has it, as at the start: the loop must not touch it
+    lent            another thread than the loop's has it: the loop must not touch it
     change          a function, set by another thread: the thread that relays this calls change(self) in change_now()
     aborted         set by another thread: it is to end, for this reason
     ended           it is over, and `close` may be called
@@ -35,7 +35,7 @@ class Relay:
         self.owner = owner
         self.moved_at = 0.0
         self.watched: Tuple[int, ...] = ()
-        self.lent = True
+        self.lent = False
         self.change: Optional[Callable[[Any], object]] = None
         self.aborted = ""
         self.ended = False

@@ -156,9 +156,10 @@ class Tunnel(Relay):
         reset_on_close(self.remote)
 
     def close(self) -> None:
-        for pipe in (self.up, self.down):
-            if pipe.held or pipe.kernel is not None or pipe.gate is not None:
-                pipe.close()
+        up, down = self.up, self.down
+        if up.held or down.held or up.kernel or down.kernel or up.gate or down.gate:
+            up.close()
+            down.close()
         self.remote.close()
 
     # ---- the parts ------------------------------------------------------------------------------------------------

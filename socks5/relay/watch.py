@@ -49,7 +49,7 @@ def peek(sock: socket.socket) -> Optional[bool]:
 
 
 class Bell:
-    """Wakes a thread that waits in poll(): a socket pair, of which one end is registered."""
+    """Wakes a thread that waits in poll(): a socket pair, of which one end is registered. A signal handler may ring."""
 
     def __init__(self) -> None:
         self._heard, self._rung = socket.socketpair()

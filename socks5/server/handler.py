@@ -300,19 +300,19 @@ class Handler(StreamRequestHandler):
     def relay(self, remote: socket.socket) -> None:
         """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
         What the client sent behind its request goes first."""
-        config = self.server.config
+        server, session, dialogue = self.server, self.session, self.dialogue
+        config, rates = server.config, server.rates
         tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
-                        self.session, self.session.origin)
-        envelope, held = (self.dialogue.envelope, self.dialogue.held) if self.dialogue else (None, b"")
-        if self.envelope or envelope:
-            tunnel = ProtectedTunnel(tunnel, self.envelope, envelope, held)
-        rates = self.server.rates
+                        session, session.origin)
+        if self.envelope or dialogue and dialogue.envelope:
+            theirs, held = (dialogue.envelope, dialogue.held) if dialogue else (None, b"")
+            tunnel = ProtectedTunnel(tunnel, self.envelope, theirs, held)
         rules = rates.rules
         if rates.on:
             rates.apply(tunnel)
         self.hand_over(tunnel)
         if rates.rules is not rules:                            # a reload came between the two, and missed this tunnel
-            self.server.relay_loop().change_all(rates.apply)
+            server.relay_loop().change_all(rates.apply)
 
     def hand_over(self, relay: Relay) -> None:
         """Have the relay loop relay it. Raises OSError, and it is still ours, when that cannot be."""

@@ -90,18 +90,18 @@ class Server(Newcomers):
         self.users, self.rules = access or (Users(self.config), Rules(self.config))
         self.trace = tracing.opened(self.config.trace)
         self.names = Names()
-        here = counts or Shared(1).row(0)
-        self.rates = Rates(here.buckets, self.rules)
-        self.bind_ports = Ports(self.config.bind_ports, 1, lambda ip: here.of_thing("bind-ports %d" % ip))
+        row = counts or Shared(1).row(0)
+        self.rates = Rates(row.buckets, self.rules)
+        self.bind_ports = Ports(self.config.bind_ports, 1, lambda ip: row.of_thing("bind-ports %d" % ip))
         # Two at once: one towards the client, one towards the remotes.
-        self.udp_ports = Ports(self.config.udp_ports, 2, lambda ip: here.of_thing("udp-ports %d" % ip))
+        self.udp_ports = Ports(self.config.udp_ports, 2, lambda ip: row.of_thing("udp-ports %d" % ip))
         self.methods = method_table(self.users)
         net_listeners.raise_descriptor_limit()
         limits = self.config.handshake_timeout, self.config.max_per_client, self.config.max_negotiating
-        self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, here,
+        self.sessions = Sessions(self.config.max_sessions or float("inf"), *limits, row,
                                  max(self.config.max_sessions, net_listeners.session_limit()), config.max_per_user)
         self.table, self.meter = Table(), Meter()
-        self._bell = Bell()
+        self._bell = Bell()         # for serve_forever. With 30 attributes, CPython would read each more slowly
         self._stopping, self._stopped = threading.Event(), threading.Event()
         self._stopped.set()
         self._due: Deque[Callable[[], object]] = deque()        # for serve_forever to do
@@ -170,7 +170,7 @@ class Server(Newcomers):
         """Wait; accept from listeners that are ready, where there are no acceptors; and do what else is due."""
         if not self._acceptors.refill():                        # EAGAIN: no thread
             self._complain_of_accept("EAGAIN")
-        for fd, _events in poll.poll(poll_interval * 1000):
+        for fd, events in poll.poll(poll_interval * 1000):
             self._accepting = by_fd.get(fd)
             if self._accepting:
                 self._accept_one()
