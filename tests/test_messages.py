@@ -8,7 +8,7 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProtocolError, RequestRefused, SocksError
 from socks5.protocol.fields import BytesReader, dissect, host_of, split, text
 from socks5.protocol.messages import (
-    LAYOUTS, MOST_BYTES, UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection, whole)
+    LAYOUTS, UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection, whole)
 
 V4 = Address(IPv4Address("127.0.0.1"), 443)
 V6 = Address(IPv6Address("2001:db8::1"), 65535)
@@ -116,10 +116,6 @@ class Messages(unittest.TestCase):
         for _ in range(2):
             self.assertRaises(ProtocolError, whole, Greeting, b"\x04\x01\x00")
             self.assertRaises(RequestRefused, whole, Request, b"\x05\x09\x00\x01" + bytes(6))
-
-    def test_the_longest_greeting_and_request_may_be_remembered(self):
-        longest = [len(message.pack()) for message in (Greeting(bytes(255)), Request(Cmd.CONNECT, LONG))]
-        self.assertEqual(max(longest), MOST_BYTES)
 
 
 class Datagrams(unittest.TestCase):

@@ -59,7 +59,7 @@ class Choice(unittest.TestCase):
 
     def test_an_address_that_is_not_ours_any_more(self):
         with self.assertRaises(RequestRefused) as caught:
-            connect([ip_address("127.0.0.1")], 9, 1, None, lambda remote: ip_address("192.0.2.1"))
+            connect([ip_address("127.0.0.1")], 9, float("inf"), None, lambda remote: ip_address("192.0.2.1"))
         self.assertEqual(caught.exception.rep, Rep.GENERAL_FAILURE)
         self.assertRegex(caught.exception.why, r"^127\.0\.0\.1 EADDRNOTAVAIL after")
 

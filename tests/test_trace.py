@@ -65,7 +65,7 @@ class Shown(unittest.TestCase):
             with self.subTest(type(message).__name__):
                 told, blocks = story()
                 if way == DOWN:
-                    told.sent(message)
+                    told.sent(type(message), message.pack())
                 elif isinstance(message, Datagram):
                     told.datagram(way, message.pack(), ("192.0.2.9", 5))
                 else:
@@ -114,7 +114,7 @@ class Shown(unittest.TestCase):
 
     def test_no_reason_of_a_refusal_begins_a_line(self):
         told, blocks = story()
-        told.sent(Reply(Rep.GENERAL_FAILURE), "no\n#1 the end")
+        told.sent(Reply, Reply(Rep.GENERAL_FAILURE).pack(), "no\n#1 the end")
         self.assertTrue(all(line.startswith("#1   ") for line in blocks[0].splitlines()[1:]), blocks)
 
     def test_the_totals(self):
@@ -142,7 +142,7 @@ class Shown(unittest.TestCase):
         for rep in list(Rep)[1:]:
             with self.subTest(rep.name):
                 told, blocks = story()
-                told.sent(Reply(rep), "rules:3 says so")
+                told.sent(Reply, Reply(rep).pack(), "rules:3 says so")
                 self.assertRegex(blocks[0], "that is: .{20}")
                 self.assertIn("why: rules:3 says so", blocks[0])
 
@@ -152,7 +152,7 @@ class Shown(unittest.TestCase):
                 told, blocks = story()
                 told.take(Request, BytesReader(Request(cmd, address("0.0.0.0", 0)).pack()))
                 for _ in tunnel:
-                    told.sent(Reply(Rep.SUCCEEDED))
+                    told.sent(Reply, Reply(Rep.SUCCEEDED).pack())
                 self.assertEqual(["tunnel: " in block for block in blocks[1:]], tunnel)
                 self.assertEqual(len({re.search("that is: .*", block).group() for block in blocks[1:]}), len(tunnel))
 
@@ -176,7 +176,7 @@ class Colour(unittest.TestCase):
         (plain, black), (painted, coloured) = story(), story(True)
         for told in (plain, painted):
             told.take(Greeting, BytesReader(b"\5\1\0"))
-            told.sent(Reply(Rep.NOT_ALLOWED))
+            told.sent(Reply, Reply(Rep.NOT_ALLOWED).pack())
         self.assertNotIn("\033", "".join(black))
         self.assertIn("\033[", "".join(coloured))
         self.assertEqual(re.sub(r"\033\[\d+m", "", "".join(coloured)), "".join(black))

@@ -53,15 +53,16 @@ class Authorizer:
                 raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
         return host
 
-    def reachable(self, dst: Address, resolve: Resolve) -> List[IP]:
+    def reachable(self, dst: Address, resolve: Resolve) -> Sequence[IP]:
         """The addresses of a CONNECT's destination that this client may reach. What was allowed is remembered for an
         address, and for as long as these rules are in force; a name is looked up anew."""
-        known = self.rules().known
-        key = self.client.ip, self.user, dst
+        given, port, known = dst.host, dst.port, self.rules().known
+        # By the addresses' bytes: to hash an address itself takes longer than all the rest. A name may have any bytes.
+        key = self.client.ip.packed, self.user, given if isinstance(given, bytes) else (given.packed,), port
         addresses = known.get(key)
         if addresses is None:
             host = self.normalised(Cmd.CONNECT, dst)
-            addresses = self.permitted(Cmd.CONNECT, host, dst.port, resolve(host))
+            addresses = self.permitted(Cmd.CONNECT, host, port, resolve(host))
             if not isinstance(host, bytes):
                 known.put(key, addresses)
         return addresses
@@ -79,11 +80,11 @@ class Authorizer:
             raise RequestRefused(Rep.NOT_ALLOWED, why)
         return allowed
 
-    def not_ourselves(self, port: int, addresses: List[IP]) -> List[IP]:
-        """Those of `addresses` that do not lead back into this server, where the client would come a second time, as
-        one of our own addresses: a rule "from" our network, or a limit for each client, would not know it any more.
-        A client on this machine may: it gains nothing. Refused: X'02' when none is left."""
-        if port not in self.own_ports or self.client.ip.is_loopback:
+    def not_ourselves(self, addresses: Sequence[IP]) -> Sequence[IP]:
+        """Those of `addresses` that do not lead back into this server, at one of its own ports, where the client would
+        come a second time, as one of our own addresses: a rule "from" our network, or a limit for each client, would
+        not know it any more. A client on this machine may: it gains nothing. Refused: X'02' when none is left."""
+        if self.client.ip.is_loopback:
             return addresses
         others = [address for address in addresses if not is_here(address)]
         if not others:

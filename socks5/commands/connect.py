@@ -13,25 +13,28 @@ import socket
 import sys
 from collections import deque
 from time import monotonic
-from typing import Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, Union
 
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.poller import WRITE, SelectPoll, new_poll
-from ..net.addresses import IP, family_of
+from ..net.addresses import IP
+from ..protocol.fields import IPv4
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
 MAX_PENDING = 8         # attempts at a time, each with a descriptor: a name may have any number of silent addresses,
 FREE_PENDING = 2        # and how many the caller is not asked for
 # Linux: bind() takes an address only, and connect() the port, which then need not be free for all destinations. ip(7)
 LATE_PORT = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24 if sys.platform.startswith("linux") else 0)
-NONBLOCK = getattr(socket, "SOCK_NONBLOCK", 0)          # Linux: saves a system call
+NONBLOCK = int(getattr(socket, "SOCK_NONBLOCK", 0))     # Linux: saves a system call
+STREAM, IPV4, IPV6 = map(int, (socket.SOCK_STREAM, socket.AF_INET, socket.AF_INET6))       # enums take longer
+EINPROGRESS = errno.EINPROGRESS
 IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}        # the last one on Windows
 Connected = Tuple[socket.socket, IP]
 Source = Callable[[IP], Optional[IP]]
 Room = Callable[[int], bool]
 
 
-def connect(addresses: Sequence[IP], port: int, timeout_s: float,
+def connect(addresses: Sequence[IP], port: int, deadline: float,
             client: Optional[socket.socket] = None, source: Optional[Source] = None,
             room: Room = lambda attempts: True) -> Connected:
     """Connect to the first of `addresses` that answers. Returns a non-blocking socket and the address.
@@ -39,37 +42,40 @@ def connect(addresses: Sequence[IP], port: int, timeout_s: float,
     source(address) is our own address for the connection to `address`; None: the system chooses.
     room(attempts) says whether so many may be under way; called with 1 when it is over.
 
-    The time limit for all addresses together is timeout_s (0: none). Raises RequestRefused with the REP of the most
-    specific failure, or ConnectionResetError if `client` resets its connection.
+    The deadline for all addresses together is one of monotonic(); inf: none. Raises RequestRefused with the REP of the
+    most specific failure, or ConnectionResetError if `client` resets its connection.
     """
-    began, addresses = monotonic(), interleave(addresses)
-    sock, error = dial(addresses[0], port, source)
+    began, address = monotonic(), addresses[0]
+    sock, error = dial(address, port, source)
     if sock and not error:                              # nearly always, where it is near
-        return sock, addresses[0]
-    with _Race(port, timeout_s, client, began, source, room) as race:
-        race.note(addresses[0], sock, error)
-        return race.run(addresses[1:])
+        return sock, address
+    with _Race(port, deadline, client, began, source, room) as race:
+        race.note(address, sock, error)
+        return race.run(interleave(addresses)[1:])
 
 
 def dial(address: IP, port: int, source: Optional[Source] = None) -> Tuple[Optional[socket.socket], int]:
     """Start to connect. Returns a non-blocking socket, and the errno: 0 if it is connected at once, as on loopback, one
-    of IN_PROGRESS if it may be soon; without a socket, why it failed."""
+    of IN_PROGRESS if it may be soon; without a socket, why it failed.
+
+    SocketType is what socket.socket() is made of, in C: that takes three times as long to make and to close, for what
+    the socket of a tunnel does not need, such as makefile() and `with`."""
+    text = address.text if type(address) is IPv4 else str(address)
     try:
-        sock = socket.socket(family_of(address), socket.SOCK_STREAM | NONBLOCK)
+        sock: Any = socket.SocketType(IPV6 if ":" in text else IPV4, STREAM | NONBLOCK)
     except OSError as exc:                              # out of descriptors, or unknown address family
         return None, exc.errno or errno.EIO
     if not NONBLOCK:
         sock.setblocking(False)
-    ours = source(address) if source else None
-    if ours:
+    if source:
         try:
-            bind(sock, ours)
+            bind(sock, source(address))
         except OSError as exc:                          # the address is not ours any more
             sock.close()
             return None, exc.errno or errno.EIO
-    target = str(address), port
+    target = text, port
     error = sock.connect_ex(target)
-    if error == errno.EINPROGRESS and NONBLOCK:         # loopback has answered by now: a second call on Linux tells,
+    if error == EINPROGRESS and NONBLOCK:               # loopback has answered by now: a second call on Linux tells,
         error = sock.connect_ex(target)                 # and costs less than poll()
     if not error or error in IN_PROGRESS:
         return sock, error
@@ -77,8 +83,10 @@ def dial(address: IP, port: int, source: Optional[Source] = None) -> Tuple[Optio
     return None, error
 
 
-def bind(sock: socket.socket, source: IP) -> None:
-    """Have `sock` connect from this address of ours. Raises OSError."""
+def bind(sock: socket.socket, source: Optional[IP]) -> None:
+    """Have `sock` connect from this address of ours, if it is given. Raises OSError."""
+    if source is None:
+        return
     if LATE_PORT:
         try:
             sock.setsockopt(socket.IPPROTO_IP, LATE_PORT, 1)
@@ -89,8 +97,6 @@ def bind(sock: socket.socket, source: IP) -> None:
 
 def interleave(addresses: Sequence[IP]) -> Sequence[IP]:
     """Alternate address families, the first one of `addresses` first.                  RFC 8305 §4"""
-    if len(addresses) == 1:
-        return addresses
     first = [address for address in addresses if address.version == addresses[0].version]
     other = [address for address in addresses if address.version != addresses[0].version]
     mixed = [address for pair in zip(first, other) for address in pair]
@@ -100,7 +106,7 @@ def interleave(addresses: Sequence[IP]) -> Sequence[IP]:
 class _Race:
     """The pending attempts to connect, and the failures of the others."""
 
-    def __init__(self, port: int, timeout_s: float, client: Optional[socket.socket], began: float,
+    def __init__(self, port: int, deadline: float, client: Optional[socket.socket], began: float,
                  source: Optional[Source], room: Room) -> None:
         self.port = port
         self.client = client
@@ -109,7 +115,7 @@ class _Race:
         self.room = room
         self.asked = False                              # for room
         self.next_start = began                         # of an attempt
-        self.deadline = began + timeout_s if timeout_s else float("inf")
+        self.deadline = deadline
         self.pending: Dict[int, Tuple[socket.socket, IP]] = {}
         self.failures: List[Tuple[OSError, str]] = []
         self.poll: Union[select.poll, SelectPoll, None] = None      # made for the first pending attempt

@@ -25,7 +25,6 @@ from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, bound
 from .dialogue import ClientLeft, Deadline, Dialogue, Gssapi
 from .enveloped import EnvelopedSocket
 
-LEAST_S = 0.001             # of a time limit: 0 would mean for ever
 TELLING = list(dict.fromkeys(REP_OF_ERRNO.values()))        # the most specific REP first
 HEADER_BYTES = {0x01: 10, 0x04: 22}                         # of a datagram, by ATYP
 
@@ -34,15 +33,15 @@ class Chain:
     """What one client asks of an upstream.
 
     client      its connection, watched while it waits
-    lookup      the addresses of the upstream's name, by a deadline
-    source      our address towards the upstream, by --out
+    lookup      the addresses of the upstream's name, by the deadline
+    source      our address towards the upstream, by --out; None: the system chooses
     deadline    of monotonic(); inf: none
     own_ports   that we listen on: the upstream must not be this server
     reached     the upstream's address, once we are connected to it
     """
 
-    def __init__(self, upstream: Upstream, client: socket.socket, lookup: Callable[[float, Host], Sequence[IP]],
-                 source: Optional[Source], deadline: float, own_ports: Container[int]) -> None:
+    def __init__(self, upstream: Upstream, client: socket.socket, lookup: Callable[[Host], Sequence[IP]],
+                 source: Source, deadline: float, own_ports: Container[int]) -> None:
         self.upstream = upstream
         self.client = client
         self.lookup = lookup
@@ -75,8 +74,7 @@ class Chain:
             relay = dialogue.reachable(bnd)
             if isinstance(relay.host, bytes):
                 raise ProxyError("the proxy's relay has a name and no address: %s" % str(relay))
-            ours = self.source(relay.host) if self.source else None
-            return Link(self.upstream, dialogue, Endpoint(relay.host, relay.port), ours)
+            return Link(self.upstream, dialogue, Endpoint(relay.host, relay.port), self.source(relay.host))
         except OSError as exc:
             dialogue.sock.close()
             raise self.refusal(exc) from None
@@ -102,13 +100,12 @@ class Chain:
         """Connect to the upstream. Raises RequestRefused X'01'; ConnectionResetError when the client has left."""
         upstream = self.upstream
         try:
-            addresses = self.lookup(self.deadline, normalise(upstream.host.encode("ascii")))
+            addresses = self.lookup(normalise(upstream.host.encode("ascii")))
             if upstream.port in self.own_ports:
                 addresses = [address for address in addresses if not is_here(address)]
                 if not addresses:
                     raise RequestRefused(Rep.GENERAL_FAILURE, "that is this server itself")
-            sock, ip = connect(addresses, upstream.port, max(self.deadline - monotonic(), LEAST_S), self.client,
-                               self.source)
+            sock, ip = connect(addresses, upstream.port, self.deadline, self.client, self.source)
         except RequestRefused as exc:                       # its REP is about the upstream, not about the destination
             raise RequestRefused(Rep.GENERAL_FAILURE, "%s: %s" % (upstream, exc.why)) from None
         self.reached = Endpoint(ip, upstream.port)
@@ -234,8 +231,8 @@ class Link:
 class Links(Dict[str, Link]):
     """The links of one client, by the upstream's name. `failures` says why others have none."""
 
-    def __init__(self, chain: Optional[Callable[[Upstream, float], Chain]] = None,
-                 ways: Sequence[Optional[Upstream]] = (), deadline: float = 0) -> None:
+    def __init__(self, chain: Optional[Callable[[Upstream], Chain]] = None,
+                 ways: Sequence[Optional[Upstream]] = ()) -> None:
         """Associate with each of `ways`; None stands for datagrams that we send ourselves. Raises RequestRefused when
         no way is left."""
         super().__init__()
@@ -243,7 +240,7 @@ class Links(Dict[str, Link]):
         for upstream in ways:
             try:
                 if chain and upstream:
-                    self[upstream.name] = chain(upstream, deadline).associate()
+                    self[upstream.name] = chain(upstream).associate()
             except RequestRefused as exc:
                 refusals.append(exc)
             except BaseException:

@@ -23,13 +23,13 @@ class IPv4(IPv4Address):
     """An IPv4Address that knows its hash, its text and its bytes, which the base works out anew whenever they are asked
     for, and slowly."""
 
-    __slots__ = ("hash", "text", "raw")
+    __slots__ = ("hash", "text", "packed")
 
     def __init__(self, address: object) -> None:
         super().__init__(address)
         self.hash = super().__hash__()
-        self.raw = super().packed
-        self.text = "%d.%d.%d.%d" % tuple(self.raw)
+        self.packed = super().packed                # type: ignore[misc]    # a property of the base
+        self.text = "%d.%d.%d.%d" % tuple(self.packed)
 
     def __hash__(self) -> int:
         return self.hash
@@ -38,34 +38,26 @@ class IPv4(IPv4Address):
         return self.text
 
     @property
-    def packed(self) -> bytes:
-        return self.raw
-
-    @property
     def is_loopback(self) -> bool:
-        return self.raw[0] == 127                   # RFC 1122 §3.2.1.3
+        return self.packed[0] == 127                # RFC 1122 §3.2.1.3
 
 
 class IPv6(IPv6Address):
     """The same for IPv6."""
 
-    __slots__ = ("hash", "text", "raw")
+    __slots__ = ("hash", "text", "packed")
 
     def __init__(self, address: object) -> None:
         super().__init__(address)
         self.hash = super().__hash__()
         self.text = super().__str__()
-        self.raw = super().packed
+        self.packed = super().packed                # type: ignore[misc]
 
     def __hash__(self) -> int:
         return self.hash
 
     def __str__(self) -> str:
         return self.text
-
-    @property
-    def packed(self) -> bytes:
-        return self.raw
 
 
 def bracketed(ip: Union[IPv4Address, IPv6Address]) -> str:

@@ -9,12 +9,12 @@ RFC 1928 sections 3 to 7, RFC 1929, RFC 1961 sections 3 to 5. All integers are i
 """
 from __future__ import annotations
 
-from ipaddress import IPv4Address
+from struct import Struct
 from typing import Any, Callable, Dict, NamedTuple, Type, TypeVar
 
 from .codes import METHOD_RANGES, Atyp, Cmd, Method, Mtyp, Rep, phrase
 from .errors import RequestRefused
-from .fields import IPv4, BytesReader, Field, Host, Layout, Raw, ReadExactly, bracketed, host_of, split, text
+from .fields import BytesReader, Field, Host, IPv4, Layout, Raw, ReadExactly, bracketed, host_of, split, text
 from .memory import remembered
 
 VER = 0x05          # RFC 1928 §3
@@ -39,6 +39,7 @@ RESERVED = Field("RSV", 1, lambda raw: "reserved")
 ATYP = Field("ATYP", 1, lambda raw: phrase(Atyp, raw[0]))
 IPV4, NAME, IPV6 = bytes([Atyp.IPV4]), bytes([Atyp.DOMAINNAME]), bytes([Atyp.IPV6])
 PORT_BYTES = 2
+pack_ipv4 = Struct("!c4sH").pack                    # ATYP, ADDR and PORT
 BY_NUMBER = {int(cmd): cmd for cmd in Cmd}         # much faster than Cmd(number)
 
 
@@ -66,13 +67,8 @@ class Address(NamedTuple):
         return cls(host_of(raw["ATYP"][0], raw[addr]), int.from_bytes(raw[port], "big"))
 
     def pack(self) -> bytes:
-        """ATYP, ADDR and PORT. Raises ValueError for a name that is empty or longer than 255 bytes."""
-        host, port = self.host, self.port.to_bytes(2, "big")
-        if isinstance(host, bytes):
-            if not 1 <= len(host) <= 255:
-                raise ValueError("a name has 1 to 255 bytes, not %d" % len(host))
-            return b"%b%c%b%b" % (NAME, len(host), host, port)
-        return (IPV4 if isinstance(host, IPv4Address) else IPV6) + host.packed + port
+        """Raises ValueError for a name that is empty or longer than 255 bytes."""
+        return pack_address(self.host, self.port)
 
     def text(self) -> str:
         """192.0.2.1:80, [2001:db8::1]:80 or 'example.com':80. Safe to log: a name is quoted."""
@@ -85,7 +81,18 @@ class Address(NamedTuple):
         return self.text()
 
 
-UNSPECIFIED = Address(IPv4Address(0), 0)          # BND of a failure reply
+def pack_address(host: Host, port: int) -> bytes:
+    """ATYP, ADDR and PORT."""
+    if type(host) is IPv4:                          # nearly always, and the others take longer
+        return pack_ipv4(IPV4, host.packed, port)
+    if not isinstance(host, bytes):
+        return (IPV4 if host.version == 4 else IPV6) + host.packed + port.to_bytes(PORT_BYTES, "big")
+    if not 1 <= len(host) <= 255:
+        raise ValueError("a name has 1 to 255 bytes, not %d" % len(host))
+    return b"%b%c%b%b" % (NAME, len(host), host, port.to_bytes(PORT_BYTES, "big"))
+
+
+UNSPECIFIED = Address(IPv4(0), 0)                 # BND of a failure reply
 
 
 # ---- the method negotiation, RFC 1928 §3 -------------------------------------------------------------------------
@@ -130,7 +137,7 @@ class Selection(NamedTuple):
         return bytes([VER, self.method])
 
 
-SELECTIONS = [Selection(method) for method in range(256)]
+SELECTIONS = [Selection(method).pack() for method in range(256)]
 
 
 # ---- username/password, RFC 1929 ---------------------------------------------------------------------------------
@@ -297,7 +304,15 @@ class Reply(NamedTuple):
         return cls(Rep(rep) if rep <= Rep.ADDRESS_TYPE_NOT_SUPPORTED else rep, Address.of(raw, "BND.ADDR", "BND.PORT"))
 
     def pack(self) -> bytes:
-        return bytes([VER, self.rep, 0x00]) + self.bnd.pack()
+        return pack_reply(self.rep, *self.bnd)
+
+
+REPLIES = [bytes([VER, rep, 0x00]) for rep in range(256)]
+
+
+def pack_reply(rep: int, host: Host, port: int) -> bytes:
+    """Reply(rep, Address(host, port)).pack(), but neither is made."""
+    return REPLIES[rep] + pack_address(host, port)
 
 
 # ---- datagrams, RFC 1928 §7 --------------------------------------------------------------------------------------
@@ -345,7 +360,6 @@ HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnectio
 LAYOUTS: Dict[type, Layout] = {
     Greeting: GREETING, Selection: SELECTION, Login: LOGIN, LoginStatus: LOGIN_STATUS, Request: REQUEST, Reply: REPLY,
     Datagram: DATAGRAM, Abort: ABORT, **{kind: _framing(mtyp) + TOKEN for kind, mtyp in MTYPS.items()}}
-MOST_BYTES = 262            # of a Greeting or a Request
 
 
 def parse_whole(kind: Any, data: bytes) -> Any:

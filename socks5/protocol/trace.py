@@ -18,7 +18,7 @@ from .messages import (LAYOUTS, Abort, Datagram, Greeting, Login, LoginStatus, P
                        SecurityToken, Selection)
 
 M = TypeVar("M", Greeting, Login, SecurityToken, ProtectionLevel, Request)
-Sent = Union[Selection, LoginStatus, SecurityToken, ProtectionLevel, Abort, Reply, bytes]
+Sent = Union[Selection, LoginStatus, SecurityToken, ProtectionLevel, Abort, bytes]
 Message = Union[Greeting, Selection, Login, LoginStatus, SecurityToken, ProtectionLevel, Abort, Request, Reply,
                 Datagram]
 Sockaddr = Tuple[Any, ...]
@@ -131,24 +131,24 @@ class Story:
         finally:
             self.show(UP, kind, bytes(came), end)
 
-    def sent(self, message: Sent, why: str = "") -> None:
+    def sent(self, kind: Type[Any], raw: bytes, why: str = "") -> None:
         """Show what the server is about to send; for a refusal `why`, the reason that the log gives."""
-        if isinstance(message, bytes):
-            self.tell(self.title(DOWN, "%d bytes that the client may understand, as this is not SOCKS5" % len(message)))
+        if kind is bytes:
+            self.tell(self.title(DOWN, "%d bytes that the client may understand, as this is not SOCKS5" % len(raw)))
             return
         notes: List[str] = []
         title = ""
-        if isinstance(message, Reply):
+        if kind is Reply:
             title = SECOND_REPLY if self.cmd == Cmd.BIND.name and self.replies else ""
-            notes = self.explain(message, why)
+            notes = self.explain(raw[1], why)
         elif why:
             notes = ["why: " + why]
-        self.show(DOWN, type(message), message.pack(), notes, title)
+        self.show(DOWN, kind, raw, notes, title)
 
-    def explain(self, reply: Reply, why: str) -> List[str]:
+    def explain(self, rep: int, why: str) -> List[str]:
         """What a reply means to the client, in plain words."""
-        notes = meaning(reply, self.cmd, self.replies, self.tunnel)
-        if reply.rep != Rep.SUCCEEDED:
+        notes = meaning(rep, self.cmd, self.replies, self.tunnel)
+        if rep != Rep.SUCCEEDED:
             return [self.trace.paint(BAD, notes[0])] + (["why: " + why] if why else [])
         self.replies += 1
         return notes
@@ -208,11 +208,11 @@ def explained(kind: Type[Message], raw: bytes) -> Iterator[Tuple[str, Optional[b
         before = piece
 
 
-def meaning(reply: Reply, cmd: str, succeeded: int, tunnel: str = TUNNEL) -> List[str]:
+def meaning(rep: int, cmd: str, succeeded: int, tunnel: str = TUNNEL) -> List[str]:
     """What a reply to `cmd` means to the client, in plain words; `succeeded` of those before it said so. `tunnel` says
     what comes behind the last one."""
-    if reply.rep != Rep.SUCCEEDED:
-        return ["that is: " + REASONS.get(Rep(reply.rep), "")]
+    if rep != Rep.SUCCEEDED:
+        return ["that is: " + REASONS.get(Rep(rep), "")]
     meanings = MEANING_OF_BND.get(cmd, [])
     notes = ["that is: " + words for words in meanings[succeeded:succeeded + 1]]
     if cmd != Cmd.UDP_ASSOCIATE.name and succeeded + 1 == len(meanings):

@@ -11,7 +11,7 @@ import socket
 from functools import cached_property, partial
 from socketserver import StreamRequestHandler
 from time import monotonic
-from typing import Any, Callable, Dict, FrozenSet, Mapping, Optional, Sequence, Type, Union
+from typing import Any, Callable, Dict, FrozenSet, Mapping, Optional, Sequence, Type
 
 from ..access import users
 from ..access.logins import Verdict, origin_of as login_origin
@@ -19,14 +19,14 @@ from ..access.rules import Rules
 from ..access.users import Users
 from ..commands.authorize import Authorizer
 from ..commands.bind import PeerWait, Rendezvous, expected
-from ..commands.connect import Source, connect
+from ..commands.connect import connect
 from ..commands.dialogue import Dialogue
 from ..commands.rates import Rates
 from ..commands.udp import Association
 from ..commands.upstream import Chain, Links
 from ..config import Config
 from ..values import Upstream
-from ..net.addresses import IP, Endpoint, ip_of, leaving
+from ..net.addresses import IP, Endpoint, ip_in, ip_of, leaving
 from ..net.listeners import tune
 from ..net.lookups import Names
 from ..net.shares import Ports
@@ -36,7 +36,8 @@ from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
 from ..protocol.fields import Host
 from ..protocol.messages import (
-    HTTP_HELP, SELECTIONS, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request)
+    HTTP_HELP, SELECTIONS, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
+    Selection, pack_reply)
 from ..protocol.proxy import begins
 from ..protocol.trace import M, Sent
 from ..relay.loop import Loop
@@ -50,7 +51,8 @@ from .session import Session
 from .sessions import HEAVIEST, Full, Sessions
 
 log = logging.getLogger(__name__)
-LEAST_S = 0.001             # of the connect timeout: 0 would mean for ever
+GREETS = bytes([VER])       # how a client begins that speaks SOCKS5
+SUCCEEDED = Rep.SUCCEEDED   # to look up a member of an enum takes longer
 
 
 class Service:
@@ -68,6 +70,9 @@ class Service:
     server_address: Any
     own_ports: FrozenSet[int]                       # of all listeners
     methods: Mapping[int, Callable[[Handler], Optional[bytes]]]     # see MethodTable
+
+    def rules_in_force(self) -> Rules:
+        return self.rules
 
     def session_of(self, request: socket.socket, client_address: Any) -> Session:
         raise NotImplementedError
@@ -94,12 +99,11 @@ class Handler(StreamRequestHandler):
         self.connection = self.request
         if self.timeout is not None:
             self.connection.settimeout(self.timeout)
-        self.session = self.server.session_of(self.request, self.client_address)
-        self.inbox = Inbox(self.connection, self.session.record)
+        self.session = session = self.server.session_of(self.request, self.client_address)
+        self.inbox = Inbox(self.connection, session.record, session.story)
         self.opened: Any = None                                 # closed if the command fails
         self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
         self.dialogue: Optional[Dialogue] = None                # with the upstream that `remote` is
-        self.story = self.session.story
         self.debug = log.isEnabledFor(logging.DEBUG)
 
     @cached_property
@@ -119,18 +123,20 @@ class Handler(StreamRequestHandler):
         try:
             self.negotiate()                                    # §3 METHOD, then its sub-negotiation
             server = self.server
-            self.may = self.AuthorizerClass(session.client, session.user, lambda: server.rules, server.own_ports)
+            self.may = self.AuthorizerClass(session.client, session.user, server.rules_in_force, server.own_ports)
             try:
-                request = self.take(Request)                    # §4
-                session.cmd, session.dst = request.cmd.word, request.dst
+                cmd, dst = self.inbox.take(Request)             # §4
+                session.cmd, session.dst = cmd.word, dst
                 if self.debug:
-                    session.step("request", cmd=session.cmd, dst=request.dst)
+                    session.step("request", cmd=session.cmd, dst=dst)
                 try:
-                    self.server.sessions.negotiated(session)
+                    server.sessions.negotiated(session)
                 except Full as exc:                             # --max-per-user
                     raise RequestRefused(Rep.NOT_ALLOWED, str(exc)) from None
+                # When --connect-timeout is over, which begins now: with the lookup.
+                self.deadline = monotonic() + (server.config.connect_timeout or float("inf"))
                 try:
-                    COMMANDS[request.cmd](self, request.dst)    # §4 CONNECT | BIND | UDP ASSOCIATE
+                    COMMANDS[cmd](self, dst)                    # §4 CONNECT | BIND | UDP ASSOCIATE
                 except BaseException:
                     if self.opened is not None:
                         self.opened.close()
@@ -148,38 +154,42 @@ class Handler(StreamRequestHandler):
 
     def take(self, kind: Type[M]) -> M:
         """The client's next message."""
-        return self.inbox.parse(kind, partial(self.story.take, kind)) if self.story else self.inbox.take(kind)
+        return self.inbox.take(kind)
 
     def send(self, message: Sent) -> None:
         """One message of ours."""
-        if self.story:
-            self.story.sent(message, self.session.why)
-        if self.inbox.record is not None:
-            self.inbox.sent(message)
-        raw = message if isinstance(message, bytes) else message.pack()
+        self.send_packed(type(message), message if isinstance(message, bytes) else message.pack())
+
+    def send_packed(self, kind: Type[Any], raw: bytes) -> None:
+        """The same, as its type and its bytes."""
+        inbox = self.inbox
+        if inbox.story or inbox.record is not None:
+            inbox.sent(kind, raw, self.session.why)
         self.connection.sendall(self.envelope.seal(raw) if self.envelope else raw)
 
     # ---- §3: the method, and the user ----------------------------------------------------------------------------
 
     def negotiate(self) -> None:
         """Agree on a METHOD and run its sub-negotiation. Raises ProtocolError when there is nothing to agree on."""
-        if self.first() != VER:
+        if self.inbox.peek()[:1] != GREETS:
             self.explain()
-        offered = self.take(Greeting).methods
-        self.session.greeted = True
-        methods = self.server.methods
+        offered, session, methods = self.inbox.take(Greeting).methods, self.session, self.server.methods
+        session.greeted = True
         method = users.choose(offered, methods)
         if self.debug:
-            self.session.step("method", offered=offered.hex(), chosen="%02x" % method)
-        self.send(SELECTIONS[method])
+            session.step("method", offered=offered.hex(), chosen="%02x" % method)
+        self.send_packed(Selection, SELECTIONS[method])
         if method not in methods:
             raise ProtocolError("no acceptable METHOD among %s" % (offered.hex(" ") if offered else "none"))
-        self.session.user = methods[method](self)
+        session.user = methods[method](self)
 
     def explain(self) -> None:
         """Tell a client that does not speak SOCKS5 so, in its own protocol where we know it."""
-        first = self.first()
-        if begins(self.inbox.peek()):
+        seen = self.inbox.peek()
+        if not seen:
+            raise EOFError("client closed")
+        first = seen[0]
+        if begins(seen):
             raise ProtocolError("a PROXY header, which only a source in --proxy-protocol may send, and once")
         if first == 0x04:
             self.send(SOCKS4_REFUSAL)
@@ -188,13 +198,6 @@ class Handler(StreamRequestHandler):
             self.send(HTTP_HELP)
             raise ProtocolError("an HTTP client")
         raise ProtocolError("a TLS client" if first == 0x16 else "not SOCKS: first byte 0x%02x" % first)
-
-    def first(self) -> int:
-        """The next byte, which stays to be read. Raises EOFError."""
-        seen = self.inbox.peek()
-        if not seen:
-            raise EOFError("client closed")
-        return seen[0]
 
     def no_authentication(self) -> Optional[bytes]:
         return None
@@ -230,26 +233,27 @@ class Handler(StreamRequestHandler):
     # ---- §4: the commands; each tells its whole story -------------------------------------------------------------
 
     def connect(self, dst: Address) -> None:
-        session, deadline = self.session, self.deadline()
-        resolve = partial(self.lookup, deadline)
-        if self.server.config.upstream:
-            upstream, hosts = self.may.way(Cmd.CONNECT, dst, resolve)
+        config, host, port = self.server.config, dst.host, dst.port
+        if config.upstream:
+            upstream, hosts = self.may.way(Cmd.CONNECT, dst, self.lookup)
             if upstream:
-                self.connect_through(self.chain(upstream, deadline), hosts, dst.port)
+                self.connect_through(self.chain(upstream), hosts, port)
                 return
+            addresses: Sequence[IP] = hosts                     # type: ignore[assignment]  # no name is among them
         else:
-            hosts = self.may.reachable(dst, resolve)
-        addresses = self.may.not_ourselves(dst.port, hosts)     # type: ignore[arg-type]    # no name is among them
-        remote, ip = connect(addresses, dst.port, max(deadline - monotonic(), LEAST_S), self.connection, self.source(),
+            addresses = self.may.reachable(dst, self.lookup)
+        if port in self.may.own_ports:
+            addresses = self.may.not_ourselves(addresses)
+        remote, ip = connect(addresses, port, self.deadline, self.connection, self.source if config.out else None,
                              self.has_room)
         self.opened = remote
-        session.reached = dst if ip is dst.host else Endpoint(ip, dst.port)
+        self.session.reached = dst if ip is host else Endpoint(ip, port)
         try:
             tune(remote)
             here = remote.getsockname()
         except OSError as exc:                                  # reset already; Linux leaves that to the tunnel
             raise RequestRefused(rep_of(exc), "reset by the destination at once") from None
-        self.reply(Rep.SUCCEEDED, Address(ip_of(here), here[1]))
+        self.reply(SUCCEEDED, ip_in(here[0]), here[1])
         self.relay(remote)
 
     def connect_through(self, chain: Chain, hosts: Sequence[Host], port: int) -> None:
@@ -257,26 +261,26 @@ class Handler(StreamRequestHandler):
         self.opened, self.dialogue = dialogue.sock, dialogue
         self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
         self.session.judged = hosts[0]
-        self.reply(Rep.SUCCEEDED, bnd)                          # the upstream's own end: what the destination sees
+        self.reply(SUCCEEDED, *bnd)                             # the upstream's own end: what the destination sees
         self.relay(dialogue.sock)
 
     def bind(self, dst: Address) -> None:
         config, session = self.server.config, self.session
-        deadline, permit = self.deadline(), partial(self.may.permits_caller, dst.port)
-        upstream, peers = self.may.way(Cmd.BIND, dst, partial(expected, resolve=partial(self.lookup, deadline)))
+        permit = partial(self.may.permits_caller, dst.port)
+        upstream, peers = self.may.way(Cmd.BIND, dst, partial(expected, resolve=self.lookup))
         waiting: PeerWait
         if upstream:
-            waiting = self.chain(upstream, deadline).bind(peers[0], dst.port, permit)
+            waiting = self.chain(upstream).bind(peers[0], dst.port, permit)
         else:
             waiting = Rendezvous(self.connection, peers, self.server.bind_ports,    # type: ignore[arg-type]
                                  config.advertise, permit, session.origin, config.out)
         with waiting:
-            self.reply(Rep.SUCCEEDED, waiting.bnd)              # the first: where we listen, or the upstream
+            self.reply(SUCCEEDED, *waiting.bnd)                 # the first: where we listen, or the upstream
             remote, peer = waiting.wait(config.bind_timeout)
         self.opened, self.dialogue = remote, waiting.dialogue   # the listener is closed: one peer only
         session.reached, session.notes = peer, waiting.also("via %s" % upstream.name if upstream else "")
         self.inbox.feed(waiting.early)
-        self.reply(Rep.SUCCEEDED, peer)                         # the second: the peer that has connected
+        self.reply(SUCCEEDED, *peer)                            # the second: the peer that has connected
         self.relay(remote)
 
     def udp_associate(self, dst: Address) -> None:
@@ -288,13 +292,14 @@ class Handler(StreamRequestHandler):
         except Full as exc:
             raise RequestRefused(Rep.GENERAL_FAILURE, str(exc)) from None
         way = (lambda *what: server.rules.way_of(asker, *what)) if config.upstream else None
-        links = Links(self.chain, server.rules.upstreams(asker), self.deadline()) if config.upstream else None
+        links = Links(self.chain, server.rules.upstreams(asker)) if config.upstream else None
         self.opened = links
         self.opened = association = Association(                # which closes the links, too
             self.connection, session.client.ip, server.udp_ports, config.advertise, server.names,
-            self.may.permits_datagram, lambda: server.rules, self.story.datagram if self.story else None, config.out,
-            links, way, self.envelope, lambda: server.rates.police(session), config.udp_idle_timeout, session)
-        self.reply(Rep.SUCCEEDED, association.bnd)
+            self.may.permits_datagram, server.rules_in_force, session.story.datagram if session.story else None,
+            config.out, links, way, self.envelope, lambda: server.rates.police(session), config.udp_idle_timeout,
+            session)
+        self.reply(SUCCEEDED, *association.bnd)
         self.hand_over(association)
 
     def relay(self, remote: socket.socket) -> None:
@@ -321,17 +326,12 @@ class Handler(StreamRequestHandler):
         self.server.relay(relay)
         self.opened = None
 
-    def chain(self, upstream: Upstream, deadline: float) -> Chain:
-        return Chain(upstream, self.connection, self.lookup, self.source(), deadline, self.server.own_ports)
+    def chain(self, upstream: Upstream) -> Chain:
+        return Chain(upstream, self.connection, self.lookup, self.source, self.deadline, self.server.own_ports)
 
-    def deadline(self) -> float:
-        """When --connect-timeout is over, which begins now: with the lookup."""
-        return monotonic() + (self.server.config.connect_timeout or float("inf"))
-
-    def source(self) -> Optional[Source]:
-        """By --out, the address from which we connect to a given one."""
-        out = self.server.config.out
-        return partial(leaving, out, ip_of(self.connection.getsockname())) if out else None
+    def source(self, remote: IP) -> Optional[IP]:
+        """By --out, the address from which we connect to this one."""
+        return leaving(self.server.config.out, ip_of(self.connection.getsockname()), remote)
 
     def has_room(self, attempts: int) -> bool:
         """Whether this session may have so many attempts to connect under way, each with a descriptor."""
@@ -341,15 +341,15 @@ class Handler(StreamRequestHandler):
         except Full:
             return False
 
-    def lookup(self, deadline: float, host: Host) -> Sequence[IP]:
+    def lookup(self, host: Host) -> Sequence[IP]:
         """The addresses of a normalised host. Raises RequestRefused; ConnectionResetError when the client has left."""
-        return self.server.names.resolve(host, deadline, self.connection, self.session.origin)
+        return self.server.names.resolve(host, self.deadline, self.connection, self.session.origin)
 
     # ---- §6: answers ----------------------------------------------------------------------------------------------
 
-    def reply(self, rep: Rep, bnd: Union[Endpoint, Address, None] = None) -> None:
+    def reply(self, rep: Rep, host: Host = UNSPECIFIED.host, port: int = UNSPECIFIED.port) -> None:
         self.session.rep = rep.word
-        self.send(Reply(rep, Address(*bnd) if isinstance(bnd, Endpoint) else bnd or UNSPECIFIED))
+        self.send_packed(Reply, pack_reply(rep, host, port))
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {

@@ -7,41 +7,45 @@ from __future__ import annotations
 
 import io
 import socket
+from functools import partial
 from time import monotonic
-from typing import Any, Callable, List, Optional, Tuple, Type
+from typing import Any, List, Optional, Tuple, Type
 
 from ..protocol.envelope import Envelope
 
 from ..access.passwords import Wait
 from ..net.poller import new_poll
 from ..protocol.errors import SocksError
-from ..protocol.messages import HEADER_BYTES, MOST_BYTES, Login, ProtectionLevel, SecurityToken, whole
-from ..protocol.trace import M, Sent
+from ..protocol.messages import HEADER_BYTES, Login, ProtectionLevel, SecurityToken, whole
+from ..protocol.trace import M, Story
 
 ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
 NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
-READ_BYTES = 4096           # a greeting, a login and a request together are at most 1,034
+MESSAGE_BYTES = 448         # a greeting or a request is at most 262; for up to 479, Python need not ask malloc()
+READ_BYTES = 4096           # where more than a message is expected
 SECRET = {Login, SecurityToken, ProtectionLevel}        # neither a Record nor whole() keeps all of these
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
 LINGER_BYTES = 1 << 16      # and how much of it
 
-# The messages of one handshake as they went over the wire: when, the message's type, its bytes or the message itself,
-# and whether the client sent it. Kept only where a status page may ask for them, and nothing is formatted before. A
-# Login ends after its UNAME and a message of RFC 1961 before its TOKEN: neither secrets nor 64 KiB are kept.
-Record = List[Tuple[float, Type[Any], Any, bool]]
+# The messages of one handshake as they went over the wire: when, the message's type, its bytes, and whether the client
+# sent it. Kept only where a status page may ask for them, and nothing is formatted before. A Login ends after its UNAME
+# and a message of RFC 1961 before its TOKEN: neither secrets nor 64 KiB are kept.
+Record = List[Tuple[float, Type[Any], bytes, bool]]
 
 
 class Inbox:
     """What the client has sent: a buffer that the tunnel can take over.
 
-    A reader of io's own would do; but nothing says how much it has read ahead without reading on.
+    A reader of io's own would do; but nothing says how much it has read ahead without reading on. `record` and `story`
+    are told of every message, if there are any.
     """
 
-    __slots__ = ("sock", "record", "held", "heard", "envelope")
+    __slots__ = ("sock", "record", "story", "held", "heard", "envelope")
 
-    def __init__(self, sock: socket.socket, record: Optional[Record] = None) -> None:
+    def __init__(self, sock: socket.socket, record: Optional[Record] = None, story: Optional[Story] = None) -> None:
         self.sock = sock
         self.record = record
+        self.story = story
         self.held = b""
         self.heard: Optional[bytes] = None          # while a message is recorded: all that came; `held` is its end
         self.envelope: Optional[Envelope] = None
@@ -58,23 +62,23 @@ class Inbox:
         if self.heard is not None:
             self.heard += data
 
-    def _receive(self) -> bytes:
+    def _receive(self, size: int = MESSAGE_BYTES) -> bytes:
         """What comes next; b"" at the end. Raises ProtocolError for what is not encapsulated, but should be."""
-        while True:
-            data = self.sock.recv(READ_BYTES)
-            if data and self.envelope:
-                data = self.envelope.open(data)
-                if not data:
-                    continue                        # a part of a message
-            if self.heard is not None:
-                self.heard += data
-            return data
+        data = self.sock.recv(size)
+        while self.envelope and data:
+            data = self.envelope.open(data)
+            if data:
+                break
+            data = self.sock.recv(size)             # that was a part of a message
+        if self.heard is not None:
+            self.heard += data
+        return data
 
     def read_exactly(self, size: int) -> bytes:
         """Exactly `size` bytes. Raises EOFError when the client closes before."""
         held = self.held
         while len(held) < size:
-            data = self._receive()                  # one call a message, not one a field
+            data = self._receive(max(MESSAGE_BYTES, size - len(held)))      # one call a message, not one a field
             if not data:
                 raise EOFError("client closed")
             held = self.held = held + data
@@ -83,7 +87,9 @@ class Inbox:
 
     def take(self, kind: Type[M]) -> M:
         """The next message. Nearly always it is all that has come, and has come before."""
-        if kind not in SECRET and len(self.held or self.peek()) <= MOST_BYTES:
+        if not self.held:
+            self.held = self._receive()
+        if self.story is None and kind not in SECRET:
             try:
                 message: M = whole(kind, self.held)
                 if self.record is not None:
@@ -92,10 +98,11 @@ class Inbox:
                 return message
             except (EOFError, SocksError):          # it is in pieces, or more has come behind it; or it is a bad one
                 pass
-        return self.parse(kind, kind.parse)
+        return self._parse(kind)
 
-    def parse(self, kind: Type[M], parse: Callable[[Callable[[int], bytes]], M]) -> M:
-        """The next message by parse(read_exactly). What it has read is recorded, also where that was no message."""
+    def _parse(self, kind: Type[M]) -> M:
+        """The next message, field by field. What was read is recorded, also where that was no message."""
+        parse = partial(self.story.take, kind) if self.story else kind.parse
         if self.record is None:
             return parse(self.read_exactly)
         self.heard = self.held
@@ -109,12 +116,12 @@ class Inbox:
                 raw = raw[:HEADER_BYTES if kind is not Login else 2 + raw[1] if len(raw) > 1 else 2]
             self.record.append((monotonic(), kind, raw, True))
 
-    def sent(self, message: Sent) -> None:
-        """Record a message of ours."""
+    def sent(self, kind: Type[Any], raw: bytes, why: str) -> None:
+        """Tell the record and the story of a message of ours; `why` is the reason of a refusal."""
+        if self.story:
+            self.story.sent(kind, raw, why)
         if self.record is not None:
-            kind: Any = type(message)
-            kept = message.pack()[:HEADER_BYTES] if kind in SECRET else message     # type: ignore[union-attr]
-            self.record.append((monotonic(), kind, kept, False))
+            self.record.append((monotonic(), kind, raw[:HEADER_BYTES] if kind in SECRET else raw, False))
 
     def peek(self) -> bytes:
         """What is in hand, or else what comes next, without taking it; b"" at the end."""
@@ -126,7 +133,7 @@ class Inbox:
         """Up to `size` bytes, fewer only at the end; all until the end for None or a negative size."""
         held = self.held
         while size is None or size < 0 or len(held) < size:
-            data = self._receive()
+            data = self._receive(READ_BYTES)
             if not data:
                 break
             held += data

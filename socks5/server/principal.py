@@ -32,6 +32,6 @@ def by_gssapi(handler: Any) -> bytes:
     if context.level:
         handler.envelope = Envelope(context)
         handler.inbox.protect(handler.envelope)
-        if handler.story:
-            handler.story.protected(context.level.phrase)
+        if session.story:
+            session.story.protected(context.level.phrase)
     return bytes(context.peer)

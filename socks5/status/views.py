@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Protocol, Tupl
 from ..commands.rates import held_back
 from ..values import network
 from ..protocol.codes import Rep
-from ..protocol.messages import Address, Reply
+from ..protocol.messages import Address
 from ..protocol.trace import DOWN, SECOND_REPLY, TITLES, UP, Message, explained, meaning
 from ..server.server import Server
 from ..server.session import Session
@@ -101,8 +101,7 @@ def handshake(session: Session) -> Json:
     """The facts, and the messages as they are kept: seconds since accept, the type, the bytes in hex, and whether the
     client sent them."""
     messages = []
-    for when, kind, message, came in list(session.record or ()):
-        raw = message if isinstance(message, bytes) else message.pack()
+    for when, kind, raw, came in list(session.record or ()):
         messages.append([round(when - session.started, 6), kind.__name__, raw.hex(), came])
     return dict(facts(session), messages=messages)
 
@@ -140,10 +139,9 @@ def explain(session: Json) -> Json:
                       for field, piece, meant in explained(KINDS[kind], raw)]
         fields += [{"name": field, "bytes": None, "means": "not shown"} for field in NOT_KEPT.get(kind, ())]
         if kind == "Reply":
-            reply = Reply(raw[1])
             title = SECOND_REPLY if session["command"] == "BIND" and succeeded else title
-            notes = meaning(reply, session["command"], succeeded)
-            succeeded += reply.rep == Rep.SUCCEEDED
+            notes = meaning(raw[1], session["command"], succeeded)
+            succeeded += raw[1] == Rep.SUCCEEDED
         shown.append({"seconds": seconds, "way": way, "title": title, "fields": fields, "notes": notes})
     return dict(session, messages=shown)
 
