@@ -13,12 +13,13 @@ from unittest import mock
 import socks5
 from socks5 import client
 from socks5.protocol.codes import Cmd, Rep
+from socks5.protocol.errors import RequestRefused
 from socks5.protocol.memory import give_back
 from socks5.config import Config, ConfigError
-from socks5.net.addresses import unmapped
+from socks5.net.addresses import Endpoint, unmapped
 from socks5.access.rules import ALL_PORTS, LOCAL as LOCAL_NETWORKS, Asker, Rule, Rules, inside
 from socks5.access.users import Users
-from socks5.commands.authorize import TOLD
+from socks5.commands.authorize import TOLD, Authorizer
 from tests import support
 from tests.support import (HAS_IPV6, PATIENCE_S, ask, closed_port, connect_through, dial, echo, echoes, greeted, heard,
                            need, refusal, running, served, spawned, target, udp_socket, wait_until)
@@ -406,6 +407,25 @@ class Serving(Case):
                 ("name", b"secret.INVALID", destination[1], "'denied by F:2'")):
             with self.subTest(name):
                 self.assertEqual(self.refusal(server, Cmd.CONNECT, host, port), (Rep.NOT_ALLOWED, why))
+
+    def test_verdicts_are_remembered_by_name_only_where_a_rule_has_one(self):
+        to = [ip_address("192.0.2.1")]
+        for lines, kept in ((["allow"], 1), (["deny to secret.invalid", "allow"], 3)):
+            with self.subTest(lines):
+                server = self.serve(*lines)
+                may = Authorizer(Endpoint(ip_address("127.0.0.1"), 1), None, lambda: server.rules, ())
+                for name in (b"a.invalid", b"b.invalid", b"c.invalid"):
+                    self.assertEqual(may.permitted(Cmd.CONNECT, name, 80, to), to)
+                self.assertEqual(server.rules.judge.cache_info().currsize, kept)
+                with self.assertRaises(RequestRefused) if kept > 1 else contextlib.nullcontext():
+                    may.permitted(Cmd.CONNECT, b"secret.invalid", 80, to)
+
+    def test_an_authorizer_asks_for_each_command(self):
+        server = self.serve("deny command udp", "allow")
+        may = Authorizer(Endpoint(ip_address("127.0.0.1"), 1), None, lambda: server.rules, ())
+        for _ in range(2):
+            self.assertEqual(may.asker(Cmd.CONNECT).cmd, Cmd.CONNECT)
+            self.assertRaises(RequestRefused, may.associate)
 
     def test_what_was_allowed_is_remembered_within_bounds_and_until_a_reload(self):
         destination = self.enter(target())

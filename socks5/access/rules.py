@@ -56,8 +56,7 @@ NAMES_TO_UPSTREAM = "allow to ."
 LOCAL: Tuple[Network, ...] = tuple(map(ip_network, (
     "0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/24",
     "::/128", "::1/128", "fe80::/10", "ff01::/16", "ff02::/16")))
-# A connection to 0.0.0.0 or :: reaches this machine's loopback: a rule for either address denies it, only a rule for
-# loopback allows it.
+# A connection to 0.0.0.0 or :: reaches our loopback: a rule for either denies it, only a rule for loopback allows it.
 LOOPBACK: Dict[int, IP] = {4: IPv4Address("127.0.0.1"), 6: IPv6Address("::1")}
 
 # IPv4-embedded IPv6 addresses: their prefix, and the offset of the IPv4 address in bytes.
@@ -156,6 +155,7 @@ class Rules:
     config: Config
     path: str = field(init=False)
     rules: Tuple[Rule, ...] = field(init=False)
+    named: bool = field(init=False)                                 # whether any rule is about a name
     known: Known = field(init=False, compare=False)
     pairs: Dict[int, Tuple[Rule, Verdict]] = field(init=False, compare=False)       # by id(): one for each rule
 
@@ -170,6 +170,7 @@ class Rules:
         for rule in self.rules:
             if rule.via not in (None, DIRECT, *(upstream.name for upstream in self.config.upstream)):
                 raise ConfigError("%s: no --upstream is called %s" % (rule.where, ascii(rule.via)))
+        object.__setattr__(self, "named", any(rule.name for rule in self.rules))
         self.begin()
         opener = self.opener()
         if path and opener and not self.config.open:
@@ -192,14 +193,15 @@ class Rules:
     def forget(self) -> None:
         """Empty the caches."""
         self.known.clear()
-        for name in "judge", "concerning":
+        for name in "judge", "concerning", "foreseeing":
             vars(self)[name].cache_clear()
 
     def remembered(self) -> Dict[str, object]:
         """What takes the place of these attributes, and is bounded."""
         kind = type(self)
         return {"pairs": {}, "known": Known(), "judge": lru_cache(VERDICTS)(partial(kind.judge, self)),
-                "concerning": lru_cache(ASKERS)(partial(kind.concerning, self))}
+                "concerning": lru_cache(ASKERS)(partial(kind.concerning, self)),
+                "foreseeing": lru_cache(ASKERS)(partial(kind.foreseeing, self))}
 
     def __len__(self) -> int:
         return len(self.rules)
@@ -246,7 +248,6 @@ class Rules:
         return Verdict(rule.allow, rule.where, self.config.upstream_of(rule.via) if rule.allow else None, rule.rate)
 
     def rated(self) -> bool:
-        """Whether a rule has a rate."""
         return any(rule.rate for rule in self.rules)
 
     def judge_name(self, asker: Asker, port: int, name: bytes) -> Optional[Verdict]:
@@ -277,10 +278,14 @@ class Rules:
 
     def foresee(self, asker: Asker, port: Optional[int] = None, name: Optional[bytes] = None) -> Verdict:
         """Judge before a name is resolved: denied is final, allowed means that judge() has to decide."""
-        for rule, verdict in self.concerning(asker):
+        for rule, verdict in self.foreseeing(asker):
             if rule.may_cover(port, name):
                 return verdict
         return Verdict(False, "%s: no rule allows it" % self.path)
+
+    def foreseeing(self, asker: Asker) -> List[Tuple[Rule, Verdict]]:
+        """Those of concerning() that decide on something whose address is not known: no "deny to CIDR". Cached."""
+        return [(rule, verdict) for rule, verdict in self.concerning(asker) if rule.allow or rule.network is None]
 
 
 def inside(address: IP) -> IP:

@@ -33,6 +33,8 @@ class Authorizer:
     own_ports  those at which this server listens
     """
 
+    _asker: Optional[Asker] = None
+
     def __init__(self, client: Endpoint, user: Optional[bytes], rules: Callable[[], Rules],
                  own_ports: Container[int]) -> None:
         self.client = client
@@ -41,7 +43,10 @@ class Authorizer:
         self.own_ports = own_ports
 
     def asker(self, cmd: Cmd) -> Asker:
-        return Asker(self.client.ip, self.user, cmd)
+        """Nearly always it is the same command."""
+        if self._asker is None or self._asker.cmd is not cmd:
+            self._asker = Asker(self.client.ip, self.user, cmd)
+        return self._asker
 
     def normalised(self, cmd: Cmd, dst: Address) -> Host:
         """DST.ADDR in its normal form: an IP address, or a name in ASCII. Refused: X'04' for what is not a name, X'02'
@@ -69,7 +74,8 @@ class Authorizer:
 
     def permitted(self, cmd: Cmd, host: Host, port: int, addresses: Sequence[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Refused: X'02' when there is none."""
-        asker, name, rules, allowed, why = self.asker(cmd), name_in(host), self.rules(), [], ""
+        asker, rules, allowed, why = self.asker(cmd), self.rules(), [], ""
+        name = host if rules.named and isinstance(host, bytes) else None
         for address in addresses:
             verdict = rules.judge(asker, address, port, name)
             if verdict.allowed:

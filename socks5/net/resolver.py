@@ -25,6 +25,7 @@ FAILURE_S = 5.0                 # RFC 2308 §7.1: failures may be remembered for
 # over at once, and is not remembered.
 NO_SUCH_NAME = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") if hasattr(socket, name)}
 
+MOST_LETTERS = 253              # RFC 1035 §2.3.4
 # Letters, digits, hyphen and dot are RFC 1123's; the underscore stands in many names that people do use.
 ASCII_NAME = re.compile(rb"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
@@ -34,11 +35,16 @@ def normalise(host: Host) -> Host:
 
     Raises RequestRefused X'04' for anything else: empty, NUL, control characters, spaces, empty labels, foreign bytes.
     """
-    return _spelled(host) if isinstance(host, bytes) else unmapped(host)
+    if not isinstance(host, bytes):
+        return unmapped(host)
+    if len(host) <= MOST_LETTERS and ASCII_NAME.fullmatch(host) and not host[-1:].isdigit():     # nearly always
+        return host
+    return _spelled(host)
 
 
 @remembered(4096)
 def _spelled(name: bytes) -> Host:
+    """What is an address, not in ASCII, or no name."""
     try:
         spelled = name.decode("ascii")
         like_one = ":" in spelled or spelled[-1:].isdigit()     # to try takes long, and most are names
@@ -52,8 +58,8 @@ def _spelled(name: bytes) -> Host:
             ascii_name = name.decode("utf-8").encode("idna")
     except UnicodeError:
         ascii_name = b""
-    letters = len(ascii_name) - ascii_name.endswith(b".")       # the root's dot does not count: RFC 1035 §2.3.4
-    if letters > 253 or not ASCII_NAME.fullmatch(ascii_name):
+    letters = len(ascii_name) - ascii_name.endswith(b".")       # the root's dot does not count
+    if letters > MOST_LETTERS or not ASCII_NAME.fullmatch(ascii_name):
         raise RequestRefused(Rep.HOST_UNREACHABLE, "not a name to look up: %s" % text(name))
     return ascii_name
 

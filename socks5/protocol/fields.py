@@ -1,22 +1,25 @@
 """The fields of a message. A Layout lists them in the RFC's order, both for parsing and for the trace.
 
-`read(n)` returns exactly n bytes or raises EOFError. No parser reads beyond its message. RFC 1928 section 5.
+A parser takes a whole message as bytes; or, of one that comes in pieces, `read(n)`, which returns exactly n bytes or
+raises EOFError: it never reads beyond its message. RFC 1928 section 5.
 """
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from typing import Callable, Dict, Iterator, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Iterator, List, Optional, Tuple, Union
 
 from .codes import Atyp, Rep
 from .errors import ProtocolError, RequestRefused
 from .memory import remembered
 
 ReadExactly = Callable[[int], bytes]
-Raw = Dict[str, bytes]
+Source = Union[bytes, ReadExactly]
 Host = Union[IPv4Address, IPv6Address, bytes]     # bytes: a domain name as received
 ADDRESS_BYTES = {0x01: 4, 0x04: 16}               # by ATYP, RFC 1928 §5
 DOMAINNAME = int(Atyp.DOMAINNAME)
+LENGTH_IN_FRONT, ATYP_IN_FRONT = 0, -1            # in place of a size: what the field in front says
 
 
 class IPv4(IPv4Address):
@@ -66,65 +69,53 @@ def bracketed(ip: Union[IPv4Address, IPv6Address]) -> str:
 
 
 class BytesReader:
-    """A `read` function for bytes that are already in memory, such as a datagram."""
+    """A `read` function for bytes that are already in memory, such as the beginning of a stream."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.at = 0
 
-    def read(self, size: int) -> bytes:
+    def __call__(self, size: int) -> bytes:
         end = self.at + size
         if end > len(self.data):
             raise EOFError("message cut short after %d bytes" % len(self.data))
         piece, self.at = self.data[self.at:end], end
         return piece
 
-    __call__ = read                 # calling read itself takes half the time
-
     def rest(self) -> bytes:
         return self.data[self.at:]
 
 
-class Field(NamedTuple):
+@dataclass(frozen=True)         # a NamedTuple's attributes take several times as long to read
+class Field:
     """One field of a message.
 
     name    the RFC's name, unique in its message
-    size    in bytes; or the name of the earlier field that holds it; or None: ATYP decides, RFC 1928 §5
+    size    in bytes; or LENGTH_IN_FRONT: the field in front holds it; or ATYP_IN_FRONT: of an address, RFC 1928 §5
     means   describes the bytes in words; not called for an address, which depends on ATYP
     must    the only valid value (VER); any other raises ProtocolError
     secret  never shown
     """
 
     name: str
-    size: Union[int, str, None]
+    size: int
     means: Callable[[bytes], str]
     must: Optional[int] = None
     secret: bool = False
 
-    def words(self, raw: Raw) -> str:
-        """Describe the value of this field in words."""
-        if self.size is None:
-            host = host_of(raw["ATYP"][0], raw[self.name])
+    def words(self, piece: bytes, before: bytes) -> str:
+        """Describe the value of this field in words; `before` is the field in front of it."""
+        if self.size == ATYP_IN_FRONT:
+            host = host_of(before[0], piece)
             return text(host) if isinstance(host, bytes) else str(host)
-        return self.means(raw[self.name])
+        return self.means(piece)
 
 
 Layout = Tuple[Field, ...]
 
 
-def take_address(read: ReadExactly, atyp: int) -> bytes:
-    """Read the raw address for `atyp`; a name includes its length byte. Raises RequestRefused X'08' for an unknown ATYP
-    before any read, because the size of the address is unknown, too."""
-    if atyp == DOMAINNAME:
-        length = read(1)
-        return length + read(length[0])
-    if atyp not in ADDRESS_BYTES:
-        raise RequestRefused(Rep.ADDRESS_TYPE_NOT_SUPPORTED, "ATYP 0x%02x" % atyp)
-    return read(ADDRESS_BYTES[atyp])
-
-
 def host_of(atyp: int, packed: bytes) -> Host:
-    """The host in the bytes from take_address."""
+    """The host in the bytes of an ADDR field; those of a name begin with its length."""
     return packed[1:] if atyp == DOMAINNAME else _ip_of(packed)
 
 
@@ -134,32 +125,54 @@ def _ip_of(packed: bytes) -> Union[IPv4, IPv6]:
     return IPv4(packed) if len(packed) == 4 else IPv6(packed)
 
 
-def split(layout: Layout, read: ReadExactly, raw: Optional[Raw] = None, strict: bool = True) -> Raw:
-    """Read one message. Returns the raw bytes of each field by its name, in `raw` if it is given, as far as it gets.
-    Unless `strict`, a value that `must` forbids is taken."""
-    raw = {} if raw is None else raw
-    for field in layout:            # to unpack one takes longer
-        size, must = field.size, field.must
-        if isinstance(size, int):
-            data = read(size)
-        elif size is None:
-            data = take_address(read, raw["ATYP"][0])
-        else:
-            data = read(int.from_bytes(raw[size], "big"))
-        raw[field.name] = data
-        if must is not None and data[0] != must and strict:
-            raise ProtocolError("%s 0x%02x, expected 0x%02x" % (field.name, data[0], must))
-    return raw
+def split(layout: Layout, source: Source, strict: bool = True, pieces: Optional[List[bytes]] = None) -> List[bytes]:
+    """The raw bytes of each field of one message, in `pieces` if that is given, as far as it gets.
+
+    Raises EOFError for less than a message and ProtocolError for a value that `must` forbids; for an unknown ATYP, at
+    once, because the size of the address is unknown, too, RequestRefused X'08'. `source` may not hold more than the
+    message: EOFError. Unless `strict`, it may, and what `must` forbids is taken.
+    """
+    data, read = (source, _cut_short) if isinstance(source, bytes) else (b"", source)
+    pieces = [] if pieces is None else pieces
+    piece, at, have = b"", 0, len(data)
+    for field in layout:
+        size = field.size
+        if size <= 0:
+            if size == LENGTH_IN_FRONT:
+                size = int.from_bytes(piece, "big")
+            elif piece[0] == DOMAINNAME:                # its length stands in front
+                if at == have:
+                    data, have = data + read(1), have + 1
+                size = 1 + data[at]
+            elif piece[0] in ADDRESS_BYTES:
+                size = ADDRESS_BYTES[piece[0]]
+            else:
+                raise RequestRefused(Rep.ADDRESS_TYPE_NOT_SUPPORTED, "ATYP 0x%02x" % piece[0])
+        end = at + size
+        if end > have:
+            data, have = data + read(end - have), end
+        piece = data[at:end]
+        at = end
+        pieces.append(piece)
+        if field.must is not None and piece[0] != field.must and strict:
+            raise ProtocolError("%s 0x%02x, expected 0x%02x" % (field.name, piece[0], field.must))
+    if at < have and strict:
+        raise EOFError("more than one message")
+    return pieces
+
+
+def _cut_short(size: int) -> bytes:
+    raise EOFError("message cut short: %d bytes more" % size)
 
 
 def dissect(layout: Layout, message: bytes) -> Iterator[Tuple[Field, bytes, str]]:
     """Yield each field of a message, its bytes and their meaning. Stops where the message is cut short. A wrong VER is
     shown, too."""
-    raw: Raw = {}
+    pieces: List[bytes] = []
     with suppress(EOFError, RequestRefused):
-        split(layout, BytesReader(message), raw, strict=False)
-    for field in layout[:len(raw)]:
-        yield field, raw[field.name], field.words(raw)
+        split(layout, message, strict=False, pieces=pieces)
+    for field, piece, before in zip(layout, pieces, [b"", *pieces]):
+        yield field, piece, field.words(piece, before)
 
 
 def text(name: bytes) -> str:

@@ -14,7 +14,8 @@ from typing import Any, Callable, Dict, NamedTuple, Type, TypeVar
 
 from .codes import METHOD_RANGES, Atyp, Cmd, Method, Mtyp, Rep, phrase
 from .errors import RequestRefused
-from .fields import BytesReader, Field, Host, IPv4, Layout, Raw, ReadExactly, bracketed, host_of, split, text
+from .fields import (
+    ATYP_IN_FRONT, LENGTH_IN_FRONT, Field, Host, IPv4, Layout, Source, bracketed, host_of, split, text)
 from .memory import remembered
 
 VER = 0x05          # RFC 1928 §3
@@ -45,7 +46,7 @@ BY_NUMBER = {int(cmd): cmd for cmd in Cmd}         # much faster than Cmd(number
 
 def _address(prefix: str) -> Layout:
     """ATYP, ADDR and PORT, as in requests, replies and datagrams.                      RFC 1928 §5"""
-    return (ATYP, Field(prefix + ".ADDR", None, text), Field(prefix + ".PORT", PORT_BYTES, _number))
+    return (ATYP, Field(prefix + ".ADDR", ATYP_IN_FRONT, text), Field(prefix + ".PORT", PORT_BYTES, _number))
 
 
 # ---- addresses, RFC 1928 §5 --------------------------------------------------------------------------------------
@@ -62,9 +63,9 @@ class Address(NamedTuple):
     port: int
 
     @classmethod
-    def of(cls, raw: Raw, addr: str, port: str) -> Address:
-        """Make it from the raw fields of a message: ATYP, `addr` and `port`."""
-        return cls(host_of(raw["ATYP"][0], raw[addr]), int.from_bytes(raw[port], "big"))
+    def of(cls, atyp: bytes, addr: bytes, port: bytes) -> Address:
+        """Make it from the fields of a message."""
+        return cls(host_of(atyp[0], addr), port[0] << 8 | port[1])
 
     def pack(self) -> bytes:
         """Raises ValueError for a name that is empty or longer than 255 bytes."""
@@ -99,7 +100,7 @@ UNSPECIFIED = Address(IPv4(0), 0)                 # BND of a failure reply
 
 GREETING: Layout = (
     VERSION, Field("NMETHODS", 1, lambda raw: "%d method(s) follow" % raw[0]),
-    Field("METHODS", "NMETHODS", lambda raw: ", ".join(_method(raw[i:i + 1]) for i in range(len(raw))) or "none"))
+    Field("METHODS", LENGTH_IN_FRONT, lambda raw: ", ".join(_method(raw[i:i + 1]) for i in range(len(raw))) or "none"))
 
 
 class Greeting(NamedTuple):
@@ -111,8 +112,8 @@ class Greeting(NamedTuple):
     methods: bytes
 
     @classmethod
-    def parse(cls, read: ReadExactly) -> Greeting:
-        return cls(split(GREETING, read)["METHODS"])
+    def parse(cls, source: Source) -> Greeting:
+        return cls(split(GREETING, source)[2])
 
     def pack(self) -> bytes:
         return bytes([VER, len(self.methods)]) + self.methods
@@ -130,8 +131,8 @@ class Selection(NamedTuple):
     method: int
 
     @classmethod
-    def parse(cls, read: ReadExactly) -> Selection:
-        return cls(split(SELECTION, read)["METHOD"][0])
+    def parse(cls, source: Source) -> Selection:
+        return cls(split(SELECTION, source)[1][0])
 
     def pack(self) -> bytes:
         return bytes([VER, self.method])
@@ -143,9 +144,9 @@ SELECTIONS = [Selection(method).pack() for method in range(256)]
 # ---- username/password, RFC 1929 ---------------------------------------------------------------------------------
 
 LOGIN: Layout = (
-    AUTH_VERSION, Field("ULEN", 1, lambda raw: "%s bytes of UNAME" % raw[0]), Field("UNAME", "ULEN", text),
+    AUTH_VERSION, Field("ULEN", 1, lambda raw: "%s bytes of UNAME" % raw[0]), Field("UNAME", LENGTH_IN_FRONT, text),
     Field("PLEN", 1, lambda raw: "%s bytes of PASSWD" % raw[0], secret=True),
-    Field("PASSWD", "PLEN", lambda raw: "", secret=True))
+    Field("PASSWD", LENGTH_IN_FRONT, lambda raw: "", secret=True))
 
 
 class Login(NamedTuple):
@@ -158,9 +159,9 @@ class Login(NamedTuple):
     passwd: bytes
 
     @classmethod
-    def parse(cls, read: ReadExactly) -> Login:
-        raw = split(LOGIN, read)
-        return cls(raw["UNAME"], raw["PASSWD"])
+    def parse(cls, source: Source) -> Login:
+        _ver, _ulen, uname, _plen, passwd = split(LOGIN, source)
+        return cls(uname, passwd)
 
     def pack(self) -> bytes:
         """Raises ValueError for a field of more than 255 bytes."""
@@ -183,8 +184,8 @@ class LoginStatus(NamedTuple):
     status: int
 
     @classmethod
-    def parse(cls, read: ReadExactly) -> LoginStatus:
-        return cls(split(LOGIN_STATUS, read)["STATUS"][0])
+    def parse(cls, source: Source) -> LoginStatus:
+        return cls(split(LOGIN_STATUS, source)[1][0])
 
     def pack(self) -> bytes:
         return bytes([AUTH_VER, self.status])
@@ -199,7 +200,8 @@ def _framing(mtyp: Mtyp) -> Layout:
 
 
 TOKEN: Layout = (Field("LEN", 2, lambda raw: "%s bytes of TOKEN" % _number(raw)),
-                 Field("TOKEN", "LEN", lambda raw: "of the GSS-API mechanism" if len(raw) > 1 else "one byte in clear"))
+                 Field("TOKEN", LENGTH_IN_FRONT,
+                       lambda raw: "of the GSS-API mechanism" if len(raw) > 1 else "one byte in clear"))
 
 
 HEADER_BYTES = 4                # in front of TOKEN
@@ -214,8 +216,8 @@ class Framed(NamedTuple):
     token: bytes
 
     @classmethod
-    def parse(cls: Type[T], read: ReadExactly) -> T:
-        return cls(split(LAYOUTS[cls], read)["TOKEN"])
+    def parse(cls: Type[T], source: Source) -> T:
+        return cls(split(LAYOUTS[cls], source)[3])
 
     def pack(self) -> bytes:
         """Raises OverflowError for a token of more than MAX_TOKEN_BYTES."""
@@ -247,8 +249,8 @@ class Abort:
     """
 
     @classmethod
-    def parse(cls, read: ReadExactly) -> Abort:
-        split(ABORT, read)
+    def parse(cls, source: Source) -> Abort:
+        split(ABORT, source)
         return cls()
 
     def pack(self) -> bytes:
@@ -271,13 +273,12 @@ class Request(NamedTuple):
     dst: Address
 
     @classmethod
-    def parse(cls, read: ReadExactly) -> Request:
+    def parse(cls, source: Source) -> Request:
         """Raises RequestRefused: X'07' for an unknown CMD, after reading all of it; X'08' for an unknown ATYP."""
-        raw = split(REQUEST, read)           # RSV other than X'00' is tolerated
-        try:
-            return cls(BY_NUMBER[raw["CMD"][0]], Address.of(raw, "DST.ADDR", "DST.PORT"))
-        except KeyError:
-            raise RequestRefused(Rep.COMMAND_NOT_SUPPORTED, "CMD 0x%02x" % raw["CMD"][0]) from None
+        _ver, cmd, _rsv, atyp, addr, port = split(REQUEST, source)      # RSV other than X'00' is tolerated
+        if cmd[0] not in BY_NUMBER:
+            raise RequestRefused(Rep.COMMAND_NOT_SUPPORTED, "CMD 0x%02x" % cmd[0])
+        return cls(BY_NUMBER[cmd[0]], Address.of(atyp, addr, port))
 
     def pack(self) -> bytes:
         return bytes([VER, self.cmd, 0x00]) + self.dst.pack()
@@ -297,11 +298,11 @@ class Reply(NamedTuple):
     bnd: Address = UNSPECIFIED
 
     @classmethod
-    def parse(cls, read: ReadExactly) -> Reply:
+    def parse(cls, source: Source) -> Reply:
         """`rep` is a plain int where the RFC assigns no meaning to it."""
-        raw = split(REPLY, read)
-        rep = raw["REP"][0]
-        return cls(Rep(rep) if rep <= Rep.ADDRESS_TYPE_NOT_SUPPORTED else rep, Address.of(raw, "BND.ADDR", "BND.PORT"))
+        _ver, code, _rsv, atyp, addr, port = split(REPLY, source)
+        rep = code[0]
+        return cls(Rep(rep) if rep <= Rep.ADDRESS_TYPE_NOT_SUPPORTED else rep, Address.of(atyp, addr, port))
 
     def pack(self) -> bytes:
         return pack_reply(self.rep, *self.bnd)
@@ -338,9 +339,9 @@ class Datagram(NamedTuple):
     def parse(cls, datagram: bytes) -> Datagram:
         """Parse a whole datagram; DATA is the rest after the header. Raises EOFError when it ends inside the header,
         RequestRefused X'08' for an unknown ATYP."""
-        read = BytesReader(datagram)
-        raw = split(DATAGRAM, read)           # RSV other than X'0000' is tolerated
-        return cls(Address.of(raw, "DST.ADDR", "DST.PORT"), read.rest(), raw["FRAG"][0])
+        header = split(DATAGRAM, datagram, strict=False)        # DATA follows
+        _rsv, frag, atyp, addr, port = header                   # RSV other than X'0000' is tolerated
+        return cls(Address.of(atyp, addr, port), datagram[sum(map(len, header)):], frag[0])
 
     def pack(self) -> bytes:
         return bytes([0x00, 0x00, self.frag]) + self.dst.pack() + self.data
@@ -362,14 +363,6 @@ LAYOUTS: Dict[type, Layout] = {
     Datagram: DATAGRAM, Abort: ABORT, **{kind: _framing(mtyp) + TOKEN for kind, mtyp in MTYPS.items()}}
 
 
-def parse_whole(kind: Any, data: bytes) -> Any:
-    """kind.parse() for bytes that are one whole message and nothing else; EOFError for less or more than that."""
-    read = BytesReader(data)
-    message = kind.parse(read.read)
-    if read.rest():
-        raise EOFError("more than one message")
-    return message
-
-
-# Remembered, because clients say the same again and again. Not for a Login or a token: those would stay in memory.
-whole: Callable[[Any, bytes], Any] = remembered(4096)(parse_whole)
+# kind.parse(data) of a whole message. Remembered, because clients say the same again and again. Not for a Login or a
+# token: those would stay in memory.
+whole: Callable[[Any, bytes], Any] = remembered(4096)(lambda kind, data: kind.parse(data))

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 from .codes import Atyp, Cmd, Rep
 from .errors import SocksError
 from .facts import NOTHING
-from .fields import ReadExactly, dissect
+from .fields import ATYP_IN_FRONT, ReadExactly, dissect
 from .messages import (LAYOUTS, Abort, Datagram, Greeting, Login, LoginStatus, ProtectionLevel, Reply, Request,
                        SecurityToken, Selection)
 
@@ -202,7 +202,7 @@ def explained(kind: Type[Message], raw: bytes) -> Iterator[Tuple[str, Optional[b
         if field.secret:
             yield field.name, None, "not shown"
         else:
-            if field.size is None and before[0] == Atyp.DOMAINNAME:     # its length stands in front
+            if field.size == ATYP_IN_FRONT and before[0] == Atyp.DOMAINNAME:     # its length stands in front
                 words = "%d bytes: %s" % (piece[0], words)
             yield field.name, piece, SENTENCES.get(field.name, "%s") % words
         before = piece
