@@ -95,7 +95,9 @@ class Activation(Case):
                 stack.callback(manager.end, signal.SIGKILL)
                 port = manager.port
                 first, = children(manager.process.pid)
-                stack.callback(self.end_child, manager)
+                stack.callback(self.end_children, manager)
+                # Only now: the supervisor says that it listens before it has forked the first worker.
+                wait_until(lambda: len(children(first)) == (0 if workers == "1" else 2), "its workers")
                 serving = [first, *children(first)]
                 self.assertTrue(all(listening_on(pid, port) for pid in serving))
                 live = stack.enter_context(connect_through(port, *echo))
@@ -107,11 +109,21 @@ class Activation(Case):
                     negotiate(client)
                 self.assertNotEqual(children(manager.process.pid), [first])
 
-    def end_child(self, manager):
-        """What the manager has started; then it ends by itself."""
-        for pid in children(manager.process.pid):
-            os.kill(pid, signal.SIGTERM)
-        manager.process.wait(PATIENCE_S)
+    def end_children(self, manager):
+        """End the servers that the manager starts, one after the other; then it ends by itself. After a failure, the
+        first server may still run, and the second one only starts when it has ended."""
+        told = set()
+
+        def ended():
+            if manager.process.poll() is not None:
+                return True
+            for pid in set(children(manager.process.pid)) - told:
+                told.add(pid)
+                with contextlib.suppress(ProcessLookupError):           # it has ended meanwhile
+                    os.kill(pid, signal.SIGTERM)
+            return False
+
+        wait_until(ended, "all servers have ended")
 
     def test_a_socket_of_no_use(self):
         need(self, os.name == "posix", "fork and exec")
