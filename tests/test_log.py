@@ -378,6 +378,23 @@ class WriterThread(unittest.TestCase):
         self.writer.close()                                 # once more does nothing
         self.assertEqual(self.released, [1])
 
+    def test_a_thread_that_ends_while_it_is_being_closed(self):
+        writer = self.writer
+
+        class Bell(queue.SimpleQueue):
+            def put(self, item):
+                super().put(item)
+                if writer._closed:
+                    wait_until(lambda: writer._thread is None)
+
+        writer._bell = Bell()
+        self.put("a")
+        closing = threading.Thread(target=writer.close, daemon=True)
+        closing.start()
+        closing.join(PATIENCE_S)
+        self.assertFalse(closing.is_alive())
+        self.assertEqual((self.sink.lines, self.released), (["a"], [1]))
+
     def test_close_of_one_that_had_nothing(self):
         self.writer.close()
         self.assertEqual((self.sink.calls, self.released), (0, [1]))

@@ -130,11 +130,11 @@ class Writer:
                 self._wake()
             self._closed, self._most = True, 0
             self._give_up_at = monotonic() + timeout_s
+            thread = self._thread                       # it ends when it is woken, and none is started any more
         while not self._threads_turn:
             if self._turn.acquire(timeout=RETRY_S):     # else a line is being written at once
                 self._threads_turn = True
         self._bell.put(None)
-        thread = self._thread
         if thread is None:
             self._run()
         else:
