@@ -20,6 +20,7 @@ from socks5.net.addresses import Endpoint, unmapped
 from socks5.access.rules import ALL_PORTS, LOCAL as LOCAL_NETWORKS, Asker, Rule, Rules, inside
 from socks5.access.users import Users
 from socks5.commands.authorize import TOLD, Authorizer
+from socks5.protocol.messages import Address
 from tests import support
 from tests.support import (HAS_IPV6, PATIENCE_S, ask, closed_port, connect_through, dial, echo, echoes, greeted, heard,
                            need, refusal, running, served, spawned, target, udp_socket, wait_until)
@@ -635,6 +636,23 @@ class Reloading(Case):
 
 
 class Memory(unittest.TestCase):
+    def test_what_an_address_may_is_not_what_a_name_with_the_same_bytes_or_another_user_may(self):
+        rules, host = Rules(Config()), ip_address("97.98.99.100")
+        clients = [Endpoint(ip_address(text), 5) for text in ("127.0.0.1", "192.0.2.1")]
+        looked_up = []
+
+        def resolve(found):
+            looked_up.append(found)
+            return [host]
+
+        for endpoint, user in itertools.product(clients, (None, b"bob")):
+            may = Authorizer(endpoint, user, lambda: rules, ())
+            for dst, times in ((Address(host, 80), 1), (Address(b"abcd", 80), 2), (Address(host, 81), 1)):
+                looked_up.clear()
+                for _ in range(2):
+                    self.assertEqual(may.reachable(dst, resolve), [host])
+                self.assertEqual(len(looked_up), times, (endpoint, user, dst))
+
     def test_what_is_remembered_goes_with_a_crowd_and_rules_that_were_read_again_go(self):
         rules = Rules(Config())
         rules.known.put("key", [])
