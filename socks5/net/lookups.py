@@ -161,8 +161,8 @@ class Names:
             self._forget(name, client, tell)
 
     def _remembered(self, name: bytes) -> Optional[Answer]:
-        until, answer = self._known.get(name, (0.0, None))
-        return answer if until > monotonic() else None
+        known = self._known.get(name)
+        return known[1] if known and known[0] > monotonic() else None
 
     # ---- turns, all of it under the lock --------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Names:
             del self._askers[name]
 
     def _held(self, client: str) -> int:
-        return list(self._running.values()).count(client)
+        return list(self._running.values()).count(client) if self._running else 0
 
     def _enqueue(self, name: bytes, client: str) -> int:
         """Returns how many names of this client are waiting."""
@@ -219,8 +219,9 @@ class Names:
     def _under_way(self, name: bytes, client: str) -> None:
         """A lookup begins, on the account of `client`."""
         self._running[name] = client
-        for asker in {asker for asker, _tell in self._askers[name]}:
-            self._unqueue(name, asker)
+        if self._queues:                                # nearly never
+            for asker in {asker for asker, _tell in self._askers[name]}:
+                self._unqueue(name, asker)
 
     def _over(self, name: bytes) -> None:
         """A lookup has come to its end."""
