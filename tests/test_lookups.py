@@ -477,7 +477,8 @@ class Attacks(LookupCase):
             began, passed, dialled = time.monotonic(), [], []
 
             def getaddrinfo(host, *args, **kwargs):
-                passed.append(took)
+                if "quick" in str(host):                    # not the client's own, for its connection
+                    passed.append(took)
                 return self.resolver.getaddrinfo(host, *args, **kwargs)
 
             def connect(addresses, port, deadline, *args):
@@ -490,4 +491,4 @@ class Attacks(LookupCase):
                     support.running(connect_timeout=30) as server, support.dial(server.server_address) as sock:
                 support.negotiate(sock)
                 self.assertEqual(support.ask(sock, Cmd.CONNECT, b"quick.test", 80).rep, Rep.TTL_EXPIRED)
-                self.assertEqual([round(seconds, 3) for seconds in dialled], [30.0], "from before the lookup")
+                self.assertEqual((passed, [round(left, 3) for left in dialled]), ([took], [30.0]), "before the lookup")
