@@ -335,6 +335,23 @@ class Ending(Case):
         self.assertEqual([session.ended_by for session in (negotiating, connecting, relaying)],
                          ["server stopped", "server stopped", ""])
 
+    def test_abort_while_others_end(self):
+        live, leaving = Sessions(9, 60), []
+
+        class Sock(socket.socket):
+            def shutdown(self, how):
+                super().shutdown(how)
+                for session in leaving:
+                    live.remove(session)            # by another thread, which needs no lock for it
+                leaving.clear()
+
+        first, second, ended = (self.admit(live) for _ in range(3))
+        self.assertTrue(live.end(ended))
+        leaving.append(ended)
+        first.sock = self.enter(Sock(fileno=first.sock.detach()))
+        live.abort("server stopped")
+        self.assertEqual([self.shut(session) for session in (first, second)], [True, True])
+
     def test_abort_when_a_client_has_gone_already(self):
         live = Sessions(9, 60)
         session = self.admit(live)

@@ -253,7 +253,7 @@ class Sessions:
     def abort(self, why: str) -> None:
         """End every session that has no tunnel or association; the relay loop ends the others."""
         with self._lock:
-            for session in self._live.values():
+            for session in list(self._live.values()):       # remove() takes no lock
                 if not session.relay:
                     self._shut(session, why)
 
