@@ -440,6 +440,20 @@ class WriterThread(unittest.TestCase):
         self.sink.may.set()
         wait_until(lambda: self.sink.lines == ["first", "second", "third"])
 
+    def test_a_signal_handler_logs_while_the_thread_is_started(self):
+        started, start = [], threading.Thread.start
+
+        def interrupted(thread):
+            started.append(thread)
+            if len(started) == 1:
+                self.put("of the handler")
+            start(thread)
+
+        with mock.patch.object(threading.Thread, "start", interrupted):
+            self.put("first")
+        self.writer.close(PATIENCE_S)
+        self.assertEqual((len(started), self.sink.lines), (1, ["first", "of the handler"]))
+
     def test_no_thread_can_be_started(self):
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
             self.put("a")
@@ -510,6 +524,31 @@ class AtOnce(unittest.TestCase):
         self.writer.close(PATIENCE_S)
         self.assertEqual(self.sink.lines[0], "fir")
         self.assertEqual(sorted(self.sink.lines[1:]), ["lost=1", "second"])
+
+    def test_what_is_lost_while_a_line_is_written_is_said(self):
+        """By the thread, and not only when there is another line."""
+        self.writer._at_once = lambda data: (self.writer.lose(3), self.at_once(data))[1]
+        self.writer.put("first")
+        wait_until(lambda: self.sink.lines == ["first", "lost=3"])
+
+    def test_close_does_not_wait_for_a_write_that_hangs(self):
+        writing, go_on = threading.Event(), threading.Event()
+        self.writer._at_once = lambda data: (writing.set(), go_on.wait(PATIENCE_S), self.at_once(data))[2]
+        logging_thread = threading.Thread(target=self.writer.put, args=("first",), daemon=True)
+        logging_thread.start()
+        self.assertTrue(writing.wait(PATIENCE_S))
+        begun = time.monotonic()
+        self.writer.close(0.05)
+        self.assertLess(time.monotonic() - begun, PATIENCE_S / 2)
+        go_on.set()
+        logging_thread.join(PATIENCE_S)
+        self.assertEqual(self.sink.lines, ["first"])
+
+    def test_one_that_says_nothing_has_written_all(self):
+        self.writer._at_once = lambda data: self.at_once(data) and None
+        self.writer.put("first")
+        self.writer.put("second")
+        self.assertEqual((self.sink.lines, self.writer._thread), (["first", "second"], None))
 
     def test_a_slow_disk_is_left_to_the_thread(self):
         with mock.patch("socks5.net.writer.SLOW_S", -1.0):

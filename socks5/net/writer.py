@@ -79,10 +79,10 @@ class Writer:
             lines.append(data)
         else:
             lines.extend(chunk for chunk, _count in chunks([cut(data, self._chunk_bytes)], self._chunk_bytes))
-        while lines and self._turn.acquire(False):
+        while (lines or self._lost) and self._turn.acquire(False):
             whole = False
             try:
-                whole = self._write_at_once(lines)
+                whole = self._write_at_once(lines) and not self._lost
             finally:
                 if whole:
                     self._turn.release()
@@ -100,7 +100,7 @@ class Writer:
                 done = self._at_once(line)              # type: ignore[misc]
             except Exception:                           # it takes nothing now, or never will: the thread finds out
                 return False
-            if done != len(line):
+            if done != len(line) and done is not None:
                 lines[0] = line[done:]
                 self._half = bool(done)
                 return False
@@ -131,8 +131,8 @@ class Writer:
             self._closed, self._most = True, 0
             self._give_up_at = monotonic() + timeout_s
             thread = self._thread                       # it ends when it is woken, and none is started any more
-        while not self._threads_turn:
-            if self._turn.acquire(timeout=RETRY_S):     # else a line is being written at once
+        while not self._threads_turn and monotonic() < self._give_up_at:
+            if self._turn.acquire(timeout=RETRY_S):     # else a line is being written at once, which may hang, too
                 self._threads_turn = True
         self._bell.put(None)
         if thread is None:
@@ -182,12 +182,11 @@ class Writer:
         if self._thread is None:
             with self._lock:
                 if self._thread is None and not self._paused and not self._closed:
-                    try:
-                        thread = threading.Thread(target=self._run_thread, name="writer", daemon=True)
-                        thread.start()
+                    try:                    # a signal handler that logs during start() must not start another one
+                        self._thread = threading.Thread(target=self._run_thread, name="writer", daemon=True)
+                        self._thread.start()
                     except (RuntimeError, MemoryError):     # no more threads, or the interpreter ends: the next line
-                        return                              # tries again
-                    self._thread = thread
+                        self._thread = None                 # tries again
 
     def _run_thread(self) -> None:
         try:
@@ -230,8 +229,8 @@ class Writer:
     def _ended(self) -> bool:
         """Whether the thread is to end."""
         with self._lock:
-            closed = self._closed and self._threads_turn
-            ending = closed or self._paused
+            closed = self._closed and self._threads_turn            # else a write at once may still need what is opened
+            ending = closed or self._paused or monotonic() >= self._give_up_at
             if ending:
                 self._thread = None
         if closed:
