@@ -26,7 +26,9 @@ from socks5.relay import busy, splice
 from socks5.relay import loop as loop_module
 from socks5.relay.loop import Loop
 from socks5.relay.pipe import Pipe
+from socks5.relay.relay import Relay
 from socks5.relay.tunnel import Tunnel
+from socks5.relay.watch import Registered
 from tests.support import PATIENCE_S, ROOT, descriptors, reset, wait_until
 
 MIB = 1 << 20
@@ -696,6 +698,61 @@ class TrapTest(LoopTest):
         self.loop._poller.register = register
         standing = self.tunnel(before=lambda ends: ends.client.sendall(b"first"))
         self.assertEqual(read_exactly(standing.remote, 5), b"first")
+
+    def test_all_of_a_tunnel_is_published_in_one_step(self):
+        """Or the loop could end it after an event of one side, and then the other side's entry would stay."""
+        registered, seen = Registered(), []
+        self.addCleanup(registered.poller.close)
+
+        class Watched(dict):
+            def __setitem__(self, fd, relay):
+                super().__setitem__(fd, relay)
+                seen.append(len(self))
+                registered.remove(relay)
+
+        registered.watched = Watched()
+        tunnel = Tunnel(*self.pair())
+        registered.renew(tunnel)
+        self.assertEqual((set(registered.watched), seen), (set(tunnel.fds()), []))
+
+    def test_a_change_waits_until_the_hand_over_is_done(self):
+        """Or the loop and the thread that brings it would register the same descriptors."""
+        loop, changed, done = self.loop, [], threading.Event()
+
+        class Association(Relay):
+            __slots__ = ("socks", "wake")
+
+            def sockets(self):
+                return self.socks
+
+            def fds(self):
+                return [sock.fileno() for sock in self.socks]
+
+            def deadline(self):
+                return float("inf")
+
+            def woken_by(self, waker):
+                self.wake = waker
+
+            def interest(self):                         # first called when it is registered, by relay()
+                if not self.watched and not done.is_set():
+                    self.wake(self)                     # as a thread that has resolved a name
+                    loop.call_soon(done.set)
+                    changed.append(done.wait(0.2))
+                return super().interest()
+
+            def change_now(self):
+                done.set()
+                changed.append("now")
+
+            def close(self):
+                pass
+
+        relay = Association()
+        relay.socks = self.pair()
+        loop.relay(relay)
+        self.assertTrue(done.wait(PATIENCE_S))
+        self.assertEqual((changed, relay.ended), ([False, "now"], False))
 
     def test_one_exception_costs_one_tunnel(self):
         bad, good = self.tunnel(), self.tunnel()

@@ -321,8 +321,9 @@ class Loop:
 
     def _change(self, tunnel: Relay) -> None:
         """Do what another thread has asked for, and take note of a pause, if the loop has the tunnel."""
-        if tunnel.lent or tunnel.ended:
-            return
+        with self._gate:                            # the thread that brings it may be registering it
+            if tunnel.lent or tunnel.ended:
+                return
         try:
             tunnel.change_now()
             self._look_at(tunnel)

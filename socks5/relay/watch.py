@@ -114,8 +114,8 @@ class Registered:
             raise exc if isinstance(exc, OSError) else OSError(errno.EBADF, str(exc)) from None
         if len(before) < len(wanted):
             one = Later(relay, self.ready) if relay.bursts else relay
-            for fd in fds[len(before):]:
-                self.watched[fd] = one
+            # All in one step: after the first event, the loop's thread may have ended the relay and closed them all.
+            self.watched.update(dict.fromkeys(fds[len(before):], one))
 
     def remove(self, relay: Relay) -> None:
         """Wait for none of its descriptors any more."""
