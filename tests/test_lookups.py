@@ -80,7 +80,8 @@ class LookupCase(unittest.TestCase):
         self.told = []
         self.names = Names()
 
-    def tell(self, name, answer):
+    def tell(self, told):
+        name, answer = told
         self.told.append((name, list(answer.addresses)))
 
     def ask(self, name, client="one", tell=None):
@@ -187,7 +188,7 @@ class Turns(LookupCase):
         self.hang("one", module.PER_CLIENT)
         other = []
         self.ask(b"quick.test")
-        self.ask(b"quick.test", tell=lambda *what: other.append(what))
+        self.ask(b"quick.test", tell=other.append)
         self.names.drop(b"quick.test", "one", self.tell)
         self.resolver.answer(b"hang0.one.test")
         wait_until(lambda: other)

@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import socket
+import tempfile
 import unittest
 import weakref
 from ipaddress import ip_address, ip_network
@@ -639,19 +640,46 @@ class Memory(unittest.TestCase):
     def test_what_an_address_may_is_not_what_a_name_with_the_same_bytes_or_another_user_may(self):
         rules, host = Rules(Config()), ip_address("97.98.99.100")
         clients = [Endpoint(ip_address(text), 5) for text in ("127.0.0.1", "192.0.2.1")]
-        looked_up = []
-
-        def resolve(found):
-            looked_up.append(found)
-            return [host]
-
         for endpoint, user in itertools.product(clients, (None, b"bob")):
             may = Authorizer(endpoint, user, lambda: rules, ())
-            for dst, times in ((Address(host, 80), 1), (Address(b"abcd", 80), 2), (Address(host, 81), 1)):
-                looked_up.clear()
-                for _ in range(2):
-                    self.assertEqual(may.reachable(dst, resolve), [host])
-                self.assertEqual(len(looked_up), times, (endpoint, user, dst))
+            for dst, judged, resolved in ((Address(host, 80), 1, 0), (Address(b"abcd", 80), 0, 2),
+                                          (Address(host, 81), 1, 0), (Address(b"abcd", 82), 1, 2)):
+                resolve = mock.Mock(return_value=[host])
+                with self.subTest(endpoint=endpoint, user=user, dst=dst), \
+                        mock.patch.object(may, "permitted", side_effect=may.permitted) as permitted:
+                    for _ in range(2):
+                        self.assertEqual(may.reachable(dst, resolve), [host])
+                    self.assertEqual((permitted.call_count, resolve.call_count), (judged, resolved))
+
+    def test_what_a_name_may_is_what_its_address_may_at_the_end_of_the_lookup(self):
+        denied, allowed, port = ip_address("192.0.2.9"), ip_address("192.0.2.1"), 80
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "rules")
+            rules = []
+            for line in ("deny to 192.0.2.9", "deny to 192.0.2.1", "deny to .test", "deny port 80"):
+                with open(path, "w") as file:
+                    file.write(line + "\nallow from 127.0.0.1\n")
+                rules.append(Rules(Config(rules=path)))
+        in_force = rules[0]
+        may = Authorizer(Endpoint(ip_address("127.0.0.1"), 5), None, lambda: in_force, ())
+
+        def reloaded(host):
+            nonlocal in_force
+            in_force = rules[1]
+            return [allowed]
+
+        for _ in range(2):
+            self.assertEqual(may.reachable(Address(b"a.test", port), lambda host: [allowed]), [allowed])
+            self.assertEqual(may.reachable(Address(b"b.test", port), lambda host: [denied, allowed]), [allowed])
+            with self.assertRaisesRegex(RequestRefused, "denied by .*rules:1"):
+                may.reachable(Address(b"c.test", port), lambda host: [denied])
+        with self.assertRaisesRegex(RequestRefused, "denied by .*rules:1"):
+            may.reachable(Address(b"a.test", port), reloaded)
+        for in_force in rules[2:]:                              # for these, a name that may not is not looked up
+            for _ in range(2):
+                self.assertEqual(may.reachable(Address(b"a.example", 81), lambda host: [allowed]), [allowed])
+                with self.assertRaisesRegex(RequestRefused, "denied by .*rules:1"):
+                    may.reachable(Address(b"a.test", port), mock.Mock(side_effect=AssertionError("looked up")))
 
     def test_what_is_remembered_goes_with_a_crowd_and_rules_that_were_read_again_go(self):
         rules = Rules(Config())

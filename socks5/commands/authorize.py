@@ -10,7 +10,7 @@ from typing import Callable, Container, List, Optional, Sequence, Set, Tuple
 
 from ..access.rules import Asker, Rules
 from ..values import Upstream
-from ..net.addresses import IP, Endpoint, is_here
+from ..net.addresses import IP, Endpoint, is_here, unmapped
 from ..net.resolver import name_in, normalise
 from ..protocol.codes import Cmd, Rep
 from ..protocol.errors import RequestRefused
@@ -53,24 +53,41 @@ class Authorizer:
         for a name that is denied whatever its address is, before anything is looked up."""
         host = IPv4Address(0) if cmd == Cmd.BIND and any_peer(dst) else normalise(dst.host)
         if isinstance(host, bytes):                             # an address is judged as such
-            verdict = self.rules().foresee(self.asker(cmd), dst.port, host)
-            if not verdict.allowed:
-                raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+            self.foresee(cmd, host, dst.port)
         return host
 
+    def foresee(self, cmd: Cmd, name: bytes, port: int) -> None:
+        """Refused: X'02' when no address of this name could be reached."""
+        verdict = self.rules().foresee(self.asker(cmd), port, name)
+        if not verdict.allowed:
+            raise RequestRefused(Rep.NOT_ALLOWED, "denied by %s" % verdict.where)
+
     def reachable(self, dst: Address, resolve: Resolve) -> Sequence[IP]:
-        """The addresses of a CONNECT's destination that this client may reach. What was allowed is remembered for an
-        address, and for as long as these rules are in force; a name is looked up anew."""
-        given, port, known = dst.host, dst.port, self.rules().known
-        # By the addresses' bytes: to hash an address itself takes longer than all the rest. A name may have any bytes.
-        key = self.client.ip.packed, self.user, given if isinstance(given, bytes) else (given.packed,), port
-        addresses = known.get(key)
-        if addresses is None:
-            host = self.normalised(Cmd.CONNECT, dst)
-            addresses = self.permitted(Cmd.CONNECT, host, port, resolve(host))
-            if not isinstance(host, bytes):
-                known.put(key, addresses)
-        return addresses
+        """The addresses of a CONNECT's destination that this client may reach. A name is looked up anew; what was
+        allowed is remembered for its address, and for as long as these rules are in force."""
+        host, port, client, user = dst.host, dst.port, self.client.ip.packed, self.user
+        if isinstance(host, bytes):
+            host = normalise(host)
+        if isinstance(host, bytes):
+            rules = self.rules()
+            any_name = client, user, port
+            if any_name not in rules.known:
+                self.foresee(Cmd.CONNECT, host, port)
+                if not rules.named:                             # then it is the same for all names
+                    rules.known.put(any_name, [])
+            addresses = resolve(host)
+            if len(addresses) > 1 or self.rules().named:
+                return self.permitted(Cmd.CONNECT, host, port, addresses)
+            host = addresses[0]                                 # judged as if the client had asked for it
+        known = self.rules().known                              # a reload may have come during the lookup
+        # By the address's bytes: to hash an address itself takes longer than all the rest.
+        key = client, user, host.packed, port
+        allowed = known.get(key)
+        if allowed is None:
+            host = unmapped(host)
+            allowed = self.permitted(Cmd.CONNECT, host, port, [host])
+            known.put(key, allowed)
+        return allowed
 
     def permitted(self, cmd: Cmd, host: Host, port: int, addresses: Sequence[IP]) -> List[IP]:
         """Those of `addresses` that this client may reach. Refused: X'02' when there is none."""

@@ -350,7 +350,7 @@ class Association(Relay):
         if not self._waiting:
             self._waiting = Waiting(self.names, self.owner, lambda: self._waker(self))
         answer = self._waiting.ask(host, (datagram, host), len(datagram.data))
-        return answer and answer.addresses
+        return answer.addresses if answer else None
 
     def _send(self, datagram: Datagram, host: Host, addresses: Sequence[IP]) -> None:
         """Send it to the first address that may be sent to, for which its header stands from now on."""

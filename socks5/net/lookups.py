@@ -18,7 +18,7 @@ from __future__ import annotations
 import errno
 import socket
 from queue import Empty, SimpleQueue
-from threading import Lock, Thread
+from threading import TIMEOUT_MAX, Lock, Thread
 from time import monotonic
 from typing import Callable, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
@@ -30,7 +30,8 @@ from .poller import READ, new_poll
 from .resolver import Answer, look_up
 from .wakeup import Wakeup
 
-Tell = Callable[[bytes, Answer], None]      # called once, in a lookup thread, with the name that was asked for
+Told = Tuple[bytes, Answer]                 # the name that was asked for
+Tell = Callable[[Told], object]             # called once, in a lookup thread
 T = TypeVar("T")
 
 THREADS = 64                    # at the most; there are as many as there are lookups under way
@@ -81,40 +82,42 @@ class Names:
         return answer.addresses
 
     def _wait(self, name: bytes, deadline: float, connection: Optional[socket.socket], client: str) -> Answer:
-        began = monotonic()
-        answers: SimpleQueue[Answer] = SimpleQueue()
-        wakeups: List[Wakeup] = []
-
-        def tell(_name: bytes, answer: Answer) -> None:
-            answers.put(answer)
-            for wakeup in wakeups:
-                wakeup.set()
-
+        answers: SimpleQueue[Told] = SimpleQueue()
         try:
-            answer = self.ask(name, client, tell)
-            if answer:
-                return answer
+            self._join(name, client, answers.put)
             try:
-                return answers.get(timeout=max(min(deadline - began, SOON_S), 0.0))
+                return answers.get(timeout=SOON_S)[1]
             except Empty:
-                pass
-            try:
-                with Wakeup() as wakeup:
-                    wakeups.append(wakeup)
-                    if answers.empty():
-                        self._watch(wakeup, deadline, connection)
-            finally:
-                self.drop(name, client, tell)
-            return answers.get_nowait()
-        except Empty:
-            why = "%s did not resolve within %g s" % (text(name), round(deadline - began, 2))
-            raise RequestRefused(Rep.HOST_UNREACHABLE, why) from None
+                return self._wait_longer(name, deadline, connection, client, answers)[1]
         except Busy as exc:
             raise RequestRefused(Rep.GENERAL_FAILURE, "%s is not looked up: %s" % (text(name), exc)) from None
         except ConnectionResetError:
             raise ConnectionResetError(errno.ECONNRESET, "client left before %s resolved" % text(name)) from None
         except OSError as exc:
             raise RequestRefused(rep_of(exc), "%s is not looked up: %s" % (text(name), name_of(exc))) from None
+
+    def _wait_longer(self, name: bytes, deadline: float, connection: Optional[socket.socket], client: str,
+                     answers: SimpleQueue[Told]) -> Told:
+        """Wait with a descriptor, which poll() can wait for together with the client's."""
+        began = monotonic() - SOON_S
+        tell: Tell = answers.put
+        try:
+            with Wakeup() as wakeup:
+                def tell_and_wake(told: Told) -> None:
+                    answers.put(told)
+                    wakeup.set()
+
+                if self._replace(name, client, tell, tell_and_wake):
+                    tell = tell_and_wake
+                    self._watch(wakeup, deadline, connection)
+                    return answers.get_nowait()
+            left_s = deadline - monotonic()
+            return answers.get(timeout=min(max(left_s, SOON_S), TIMEOUT_MAX))       # it comes right now
+        except Empty:
+            why = "%s did not resolve within %g s" % (text(name), round(deadline - began, 2))
+            raise RequestRefused(Rep.HOST_UNREACHABLE, why) from None
+        finally:
+            self.drop(name, client, tell)
 
     @staticmethod
     def _watch(wakeup: Wakeup, deadline: float, connection: Optional[socket.socket]) -> None:
@@ -135,15 +138,28 @@ class Names:
     # ---- for whatever must not wait -------------------------------------------------------------------------------
 
     def ask(self, name: bytes, client: str, tell: Tell) -> Optional[Answer]:
-        """What is known of a normalised name; or None, and another thread calls tell(name, answer) unless drop() comes
-        first. Raises Busy when too many names of this client are waiting, or there is no thread."""
+        """What is known of a normalised name; or None, and another thread calls tell((name, answer)) unless drop()
+        comes first. Raises Busy when too many names of this client are waiting, or there is no thread."""
+        answer = self._remembered(name)
+        if answer is None:
+            self._join(name, client, tell)
+        return answer
+
+    def drop(self, name: bytes, client: str, tell: Tell) -> None:
+        """Do not call tell((name, answer)) any more; one call may be under way. Also after it was called."""
         with self._lock:
-            answer = self._remembered(name)
-            if answer:
-                return answer
-            self._askers.setdefault(name, []).append((client, tell))
-            if name in self._running:
-                return None
+            self._forget(name, client, tell)
+
+    def _join(self, name: bytes, client: str, tell: Tell) -> None:
+        """Look this name up, or wait until it can be; if it is under way, wait for that. Raises Busy."""
+        with self._lock:
+            askers = self._askers.get(name)
+            if askers is None:
+                self._askers[name] = [(client, tell)]
+            else:
+                askers.append((client, tell))
+                if name in self._running:
+                    return
             held = self._held(client)
             try:
                 if held < PER_CLIENT and len(self._running) < THREADS - (RESERVE if held else 0):
@@ -153,12 +169,15 @@ class Names:
             except Busy:
                 self._forget(name, client, tell)
                 raise
-        return None
 
-    def drop(self, name: bytes, client: str, tell: Tell) -> None:
-        """Do not call tell(name, answer) any more; one call may be under way. Also after it was called."""
+    def _replace(self, name: bytes, client: str, tell: Tell, other: Tell) -> bool:
+        """Call other() in place of tell(). False: tell() was called, or is being called."""
         with self._lock:
-            self._forget(name, client, tell)
+            askers = self._askers.get(name, [])
+            if (client, tell) not in askers:
+                return False
+            askers[askers.index((client, tell))] = client, other
+            return True
 
     def _remembered(self, name: bytes) -> Optional[Answer]:
         known = self._known.get(name)
@@ -205,8 +224,6 @@ class Names:
 
     def _next(self) -> Optional[bytes]:
         """The name to be looked up next, which is under way from now on; None if there is none."""
-        if not self._queues:                            # nearly always
-            return None
         free = THREADS - len(self._running)
         turns = self._turns if free > RESERVE else self._turns[:1] if free else ()
         client = next((client for turn in turns for client in turn), None)
@@ -223,12 +240,6 @@ class Names:
             for asker in {asker for asker, _tell in self._askers[name]}:
                 self._unqueue(name, asker)
 
-    def _over(self, name: bytes) -> None:
-        """A lookup has come to its end."""
-        client = self._running.pop(name)
-        if client in self._queues:
-            self._place(client)
-
     def _start(self, name: bytes, client: str) -> None:
         """Give a name to a thread. Raises Busy when there is no thread at all."""
         self._under_way(name, client)
@@ -238,7 +249,7 @@ class Names:
         try:
             Thread(target=self._serve, args=(name,), name="names", daemon=True).start()
         except (RuntimeError, MemoryError):             # the next thread that has done its work takes it
-            self._over(name)
+            del self._running[name]
             for asker, _tell in self._askers[name]:
                 self._enqueue(name, asker)
             if not self._running:
@@ -250,35 +261,40 @@ class Names:
         work: SimpleQueue[bytes] = SimpleQueue()
         more: Optional[bytes] = name
         while more:
-            more = self._look_up(more, work) or self._rest(work)
+            more = self._look_up(more, work)
+            if more is None:
+                try:
+                    more = work.get(timeout=REST_S)
+                except Empty:
+                    more = self._leave(work)
 
-    def _rest(self, work: SimpleQueue[bytes]) -> Optional[bytes]:
-        """Wait for a name that is meant for this thread; None when none has come in REST_S."""
-        try:
-            return work.get(timeout=REST_S)
-        except Empty:
-            with self._lock:
-                if work in self._idle:
-                    self._idle.remove(work)
-                    return None
-            return work.get()                           # it came in this moment
+    def _leave(self, work: SimpleQueue[bytes]) -> Optional[bytes]:
+        """The thread ends, unless a name has come in this moment."""
+        with self._lock:
+            if work in self._idle:
+                self._idle.remove(work)
+                return None
+        return work.get()
 
     def _look_up(self, name: bytes, work: SimpleQueue[bytes]) -> Optional[bytes]:
         """Look up, tell those that wait for it, and take the next; without one this thread is idle from now on."""
-        answer = look_up(name)
+        answer, after = look_up(name), None
         with self._lock:
             if answer.lasting_s:
                 while len(self._known) >= ANSWERS:
                     del self._known[next(iter(self._known))]
                 self._known.pop(name, None)             # or it would keep its old place
                 self._known[name] = monotonic() + answer.lasting_s, answer
-            askers = self._askers.pop(name)
-            self._over(name)
-            after = self._next()
+            askers, client = self._askers.pop(name), self._running.pop(name)
+            if self._queues:                            # nearly never
+                if client in self._queues:
+                    self._place(client)
+                after = self._next()
             if after is None:
                 self._idle.append(work)
+        told = name, answer
         for _client, tell in askers:
-            tell(name, answer)
+            tell(told)
         return after
 
 
@@ -320,9 +336,9 @@ class Waiting(Generic[T]):
             for item, _size in self._items.pop(name):
                 yield item, answer
 
-    def _tell(self, name: bytes, answer: Answer) -> None:
+    def _tell(self, told: Told) -> None:
         with self._lock:
-            self._answers.append((name, answer))
+            self._answers.append(told)
             wake = self._wake
         if wake:
             wake()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import socket
-from typing import NamedTuple, Optional, Sequence
+from typing import Optional, Sequence
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused
@@ -18,6 +18,7 @@ from ..protocol.fields import Host, text
 from ..protocol.memory import remembered
 from .addresses import IP, ip_in, unmapped
 
+STREAM = int(socket.SOCK_STREAM)    # an enum takes longer
 MOST_ADDRESSES = 64             # of one name: its owner must not cause thousands of attempts by one request
 ANSWER_S = 30.0                 # getaddrinfo does not tell the TTL: short enough for names that move
 FAILURE_S = 5.0                 # RFC 2308 §7.1: failures may be remembered for 5 minutes at the most
@@ -69,12 +70,20 @@ def name_in(host: Host) -> Optional[bytes]:
     return host if isinstance(host, bytes) else None
 
 
-class Answer(NamedTuple):
-    """What a lookup came to."""
+class Answer:
+    """What a lookup came to.
 
-    addresses: Sequence[IP]     # none: it does not resolve,
-    why: str                    # for this reason
-    lasting_s: float            # how long this may be remembered
+    addresses   none: it does not resolve,
+    why         for this reason
+    lasting_s   how long this may be remembered
+    """
+
+    __slots__ = "addresses", "why", "lasting_s"         # a NamedTuple takes longer to make
+
+    def __init__(self, addresses: Sequence[IP], why: str, lasting_s: float) -> None:
+        self.addresses = addresses
+        self.why = why
+        self.lasting_s = lasting_s
 
 
 def look_up(name: bytes) -> Answer:
@@ -83,7 +92,7 @@ def look_up(name: bytes) -> Answer:
     IPv4-mapped addresses are returned as IPv4.
     """
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name, None, 0, STREAM)
     except (OSError, ValueError, MemoryError) as exc:     # UnicodeError is a ValueError
         known = isinstance(exc, socket.gaierror) and exc.errno in NO_SUCH_NAME
         return Answer((), "%s does not resolve: %s" % (text(name), exc), FAILURE_S if known else 0.0)
