@@ -122,7 +122,7 @@ class TextFormatter(logging.Formatter):
     def __init__(self, timed: bool) -> None:
         super().__init__(TEXT if timed else BARE)
         self.timed = timed
-        self.clock = 0, ""                      # a second since 1970, and how it is shown
+        self.clock = 0, ""                      # the last second that was shown, and its local time as text
 
     def format(self, record: logging.LogRecord) -> str:
         lean = isinstance(record, LeanRecord)             # and has no traceback
@@ -145,7 +145,7 @@ class TextFormatter(logging.Formatter):
 
 
 def clock_of(second: int) -> Tuple[int, str]:
-    """It, and how local time shows it."""
+    """The second, and its local time as text."""
     return second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 

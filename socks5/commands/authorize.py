@@ -43,7 +43,7 @@ class Authorizer:
         self.own_ports = own_ports
 
     def asker(self, cmd: Cmd) -> Asker:
-        """Nearly always it is the same command."""
+        """The last Asker is kept: nearly all clients ask for one command."""
         if self._asker is None or self._asker.cmd is not cmd:
             self._asker = Asker(self.client.ip, self.user, cmd)
         return self._asker

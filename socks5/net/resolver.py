@@ -45,7 +45,7 @@ def normalise(host: Host) -> Host:
 
 @remembered(4096)
 def _spelled(name: bytes) -> Host:
-    """What is an address, not in ASCII, or no name."""
+    """normalise() for an address that was sent as text, a name that is not in ASCII, and what is no name."""
     try:
         spelled = name.decode("ascii")
         like_one = ":" in spelled or spelled[-1:].isdigit()     # to try takes long, and most are names

@@ -66,7 +66,7 @@ def relay_first(tunnel: Tunnel) -> None:
     What a rate limit holds back, or another thread wants changed, is for the loop: such a tunnel is quiet soon. So is
     one with a side that is closed both ways. It does not use turns(), which asks for all that on each turn."""
     poll, client, remote = new_poll(), tunnel.fd, tunnel.remote.fileno()
-    now, look = tunnel.moved_at, True                   # so short a time is not measured
+    now, look = tunnel.moved_at, True                   # the clock is not read again for so short a time
     for _ in range(FIRST_TURNS):
         if look:
             if tunnel.hung_up:

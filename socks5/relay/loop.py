@@ -190,7 +190,7 @@ class Loop:
         with self._gate:
             self._stopping = self._stopping or "the relay loop failed"
         self._abort_each(self._stopping)
-        while self._lent or self._brought:            # after a failure only: _serve() waits for them
+        while self._lent or self._brought:          # after a failure only: _serve() waits for them
             self._run_calls()
             sleep(QUIET_S / 10)
         self._close_ended()

@@ -34,7 +34,7 @@ class Counts:
         return self._shared.buckets
 
     def enter(self, origin: Hashable, by_origin: bool) -> int:
-        """One more session; counted for its origin only where a limit asks for that. Gives its number, from 1: no other
+        """Count one more session; for its origin only where a limit asks for that. Returns its number, from 1: no other
         session has it or had it, in any process."""
         own = self._own
         given = own[GIVEN]
@@ -46,7 +46,7 @@ class Counts:
         return 1 + self._row + given * self._shared.rows
 
     def leave(self, origin: Hashable, by_origin: bool) -> None:
-        """One session less."""
+        """Count one session less."""
         if by_origin:
             self.add(origin, -1)
         else:

@@ -222,7 +222,7 @@ class Sessions:
         return True
 
     def remove(self, session: Session) -> None:
-        """Nothing is left of it."""
+        """Take it out of the registry. Its socket is closed."""
         self._live.pop(session.sock, None)
 
     # ---- ending them ----------------------------------------------------------------------------------------------

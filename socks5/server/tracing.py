@@ -67,7 +67,7 @@ def chunk_of(fd: int) -> int:
 
 def trace_to(write: Write, chunk_bytes: int, colour: bool = False,
              release: Callable[[], object] = lambda: None) -> Trace:
-    writer = Writer(write, "# lost blocks=%d".__mod__, chunk_bytes, release)
+    writer = Writer(write, lambda count: "# lost blocks=%d" % count, chunk_bytes, release)
     return Trace(lambda block: writer.put(text_of(block)), colour, writer.close)
 
 
