@@ -8,9 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from itertools import takewhile
-from struct import Struct
-from typing import Callable, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Callable, Iterator, List, Optional, Tuple, Union
 
 from .codes import Atyp, Rep
 from .errors import ProtocolError, RequestRefused
@@ -113,17 +111,7 @@ class Field:
         return self.means(piece)
 
 
-class Layout(Tuple[Field, ...]):
-    """The fields of a message, in the RFC's order. Those of a fixed size at the beginning can be taken apart at once.
-
-    beginning   what a message begins with, by `must`; the function for these fields; their size; the other fields
-    """
-
-    def __init__(self, fields: Iterable[Field]) -> None:
-        front = [*takewhile(lambda field: field.size > 0, self)]
-        together = Struct("".join("%ds" % field.size for field in front))
-        musts = bytes(field.must for field in front if field.must is not None)
-        self.beginning = musts, together.unpack_from, together.size, self[len(front):]
+Layout = Tuple[Field, ...]
 
 
 def host_of(atyp: int, packed: bytes) -> Host:
@@ -147,12 +135,7 @@ def split(layout: Layout, source: Source, strict: bool = True, pieces: Optional[
     data, read = (source, _cut_short) if isinstance(source, bytes) else (b"", source)
     pieces = [] if pieces is None else pieces
     piece, at, have = b"", 0, len(data)
-    fields: Tuple[Field, ...] = layout
-    musts, unpack, together, others = layout.beginning
-    if have >= together and data.startswith(musts):     # else one by one, for the exact error
-        pieces += unpack(data)
-        piece, at, fields = pieces[-1], together, others
-    for field in fields:
+    for field in layout:
         size = field.size
         if size <= 0:
             if size == LENGTH_IN_FRONT:

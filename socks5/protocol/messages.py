@@ -10,7 +10,7 @@ RFC 1928 sections 3 to 7, RFC 1929, RFC 1961 sections 3 to 5. All integers are i
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any, Callable, Dict, NamedTuple, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, NamedTuple, Type, TypeVar
 
 from .codes import METHOD_RANGES, Atyp, Cmd, Method, Mtyp, Rep, phrase
 from .errors import RequestRefused
@@ -44,7 +44,7 @@ pack_ipv4 = Struct("!c4sH").pack                    # ATYP, ADDR and PORT
 BY_NUMBER = {int(cmd): cmd for cmd in Cmd}         # much faster than Cmd(number)
 
 
-def _address(prefix: str) -> Tuple[Field, ...]:
+def _address(prefix: str) -> Layout:
     """ATYP, ADDR and PORT, as in requests, replies and datagrams.                      RFC 1928 §5"""
     return (ATYP, Field(prefix + ".ADDR", ATYP_IN_FRONT, text), Field(prefix + ".PORT", PORT_BYTES, _number))
 
@@ -98,9 +98,9 @@ UNSPECIFIED = Address(IPv4(0), 0)                 # BND of a failure reply
 
 # ---- the method negotiation, RFC 1928 §3 -------------------------------------------------------------------------
 
-GREETING = Layout((
+GREETING: Layout = (
     VERSION, Field("NMETHODS", 1, lambda raw: "%d method(s) follow" % raw[0]),
-    Field("METHODS", LENGTH_IN_FRONT, lambda raw: ", ".join(_method(raw[i:i + 1]) for i in range(len(raw))) or "none")))
+    Field("METHODS", LENGTH_IN_FRONT, lambda raw: ", ".join(_method(raw[i:i + 1]) for i in range(len(raw))) or "none"))
 
 
 class Greeting(NamedTuple):
@@ -119,7 +119,7 @@ class Greeting(NamedTuple):
         return bytes([VER, len(self.methods)]) + self.methods
 
 
-SELECTION = Layout((VERSION, Field("METHOD", 1, _method)))
+SELECTION: Layout = (VERSION, Field("METHOD", 1, _method))
 
 
 class Selection(NamedTuple):
@@ -143,10 +143,10 @@ SELECTIONS = [Selection(method).pack() for method in range(256)]
 
 # ---- username/password, RFC 1929 ---------------------------------------------------------------------------------
 
-LOGIN = Layout((
+LOGIN: Layout = (
     AUTH_VERSION, Field("ULEN", 1, lambda raw: "%s bytes of UNAME" % raw[0]), Field("UNAME", LENGTH_IN_FRONT, text),
     Field("PLEN", 1, lambda raw: "%s bytes of PASSWD" % raw[0], secret=True),
-    Field("PASSWD", LENGTH_IN_FRONT, lambda raw: "", secret=True)))
+    Field("PASSWD", LENGTH_IN_FRONT, lambda raw: "", secret=True))
 
 
 class Login(NamedTuple):
@@ -171,8 +171,8 @@ class Login(NamedTuple):
         return "Login(uname=%r, passwd=...)" % self.uname
 
 
-LOGIN_STATUS = Layout((
-    AUTH_VERSION, Field("STATUS", 1, lambda raw: "failure, the connection closes" if raw[0] else "success")))
+LOGIN_STATUS: Layout = (
+    AUTH_VERSION, Field("STATUS", 1, lambda raw: "failure, the connection closes" if raw[0] else "success"))
 
 
 class LoginStatus(NamedTuple):
@@ -193,15 +193,15 @@ class LoginStatus(NamedTuple):
 
 # ---- GSSAPI, RFC 1961 --------------------------------------------------------------------------------------------
 
-def _framing(mtyp: Mtyp) -> Tuple[Field, ...]:
+def _framing(mtyp: Mtyp) -> Layout:
     """VER and MTYP, as in every message of RFC 1961."""
     return (Field("VER", 1, lambda raw: "version %d of the GSSAPI sub-negotiation" % raw[0], must=GSSAPI_VER),
             Field("MTYP", 1, lambda raw: phrase(Mtyp, raw[0]), must=mtyp))
 
 
-TOKEN = (
-    Field("LEN", 2, lambda raw: "%s bytes of TOKEN" % _number(raw)),
-    Field("TOKEN", LENGTH_IN_FRONT, lambda raw: "of the GSS-API mechanism" if len(raw) > 1 else "one byte in clear"))
+TOKEN: Layout = (Field("LEN", 2, lambda raw: "%s bytes of TOKEN" % _number(raw)),
+                 Field("TOKEN", LENGTH_IN_FRONT,
+                       lambda raw: "of the GSS-API mechanism" if len(raw) > 1 else "one byte in clear"))
 
 
 HEADER_BYTES = 4                # in front of TOKEN
@@ -239,7 +239,7 @@ class Encapsulated(Framed):
 
 MTYPS: Dict[type, Mtyp] = {
     SecurityToken: Mtyp.TOKEN, ProtectionLevel: Mtyp.PROTECTION, Encapsulated: Mtyp.ENCAPSULATED}
-ABORT = Layout(_framing(Mtyp.ABORT))
+ABORT = _framing(Mtyp.ABORT)
 
 
 class Abort:
@@ -259,8 +259,8 @@ class Abort:
 
 # ---- request and reply, RFC 1928 §4 and §6 -----------------------------------------------------------------------
 
-REQUEST = Layout((
-    VERSION, Field("CMD", 1, lambda raw: phrase(Cmd, raw[0])), RESERVED, *_address("DST")))
+REQUEST: Layout = (
+    VERSION, Field("CMD", 1, lambda raw: phrase(Cmd, raw[0])), RESERVED) + _address("DST")
 
 
 class Request(NamedTuple):
@@ -284,8 +284,8 @@ class Request(NamedTuple):
         return bytes([VER, self.cmd, 0x00]) + self.dst.pack()
 
 
-REPLY = Layout((
-    VERSION, Field("REP", 1, lambda raw: phrase(Rep, raw[0])), RESERVED, *_address("BND")))
+REPLY: Layout = (
+    VERSION, Field("REP", 1, lambda raw: phrase(Rep, raw[0])), RESERVED) + _address("BND")
 
 
 class Reply(NamedTuple):
@@ -318,11 +318,11 @@ def pack_reply(rep: int, host: Host, port: int) -> bytes:
 
 # ---- datagrams, RFC 1928 §7 --------------------------------------------------------------------------------------
 
-DATAGRAM = Layout((
+DATAGRAM: Layout = (
     Field("RSV", 2, lambda raw: "reserved"),
     Field("FRAG", 1, lambda raw: "stands alone" if not raw[0] else "fragment %d%s" % (
         raw[0] & 0x7F, ", the last of its sequence" if raw[0] & 0x80 else "")),
-    *_address("DST")))
+) + _address("DST")
 
 
 class Datagram(NamedTuple):
@@ -360,7 +360,7 @@ HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnectio
 
 LAYOUTS: Dict[type, Layout] = {
     Greeting: GREETING, Selection: SELECTION, Login: LOGIN, LoginStatus: LOGIN_STATUS, Request: REQUEST, Reply: REPLY,
-    Datagram: DATAGRAM, Abort: ABORT, **{kind: Layout(_framing(mtyp) + TOKEN) for kind, mtyp in MTYPS.items()}}
+    Datagram: DATAGRAM, Abort: ABORT, **{kind: _framing(mtyp) + TOKEN for kind, mtyp in MTYPS.items()}}
 
 
 # kind.parse(data) of a whole message. Remembered, because clients say the same again and again. Not for a Login or a
