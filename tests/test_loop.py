@@ -864,11 +864,13 @@ class TrapTest(LoopTest):
     def test_what_cannot_be_registered_ends(self):
         other = self.tunnel()
         for at in (1, 2):
-            full = [None] * (at - 1) + [OSError(errno.ENOSPC, "no more")]
-            with self.subTest(at), mock.patch.object(self.loop._poller, "register", side_effect=full), \
-                    mock.patch.object(self.loop._poller, "unregister"):
-                self.assertEqual(self.tunnel().ended(), ("server", "no more"))
-            self.assertEqual((len(self.loop), len(self.loop._watched)), (1, 3))
+            for error, why in (OSError(errno.ENOSPC, "no more"), "no more"), (MemoryError(), "a bug of the server"):
+                full = [None] * (at - 1) + [error]
+                with self.subTest(at, why=why), mock.patch.object(self.loop._poller, "register", side_effect=full), \
+                        mock.patch.object(self.loop._poller, "unregister"):
+                    self.assertEqual(self.tunnel().ended(), ("server", why))
+                wait_until(lambda: (len(self.loop), len(self.loop._watched)) == (1, 3))
+        self.assertEqual(len(self.bugs), 2, "the owner is told of want of memory")
         other.echo()
 
     def test_stop_of_a_loop_that_never_ran_and_in_its_own_thread(self):

@@ -123,7 +123,6 @@ class Loop:
                 tunnel.end(tunnel.aborted)
                 return False
             tunnel.lent = False                     # before it is registered: the loop may lend or close it at once
-            self._tunnels.add(tunnel)
             tunnel.moved_at = monotonic()
             if self._register(tunnel):
                 self._brought.discard(tunnel)
@@ -357,9 +356,10 @@ class Loop:
     def _register(self, tunnel: Relay) -> bool:
         """Whether the loop has it now, and may have ended it already; or else the tunnel has ended here."""
         try:
+            self._tunnels.add(tunnel)
             self._registered.renew(tunnel)
-        except OSError as exc:
-            tunnel.end("server", exc.strerror or str(exc))
+        except Exception as exc:                    # nothing more can be registered, or memory has run out
+            give_up(tunnel, exc, self._failed)
             return False
         if tunnel.change or tunnel.paused():
             self._wake(tunnel)

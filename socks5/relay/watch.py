@@ -109,13 +109,15 @@ class Registered:
         fds, relay.watched = relay.fds(), wanted
         try:
             rewatch_all(self.poller, fds, before, wanted)
-        except (OSError, ValueError) as exc:
+            if len(before) < len(wanted):
+                one = Later(relay, self.ready) if relay.bursts else relay
+                # All in one step: after the first event, the loop's thread may have ended the relay and closed them.
+                self.watched.update(dict.fromkeys(fds[len(before):], one))
+        except (OSError, ValueError, MemoryError) as exc:
             self.remove(relay)
-            raise exc if isinstance(exc, OSError) else OSError(errno.EBADF, str(exc)) from None
-        if len(before) < len(wanted):
-            one = Later(relay, self.ready) if relay.bursts else relay
-            # All in one step: after the first event, the loop's thread may have ended the relay and closed them all.
-            self.watched.update(dict.fromkeys(fds[len(before):], one))
+            if isinstance(exc, ValueError):
+                raise OSError(errno.EBADF, str(exc)) from None
+            raise
 
     def remove(self, relay: Relay) -> None:
         """Wait for none of its descriptors any more."""
