@@ -866,7 +866,7 @@ class TrapTest(LoopTest):
         for at in (1, 2):
             for error, why in (OSError(errno.ENOSPC, "no more"), "no more"), (MemoryError(), "a bug of the server"):
                 full = [None] * (at - 1) + [error]
-                with self.subTest(at, error=error), mock.patch.object(self.loop._poller, "register", side_effect=full), \
+                with self.subTest(at, why=why), mock.patch.object(self.loop._poller, "register", side_effect=full), \
                         mock.patch.object(self.loop._poller, "unregister"):
                     self.assertEqual(self.tunnel().ended(), ("server", why))
                 wait_until(lambda: (len(self.loop), len(self.loop._watched)) == (1, 3))
