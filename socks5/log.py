@@ -45,8 +45,8 @@ class Handler(logging.Handler):
         self.lock = None
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """As that of the base, without its lock and filters. The record is not kept: with a traceback, it holds every
-        variable of its frames, sockets too."""
+        """As logging.Handler.handle(), without a lock and filters. The record is not kept: with a traceback, it holds
+        every variable of its frames, sockets too."""
         try:
             text = self.form.format(record)
         except MemoryError:
@@ -125,7 +125,7 @@ class TextFormatter(logging.Formatter):
         self.clock = 0, ""                      # the last second that was shown, and its local time as text
 
     def format(self, record: logging.LogRecord) -> str:
-        lean = isinstance(record, LeanRecord)             # and has no traceback
+        lean = isinstance(record, LeanRecord)                       # which has no traceback
         words = record.text() if lean else words_of(record)         # type: ignore[attr-defined]
         if not self.timed:
             text = f"{record.levelname} {words}"

@@ -30,7 +30,7 @@ from .poller import READ, new_poll
 from .resolver import Answer, look_up
 from .wakeup import Wakeup
 
-Told = Tuple[bytes, Answer]                 # the name that was asked for
+Told = Tuple[bytes, Answer]                 # a name, and its answer
 Tell = Callable[[Told], object]             # called once, in a lookup thread
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class Names:
                     self._watch(wakeup, deadline, connection)
                     return answers.get_nowait()
             left_s = deadline - monotonic()
-            return answers.get(timeout=min(max(left_s, SOON_S), TIMEOUT_MAX))       # it comes right now
+            return answers.get(timeout=min(max(left_s, SOON_S), TIMEOUT_MAX))       # a lookup thread is calling tell()
         except Empty:
             why = "%s did not resolve within %g s" % (text(name), round(deadline - began, 2))
             raise RequestRefused(Rep.HOST_UNREACHABLE, why) from None
@@ -236,7 +236,7 @@ class Names:
     def _under_way(self, name: bytes, client: str) -> None:
         """A lookup begins, on the account of `client`."""
         self._running[name] = client
-        if self._queues:                                # nearly never
+        if self._queues:                                # seldom
             for asker in {asker for asker, _tell in self._askers[name]}:
                 self._unqueue(name, asker)
 
@@ -286,7 +286,7 @@ class Names:
                 self._known.pop(name, None)             # or it would keep its old place
                 self._known[name] = monotonic() + answer.lasting_s, answer
             askers, client = self._askers.pop(name), self._running.pop(name)
-            if self._queues:                            # nearly never
+            if self._queues:                            # seldom
                 if client in self._queues:
                     self._place(client)
                 after = self._next()

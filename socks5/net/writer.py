@@ -68,8 +68,8 @@ class Writer:
         WRITERS.add(self)
 
     def put(self, text: str) -> None:
-        """Have it written: a line or several, without the last newline. Never waits: beyond the bound it is dropped and
-        counted."""
+        """Write text, now or later: a line or several, without the last newline. Never waits: beyond the bound, text is
+        dropped and counted."""
         lines = self._lines
         if len(lines) >= self._most:
             self.lose(1)

@@ -19,8 +19,8 @@ NOTHING = "-"                       # stands in the text for a fact that there i
 NUMBERS = {int, float}
 KEY = re.compile(r"%\((\w+)\)")
 FREE = {"why"}                      # keys whose values are sentences
-LEVELS = {level: logging.getLevelName(level) for level in range(10, 60, 10)}
 PLAIN = re.compile("[!-~]+").fullmatch         # one word
+LEVELS = {level: logging.getLevelName(level) for level in range(10, 60, 10)}
 
 
 @lru_cache(maxsize=256)

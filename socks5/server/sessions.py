@@ -122,6 +122,7 @@ class Sessions:
                 self._moves(session.origin, 1, weight)
 
     def _moves(self, origin: str, sessions: int, weight: int) -> None:
+        """Add to what is counted for an origin; negative numbers take away."""
         if self._by_origin:
             self._counts.add(origin, sessions)
         self._weights.add(origin, weight)
