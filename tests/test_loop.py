@@ -756,7 +756,7 @@ class TrapTest(LoopTest):
 
     def test_one_exception_costs_one_tunnel(self):
         bad, good = self.tunnel(), self.tunnel()
-        with mock.patch.object(bad.tunnel.up.__class__, "fill", side_effect=KeyError("bug")):
+        with mock.patch.object(bad.tunnel.up.__class__, "fill_small", side_effect=KeyError("bug")):
             bad.client.sendall(b"x")
             self.assertEqual(bad.ended(), ("server", "a bug of the server"))
         self.assertEqual((len(self.bugs), fate(bad.remote)), (1, "reset"))
@@ -788,11 +788,12 @@ class TrapTest(LoopTest):
                 raise failures.pop()
             return poll(*args)
 
-        with mock.patch("socks5.protocol.memory.REST_S", 0), \
-                mock.patch.object(self.loop, "_run_calls", side_effect=[MemoryError(), *[None] * 1000]):
-            self.loop._poller.poll = failing
+        self.loop._poller.poll = failing                    # the loop takes it when it begins anew
+        with mock.patch("socks5.protocol.memory.REST_S", 0):
+            with mock.patch.object(self.loop, "_run_calls", side_effect=MemoryError()) as run_calls:
+                self.loop.call_soon(lambda: None)
+                wait_until(lambda: run_calls.called and not failures)
             standing.echo()
-            wait_until(lambda: not failures)
         standing.echo()
         self.assertEqual(self.bugs, [])
 

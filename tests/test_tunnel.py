@@ -20,6 +20,7 @@ from socks5.relay.tunnel import BUSY_READS, BUSY_S, Tunnel
 CLIENT, REMOTE = 0, 1       # their descriptors
 SEEDS = 3000
 CHUNK = 16                  # one read, in place of 64 KiB: then short streams have many
+SMALL = 3                   # one read where little comes
 LARGE = CHUNK // 2          # a large read
 KERNEL = 40                 # what a kernel pipe takes at once
 NOISE = random.Random(1928).getrandbits(8 * 4099).to_bytes(4099, "big")
@@ -187,7 +188,7 @@ class KernelPipe:
 def model():
     with contextlib.ExitStack() as stack:
         for place, name, value in ((pipe_module, "CHUNK_BYTES", CHUNK), (pipe_module, "LARGE_BYTES", LARGE),
-                                   (pipe_module, "_buffers", []),
+                                   (pipe_module, "SMALL_BYTES", SMALL), (pipe_module, "_buffers", []),
                                    (splice, "KernelPipe", KernelPipe), (splice, "available", True),
                                    (splice, "parked", 0),
                                    (Pipe, "at_mark", lambda pipe: pipe.source.at_mark())):
@@ -339,7 +340,7 @@ class TunnelTest(unittest.TestCase):
 
     def test_limits(self):
         self.assertEqual((self.tunnel.limit(), self.tunnel.deadline()), ((60, "idle"), 60))
-        self.client.arrive(5)
+        self.client.arrive(SMALL - 1)
         self.tunnel.handle(CLIENT, READ, 7.0)
         self.assertEqual(self.tunnel.deadline(), 67)
         self.client.finish()
@@ -366,14 +367,14 @@ class TunnelTest(unittest.TestCase):
         return None
 
     def test_busy_after_some_large_reads(self):
-        self.assertEqual(self.busy_after(*[CHUNK] * 20), BUSY_READS + 1)
+        self.assertEqual(self.busy_after(*[CHUNK] * 20), BUSY_READS + 2)       # the first is a small one
 
     def test_busy_whatever_comes_between_large_reads(self):
         """On loopback 3 * 65483 bytes come at a time: two buffers full, and less than a third."""
         self.assertEqual(self.busy_after(*[CHUNK, CHUNK, CHUNK - 1, 1] * 20), BUSY_READS + 2)
 
     def test_busy_without_one_full_read(self):
-        self.assertEqual(self.busy_after(*[CHUNK - 1] * 20), BUSY_READS + 1)
+        self.assertEqual(self.busy_after(*[CHUNK - 1] * 20), BUSY_READS + 2)
 
     def test_not_busy_with_small_messages(self):
         self.assertIsNone(self.busy_after(*[LARGE - 1] * 200))
@@ -393,7 +394,7 @@ class TunnelTest(unittest.TestCase):
         self.remote.finish()
         self.tunnel.handle(REMOTE, READ, 1.0)               # EOF goes to the client
         self.remote.room = 0
-        self.client.arrive(CHUNK)
+        self.client.arrive(SMALL)
         self.tunnel.handle(CLIENT, READ, 2.0)               # stuck
         self.client.finish()
         self.assertEqual(self.client.events() & HANG_UP, HANG_UP)
@@ -404,7 +405,7 @@ class TunnelTest(unittest.TestCase):
         self.assertEqual(self.tunnel.interest()[0], READ | URGENT)
         self.tunnel.handle(CLIENT, READ | HANG_UP, 5.0)
         self.assertEqual((self.tunnel.ended, self.tunnel.why, bytes(self.remote.sent)),
-                         (True, "", bytes(self.client.stream[:CHUNK])))
+                         (True, "", bytes(self.client.stream[:SMALL])))
 
     def test_a_kernel_pipe_that_was_emptied_is_nothing_to_look_at(self):
         self.tunnel.up.use_kernel()

@@ -103,6 +103,7 @@ def limit(tunnel: Tunnel, up: Limits, down: Limits) -> None:
         if pipe.gate is not None:
             pipe.gate.close(pipe)
         pipe.gate = Gate(limits) if limits else None
+        pipe.small = False
         pipe.room = pipes.CHUNK_BYTES
         if pipe.kernel is not None:
             pipe.kernel.room = PIPE_BYTES

@@ -202,8 +202,8 @@ class Loop:
 
     def _serve(self) -> None:
         poll, watched, paused, bursts = self._poller.poll, self._watched, self._timers.heap, self._registered.ready
-        subject: Any = None
-        while not self._stopping or self._lent or self._brought or self._calls:
+        subject, calls = None, self._calls
+        while not self._stopping or self._lent or self._brought or calls:
             wait_s = 0.0 if bursts else self._timers.wait_s(SWEEP_S) if paused else SWEEP_S
             ready = poll(wait_s, BATCH)
             now = monotonic()
@@ -222,7 +222,8 @@ class Loop:
                 self._relay_bursts(now)
             if paused and paused[0][0] <= now:
                 self._go_on(now)
-            self._run_calls()
+            if calls:
+                self._run_calls()
             if now >= self._sweep_at:
                 del now, ready                  # made amid a crowd, perhaps: protocol/memory.py
                 self._sweep()

@@ -52,6 +52,7 @@ class CodingPipe(Pipe):
         """`plain` is the Pipe in whose place it is: what that has in hand is passed on as it is."""
         early = bytes(plain.chunk)
         super().__init__(plain.source, plain.sink, early)
+        self.small = False
         self.code = code
         self.measure = measure
         self.unfinished = unfinished
