@@ -7,9 +7,11 @@ from unittest import mock
 
 from socks5.protocol.codes import Rep
 from socks5.protocol.errors import RequestRefused
+from socks5.net import resolver
 from socks5.net.addresses import advertised, endpoint_of, family_of, ip_of, is_here, subscriber
-from socks5.net.resolver import ANSWER_S, FAILURE_S, MOST_ADDRESSES, look_up, normalise
+from socks5.net.resolver import MOST_ADDRESSES, look_up, normalise
 
+NOW = 1000.0
 LABEL = b"a" * 63
 LONGEST = b".".join([LABEL] * 3 + [b"a" * 61])          # 253 bytes
 TRAPS = [
@@ -109,10 +111,11 @@ class LookUpTest(unittest.TestCase):
         self.assertIn(IPv4Address("127.0.0.1"), look_up(b"localhost").addresses)
 
     def test_order_is_kept_and_repetition_is_not(self):
-        with self.found("2001:db8::1", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "192.0.2.2"):
+        with self.found("2001:db8::1", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "192.0.2.2"), \
+                mock.patch.object(resolver, "monotonic", lambda: NOW):
             answer = look_up(b"name.test")
         self.assertEqual(answer.addresses, tuple(map(ip_address, ("2001:db8::1", "192.0.2.1", "192.0.2.2"))))
-        self.assertEqual(answer.lasting_s, ANSWER_S)
+        self.assertEqual(answer.until, NOW + resolver.ANSWER_S)
 
     def test_a_name_with_thousands_of_addresses_is_cut_short(self):
         with self.found(*("10.0.%d.%d" % (n // 200, n % 200) for n in range(4000))):
@@ -129,13 +132,14 @@ class LookUpTest(unittest.TestCase):
             self.assertEqual(look_up(b"name.test").addresses, (IPv6Address("fe80::1"),))
 
     def test_failures_say_why_and_only_what_is_known_not_to_exist_is_remembered(self):
-        for error, lasting_s in ((socket.gaierror(socket.EAI_NONAME, "no"), FAILURE_S),
-                                 (socket.gaierror(socket.EAI_AGAIN, "later"), 0),
-                                 (UnicodeError("label empty or too long"), 0), (MemoryError(), 0),
-                                 (OSError(24, "Too many open files"), 0)):
-            with self.subTest(repr(error)), mock.patch.object(socket, "getaddrinfo", side_effect=error):
+        for error, until in ((socket.gaierror(socket.EAI_NONAME, "no"), NOW + resolver.FAILURE_S),
+                             (socket.gaierror(socket.EAI_AGAIN, "later"), 0),
+                             (UnicodeError("label empty or too long"), 0), (MemoryError(), 0),
+                             (OSError(24, "Too many open files"), 0)):
+            with self.subTest(repr(error)), mock.patch.object(socket, "getaddrinfo", side_effect=error), \
+                    mock.patch.object(resolver, "monotonic", lambda: NOW):
                 answer = look_up(b"name.test")
-                self.assertEqual((answer.addresses, answer.lasting_s), ((), lasting_s))
+                self.assertEqual((answer.addresses, answer.until), ((), until))
                 self.assertEqual(answer.why, "'name.test' does not resolve: %s" % error)
 
 

@@ -68,18 +68,19 @@ class Authorizer:
         host, port, client, user = dst.host, dst.port, self.client.ip.packed, self.user
         if isinstance(host, bytes):
             host = normalise(host)
+        rules = self.rules()
         if isinstance(host, bytes):
-            rules = self.rules()
             any_name = client, user, port
             if any_name not in rules.known:
                 self.foresee(Cmd.CONNECT, host, port)
                 if not rules.named:                             # then it is the same for all names
                     rules.known.put(any_name, [])
             addresses = resolve(host)
-            if len(addresses) > 1 or self.rules().named:
+            rules = self.rules()                                # a reload may have come during the lookup
+            if len(addresses) > 1 or rules.named:
                 return self.permitted(Cmd.CONNECT, host, port, addresses)
             host = addresses[0]                                 # judged as if the client had asked for it
-        known = self.rules().known                              # a reload may have come during the lookup
+        known = rules.known
         # By the address's bytes: to hash an address itself takes longer than all the rest.
         key = client, user, host.packed, port
         allowed = known.get(key)

@@ -55,7 +55,7 @@ class Names:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._known: Dict[bytes, Tuple[float, Answer]] = {}             # and until when
+        self._known: Dict[bytes, Answer] = {}
         self._askers: Dict[bytes, List[Tuple[str, Tell]]] = {}          # of each name in a queue or under way
         self._running: Dict[bytes, str] = {}                            # names under way, on whose account
         # Names that cannot be looked up yet, by client, in order; and these clients, by how many each has under way.
@@ -153,14 +153,10 @@ class Names:
     def _join(self, name: bytes, client: str, tell: Tell) -> None:
         """Look this name up, or wait until it can be; if it is under way, wait for that. Raises Busy."""
         with self._lock:
-            askers = self._askers.get(name)
-            if askers is None:
-                self._askers[name] = [(client, tell)]
-            else:
-                askers.append((client, tell))
-                if name in self._running:
-                    return
-            held = self._held(client)
+            self._askers.setdefault(name, []).append((client, tell))
+            if name in self._running:
+                return
+            held = self._held(client) if self._running else 0
             try:
                 if held < PER_CLIENT and len(self._running) < THREADS - (RESERVE if held else 0):
                     self._start(name, client)
@@ -181,7 +177,7 @@ class Names:
 
     def _remembered(self, name: bytes) -> Optional[Answer]:
         known = self._known.get(name)
-        return known[1] if known and known[0] > monotonic() else None
+        return known if known and known.until > monotonic() else None
 
     # ---- turns, all of it under the lock --------------------------------------------------------------------------
 
@@ -198,7 +194,7 @@ class Names:
             del self._askers[name]
 
     def _held(self, client: str) -> int:
-        return list(self._running.values()).count(client) if self._running else 0
+        return list(self._running.values()).count(client)
 
     def _enqueue(self, name: bytes, client: str) -> int:
         """Returns how many names of this client are waiting."""
@@ -230,19 +226,20 @@ class Names:
         if client is None:
             return None
         name = next(iter(self._queues[client]))
-        self._under_way(name, client)
+        self._running[name] = client
+        self._unqueue_all(name)
         return name
 
-    def _under_way(self, name: bytes, client: str) -> None:
-        """A lookup begins, on the account of `client`."""
-        self._running[name] = client
-        if self._queues:                                # seldom
-            for asker in {asker for asker, _tell in self._askers[name]}:
-                self._unqueue(name, asker)
+    def _unqueue_all(self, name: bytes) -> None:
+        """What is looked up now waits in no queue."""
+        for asker in {asker for asker, _tell in self._askers[name]}:
+            self._unqueue(name, asker)
 
     def _start(self, name: bytes, client: str) -> None:
         """Give a name to a thread. Raises Busy when there is no thread at all."""
-        self._under_way(name, client)
+        self._running[name] = client
+        if self._queues:                                # seldom
+            self._unqueue_all(name)
         if self._idle:
             self._idle.pop().put(name)
             return
@@ -280,11 +277,11 @@ class Names:
         """Look up, tell those that wait for it, and take the next; without one this thread is idle from now on."""
         answer, after = look_up(name), None
         with self._lock:
-            if answer.lasting_s:
+            if answer.until:
                 while len(self._known) >= ANSWERS:
                     del self._known[next(iter(self._known))]
                 self._known.pop(name, None)             # or it would keep its old place
-                self._known[name] = monotonic() + answer.lasting_s, answer
+                self._known[name] = answer
             askers, client = self._askers.pop(name), self._running.pop(name)
             if self._queues:                            # seldom
                 if client in self._queues:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import socket
-from typing import Optional, Sequence
+from time import monotonic
+from typing import List, Optional, Sequence
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused
@@ -75,15 +76,15 @@ class Answer:
 
     addresses   none: it does not resolve,
     why         for this reason
-    lasting_s   how long this may be remembered
+    until       when it is to be forgotten, by monotonic(); 0: it is not to be remembered
     """
 
-    __slots__ = "addresses", "why", "lasting_s"         # a NamedTuple takes longer to make
+    __slots__ = "addresses", "why", "until"             # a NamedTuple takes longer to make
 
     def __init__(self, addresses: Sequence[IP], why: str, lasting_s: float) -> None:
         self.addresses = addresses
         self.why = why
-        self.lasting_s = lasting_s
+        self.until = monotonic() + lasting_s if lasting_s else 0.0
 
 
 def look_up(name: bytes) -> Answer:
@@ -96,7 +97,9 @@ def look_up(name: bytes) -> Answer:
     except (OSError, ValueError, MemoryError) as exc:     # UnicodeError is a ValueError
         known = isinstance(exc, socket.gaierror) and exc.errno in NO_SUCH_NAME
         return Answer((), "%s does not resolve: %s" % (text(name), exc), FAILURE_S if known else 0.0)
-    addresses = tuple([ip_in(each[4][0]) for each in found])    # of its sockaddr; a generator takes longer
+    addresses: List[IP] = []
+    for each in found:
+        addresses.append(ip_in(each[4][0]))             # of its sockaddr; a comprehension takes longer before 3.12
     if len(addresses) > 1:
-        addresses = tuple(dict.fromkeys(addresses))[:MOST_ADDRESSES]
-    return Answer(addresses, "" if addresses else "%s has no address" % text(name), ANSWER_S)
+        addresses = list(dict.fromkeys(addresses))[:MOST_ADDRESSES]
+    return Answer(tuple(addresses), "" if addresses else "%s has no address" % text(name), ANSWER_S)
