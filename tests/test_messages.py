@@ -422,6 +422,25 @@ class Garbage(unittest.TestCase):
         for outcome, times in outcomes.items():
             self.assertGreater(times, 500, "the inputs hardly ever end in %s: %s" % (outcome, outcomes))
 
+    def test_bytes_and_a_stream_come_to_the_same(self):
+        seeds = [message.pack() for _, _, message in CASES if isinstance(message, Request) and len(message.pack()) < 60]
+        equal = 0
+        for data in self.inputs(random.Random(5), seeds):
+            read = BytesReader(data)
+            outcomes = []
+            for source in (read, data):
+                try:
+                    outcomes.append(Request.parse(source))
+                except (SocksError, EOFError) as exc:
+                    outcomes.append(type(exc))
+            streamed, whole_one = outcomes
+            if read.rest() and whole_one is EOFError:                       # bytes may not hold more than the message
+                continue
+            self.assertEqual(whole_one, streamed, data)
+            self.assertFalse(isinstance(whole_one, Request) and read.rest(), data)
+            equal += isinstance(whole_one, Request) and isinstance(whole_one.dst.host, bytes)
+        self.assertGreater(equal, 200, "requests for a name")
+
     def check_parsed(self, kind, message, came):
         str(message), repr(message), hash(message)
         try:
