@@ -359,7 +359,7 @@ class Server(Newcomers):
             return
         try:
             health_check = session.ended_by == "client" and not session.greeted and self.is_balancer(session.client)
-            tell(logging.DEBUG if health_check else logging.INFO, session)
+            tell(log, logging.DEBUG if health_check else logging.INFO, session)
             if session.story:
                 session.story.end(session.facts())
             if session.record is not None:

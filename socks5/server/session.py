@@ -20,7 +20,6 @@ from ..relay.relay import Relay
 from .inbox import Record
 
 log = logging.getLogger(__name__)
-access_log = logging.getLogger(__package__.partition(".")[0])
 
 LIVE = ("live id=%(id)d client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s state=%(state)s age=%(age).1f "
         "idle=%(idle)s up=%(up)d down=%(down)d rate=%(rate)d")
@@ -130,19 +129,18 @@ class SessionRecord(LeanRecord):
         session: Session = self.source
         user, dst, reached = session.user, session.dst, session.reached
         why = session.reason() if session.notes else session.why
-        ended = session.ended_by.replace(" ", "-") if " " in session.ended_by else session.ended_by
         to = dst.text() if dst else NOTHING
         at = to if reached is dst else reached.text() if reached else NOTHING
         return (f"session client={session.client.text()} user={NOTHING if user is None else text(user)} "
                 f"cmd={session.cmd or NOTHING} dst={to} reached={at} rep={session.rep or NOTHING} up={session.up} "
                 f"down={session.down} seconds={session.ended_at - session.started:.3f} "
-                f"ended={ended or NOTHING} why={ascii(why) if why else NOTHING}")
+                f"ended={session.ended_by.replace(' ', '-') or NOTHING} why={ascii(why) if why else NOTHING}")
 
 
-def tell(level: int, session: Session) -> None:
-    """Log that the session is over; with the package's logger, which passes it on to no other of ours."""
-    if access_log.isEnabledFor(level):
-        access_log.handle(SessionRecord(access_log.name, level, session))
+def tell(logger: logging.Logger, level: int, session: Session) -> None:
+    """Log that the session is over."""
+    if logger.isEnabledFor(level):
+        logger.handle(SessionRecord(logger.name, level, session))
 
 
 class Table:
