@@ -367,14 +367,14 @@ class TunnelTest(unittest.TestCase):
         return None
 
     def test_busy_after_some_large_reads(self):
-        self.assertEqual(self.busy_after(*[CHUNK] * 20), BUSY_READS + 2)       # the first is a small one
+        self.assertEqual(self.busy_after(*[CHUNK] * 20), BUSY_READS + 1)
 
     def test_busy_whatever_comes_between_large_reads(self):
         """On loopback 3 * 65483 bytes come at a time: two buffers full, and less than a third."""
         self.assertEqual(self.busy_after(*[CHUNK, CHUNK, CHUNK - 1, 1] * 20), BUSY_READS + 2)
 
     def test_busy_without_one_full_read(self):
-        self.assertEqual(self.busy_after(*[CHUNK - 1] * 20), BUSY_READS + 2)
+        self.assertEqual(self.busy_after(*[CHUNK - 1] * 20), BUSY_READS + 1)
 
     def test_not_busy_with_small_messages(self):
         self.assertIsNone(self.busy_after(*[LARGE - 1] * 200))
@@ -394,7 +394,7 @@ class TunnelTest(unittest.TestCase):
         self.remote.finish()
         self.tunnel.handle(REMOTE, READ, 1.0)               # EOF goes to the client
         self.remote.room = 0
-        self.client.arrive(SMALL)
+        self.client.arrive(CHUNK)
         self.tunnel.handle(CLIENT, READ, 2.0)               # stuck
         self.client.finish()
         self.assertEqual(self.client.events() & HANG_UP, HANG_UP)
@@ -405,7 +405,24 @@ class TunnelTest(unittest.TestCase):
         self.assertEqual(self.tunnel.interest()[0], READ | URGENT)
         self.tunnel.handle(CLIENT, READ | HANG_UP, 5.0)
         self.assertEqual((self.tunnel.ended, self.tunnel.why, bytes(self.remote.sent)),
-                         (True, "", bytes(self.client.stream[:SMALL])))
+                         (True, "", bytes(self.client.stream[:CHUNK])))
+
+    def test_a_message_goes_on_in_one_piece(self):
+        sends = []
+        send = self.remote.send
+        self.remote.send = lambda data, flags: sends.append(len(data)) or send(data, flags)
+        for size in (SMALL - 1, SMALL, SMALL + 1, SMALL - 1, CHUNK):
+            self.client.arrive(size)
+            self.assertFalse(self.tunnel.handle(CLIENT, READ, 1.0) and self.tunnel.up.held)
+        self.assertEqual(sends, [SMALL - 1, SMALL, SMALL + 1, SMALL - 1, CHUNK])
+
+    def test_what_came_before_a_reset_is_passed_on(self):
+        self.client.arrive(SMALL)
+        recv = self.client.recv_into
+        self.client.recv_into = lambda *args: self.client.fail() or recv(*args)
+        self.assertTrue(self.tunnel.handle(CLIENT, READ, 1.0))
+        self.assertEqual((len(self.remote.sent), self.tunnel.up.total, self.tunnel.why, self.remote.reset_on_close),
+                         (SMALL, SMALL, "client: reset", True))
 
     def test_a_kernel_pipe_that_was_emptied_is_nothing_to_look_at(self):
         self.tunnel.up.use_kernel()

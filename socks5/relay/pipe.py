@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import sys
+from contextlib import suppress
 from typing import Any, List, Optional, Union
 
 from . import splice
@@ -78,7 +79,7 @@ class Pipe:
         self.resume_at = 0.0
 
     def fill_small(self) -> Optional[bool]:
-        """fill() for what nearly all tunnels are: a few bytes now and then. Half as much work; only while `small`."""
+        """The same as fill() for what nearly all tunnels have: a few bytes now and then. Only while `small`."""
         try:
             data = self.source.recv(SMALL_BYTES, DONTWAIT)
         except BlockingIOError:
@@ -88,6 +89,8 @@ class Pipe:
         if not data:
             self.small, self.done = False, True
             return True
+        if len(data) == SMALL_BYTES:
+            return self._fill_buffer(data)
         try:
             sent = self.sink.send(data, DONTWAIT)
         except BlockingIOError:
@@ -95,11 +98,11 @@ class Pipe:
         except OSError as exc:
             raise Broken(self.sink, exc) from None
         self.total += sent
-        if sent == len(data) < SMALL_BYTES:
+        if sent == len(data):
             return False
         self.small = False
         self.chunk, self.held = data[sent:], len(data) - sent
-        return self.held > 0
+        return True
 
     def fill(self) -> Optional[bool]:
         """Read what the source has and pass on what the sink takes; to be called while nothing is in hand.
@@ -107,15 +110,17 @@ class Pipe:
         None when nothing was there after all; True when the caller has to look: something is in hand, the source said
         EOF, or a read was large. Raises Broken.
         """
-        if self.kernel is not None:
-            return self._fill_kernel(self.kernel)
+        return self._fill_buffer() if self.kernel is None else self._fill_kernel(self.kernel)
+
+    def _fill_buffer(self, begun: bytes = b"") -> Optional[bool]:
+        """fill() without a kernel pipe. `begun` was read already, and goes first."""
         self.small = False
         try:
             buffer = _buffers.pop()
         except IndexError:
             buffer = memoryview(bytearray(CHUNK_BYTES))
         try:
-            size = self.source.recv_into(buffer, self.room, DONTWAIT)
+            size = self._read_on(buffer, begun) if begun else self.source.recv_into(buffer, self.room, DONTWAIT)
             if not size:
                 self.done = True
                 return True
@@ -141,6 +146,19 @@ class Pipe:
             return False
         self.large += 1
         return True
+
+    def _read_on(self, buffer: memoryview, begun: bytes) -> int:
+        """Read what comes behind `begun`, so that a message goes on in one piece. How many bytes it is with that."""
+        size = len(begun)
+        buffer[:size] = begun
+        try:
+            return size + self.source.recv_into(buffer[size:], 0, DONTWAIT)
+        except BlockingIOError:
+            return size
+        except OSError:                     # a reset: what came before it is passed on
+            with suppress(OSError):
+                self.total += self.sink.send(begun, DONTWAIT)
+            raise
 
     def _fill_kernel(self, kernel: splice.KernelPipe) -> Optional[bool]:
         try:

@@ -18,10 +18,11 @@ from ..net.poller import new_poll
 from ..protocol.errors import SocksError
 from ..protocol.messages import HEADER_BYTES, Login, ProtectionLevel, SecurityToken, whole
 from ..protocol.trace import M, Story
+from ..relay.pipe import SMALL_BYTES
 
 ANSWER_S = 0.5              # before a handshake's deadline, to answer a login that has waited until then
 NO_TIMEOUT_S = 60.0         # for a login to wait where the handshake may take any time
-MESSAGE_BYTES = 448         # a greeting or a request is at most 262; for up to 479, Python need not ask malloc()
+MESSAGE_BYTES = SMALL_BYTES         # a greeting or a request is at most 262
 READ_BYTES = 4096           # where more than a message is expected
 SECRET = {Login, SecurityToken, ProtectionLevel}        # neither a Record nor whole() keeps all of these
 LINGER_S = 1.0              # how long we read away what still comes after a refusal,
