@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import textwrap
 import threading
@@ -34,6 +35,7 @@ PORTS = 200                 # of one test process, for free_ports(); its neighbo
 FIRST_PORT = 20000 + int(os.environ.get("SOCKS5_TEST_PLACE") or os.getpid()) % 60 * PORTS
 _ports = itertools.count()
 lookups.REST_S = 0.05       # a test is over when its threads are: those that look names up would rest for a second
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 HAS_IPV6 = False
 with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as _probe:
     _probe.bind(("::1", 0))

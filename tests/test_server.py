@@ -239,6 +239,7 @@ class RunningOut(support.Case):
                 self.assertNotIn("Traceback", "".join(logs.output))
 
     @unittest.skipUnless(resource and sys.platform.startswith("linux"), "no address space is limited here")
+    @unittest.skipIf(support.FREE_THREADED, "a free-threaded Python reserves more at the start")
     def test_address_space(self):
         """`ulimit -v`: each thread takes a MiB of it, not 72. At 180 MiB the acceptor could not be started."""
         limit = 180 << 20
