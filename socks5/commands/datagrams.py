@@ -166,7 +166,7 @@ def send(sock: socket.socket, run: Run, address: Any, dropped: "Counter[str]") -
     """Send the datagrams of `run`, all of one length, and return how many; the others are counted in `dropped`."""
     if len(run) > 1 and 0 < len(run[0]) <= SEGMENT_BYTES and segments(sock):
         try:
-            sock.sendmsg(run, [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", len(run[0])))], 0, address)
+            sock.sendmsg([b"".join(run)], [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", len(run[0])))], 0, address)
             return len(run)
         except OSError:                                 # a smaller MTU, or a network card without checksum offload
             pass
