@@ -7,23 +7,12 @@ from collections import Counter
 from unittest.mock import patch
 
 from socks5.commands import datagrams
-from socks5.commands.datagrams import BURST, SEGMENT_BYTES, Buffers, bound, segments, send
+from socks5.commands.datagrams import BURST, SEGMENT_BYTES, bound, segments, send
 from socks5.net.shares import ANY_PORT, Ports
 
 from .support import HAS_IPV6, PATIENCE_S, descriptors
 
 FAMILIES = [("IPv4", socket.AF_INET, "127.0.0.1")] + [("IPv6", socket.AF_INET6, "::1")] * HAS_IPV6
-
-
-class SharedBuffers(unittest.TestCase):
-    def test_there_are_as_many_as_are_taken_at_the_same_time(self):
-        buffers = Buffers(1000)
-        for _ in range(3):
-            taken = [buffers.take() for _ in range(2)]
-            self.assertEqual([(len(buffer), view.obj is buffer) for buffer, view in taken], [(1000, True)] * 2)
-            for buffer in taken:
-                buffers.give_back(buffer)
-        self.assertEqual({id(buffers.take()[0]) for _ in range(2)}, {id(buffer) for buffer, _ in taken})
 
 
 class Bound(unittest.TestCase):
@@ -93,8 +82,7 @@ class Sent(unittest.TestCase):
 
     def arrive(self, length, count=BURST):
         data = [os.urandom(length) for _ in range(count)]
-        run = [memoryview(datagram) for datagram in data]
-        self.assertEqual(send(self.here, run, self.there.getsockname(), self.dropped), count)
+        self.assertEqual(send(self.here, data, self.there.getsockname(), self.dropped), count)
         self.assertEqual([self.there.recv(1 << 16) for _ in data], data)
         self.there.setblocking(False)
         self.assertRaises(BlockingIOError, self.there.recv, 1)              # and no more than that
@@ -130,5 +118,5 @@ class Sent(unittest.TestCase):
         for reason, data, address in cases:
             with self.subTest(reason):
                 self.dropped.clear()
-                self.assertEqual(send(self.here, [memoryview(data)] * 3, address, self.dropped), 0)
+                self.assertEqual(send(self.here, [data] * 3, address, self.dropped), 0)
                 self.assertEqual(self.dropped, {reason: 3})

@@ -11,7 +11,7 @@ import errno
 import socket
 import struct
 import sys
-from typing import Any, Callable, Counter, Dict, Iterable, List, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Counter, Dict, Iterable, List, Optional, Sequence, TypeVar, Union
 
 from ..net.addresses import IP, Sockaddr, family_of, ip_of, leaving
 from ..net.shares import Ports
@@ -30,26 +30,7 @@ SOL_UDP, UDP_SEGMENT = 17, 103                          # linux/udp.h; the socke
 REMEMBERED = 512                # headers each way, of one association
 K = TypeVar("K")
 V = TypeVar("V")
-Buffer = Tuple[bytearray, memoryview]                   # and a view of the whole of it
-
-
-class Buffers:
-    """Receive buffers that no thread uses just now: as many as ever received at the same time. The relay loop alone
-    needs one. Where each association has a thread, none has to keep one while it waits for datagrams."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._free: List[Buffer] = []
-
-    def take(self) -> Buffer:
-        try:
-            return self._free.pop()
-        except IndexError:
-            buffer = bytearray(self.size)
-            return buffer, memoryview(buffer)
-
-    def give_back(self, buffer: Buffer) -> None:
-        self._free.append(buffer)
+Run = Sequence[Union[bytes, bytearray]]                 # datagrams
 
 
 def bound(family: int, host: str, ports: Iterable[int], scope: Sequence[Any] = ()) -> socket.socket:
@@ -181,11 +162,11 @@ def segments(sock: socket.socket) -> bool:
         return False
 
 
-def send(sock: socket.socket, run: List[memoryview], address: Any, dropped: "Counter[str]") -> int:
+def send(sock: socket.socket, run: Run, address: Any, dropped: "Counter[str]") -> int:
     """Send the datagrams of `run`, all of one length, and return how many; the others are counted in `dropped`."""
     if len(run) > 1 and 0 < len(run[0]) <= SEGMENT_BYTES and segments(sock):
         try:
-            sock.sendmsg(run, [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", len(run[0])))], 0, address)
+            sock.sendmsg([b"".join(run)], [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", len(run[0])))], 0, address)
             return len(run)
         except OSError:                                 # a smaller MTU, or a network card without checksum offload
             pass

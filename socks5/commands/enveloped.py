@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import Any, Tuple
+from typing import Any, Tuple, Union
 
 from ..protocol.envelope import Envelope
 from ..protocol.errors import ProtocolError
@@ -23,19 +23,19 @@ class EnvelopedSocket:
         self.client = client
         self.fileno, self.close, self.getsockname = sock.fileno, sock.close, sock.getsockname
 
-    def recvfrom_into(self, view: memoryview) -> Tuple[int, Any]:
+    def recvfrom_into(self, buffer: bytearray) -> Tuple[int, Any]:
         """Raises OSError EBADMSG for a datagram that is not encapsulated by this client, and for a replay."""
-        size, sender = self.sock.recvfrom_into(view)
+        size, sender = self.sock.recvfrom_into(buffer)
         if sender[0] != self.client:
             return 0, sender
         try:
-            data = self.envelope.open_one(bytes(view[:size]))
+            data = self.envelope.open_one(bytes(buffer[:size]))
         except ProtocolError as exc:
             raise OSError(errno.EBADMSG, str(exc)) from None
-        view[:len(data)] = data
+        buffer[:len(data)] = data
         return len(data), sender
 
-    def sendto(self, datagram: memoryview, address: Any) -> int:
+    def sendto(self, datagram: Union[bytes, bytearray], address: Any) -> int:
         """Raises OSError EMSGSIZE when it is too long with its envelope."""
         try:
             return self.sock.sendto(self.envelope.seal_one(bytes(datagram)), address)

@@ -4,8 +4,9 @@ One socket faces the client, one for each address family the remotes: all of the
 any may answer (endpoint-independent mapping, RFC 4787 section 4.1). What cannot be relayed is dropped and counted.
 
 Headers are remembered with the socket and address that they stand for, so that the next datagram to the same place is
-neither parsed nor judged again; a change of the rules clears that. All associations share buffers. A datagram that
-stands alone is received without asking for another behind it. RFC 1928 section 7.
+neither parsed nor judged again; a change of the rules clears that. All associations share a buffer; to copy a datagram
+out of it takes less time than to keep a view of it. A datagram that stands alone is received without asking for another
+behind it. RFC 1928 section 7.
 """
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from ..relay.bucket import NEVER, HeldBack
 from ..relay.pipe import DONTWAIT
 from ..relay.relay import Relay
 from ..values import Upstream
-from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Buffers, Sockets, remember, send
+from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, Run, Sockets, remember, send
 from .enveloped import EnvelopedSocket
 from .fragments import Fragments
 from .rates import DOWN as DOWN_WAY, UP as UP_WAY, Police
@@ -37,12 +38,11 @@ Route = Tuple[socket.socket, Sockaddr, int, str]     # header bytes that go alon
 Way = Callable[[Optional[IP], int, Host], Optional[Upstream]]
 OnDatagram = Callable[[str, bytes, Sockaddr], None]
 
-HEADER_BYTES = 22               # the longest header that we write: RSV, FRAG, ATYP, 16 of IPv6, port
 BEYOND = "beyond the rate"
 LOOKS = 4                       # new headers to parse and judge in one burst; with many rules each takes milliseconds
 FORGET_S = 30.0                 # how long a name stands for the same address
 ALONE_S = 0.001                 # a datagram that comes so long after the one before: no burst is expected
-BUFFERS = Buffers(BURST_BYTES + HEADER_BYTES + DATAGRAM_BYTES)
+BUFFERS: List[bytearray] = []   # to receive in, that no thread uses now: one, where the relay loop has all associations
 
 
 class Association(Relay):
@@ -134,22 +134,25 @@ class Association(Relay):
             self.police.close()
 
     def handle(self, fd: int, _events: int, now: float) -> bool:
-        """Relay a burst of what has come to one socket, with one of the shared buffers."""
+        """Relay a burst of what has come to one socket."""
         if now >= self._forget_at or self.rules() is not self._judged_by:
             self._judge_anew(now)
         self._now, known = now, len(self._fds)
-        buffer, view = BUFFERS.take()
+        try:
+            buffer = BUFFERS.pop()
+        except IndexError:
+            buffer = bytearray(DATAGRAM_BYTES)
         try:
             if fd == self._facing:
-                self._from_client(buffer, view)
+                self._from_client(buffer)
             elif fd in self._sockets.outside:
-                self._from_remote(self._sockets.outside[fd], buffer, view)
+                self._from_remote(self._sockets.outside[fd], buffer)
             elif fd == self.control.fileno():
                 self._from_control()
             else:
-                self._from_link(self._linked[fd], fd, view)
+                self._from_link(self._linked[fd], fd, buffer)
         finally:
-            BUFFERS.give_back((buffer, view))
+            BUFFERS.append(buffer)
         return self.ended or known < len(self._fds)
 
     def deadline(self) -> float:
@@ -195,69 +198,67 @@ class Association(Relay):
         except OSError as exc:
             self.end("client", exc.strerror or str(exc))
 
-    def _from_client(self, buffer: bytearray, view: memoryview) -> None:
+    def _from_client(self, buffer: bytearray) -> None:
         """Receive a burst from the client and send it on. A header that is the same as before is not parsed again."""
         receive, routes, on_datagram, police = self._inside.recvfrom_into, self._routes, self.on_datagram, self.police
-        header, start, skip, length, at, looks = b"", DATAGRAM_BYTES, 0, 0, 0, 0
-        run: List[memoryview] = []
-        route = to = None
+        peer, header, start, skip, length, looks, left = self._peer, b"", DATAGRAM_BYTES, 0, 0, 0, BURST_BYTES
+        run: List[bytearray] = []
+        route: Any = None
         most, self._last_up = 1 if self._now - self._last_up > ALONE_S else BURST, self._now
         for _ in range(most):
             try:
-                size, sender = receive(view[at:])
+                size, sender = receive(buffer)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as exc:                          # ICMP's answer to what we sent, on some systems
                 self.dropped[name_of(exc)] += 1
                 continue
-            if sender != self._peer and (self._peer or sender[0] != self.client):
+            if sender != peer and (peer or sender[0] != self.client):
                 self.dropped["not the client"] += 1
                 continue
-            self.moved_at = self._now
             if on_datagram:
-                on_datagram(UP, bytes(view[at:at + size]), sender)
-            if size < start or not buffer.startswith(header, at):
-                start = 10 if buffer[at + 3] == 0x01 else 22 if buffer[at + 3] == 0x04 else 7 + buffer[at + 4]
-                header = bytes(view[at:at + start])
+                on_datagram(UP, bytes(buffer[:size]), sender)
+            if size < start or not buffer.startswith(header):
+                self._up(run, route)                        # in the order in which they came
+                run, length, self.moved_at = [], size, self._now    # the first of a burst always comes here
+                start = 10 if buffer[3] == 0x01 else 22 if buffer[3] == 0x04 else 7 + buffer[4]
+                header = bytes(buffer[:start])
                 route = routes.get(header) if size >= start else None
-                skip = start - route[2] if route else 0
                 if not route:
                     start = DATAGRAM_BYTES
-                    self._up(run, to)                       # in the order in which they came
-                    run = []
-                    self._look_at(bytes(view[at:at + size]), sender)
-                    looks += 1
+                    self._look_at(bytes(buffer[:size]), sender)
+                    peer, looks = self._peer, looks + 1
                     if looks == LOOKS:                     # with many rules the loop would hang here
                         break
                     continue
-            if police and not police.passes(UP_WAY, size - start, route[3] if route else ""):
+                skip = start - route[2]
+            if police and not police.passes(UP_WAY, size - start, route[3]):
                 self.dropped[BEYOND] += 1
                 continue
-            if run and (size - skip != length or route is not to):
-                self._up(run, to)
-                run = []
-            run.append(view[at + skip:at + size])
-            to, length, at = route, size - skip, at + size
-            if at > BURST_BYTES:
+            if size != length:
+                self._up(run, route)
+                run, length = [], size
+            run.append(buffer[skip:size])
+            left -= size
+            if left < 0:
                 break
-        self._up(run, to)
+        self._up(run, route)
 
-    def _up(self, run: List[memoryview], to: Optional[Route]) -> None:
+    def _up(self, run: Run, to: Optional[Route]) -> None:
         if run and to:
             sent = send(to[0], run, to[1], self.dropped)
             self.datagrams[0] += sent
             self.up += sent * (len(run[0]) - to[2])
 
-    def _from_remote(self, sock: socket.socket, buffer: bytearray, view: memoryview) -> None:
+    def _from_remote(self, sock: socket.socket, buffer: bytearray) -> None:
         """Receive a burst from remotes and send it to the client, each datagram behind the header of its sender."""
         receive, headers, police = sock.recvfrom_into, self._headers, self.police
-        before, header, room, length, at = None, b"", 0, 0, 0
-        run: List[memoryview] = []
+        before, header, length, left = None, b"", 0, BURST_BYTES
+        run: List[bytes] = []
         most, self._last_down = 1 if self._now - self._last_down > ALONE_S else BURST, self._now
         for _ in range(most):
-            body = at + HEADER_BYTES
             try:
-                size, sender = receive(view[body:])
+                size, sender = receive(buffer)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as exc:
@@ -266,33 +267,32 @@ class Association(Relay):
             if police and not police.passes(DOWN_WAY, size, police.rule_from(sender)):
                 self.dropped[BEYOND] += 1
                 continue
-            if run and size != length:
-                self._down(run, length)
-                run = []
             if sender != before:
                 header = headers.get(sender) or remember(
                     headers, sender, Datagram(Address(*endpoint_of(sender)), b"").pack())
-                before, room = sender, len(header)
-            buffer[body - room:body] = header
-            run.append(view[body - room:body + size])
-            length, at = size, body + size
-            if at > BURST_BYTES:
+                before = sender
+            if size != length:
+                self._down(run, length)
+                run, length = [], size
+            run.append(header + buffer[:size])
+            left -= size
+            if left < 0:
                 break
         self._down(run, length)
 
-    def _from_link(self, link: Link, fd: int, view: memoryview) -> None:
+    def _from_link(self, link: Link, fd: int, buffer: bytearray) -> None:
         if fd == link.sock.fileno():
-            for run, length in link.receive(view, self.dropped):
+            for run, length in link.receive(buffer, self.dropped):
                 police = self.police
                 if police:
                     came, run = len(run), [one for one in run if police.passes(
-                        DOWN_WAY, length, police.rule_of(bytes(one[:len(one) - length])))]
+                        DOWN_WAY, length, police.rule_of(one[:len(one) - length]))]
                     self.dropped[BEYOND] += came - len(run)
                 self._down(run, length)
         elif not link.alive():
             self.end("remote", "%s ended the association" % str(link.upstream))
 
-    def _down(self, run: List[memoryview], length: int) -> None:
+    def _down(self, run: Run, length: int) -> None:
         if run and not self._peer:
             self.dropped["client not known yet"] += len(run)
         elif run:

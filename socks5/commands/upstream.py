@@ -21,7 +21,7 @@ from ..protocol.fields import Host
 from ..protocol.messages import UNSPECIFIED, Address, Datagram
 from .bind import PeerWait, Place
 from .connect import Source, connect
-from .datagrams import BURST, BURST_BYTES, DATAGRAM_BYTES, bound
+from .datagrams import BURST, BURST_BYTES, bound
 from .dialogue import ClientLeft, Deadline, Dialogue, Gssapi
 from .enveloped import EnvelopedSocket
 
@@ -188,19 +188,20 @@ class Link:
         except OSError:
             return False
 
-    def receive(self, view: memoryview, dropped: "Counter[str]") -> Iterator[Tuple[List[memoryview], int]]:
+    def receive(self, buffer: bytearray, dropped: "Counter[str]") -> Iterator[Tuple[List[bytes], int]]:
         """A burst of datagrams, each behind its header: runs of one size, and the size of the payload."""
-        run: List[memoryview] = []
-        length = at = 0
+        run: List[bytes] = []
+        length, left = 0, BURST_BYTES
         for _ in range(BURST):
             try:
-                size, sender = self.sock.recvfrom_into(view[at:at + DATAGRAM_BYTES])
+                size, sender = self.sock.recvfrom_into(buffer)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as exc:
                 dropped[name_of(exc)] += 1
                 continue
-            header = header_bytes(view[at:at + size])
+            raw = bytes(buffer[:size])
+            header = header_bytes(raw)
             if sender[:2] != self.relay:
                 dropped["not the upstream"] += 1
                 continue
@@ -210,9 +211,9 @@ class Link:
             if run and (size != len(run[0]) or size - header != length):
                 yield run, length
                 run = []
-            run.append(view[at:at + size])
-            length, at = size - header, at + size
-            if at > BURST_BYTES:
+            run.append(raw)
+            length, left = size - header, left - size
+            if left < 0:
                 break
         if run:
             yield run, length
@@ -259,7 +260,7 @@ class Links(Dict[str, Link]):
             link.close()
 
 
-def header_bytes(datagram: memoryview) -> int:
+def header_bytes(datagram: bytes) -> int:
     """The size of a datagram's header, up to DATA; 0 when it is none.                              RFC 1928 §7"""
     if len(datagram) < 5:
         return 0
