@@ -34,7 +34,7 @@
         wakeup        a descriptor by which one thread wakes another
         shares        a limited number of things, of which no address takes all
         writer        the thread that writes lines to a descriptor
-        affinity      on which CPU a thread may run
+        affinity      on which CPU a thread may run, and whether it may interrupt others
     relay/            bytes between two sockets
         splice        a kernel pipe, through which bytes go without a copy
         bucket        token buckets for rate limits, which the server processes share

@@ -1,9 +1,11 @@
-"""affinity.py: the threads of a worker share a CPU that no other worker has; that of a busy tunnel may run anywhere."""
+"""affinity.py: the threads of a worker share a CPU that no other worker has; that of a busy tunnel may run anywhere.
+The relay loop does not interrupt others."""
 import contextlib
 import os
 import threading
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from socks5.net import affinity
 from socks5.relay import loop, splice
@@ -72,3 +74,41 @@ class Affinity(unittest.TestCase):
             finally:
                 over.set()
                 drinker.join()
+
+
+@unittest.skipUnless(hasattr(os, "SCHED_BATCH"), "needs SCHED_BATCH")
+class Policy(unittest.TestCase):
+    def policies(self, **how):
+        """Those of the threads of a server that has a tunnel."""
+        with spawned("-w", "1", **how) as server, target() as remote, \
+                connect_through(("127.0.0.1", server.port), *remote):
+            folder = Path("/proc/%d/task" % server.process.pid)
+            return sorted(os.sched_getscheduler(int(thread.name)) for thread in folder.iterdir())
+
+    def test_the_relay_loop_alone_lets_others_finish(self):
+        found = self.policies()
+        self.assertEqual(found, [os.SCHED_OTHER] * (len(found) - 1) + [os.SCHED_BATCH])
+
+    def test_another_policy_stays(self):
+        found = self.policies(preexec_fn=lambda: os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0)))
+        self.assertEqual(found, [os.SCHED_IDLE] * len(found))
+
+    def test_a_system_that_forbids_it(self):
+        with mock.patch.object(os, "sched_setscheduler", side_effect=PermissionError):
+            affinity.batch()
+        self.assertEqual(os.sched_getscheduler(0), os.SCHED_OTHER)
+
+    def test_the_thread_of_a_busy_tunnel_is_an_ordinary_one(self):
+        found = []
+
+        def thread():
+            affinity.batch()
+            inner = threading.Thread(target=lambda: found.append(os.sched_getscheduler(0)) or affinity.unpin()
+                                     or found.append(os.sched_getscheduler(0)))
+            inner.start()
+            inner.join()
+
+        outer = threading.Thread(target=thread)
+        outer.start()
+        outer.join()
+        self.assertEqual(found, [os.SCHED_BATCH, os.SCHED_OTHER])

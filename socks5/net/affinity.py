@@ -1,10 +1,14 @@
-"""On which CPU a thread may run.                                                     sched_setaffinity(2)
+"""On which CPU a thread may run, and whether it may interrupt others.        sched_setaffinity(2), sched(7)
 
 The threads of a worker process share one CPU. Only one of them at a time can run Python, and they hand the
 interpreter's lock (GIL) to one another at nearly every system call. If the next thread is on another CPU, that costs a
 wake-up there; on the same CPU most of these hand-overs do not take place at all. Measured with two workers on two CPUs,
 32 clients: a connection costs 30 % less CPU. The thread of a busy tunnel may run anywhere: it waits for the kernel
 without that lock.
+
+The relay loop has the policy SCHED_BATCH: when it wakes up, it lets others finish their turn, and finds more events at
+once. Measured with 64 tunnels on two CPUs: 10 to 20 % more round trips, each for 11 to 17 % less CPU; a connection
+takes 9 % less. An idle CPU starts it at once, as ever.
 """
 from __future__ import annotations
 
@@ -26,10 +30,25 @@ def pin(number: int) -> None:
             _allowed = allowed
 
 
+def batch() -> None:
+    """Give the calling thread, and those that it starts, the policy SCHED_BATCH in place of the ordinary one. Nothing
+    changes where it was started with another policy, or the system does not let us."""
+    _change_policy("SCHED_OTHER", "SCHED_BATCH")
+
+
 def unpin() -> None:
-    """Let the calling thread run on every CPU that the process may use."""
+    """Let the calling thread run on every CPU that the process may use, with the ordinary policy."""
+    _change_policy("SCHED_BATCH", "SCHED_OTHER")
     if _allowed:
         _set(_allowed)
+
+
+def _change_policy(before: str, after: str) -> None:
+    try:
+        if os.sched_getscheduler(0) == getattr(os, before):
+            os.sched_setscheduler(0, getattr(os, after), os.sched_param(0))
+    except (OSError, AttributeError):       # a filter of system calls; or no Linux
+        pass
 
 
 def _set(cpus: AbstractSet[int]) -> bool:

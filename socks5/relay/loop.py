@@ -177,6 +177,7 @@ class Loop:
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        affinity.batch()
         try:
             persist(self._serve)
         except Exception:                           # no tunnel may wait for a thread that is gone
