@@ -8,7 +8,7 @@ without that lock.
 
 The relay loop has the policy SCHED_BATCH: when it wakes up, it lets others finish their turn, and finds more events at
 once. Measured with 64 tunnels on two CPUs: 10 to 20 % more round trips, each for 11 to 17 % less CPU; a connection
-takes 9 % less. An idle CPU starts it at once, as ever.
+takes 9 % less. On an idle CPU it runs at once, as ever.
 """
 from __future__ import annotations
 
