@@ -78,7 +78,7 @@ class Affinity(unittest.TestCase):
 
 @unittest.skipUnless(hasattr(os, "SCHED_BATCH"), "needs SCHED_BATCH")
 class Policy(unittest.TestCase):
-    def test_the_relay_loop_alone_lets_others_finish(self):
+    def test_the_relay_loop_lets_others_finish_and_acceptors_do_not(self):
         with spawned("-w", "1") as server, target() as remote, \
                 connect_through(("127.0.0.1", server.port), *remote):
             folder = Path("/proc/%d/task" % server.process.pid)

@@ -1,7 +1,7 @@
 """The fields of a message. A Layout lists them in the RFC's order, both for parsing and for the trace.
 
-A parser takes its input as bytes, which are one whole message, or as a function `read(n)`, which reads exactly n bytes
-from a stream or raises EOFError. A parser never reads beyond the end of its message. RFC 1928 section 5.
+A parser takes its input as bytes, which are one whole message, or as a function `read(n)`, which reads exactly n
+bytes of a stream or raises EOFError. A parser never reads beyond the end of its message. RFC 1928 section 5.
 """
 from __future__ import annotations
 
