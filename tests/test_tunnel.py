@@ -414,6 +414,7 @@ class TunnelTest(unittest.TestCase):
         for size in (SMALL - 1, SMALL, SMALL + 1, SMALL - 1, CHUNK):
             self.client.arrive(size)
             self.assertFalse(self.tunnel.handle(CLIENT, READ, 1.0) and self.tunnel.up.held)
+            self.assertEqual(self.tunnel.up.small, size < SMALL, "what the next read will be")
         self.assertEqual(sends, [SMALL - 1, SMALL, SMALL + 1, SMALL - 1, CHUNK])
 
     def test_what_came_before_a_reset_is_passed_on(self):
