@@ -534,6 +534,22 @@ class LentTest(LoopTest):
             wait_until(lambda: not standing.tunnel.lent and not splice.PIPES.live(), "taken back")
             standing.echo()
 
+    def test_the_loop_notes_that_it_works(self):
+        standing = self.tunnel()
+        wait_until(lambda: not standing.tunnel.lent, "handed over")
+        splice.worked_at[0] = 0.0
+        standing.echo()
+        self.assertGreater(splice.worked_at[0], 0)
+
+    def test_it_yields_the_cpu_while_relay_loops_work(self):
+        for worked_at, yields in ((float("inf"), True), (float("-inf"), False)):
+            with self.subTest(worked_at), mock.patch.object(splice, "worked_at", [worked_at]), \
+                    mock.patch.object(busy, "yield_cpu") as yielded:
+                standing = self.tunnel()
+                self.make_busy(standing)
+                wait_until(lambda: not standing.tunnel.lent, "taken back")
+                self.assertEqual(bool(yielded.called), yields)
+
     def test_a_few_bytes_now_and_then_keep_no_thread(self):
         with mock.patch.object(busy, "QUIET_S", 0.3):
             standing = self.tunnel()

@@ -8,6 +8,7 @@ import random
 import select
 import socket
 import unittest
+from time import monotonic
 from unittest import mock
 
 from socks5.net.shares import Share
@@ -158,6 +159,24 @@ class Bytes(SpliceTest):
             splice.park(-splice.MAX_PARKED)
         self.assertEqual(asked.call_args[0][2], splice.FRUGAL_BYTES)
         pipe.held = 0                               # it was told of one byte that is not there
+
+    def test_it_takes_less_while_relay_loops_work(self):
+        pipe = self.pipe()
+        for worked_at, size in ((monotonic() + 60, splice.BRIEF_BYTES),
+                                (monotonic() - splice.BRIEF_S, splice.PIPE_BYTES)):
+            with self.subTest(size), mock.patch.object(splice, "worked_at", [worked_at]), \
+                    mock.patch.object(splice, "_splice", return_value=1) as asked:
+                pipe.fill(self.source.fileno())
+            self.assertEqual(asked.call_args[0][2], size)
+        pipe.held = 0
+
+    def test_it_knows_of_loops_in_other_workers(self):
+        pid = os.fork()
+        if not pid:
+            splice.worked_at[0] = 42.0
+            os._exit(0)
+        os.waitpid(pid, 0)
+        self.assertEqual(splice.worked_at[0], 42.0)
 
     def test_a_sink_that_was_reset(self):
         pipe = self.pipe()

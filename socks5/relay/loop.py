@@ -135,9 +135,8 @@ class Loop:
             raise OSError(errno.ECANCELED, self._stopping)
 
     def watch(self, sock: socket.socket, spoke: Callable[[bool], None]) -> None:
-        """Call spoke(whether there is something to read) as soon as the client has said something or left.
-
-        Raises OSError when the system has no more to give, or the loop has stopped."""
+        """Call spoke(whether there is something to read) as soon as the client has said something or left. Raises
+        OSError when the system has no more to give, or the loop has stopped."""
         watch, fd = Watch(sock, spoke, self._registered.forget), sock.fileno()
         with self._gate:
             self._check_open()
@@ -159,7 +158,6 @@ class Loop:
 
     def stop(self, why: str) -> None:
         """End all tunnels and then the loop's thread, and wait for that. A tunnel that comes later is not taken.
-
         In a forked child it only closes the descriptors of the loop: the tunnels are the parent's."""
         if os.getpid() != self.process:
             self._close()
@@ -203,11 +201,13 @@ class Loop:
 
     def _serve(self) -> None:
         poll, watched, paused, bursts = self._poller.poll, self._watched, self._timers.heap, self._registered.ready
-        subject, calls = None, self._calls
+        subject, calls, worked_at = None, self._calls, splice.worked_at
         while not self._stopping or self._lent or self._brought or calls:
             wait_s = 0.0 if bursts else self._timers.wait_s(SWEEP_S) if paused else SWEEP_S
             ready = poll(wait_s, BATCH)
             now = monotonic()
+            if ready:
+                worked_at[0] = now
             for fd, events in ready:
                 try:
                     subject = watched[fd]

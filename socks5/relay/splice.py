@@ -6,8 +6,10 @@ splice(2), pipe(7).
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
+from time import monotonic
 from typing import Any
 
 from ..net.shares import Share
@@ -24,12 +26,16 @@ MAX_PIPES = 48                          # all pipes of a user together may hold 
 DESCRIPTORS = 2 * MAX_PIPES             # what they may take from the sessions
 MAX_PARKED = 16 << 20                   # bytes of stalled tunnels in memory: beyond that a pipe takes FRUGAL_BYTES
 FRUGAL_BYTES = 1 << 16                  # as much as a tunnel that copies has in hand
+BRIEF_BYTES = 1 << 18                   # what one fill() takes while relay loops have work,
+BRIEF_S = 0.1                           # which they have for so long after their last event
 _splice: Any = getattr(os, "splice", None)
 F_SETPIPE_SZ = 1031                     # fcntl has the name from Python 3.10 on
 MOVE_NONBLOCK = 0x01 | 0x02             # SPLICE_F_MOVE, SPLICE_F_NONBLOCK: a full or empty pipe is EAGAIN
 
 
 PIPES = Share(MAX_PIPES)                # of this process
+# When a relay loop had an event last, by monotonic(), in any worker: this memory is made before they are forked.
+worked_at = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("d")
 parked = 0                              # bytes that were taken back from kernel pipes and are not delivered yet
 _lock = threading.Lock()
 
@@ -40,6 +46,11 @@ def park(size: int) -> None:
     if size:
         with _lock:
             parked += size
+
+
+def loops_work() -> bool:
+    """Whether tunnels that are not busy may be waiting for a CPU."""
+    return monotonic() < worked_at[0] + BRIEF_S
 
 
 class KernelPipe:
@@ -70,6 +81,8 @@ class KernelPipe:
         """Take what a non-blocking descriptor has. 0 and BlockingIOError both mean "ask recv()": at urgent data
         splice() stops with either of them, whatever else has come. Raises OSError as recv does."""
         size = self.room if parked < MAX_PARKED else min(self.room, FRUGAL_BYTES)
+        if size > BRIEF_BYTES and loops_work():
+            size = BRIEF_BYTES
         taken: int = _splice(source, self._into, size, flags=MOVE_NONBLOCK)
         self.held += taken
         return taken
