@@ -49,6 +49,7 @@ LOADS = {
     "conn-1": Load("conn", 1, 1000, "us median", False, "us/conn", 1e6),
     "rr": Load("rr", 1, 20000, "rt/s", True, "us/rt", 1e6),
     "rr-64": Load("rr", 64, 500, "rt/s", True, "us/rt", 1e6),
+    "beside": Load("beside", 5, 4000, "us p99", False, "us/rt", 1e6),
     "udp": Load("udp", 2, 30000, "rt/s", True, "us/rt", 1e6),
 }
 

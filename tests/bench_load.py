@@ -17,6 +17,7 @@ HOST = "127.0.0.1"
 BLOCK = 1 << 20
 GIB = 1 << 30
 IN_FLIGHT, DATAGRAM, LOSS = 32, bytes(512), 0.1         # with more lost than this it is no measurement
+STREAM = b"\x00"
 ENDING = []                 # signals that ask us to end: noted, and obeyed where no process is just being started
 CONTEXT = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)      # 64 clients are there at once
 
@@ -73,6 +74,24 @@ def down_target(pipe, count, both=False):
 
 def both_target(pipe, count):
     down_target(pipe, count, both=True)
+
+
+def beside_target(pipe, _count):
+    """Echoes what begins with another byte than STREAM, which asks for bytes without an end."""
+    def serve(sock):
+        with sock, contextlib.suppress(OSError):
+            data = sock.recv(1)
+            if data == STREAM:
+                pump(sock, float("inf"))
+            while data and sock.send(data):
+                data = sock.recv(4096)
+
+    listener = listen()
+    pipe.send(listener.getsockname()[1])
+    while True:
+        sock = listener.accept()[0]
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        start(serve, sock)
 
 
 def udp_target(pipe, _count):
@@ -184,6 +203,28 @@ def rr_client(pipe, proxy, target, count):
                 raise EOFError("a tunnel was closed")
 
 
+def beside_client(pipe, proxy, target, count):
+    """The seconds of each round trip, while the other clients download."""
+    with tunnel(proxy, target) as sock:
+        meet(pipe)
+        time.sleep(0.5)                     # until the downloads are at full speed
+        took = []
+        for _ in range(count):
+            began = time.perf_counter()
+            sock.send(b"x")
+            exactly(sock, 1)
+            took.append(time.perf_counter() - began)
+    return took
+
+
+def stream_client(pipe, proxy, target, _count):
+    """Download until it is killed."""
+    with tunnel(proxy, target) as sock:
+        meet(pipe)
+        sock.send(STREAM)
+        drain(sock, float("inf"))
+
+
 def idle_client(pipe, proxy, target, count):
     socks = [tunnel(proxy, target) for _ in range(count)]
     meet(pipe)
@@ -291,12 +332,14 @@ def measure(load, proxy, cpu_seconds, memory_kib, seconds):
             raise answer
         return answer
 
+    roles = [globals()[load.kind + "_client"]] * load.clients
+    if load.kind == "beside":
+        roles[1:] = [stream_client] * (load.clients - 1)
     cpu, memory, total = cpu_seconds(), memory_kib(), load.clients * load.count
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(process(seconds, globals()[load.kind + "_target"], load.count))
         port = hear(target)
-        clients = [stack.enter_context(process(seconds, globals()[load.kind + "_client"], proxy, port, load.count))
-                   for _ in range(load.clients)]
+        clients = [stack.enter_context(process(seconds, role, proxy, port, load.count)) for role in roles]
         for pipe in clients:
             hear(pipe)
         if load.kind == "idle":
@@ -305,8 +348,10 @@ def measure(load, proxy, cpu_seconds, memory_kib, seconds):
         began = time.perf_counter()
         for pipe in clients:
             pipe.send("go")
-        answers = [hear(pipe) for pipe in clients]
+        answers = [hear(pipe) for pipe, role in zip(clients, roles) if role is not stream_client]
         took = time.perf_counter() - began
+    if load.kind == "beside":               # its CPU time is that of the downloads
+        return statistics.quantiles(answers[0], n=100)[98] * 1e6, None
     cpu = None if cpu is None else (cpu_seconds() - cpu) * load.per / total
     if load.kind == "idle":
         return None if memory is None else (held - memory) / total, cpu

@@ -49,6 +49,12 @@ class Bench(unittest.TestCase):
         self.assertLessEqual(max(len(line) for line in re.findall(".*█.*", done.stdout)), 70)
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_round_trips_beside_downloads(self):
+        done = bench("--only", "beside", "--servers", "direct,ours=-w 1")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, r"\n  ours=-w 1 +[0-9.]+ +[0-9.]+ +- +-\n")
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_counts_instructions(self):
         """By a valgrind of our own, for which every run takes 12,000 more than the one before: a twentieth of the units
         of each load is 12 or 100."""

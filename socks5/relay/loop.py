@@ -201,13 +201,13 @@ class Loop:
 
     def _serve(self) -> None:
         poll, watched, paused, bursts = self._poller.poll, self._watched, self._timers.heap, self._registered.ready
-        subject, calls, worked_at = None, self._calls, splice.worked_at
+        subject, calls, worked_at, note_at = None, self._calls, splice.worked_at, 0.0
         while not self._stopping or self._lent or self._brought or calls:
             wait_s = 0.0 if bursts else self._timers.wait_s(SWEEP_S) if paused else SWEEP_S
             ready = poll(wait_s, BATCH)
             now = monotonic()
-            if ready:
-                worked_at[0] = now
+            if ready and now >= note_at:
+                worked_at[0], note_at = now, now + splice.BRIEF_S / 2
             for fd, events in ready:
                 try:
                     subject = watched[fd]
