@@ -76,6 +76,15 @@ class Affinity(unittest.TestCase):
                 drinker.join()
 
 
+class Yield(unittest.TestCase):
+    def test_where_the_system_can_and_where_not(self):
+        with mock.patch.object(os, "sched_yield", create=True) as yielded:
+            affinity.yield_cpu()
+            yielded.assert_called_once_with()
+            del os.sched_yield
+            affinity.yield_cpu()
+
+
 @unittest.skipUnless(hasattr(os, "SCHED_BATCH"), "needs SCHED_BATCH")
 class Policy(unittest.TestCase):
     def test_the_relay_loop_lets_others_finish_and_acceptors_do_not(self):
