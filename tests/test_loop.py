@@ -446,6 +446,14 @@ class FirstMomentsTest(EveryDriver, LoopTest):
             self.assertEqual(standing.ended(), ("client", ""))
         register.assert_not_called()
 
+    def test_beside_others_it_is_handed_over_at_once(self):
+        first = self.tunnel()
+        wait_until(lambda: not first.tunnel.lent, "handed over when it is quiet")
+        with mock.patch.object(busy, "FIRST_MS", 2000 * PATIENCE_S):
+            second = self.tunnel()
+            wait_until(lambda: not second.tunnel.lent, "handed over")
+        second.echo()
+
     def test_a_change_reaches_it(self):
         standing, changed = self.tunnel(), []
         wait_until(lambda: standing.tunnel.lent, "its first moments")

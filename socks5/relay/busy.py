@@ -1,9 +1,9 @@
 """Relay one tunnel in the calling thread, which waits for its sockets alone.
 
-`relay_first` is for the first moments of every tunnel, in the thread that has served its client until then: most
-connections are short, and to hand one over costs as much as to relay a few bytes. `relay_busy` is for a tunnel with
-much to move, in a thread of its own: it sends the bytes through kernel pipes (splice.py). Where there is only select(),
-all tunnels are relayed so, and UDP associations by `relay_bursts`.
+`relay_first` is for the first moments of a tunnel while there is no other, in the thread that has served its client
+until then: most connections are short, and to hand one over costs as much as to relay a few bytes. `relay_busy` is for
+a tunnel with much to move, in a thread of its own: it sends the bytes through kernel pipes (splice.py). Where there is
+only select(), all tunnels are relayed so, and UDP associations by `relay_bursts`.
 
 A busy tunnel moves much at a time, which takes the least CPU; but what wakes up meanwhile on the same CPU waits for
 milliseconds. So while relay loops have work (splice.loops_work), it moves less at a time and yields the CPU after each

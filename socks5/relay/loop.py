@@ -4,9 +4,9 @@ silent newcomers.
 An event loop in the classic form: wait for events, let each tunnel move its bytes, then close what has ended. An idle
 tunnel is two descriptors and a few small objects: no thread, no buffer, no timer of its own. A tunnel that turns busy
 is lent to a thread of its own, which waits for its two sockets alone and sends the bytes through a kernel pipe; when it
-is quiet again the loop takes it back. The first moments of a tunnel are relayed in the thread that brings it, and where
-there is only select(), all of them. A UDP association is a Relay as a tunnel is, but never busy, and its turns come
-when tunnels have had theirs: see Relay.
+is quiet again the loop takes it back. A tunnel that comes while there is no other is relayed for its first moments in
+the thread that brings it; where there is only select(), each one is, to its end. A UDP association is a Relay as a
+tunnel is, but never busy, and its turns come when tunnels have had theirs: see Relay.
 
 Any thread may call `relay`, `watch`, `call_soon` and `stop`, in a forked child only the last of them; everything else
 runs in the loop's thread, which alone closes sockets that it has registered. So no event can name a descriptor that was
@@ -83,9 +83,9 @@ class Loop:
     # ---- for any thread -------------------------------------------------------------------------------------------
 
     def relay(self, tunnel: Relay) -> None:
-        """Relay the first moments of a tunnel, unless it has bursts, and have the loop go on with it. The sockets are
-        the loop's from here on; they have no timeout, for which Python would wait in spite of MSG_DONTWAIT. Raises
-        OSError, and has not taken them, when that cannot be."""
+        """Relay the first moments of a tunnel that is alone, and have the loop go on with it. The sockets are the
+        loop's from here on; they have no timeout, for which Python would wait in spite of MSG_DONTWAIT. Raises OSError,
+        and has not taken them, when that cannot be."""
         tunnel.moved_at, tunnel.lent = monotonic(), True
         self._brought.add(tunnel)                   # first, or stop() might not see it
         if self._stopping:
@@ -100,7 +100,7 @@ class Loop:
             borrow(tunnel, relay_bursts if tunnel.bursts else relay_busy, self._failed)
         elif tunnel.bursts:
             tunnel.woken_by(self._wake)
-        elif not self._first:                       # several threads would fight for the interpreter's lock
+        elif not self._first and not self._tunnels:     # or several threads would fight for the interpreter's lock
             self._first = True                      # two at once, which is possible, do no harm
             try:
                 relay_first(tunnel)                 # type: ignore[arg-type]    # a Tunnel has no bursts

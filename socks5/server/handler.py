@@ -303,8 +303,8 @@ class Handler(StreamRequestHandler):
         self.hand_over(association)
 
     def relay(self, remote: socket.socket) -> None:
-        """Relay the first moments, and hand the tunnel over to the relay loop, which owns both sockets from here on.
-        What the client sent behind its request goes first."""
+        """Hand the tunnel over to the relay loop, which owns both sockets from here on. What the client sent behind its
+        request goes first."""
         server, session, dialogue = self.server, self.session, self.dialogue
         config, rates = server.config, server.rates
         tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,

@@ -323,7 +323,7 @@ class Server(Newcomers):
             return self._loop
 
     def relay(self, tunnel: Relay) -> None:
-        """Relay a tunnel, the first moments in this thread; or an association. OSError: the loop cannot take it."""
+        """Relay a tunnel or an association: see Loop.relay. OSError: the loop cannot take it."""
         session: Session = tunnel.session
         session.relay = tunnel
         try:
