@@ -7,7 +7,7 @@ only select(), all tunnels are relayed so, and UDP associations by `relay_bursts
 
 A busy tunnel moves much at a time, which takes the least CPU; but what wakes up meanwhile on the same CPU waits for
 milliseconds. So while relay loops have work (splice.loops_work), it moves less at a time and yields the CPU after each
-turn. Measured beside four such tunnels, on two CPUs: of another tunnel's round trips 99 % take at most 1 ms, not 6.
+turn. Measured beside four such tunnels, on two CPUs: of another tunnel's round trips 99 % take about 1 ms, not 6.
 """
 from __future__ import annotations
 
