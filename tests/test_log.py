@@ -551,11 +551,22 @@ class AtOnce(unittest.TestCase):
         self.assertEqual((self.sink.lines, self.writer._thread), (["first", "second"], None))
 
     def test_a_slow_disk_is_left_to_the_thread(self):
-        with mock.patch("socks5.net.writer.SLOW_S", -1.0):
-            self.writer.put("first")
-            self.writer.put("second")
+        with tempfile.TemporaryFile() as file, mock.patch("socks5.net.writer.SLOW_S", -1.0):
+            self.writer._at_once = writing_at_once(file)[0]
+            for line in ("first", "second", "third"):
+                self.writer.put(line)
             self.writer.close(PATIENCE_S)
-        self.assertEqual((self.seen, self.sink.lines), ([b"first\n"], ["first", "second"]))
+            file.seek(0)
+            self.assertEqual((file.read(), self.sink.lines), (b"first\n", ["second", "third"]))
+
+    def test_a_disk_that_was_slow_is_written_to_at_once_later(self):
+        with tempfile.TemporaryFile() as file, mock.patch("socks5.net.writer.SLOW_REST_S", 0.0):
+            at_once = writing_at_once(file)[0]
+            with mock.patch("socks5.net.writer.SLOW_S", -1.0):
+                at_once(b"first\n")
+            at_once(b"second\n")
+            file.seek(0)
+            self.assertEqual(file.read(), b"first\nsecond\n")
 
     def test_many_threads_lose_nothing_and_keep_their_order(self):
         self.takes = [BlockingIOError() if number % 7 == 0 else 64 for number in range(500)]

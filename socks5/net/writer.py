@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections import deque
 from functools import partial
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from time import monotonic, sleep
 from typing import Any, Callable, Deque, Iterable, Iterator, List, Optional, Tuple
 
@@ -95,7 +95,6 @@ class Writer:
         """Whether all was written; what was not is left in `lines`."""
         while lines:
             line = lines[0]
-            begun = monotonic()
             try:
                 done = self._at_once(line)              # type: ignore[misc]
             except Exception:                           # it takes nothing now, or never will: the thread finds out
@@ -105,9 +104,6 @@ class Writer:
                 self._half = bool(done)
                 return False
             lines.popleft()
-            if monotonic() - begun > SLOW_S:
-                self._slow_until = begun + SLOW_REST_S
-                return False
         return True
 
     def lose(self, count: int) -> None:
@@ -167,7 +163,6 @@ class Writer:
         self._paused = False
         self._lost = 0                      # and not said yet
         self.lost = 0                       # in all
-        self._slow_until = 0.0
         self._turn = threading.Lock()
         self._threads_turn = self._at_once is None or self._torn or self._half
         if self._threads_turn:
@@ -199,11 +194,7 @@ class Writer:
     def _run(self) -> None:
         """Write whenever it is woken, until the Writer is closed or paused."""
         while True:
-            rest_s = self._slow_until - monotonic()
-            try:
-                self._bell.get(timeout=rest_s if rest_s > 0 else None)
-            except Empty:
-                pass
+            self._bell.get()
             while self._threads_turn:
                 self._write_batch()
                 if not self._lines:
@@ -217,8 +208,7 @@ class Writer:
     def _give_back(self) -> None:
         """Let put() write at once again, if that is possible and the last line is whole."""
         with self._lock:
-            if not self._threads_turn or self._at_once is None or self._closed or self._torn or self._lost \
-                    or monotonic() < self._slow_until:
+            if not self._threads_turn or self._at_once is None or self._closed or self._torn or self._lost:
                 return
             self._threads_turn = False
         self._turn.release()
@@ -315,12 +305,13 @@ def writing_to(stream: Any) -> Write:
 def writing_at_once(stream: Any) -> Tuple[Optional[Write], Callable[[], object]]:
     """An `at_once` for a text stream, and its `release`; None where there is none.
 
-    A pipe or terminal is opened once more: O_NONBLOCK of our own does not change what other programs see. A file does
-    not wait for a reader."""
+    A pipe or terminal is opened once more: O_NONBLOCK of our own does not change what other programs see."""
     try:
         fd = stream.fileno()
         status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode) or os.path.samestat(status, os.stat(os.devnull)):
+        if stat.S_ISREG(status.st_mode):
+            return Disk(fd), nothing
+        if os.path.samestat(status, os.stat(os.devnull)):
             return partial(os.write, fd), nothing
         if stat.S_ISSOCK(status.st_mode):               # of the journal, say
             sock = socket.socket(fileno=os.dup(fd))
@@ -331,6 +322,24 @@ def writing_at_once(stream: Any) -> Tuple[Optional[Write], Callable[[], object]]
     except (OSError, ValueError, AttributeError):       # no descriptor, or no Linux, or no permission
         pass
     return None, nothing
+
+
+class Disk:
+    """An `at_once` for a file, which has no reader to wait for. After a write that took long it raises for a while: the
+    Writer's thread writes then."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._slow_until = 0.0
+
+    def __call__(self, data: bytes) -> int:
+        begun = monotonic()
+        if begun < self._slow_until:
+            raise BlockingIOError
+        done = os.write(self._fd, data)
+        if monotonic() - begun > SLOW_S:
+            self._slow_until = begun + SLOW_REST_S
+        return done
 
 
 def nothing() -> None:
