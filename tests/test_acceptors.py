@@ -25,7 +25,7 @@ class Waiting(unittest.TestCase):
         self.addCleanup(self.acceptors.release, 64)
         self.addCleanup(self.go_on.set)
 
-    def accept_one(self):
+    def accept_one(self, listener):
         covered = True
         self.calls += 1
         try:
@@ -33,7 +33,7 @@ class Waiting(unittest.TestCase):
         except OSError:
             return
         finally:
-            covered = self.acceptors.accepted()
+            covered = self.acceptors.accepted(listener)
         with connection:
             self.served.append(self.acceptors.here.listener)
             if not covered:
@@ -86,8 +86,8 @@ class Waiting(unittest.TestCase):
     def test_a_thread_survives_want_of_memory(self):
         plain, self.fails = self.acceptors._accept_one, 3
 
-        def accept_one():
-            plain()
+        def accept_one(listener):
+            plain(listener)
             if self.fails:
                 self.fails -= 1
                 raise MemoryError

@@ -36,13 +36,13 @@ class Here(threading.local):
 
 
 class Acceptors:
-    """`accept_one()` is what they call: it must call `accepted` as soon as accept() has returned.
+    """`accept_one(listener)` is what they call: it must call `accepted` as soon as accept() has returned.
 
     A thread that waits has put an entry into `_waiting` before it looks at `_serving`; release() changes `_serving`
     before it looks at `_waiting`. So one of the two sees the other, and no lock is needed for each connection.
     """
 
-    def __init__(self, accept_one: Callable[[], None]) -> None:
+    def __init__(self, accept_one: Callable[[socket.socket], None]) -> None:
         self._accept_one = accept_one
         self.here = Here()
         self._lock = threading.Lock()
@@ -86,12 +86,8 @@ class Acceptors:
             return False
         return True
 
-    def accepted(self) -> bool:
-        """The calling thread waits no longer, if it is an acceptor. False when it should have a successor, and none can
-        be started."""
-        listener = self.here.listener
-        if listener is None:
-            return True
+    def accepted(self, listener: socket.socket) -> bool:
+        """The calling acceptor waits no longer. False when it should have a successor, and none can be started."""
         waiting = self._waiting[listener]
         waiting.pop()
         return bool(waiting) or self.start(listener)
@@ -107,7 +103,7 @@ class Acceptors:
                 if not self._serving:                       # what has come since then is the next server's
                     break
             try:
-                self._accept_one()
+                self._accept_one(listener)
             except MemoryError:                             # also for what it does about errors: the thread goes on
                 sleep(REST_S)
             if len(waiting) >= spare or wakeup is not self._wakeup:

@@ -216,8 +216,8 @@ class Server(Newcomers):
 
     # ---- one connection, from accept to its handler -----------------------------------------------------------------
 
-    def _accept_one(self) -> None:
-        """Accept one connection and serve it, or have it served. Raises nothing."""
+    def _accept_one(self, listener: Optional[socket.socket] = None) -> None:
+        """Accept one connection, by an acceptor of `listener` if there are any, and have it served. Raises nothing."""
         while self._teller is not None and len(self._teller) > MAX_UNTOLD:      # an overridden session_ended is slow
             sleep(REST_S)
         covered = True
@@ -226,7 +226,7 @@ class Server(Newcomers):
         except OSError:
             return
         finally:
-            covered = self._acceptors.accepted()
+            covered = listener is None or self._acceptors.accepted(listener)
         try:
             if not covered:
                 raise RuntimeError("can't start new thread")
