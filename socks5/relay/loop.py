@@ -62,7 +62,6 @@ class Loop:
         self._lent = 0                                          # to threads of their own
         self._threads = Share(MAX_LENT)                         # for busy tunnels
         self._brought: Set[Relay] = set()                       # still in the threads that brought them
-        self._first = False                                     # whether such a thread relays first moments
         self._gate = threading.Lock()                           # held while a tunnel leaves such a thread
         self._stopping = ""                                     # why, once it is to stop: nothing comes in then
         self._sweep_at = 0.0
@@ -100,13 +99,11 @@ class Loop:
             borrow(tunnel, relay_bursts if tunnel.bursts else relay_busy, self._failed)
         elif tunnel.bursts:
             tunnel.woken_by(self._wake)
-        elif not self._first and not self._tunnels:     # or several threads would fight for the interpreter's lock
-            self._first = True                      # two at once, which is possible, do no harm
+        elif not self._tunnels and len(self._brought) == 1:     # or several threads would fight for the GIL
             try:
                 relay_first(tunnel)                 # type: ignore[arg-type]    # a Tunnel has no bursts
             except Exception as exc:
                 give_up(tunnel, exc, self._failed)
-            self._first = False
         if tunnel.ended or not self._taken_over(tunnel):
             if tunnel.aborted:
                 with self._gate:                    # the loop's thread may be at its sockets
