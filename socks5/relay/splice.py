@@ -23,7 +23,6 @@ else:
 
 PIPE_BYTES = 1 << 20                    # the largest that an ordinary user may ask for (fs.pipe-max-size)
 MAX_PIPES = 48                          # all pipes of a user together may hold 64 MiB (fs.pipe-user-pages-soft)
-DESCRIPTORS = 2 * MAX_PIPES             # what they may take from the sessions
 MAX_PARKED = 16 << 20                   # bytes of stalled tunnels in memory: beyond that a pipe takes FRUGAL_BYTES
 FRUGAL_BYTES = 1 << 16                  # as much as a tunnel that copies has in hand
 BRIEF_BYTES = 1 << 18                   # what one fill() takes while relay loops have work,
