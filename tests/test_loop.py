@@ -216,6 +216,11 @@ class LoopTest(unittest.TestCase):
         self.standing.append(standing)
         return standing
 
+    def beside_another(self):
+        """The loop has a tunnel: the next one is handed over at once."""
+        other = self.tunnel()
+        wait_until(lambda: not other.tunnel.lent, "handed over when it is quiet")
+
     def assert_calm(self):
         """No thread spins when nothing more moves: one that does has thousands of turns in each of these times."""
         pause, seen = threading.Event(), []
@@ -447,8 +452,7 @@ class FirstMomentsTest(EveryDriver, LoopTest):
         register.assert_not_called()
 
     def test_beside_others_it_is_handed_over_at_once(self):
-        first = self.tunnel()
-        wait_until(lambda: not first.tunnel.lent, "handed over when it is quiet")
+        self.beside_another()
         with mock.patch.object(busy, "FIRST_MS", 2000 * PATIENCE_S):
             second = self.tunnel()
             wait_until(lambda: not second.tunnel.lent, "handed over")
@@ -713,6 +717,7 @@ class TrapTest(LoopTest):
 
     def test_registered_before_published(self):
         """An event that comes between the two is not lost, and not taken for another tunnel's."""
+        self.beside_another()
         old = self.loop._poller.register
         standing = None
 
@@ -722,6 +727,24 @@ class TrapTest(LoopTest):
         self.loop._poller.register = register
         standing = self.tunnel(before=lambda ends: ends.client.sendall(b"first"))
         self.assertEqual(read_exactly(standing.remote, 5), b"first")
+
+    @IN_LOOP
+    def test_what_is_not_published_yet_is_waited_for(self):
+        """Or poll() would report it again and again, and the thread that is to publish it would get no turn."""
+        self.beside_another()
+        self.stack.enter_context(mock.patch.object(loop_module, "SWEEP_S", 60))     # a sweep waits for that thread, too
+        wait_until(lambda: self.loop._sweep_at > time.monotonic() + 1, "the last sweep")
+        old, pause, seen = self.loop._poller.register, threading.Event(), []
+
+        def register(fd, events):
+            before = self.turns
+            old(fd, events)
+            pause.wait(0.2)
+            seen.append(self.turns - before)
+        self.loop._poller.register = register
+        standing = self.tunnel(before=lambda ends: ends.client.sendall(b"first"))
+        self.assertEqual(read_exactly(standing.remote, 5), b"first")
+        self.assertEqual([turns for turns in seen if turns >= CALM_TURNS], [])
 
     def test_all_of_a_tunnel_is_published_in_one_step(self):
         """Or the loop could end it after an event of one side, and then the other side's entry would stay."""

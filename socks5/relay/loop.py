@@ -209,7 +209,8 @@ class Loop:
                 try:
                     subject = watched[fd]
                 except KeyError:                # unregistered by an earlier event of this batch; or not published yet
-                    continue
+                    with self._gate:            # by a thread that holds the gate, and would get no turn if we spun
+                        continue
                 try:
                     if subject.handle(fd, events, now):
                         self._look_at(subject)
