@@ -18,7 +18,7 @@ from ..net.affinity import yield_cpu
 from ..net.poller import READ, new_poll
 from ..net.wakeup import Wakeup
 from .limited import pause
-from .relay import Relay, rewatch_all
+from .relay import Relay, rewatch
 from .splice import loops_work
 from .tunnel import Tunnel
 
@@ -49,7 +49,7 @@ def turns(relay: Relay, most_s: float, wakeup: Optional[Wakeup] = None) -> Itera
                 wait_s = pause(relay, most_s)
             wanted = relay.interest()
             if wanted != watched:
-                rewatch_all(poll, fds, watched, wanted)
+                rewatch(poll, fds, watched, wanted)
                 watched = wanted
             look = paused                           # its time may come without an event
         ready = poll.poll(wait_s * 1000)

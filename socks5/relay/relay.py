@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import socket
+from itertools import zip_longest
 from typing import Any, Callable, Optional, Sequence, Tuple
 
 from ..net.poller import READ
@@ -119,20 +120,15 @@ class Relay:
         return ""
 
 
-def rewatch(poller: Any, fd: int, before: int, wanted: int) -> None:
-    """Have a poller of net/poller.py wait for the events `wanted` in place of those `before`. Raises OSError;
-    ValueError for a descriptor that is closed already."""
-    if wanted == before:
-        return
-    if before == UNREGISTERED:
-        poller.register(fd, wanted)
-    elif wanted == UNREGISTERED:
-        poller.unregister(fd)
-    else:
-        poller.modify(fd, wanted)
-
-
-def rewatch_all(poller: Any, fds: Sequence[int], before: Tuple[int, ...], wanted: Tuple[int, ...]) -> None:
-    """The same for several, of which further ones may have come."""
-    for at, fd in enumerate(fds):
-        rewatch(poller, fd, before[at] if at < len(before) else UNREGISTERED, wanted[at])
+def rewatch(poller: Any, fds: Sequence[int], before: Sequence[int], wanted: Sequence[int]) -> None:
+    """Have a poller of net/poller.py wait for the events `wanted` of these descriptors, in place of those `before`, of
+    which there may be fewer. Raises OSError; ValueError for a descriptor that is closed already."""
+    for fd, old, new in zip_longest(fds, before, wanted, fillvalue=UNREGISTERED):
+        if new == old:
+            continue
+        if old == UNREGISTERED:
+            poller.register(fd, new)
+        elif new == UNREGISTERED:
+            poller.unregister(fd)
+        else:
+            poller.modify(fd, new)

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 from ..net.poller import new_poller
 from .pipe import DONTWAIT
-from .relay import Relay, rewatch_all
+from .relay import Relay, rewatch
 
 
 class Watch:
@@ -108,7 +108,7 @@ class Registered:
             return
         fds, relay.watched = relay.fds(), wanted
         try:
-            rewatch_all(self.poller, fds, before, wanted)
+            rewatch(self.poller, fds, before, wanted)
             if len(before) < len(wanted):
                 one = Later(relay, self.ready) if relay.bursts else relay
                 # All in one step: after the first event, the loop's thread may have ended the relay and closed them.
