@@ -51,7 +51,7 @@ INI_ERRORS = {
 }
 
 DESCRIPTION = "A SOCKS5 proxy server (RFC 1928, RFC 1929). Times are in seconds."
-EPILOG = "Example: python socks5_server.py -l 0.0.0.0 -p 1080 -u NAME:PASSWORD"
+EPILOG = "Example: python3 socks5_server.py -l 0.0.0.0 -p 1080 -u NAME:PASSWORD"
 
 
 class Parser(argparse.ArgumentParser):

@@ -171,7 +171,7 @@ class Config:
         beyond = self.beyond()
         if beyond and not (self.authenticates() or self.clients_limited() or self.rules or self.open):
             raise ConfigError(
-                "--listen %s: every client that reaches it could use this proxy; require a password, as in: python "
+                "--listen %s: every client that reaches it could use this proxy; require a password, as in: python3 "
                 "socks5_server.py -l %s -p %d -u NAME:PASSWORD (or use --users FILE, --allow-from CIDR or --rules "
                 "FILE; --open permits an open proxy)" % (beyond[0], beyond[0], self.port))
         if self.status_beyond() and not (self.needs_password() or self.open):

@@ -351,7 +351,7 @@ class Beyond(Case):
         for listen in ("0.0.0.0", "::", "192.0.2.1"):
             with self.subTest(listen):
                 self.check_refused(main("-l", listen, "-p", "1234"),
-                                   "python socks5_server.py -l %s -p 1234 -u NAME:PASSWORD" % listen, "--open")
+                                   "python3 socks5_server.py -l %s -p 1234 -u NAME:PASSWORD" % listen, "--open")
         self.check_refused(main("--config", self.ini("listen = 0.0.0.0")), "--listen 0.0.0.0")
         self.check_refused(main("-l", "127.0.0.1", "-l", "0.0.0.0"), "--listen 0.0.0.0")
 
