@@ -155,7 +155,10 @@ def read_file(path: str) -> Dict[str, Any]:
             raise ConfigError("--config %s: [%s] is not a section of ours, [%s] is" % (path, section, SECTION))
         for name, text in ini[section].items():
             if name not in known:
-                raise ConfigError("--config %s: no option is called %r" % (path, name))
+                near = hint(build_parser(), "--" + name)
+                raise ConfigError("--config %s: " % path + (
+                    "%r is for the command line only" % name if near.endswith(" --%s?" % name) else
+                    "no option is called %r%s" % (name, near)))
             lines = [line for line in text.split("\n") if line] if known[name].metadata["many"] else [text]
             values[known[name].name] = parse(known[name], lines or [""], "%s: %s" % (path, name))
     return values
