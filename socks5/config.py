@@ -35,7 +35,7 @@ class Config:
 
     listen: Tuple[str, ...] = option(
         ("127.0.0.1",), "-l --listen", values.address, "listening", metavar="ADDRESS", many=True,
-        help="address to listen on, repeatable; '::' serves IPv4 and IPv6",
+        help="address to listen on, repeatable; '::' serves IPv4 and IPv6, but beside an IPv4 address only IPv6",
         why="only this machine can reach loopback, so the server is safe without options")
     port: int = option(
         1080, "-p --port", values.port, "listening", metavar="PORT",
