@@ -172,9 +172,7 @@ def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = Fal
     save_address_space()
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
-        check_out(config.out)
         who = identity.look_up(config.run_as) if config.run_as else None
-        beside.check(config)
         listeners = list(passed) or listening.bind_all(config.listen, config.port)
         pages = listening.open_all(config.status[:1], config.status[1]) if config.status else []
         if who:                                             # a low port is bound; from here on what is opened is its
@@ -377,7 +375,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         passed = [] if {"check", "self_test"} & set(args) else passed_sockets(os.environ)
         config = read_config(args, passed)
         check_upstreams(config)
+        check_out(config.out)
+        beside.check(config)
         if "check" in args:
+            if config.run_as:
+                identity.look_up(config.run_as, to_become=False)
             say("\n".join(report(config)))
             return 0
     except (ConfigError, OSError) as exc:
