@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The drop-in entry: python socks5_server.py -p 1080"""
+"""The drop-in entry: python3 socks5_server.py -p 1080"""
 import sys
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ INI_ERRORS = {
 }
 
 DESCRIPTION = "A SOCKS5 proxy server (RFC 1928, RFC 1929). Times are in seconds."
-EPILOG = "Example: python socks5_server.py -l 0.0.0.0 -p 1080 -u NAME:PASSWORD"
+EPILOG = "Example: python3 socks5_server.py -l 0.0.0.0 -p 1080 -u NAME:PASSWORD"
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,7 +155,10 @@ def read_file(path: str) -> Dict[str, Any]:
             raise ConfigError("--config %s: [%s] is not a section of ours, [%s] is" % (path, section, SECTION))
         for name, text in ini[section].items():
             if name not in known:
-                raise ConfigError("--config %s: no option is called %r" % (path, name))
+                near = hint(build_parser(), "--" + name)
+                raise ConfigError("--config %s: " % path + (
+                    "%r is for the command line only" % name if near.endswith(" --%s?" % name) else
+                    "no option is called %r%s" % (name, near)))
             lines = [line for line in text.split("\n") if line] if known[name].metadata["many"] else [text]
             values[known[name].name] = parse(known[name], lines or [""], "%s: %s" % (path, name))
     return values
@@ -169,9 +172,7 @@ def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = Fal
     save_address_space()
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens
-        check_out(config.out)
         who = identity.look_up(config.run_as) if config.run_as else None
-        beside.check(config)
         listeners = list(passed) or listening.bind_all(config.listen, config.port)
         pages = listening.open_all(config.status[:1], config.status[1]) if config.status else []
         if who:                                             # a low port is bound; from here on what is opened is its
@@ -374,7 +375,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         passed = [] if {"check", "self_test"} & set(args) else passed_sockets(os.environ)
         config = read_config(args, passed)
         check_upstreams(config)
+        check_out(config.out)
+        beside.check(config)
         if "check" in args:
+            if config.run_as:
+                identity.look_up(config.run_as, to_become=False)
             say("\n".join(report(config)))
             return 0
     except (ConfigError, OSError) as exc:

@@ -35,7 +35,7 @@ class Config:
 
     listen: Tuple[str, ...] = option(
         ("127.0.0.1",), "-l --listen", values.address, "listening", metavar="ADDRESS", many=True,
-        help="address to listen on, repeatable; '::' serves IPv4 and IPv6",
+        help="address to listen on, repeatable; '::' serves IPv4 and IPv6, but beside an IPv4 address only IPv6",
         why="only this machine can reach loopback, so the server is safe without options")
     port: int = option(
         1080, "-p --port", values.port, "listening", metavar="PORT",
@@ -171,7 +171,7 @@ class Config:
         beyond = self.beyond()
         if beyond and not (self.authenticates() or self.clients_limited() or self.rules or self.open):
             raise ConfigError(
-                "--listen %s: every client that reaches it could use this proxy; require a password, as in: python "
+                "--listen %s: every client that reaches it could use this proxy; require a password, as in: python3 "
                 "socks5_server.py -l %s -p %d -u NAME:PASSWORD (or use --users FILE, --allow-from CIDR or --rules "
                 "FILE; --open permits an open proxy)" % (beyond[0], beyond[0], self.port))
         if self.status_beyond() and not (self.needs_password() or self.open):

@@ -208,7 +208,8 @@ class Upstream(NamedTuple):
     service: str = ""
 
     def __str__(self) -> str:
-        return "upstream %s (%s)" % (self.name, ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port))
+        name = "" if self.name == DEFAULT_UPSTREAM else self.name + " "
+        return "upstream %s(%s)" % (name, ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port))
 
     def __repr__(self) -> str:
         return str(self)

@@ -53,6 +53,8 @@ class Report(Case):
                  ["would listen on 127.0.0.1:1080", "would listen on [::1]:1080", "would listen on [fe80::1%eth0]:1080",
                   "would listen on [::]:1080", "clients: every client that reaches these addresses",
                   OPEN % "[fe80::1%eth0]:1080, [::]:1080"], []),
+                ("quotes", {"rules": self.write("quoted", 'allow   user "al b"  # he', 'deny user "#1" to any')},
+                 ['  allow user "al b"', '  deny user "#1" to any'], [" he"]),
                 ("ranges of ports", {"bind_ports": (5000, 5009), "udp_ports": (5000, 5010)},
                  ["BIND: 10 clients at a time by --bind-ports",
                   "UDP ASSOCIATE: 5 clients at a time by --udp-ports"], ["warning"]),
@@ -117,6 +119,8 @@ class CommandLine(Case):
                 ("no file", ["--users", self.folder / "none"], "/none: No such file or directory"),
                 ("an option", ["-p", "x"], "-p/--port: 'x' is not a port"),
                 ("open, and not asked for", ["-l", "0.0.0.0"], "every client that reaches it could use this proxy"),
+                ("an address of another machine", ["--out", "192.0.2.1"], "--out 192.0.2.1: not an address of this"),
+                ("no such user", ["--run-as", "no-such-user"], "--run-as no-such-user: "),
                 ("open by a rule", ["-l", "0.0.0.0", "--rules", self.write("open", "allow")],
                  "/open:1: lets in every client")):
             with self.subTest(name):

@@ -222,7 +222,8 @@ class Refusals(Case):
                 ("another section", b"[socks]\nport = 7\n", "[socks] "),
                 ("a second section", b"[socks5]\nport = 7\n[more]\n", "[more] "),
                 ("DEFAULT is not ours", b"[DEFAULT]\nport = 7\n", "[DEFAULT] "),
-                ("unknown option", b"[socks5]\nprot = 7\n", "'prot'"),
+                ("unknown option", b"[socks5]\nprot = 7\n", "no option is called 'prot'; did you mean --port?"),
+                ("of the command line", b"[socks5]\nquiet = yes\n", "'quiet' is for the command line only"),
                 ("underscore", b"[socks5]\nmax_sessions = 7\n", "'max_sessions'"),
                 ("no value", b"[socks5]\nport = 7\n\nopen\n", ":4: "),
                 ("twice", b"[socks5]\nport = 7\nport = 8\n", ":3: "),
@@ -351,7 +352,7 @@ class Beyond(Case):
         for listen in ("0.0.0.0", "::", "192.0.2.1"):
             with self.subTest(listen):
                 self.check_refused(main("-l", listen, "-p", "1234"),
-                                   "python socks5_server.py -l %s -p 1234 -u NAME:PASSWORD" % listen, "--open")
+                                   "python3 socks5_server.py -l %s -p 1234 -u NAME:PASSWORD" % listen, "--open")
         self.check_refused(main("--config", self.ini("listen = 0.0.0.0")), "--listen 0.0.0.0")
         self.check_refused(main("-l", "127.0.0.1", "-l", "0.0.0.0"), "--listen 0.0.0.0")
 

@@ -237,7 +237,7 @@ class WholeConfig(unittest.TestCase):
                     words = str(caught.exception)
                     self.assertTrue(words.startswith("--listen %s: " % listen), words)
                     self.assertTrue(words.isprintable(), "one line")
-                    for command in ("python socks5_server.py -l %s -p 1234 -u NAME:PASSWORD" % listen, "--open"):
+                    for command in ("python3 socks5_server.py -l %s -p 1234 -u NAME:PASSWORD" % listen, "--open"):
                         self.assertIn(command, words)
         all_networks = tuple(map(ip_network, ("0.0.0.0/0", "::/0")))
         for name, networks in (("all of both", all_networks), ("all of IPv4", all_networks[:1]),

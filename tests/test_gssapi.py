@@ -874,7 +874,7 @@ class Chained(Case):
             with mock.patch.dict(os.environ, {"KRB5CCNAME": "FILE:/nonexistent"}):
                 rep = refusal(self, client.connect, server.server_address[:2], destination)
             self.assertEqual(rep, Rep.GENERAL_FAILURE)
-            logs.wait(r"ended=refused why='upstream upstream \(localhost:\d+\): GSSAPI: gss_init_sec_context")
+            logs.wait(r"ended=refused why='upstream \(localhost:\d+\): GSSAPI: gss_init_sec_context")
 
     def test_check(self):
         status, out, err = run_cli("--check", "--upstream", "up=socks5+gssapi://sockd@proxy.example:1080")

@@ -170,8 +170,7 @@ class Wrappers(Program):
         proxychains, curl = need_program(self, "proxychains4"), need_program(self, "curl")
 
         def client(server, port, user, password):
-            self.conf.write_text("strict_chain\nproxy_dns\n[ProxyList]\nsocks5 127.0.0.1 %d %s %s\n" % (
-                server.port, user, password))
+            self.conf.write_text("proxy_dns\n[ProxyList]\nsocks5 127.0.0.1 %d %s %s\n" % (server.port, user, password))
             return self.run_client(proxychains, "-q", "-f", self.conf, curl, "-q", "-sS",
                                    "http://127.0.0.1:%d/" % port)
 

@@ -111,7 +111,7 @@ class Reading(Case):
                   "user": b"x"})):
             with self.subTest(line):
                 rule, = self.rules(line).rules
-                words = " ".join(line.partition("  #")[0].replace('"', "").split())
+                words = " ".join(line.partition("  #")[0].split())
                 self.assertEqual(rule, Rule(words.startswith("allow"), "%s:1" % self.path, words, **facts))
 
     def test_lines_are_counted_as_an_editor_does(self):

@@ -129,7 +129,7 @@ class EachCheck(unittest.TestCase):
 
         refuse = mock.Mock(side_effect=RequestRefused(Rep.NOT_ALLOWED, "not here"))
         with mock.patch.object(client.Association, "sendto", count), mock.patch.object(
-                handler.Handler, "lookup", lambda self, deadline, host: refuse() if host == b"localhost" else [host]):
+                handler.Handler, "lookup", lambda self, host: refuse() if host == b"localhost" else [host]):
             verdicts, _ = report()
         self.assertEqual((asked, verdicts["CONNECT to a name"]), ([1, 3], "FAILED"))
         with mock.patch.dict(handler.COMMANDS, {handler.Cmd.CONNECT: lambda *_: refuse()}):

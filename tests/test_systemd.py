@@ -179,7 +179,8 @@ class Notified(Case):
         for workers in "1", "2":
             with self.subTest(workers=workers):
                 rules.write_text("allow from 127.0.0.0/8\n")
-                with spawned("-w", workers, "--rules", rules, env={"NOTIFY_SOCKET": str(path)}) as server:
+                with spawned("-w", workers, "--rules", rules, "--drain-timeout", "60",
+                             env={"NOTIFY_SOCKET": str(path)}) as server:
                     self.assertEqual(self.hear(), ["READY=1", "STATUS=serving"])
                     for text, status in (("allow\n", "STATUS=serving"),
                                          ("nonsense\n", "STATUS=serving; not reloaded: ")):
@@ -192,7 +193,11 @@ class Notified(Case):
                         self.assertEqual((ready[0], ready[1][:len(status)]), ("READY=1", status))
                     self.works(server)
                     server.signal(signal.SIGTERM)
-                    self.assertEqual(self.hear(), ["STOPPING=1", "STATUS=draining"])
+                    said = self.hear()
+                    self.assertEqual(said[::2], ["STOPPING=1", "STATUS=draining"])
+                    name, _, usec = said[1].partition("=")
+                    self.assertEqual(name, "EXTEND_TIMEOUT_USEC", "or TimeoutStopSec= of the unit ends the draining")
+                    self.assertGreater(int(usec), 60e6)
                     self.assertEqual(server.end(), 0)
 
     def test_watchdog_over_an_abstract_socket(self):

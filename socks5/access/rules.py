@@ -2,8 +2,7 @@
 
 Facts in, decisions out; opens no socket and resolves no name. Any thread may call it. The first rule that matches
 decides; a destination that no rule matches is denied. Rules judge addresses when they are used: each address of a name
-by itself, and an IPv4-mapped or other IPv4-embedded IPv6 address as the IPv4 address in it. RFC 1928 section 6 (X'02',
-not allowed by ruleset).
+by itself, and an IPv4-mapped or other IPv4-embedded IPv6 address as the IPv4 address in it. RFC 1928 section 6 (X'02').
 """
 from __future__ import annotations
 
@@ -29,6 +28,7 @@ ASKERS = 512                # whose rules are cached: 8 bytes for each rule
 GRAMMAR = "allow|deny [user NAME] [from CIDR] [to CIDR|name|.suffix|any] [port N|N-M] " \
           "[command connect|bind|udp] [via NAME|direct] [rate RATE]"
 WORD = re.compile(r'"([^"]*)"|(\S+)')
+QUOTED = re.compile(r"\s|^#|^$")                       # what a word has that stands in quotes
 PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 NAME = re.compile(rb"\.?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
@@ -297,8 +297,7 @@ def inside(address: IP) -> IP:
 
 
 def is_local(address: IP) -> bool:
-    real = inside(address)
-    return any(real in network or address in network for network in LOCAL)
+    return any(one in network for one in (inside(address), address) for network in LOCAL)
 
 
 def is_name(pattern: bytes, name: bytes) -> bool:
@@ -355,7 +354,8 @@ def parse_rule(words: List[str], where: str) -> Rule:
     for key in ("via", "rate"):
         if verb == "deny" and key in keys:
             raise ValueError("%r belongs to an allow" % key)
-    rule = Rule(verb == "allow", where, " ".join(words), **facts)       # type: ignore[arg-type]
+    line = " ".join('"%s"' % word if QUOTED.search(word) else word for word in words)
+    rule = Rule(verb == "allow", where, line, **facts)                  # type: ignore[arg-type]
     net = rule.network
     if rule.allow and net and net.prefixlen and inside(net.network_address) != net.network_address:
         raise ValueError("%s stands for IPv4 addresses, which are judged as such: allow these instead" % net)

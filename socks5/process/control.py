@@ -122,7 +122,7 @@ class Control:
             self.stops += 1
             if self.stops == 1:
                 self._kill_at = monotonic() + self.config.drain_timeout + OVERDUE_S
-                self.notifier.stopping()
+                self.notifier.stopping(self.config.drain_timeout + 2 * OVERDUE_S)       # with time to kill and be gone
                 live = self.live()
                 if live and self.config.drain_timeout:
                     log.info("stopping: up to %g s for %d session%s to end; a second Ctrl-C (SIGINT) or SIGTERM resets "

@@ -18,9 +18,9 @@ class Identity(NamedTuple):
     gid: int
 
 
-def look_up(text: str) -> Identity:
-    """USER[:GROUP], names or numbers. Without GROUP it is the user's own. Raises ConfigError, also without the right to
-    become that user."""
+def look_up(text: str, to_become: bool = True) -> Identity:
+    """USER[:GROUP], names or numbers. Without GROUP it is the user's own. Raises ConfigError; `to_become`: also without
+    the right to become that user."""
     if pwd is None:
         raise ConfigError("--run-as %s: this system has no such users" % text)
     user, _, group = text.partition(":")
@@ -36,7 +36,7 @@ def look_up(text: str) -> Identity:
         raise ConfigError("--run-as %s: there is no group %s" % (text, group)) from None
     if not entry.pw_uid or not gid:
         raise ConfigError("--run-as %s: user and group must not be root's" % text)
-    if os.geteuid():
+    if to_become and os.geteuid():
         raise ConfigError("--run-as %s: only root may become another user" % text)
     return Identity(entry.pw_uid, gid)
 

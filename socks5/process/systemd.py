@@ -85,8 +85,9 @@ class Notifier:
         """Before ready() says that it is over. MONOTONIC_USEC is what Type=notify-reload asks for."""
         self._tell("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6), "STATUS=reloading")
 
-    def stopping(self) -> None:
-        self._tell("STOPPING=1", "STATUS=draining")
+    def stopping(self, longest_s: float) -> None:
+        """Sessions may take as long as --drain-timeout says, also where TimeoutStopSec= in the unit is shorter."""
+        self._tell("STOPPING=1", "EXTEND_TIMEOUT_USEC=%d" % (longest_s * 1e6), "STATUS=draining")
 
     def alive(self) -> None:
         self._tell("WATCHDOG=1")
