@@ -8,6 +8,7 @@ import threading
 import time
 import unittest
 from functools import partial
+from ipaddress import ip_address
 from unittest import mock
 from urllib.request import urlopen
 
@@ -15,11 +16,13 @@ import socks5
 from socks5 import client
 from socks5.client import associate
 from socks5.protocol.codes import Cmd, Rep
+from socks5.protocol.messages import Reply
 from socks5.relay import splice
+from socks5.relay.limited import limits_of
 from socks5.values import rate, upstream
 from tests import realm, support
 from tests.support import (
-    ask, connect_through, greeted, logging_of, run_cli, running, spawned, target, udp_socket, wait_until)
+    ask, connect_through, greeted, logging_of, reader_of, run_cli, running, spawned, target, udp_socket, wait_until)
 
 KIB, MIB = 1 << 10, 1 << 20
 SECONDS = 1.5
@@ -137,6 +140,37 @@ class Streams(Rated):
                 self.flows(lambda: one.total, 100 * KIB)
                 self.flows(lambda: two.total, 100 * KIB)
                 wait_until(lambda: fast.total > 2 * MIB, "no rate there")
+
+    def test_the_rule_of_the_address_that_an_upstream_has_reached(self):
+        """Of a name's two addresses, it refuses the first one: only the other one's rule counts."""
+        here, nowhere = map(ip_address, ("127.0.0.1", "127.0.0.2"))
+        for rated in here, nowhere:
+            rules = self.file("allow to %s rate 1M\nallow to any\n" % rated)
+            with self.subTest(rated), target() as to, running() as above, running(rules=str(rules), upstream=(
+                    upstream("socks5://127.0.0.1:%d" % above.server_address[1]),)) as server:
+                known = {b"two.example": [nowhere, here]}
+                with mock.patch.object(server.names, "resolve", lambda host, *_: known.get(host, [host])):
+                    self.tunnels(server.server_address, ("two.example", to[1]), 1)
+                session, = server.sessions
+                wait_until(lambda: session.relay, "the tunnel stands")
+                self.assertEqual(limits_of(session.relay)[0] != (), rated == here)
+
+    def test_a_bind_for_any_peer_without_an_address(self):
+        for before in "allow rate 1M\n", "allow\n":
+            rules = self.file(before)
+            with self.subTest(before), running(rules=str(rules)) as server, greeted(server.server_address) as sock:
+                sock.sendall(bytes([5, Cmd.BIND, 0, 3, 0, 0, 0]))           # the name is empty, and the port 0
+                bnd = Reply.parse(reader_of(sock)).bnd
+                with socket.create_connection((str(bnd.host), bnd.port)) as peer:
+                    self.assertEqual(Reply.parse(reader_of(sock)).rep, Rep.SUCCEEDED)
+                    rules.write_text("allow rate 2M\n")
+                    self.assertTrue(server.reload())
+                    session, = server.sessions
+                    wait_until(lambda: session.relay and session.relay.up.gate, "the rate holds")
+                    sock.sendall(b"ping")
+                    self.assertEqual(reader_of(peer)(4), b"ping")
+                    peer.sendall(b"pong")
+                    self.assertEqual(reader_of(sock)(4), b"pong")
 
     def test_a_paused_tunnel_is_not_idle(self):
         """At 1 KiB a second four tunnels have a turn every second."""

@@ -79,10 +79,11 @@ class Rates:
         if session.reached is None:                     # an embedder has made this tunnel
             return None
         asker = Asker(session.client.ip, session.user, Cmd[session.cmd])
-        host, port = session.judged or session.reached[0], session.dst.port
+        host, (asked, port) = session.judged or session.reached[0], session.dst
         if isinstance(host, bytes):
             return self.rules.judge_name(asker, port, host)
-        return self.rules.judge(asker, host, port, name_in(normalise(session.dst.host)))
+        name = name_in(normalise(asked)) if asked else None     # none: a BIND for any peer
+        return self.rules.judge(asker, host, port, name)
 
     def shared(self, session: Any) -> Limits:
         """The limits that this session shares with others of its client and user."""

@@ -38,6 +38,7 @@ class Chain:
     deadline    of monotonic(); inf: none
     own_ports   that we listen on: the upstream must not be this server
     reached     the upstream's address, once we are connected to it
+    asked       the host of the last request
     """
 
     def __init__(self, upstream: Upstream, client: socket.socket, lookup: Callable[[Host], Sequence[IP]],
@@ -49,6 +50,7 @@ class Chain:
         self.deadline = deadline
         self.own_ports = own_ports
         self.reached: Optional[Endpoint] = None
+        self.asked: Optional[Host] = None
 
     def connect(self, hosts: Sequence[Host], port: int) -> Tuple[Dialogue, Address]:
         """Connect to the first of `hosts` that the upstream reaches: the dialogue, and BND of the reply."""
@@ -81,6 +83,7 @@ class Chain:
 
     def ask(self, cmd: Cmd, dst: Address) -> Tuple[Dialogue, Address]:
         """Connect to the upstream, log in and send a request: the dialogue, and BND of the first reply."""
+        self.asked = dst.host
         sock = self.dial()
         try:
             tune(sock)

@@ -260,7 +260,7 @@ class Handler(StreamRequestHandler):
         dialogue, bnd = chain.connect(hosts, port)
         self.opened, self.dialogue = dialogue.sock, dialogue
         self.session.reached, self.session.notes = chain.reached, "via %s" % chain.upstream.name
-        self.session.judged = hosts[0]
+        self.session.judged = chain.asked
         self.reply(SUCCEEDED, *bnd)                             # the upstream's own end: what the destination sees
         self.relay(dialogue.sock)
 
