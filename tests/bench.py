@@ -7,9 +7,9 @@ noise disturbs least. The load (bench_load.py) is Python as well, so
 with small work (conn, rr, udp) it takes its share of the CPUs: "direct", which is the load without any proxy, is the
 ceiling, and the nearer to it, the more alike all servers look.
 
---instructions counts in place of timing: what ours takes in user space for one unit of work, by valgrind. The count is
-the same to a few percent whatever else the machine does, so that it shows what a change in the code is worth. Builds of
-Python differ.
+--instructions counts in place of timing: what ours takes in user space for one unit of work, by valgrind. On a quiet
+machine the count of a connection is the same to a few percent, so that it shows what a change in the code is worth. A
+round trip or a datagram takes fewer, the more of them come at a time. Builds of Python differ.
 
 --rates measures how exact a rate limit is: bytes a second over ten seconds, from 16 KiB to 1 GiB, of one tunnel and of
 200; the exit status is 1 where it is off by more than 5 %.
