@@ -26,7 +26,7 @@ from socks5.relay import busy, splice
 from socks5.relay import loop as loop_module
 from socks5.relay.loop import Loop
 from socks5.relay.pipe import Pipe
-from socks5.relay.relay import Relay
+from socks5.relay.relay import UNREGISTERED, Relay, rewatch
 from socks5.relay.tunnel import Tunnel
 from socks5.relay.watch import Registered
 from tests.support import PATIENCE_S, ROOT, descriptors, reset, wait_until
@@ -219,7 +219,7 @@ class LoopTest(unittest.TestCase):
     def beside_another(self):
         """The loop has a tunnel: the next one is handed over at once."""
         other = self.tunnel()
-        wait_until(lambda: not other.tunnel.lent, "handed over when it is quiet")
+        wait_until(lambda: other.tunnel in self.loop._tunnels, "handed over when it is quiet")
 
     def assert_calm(self):
         """No thread spins when nothing more moves: one that does has thousands of turns in each of these times."""
@@ -455,7 +455,16 @@ class FirstMomentsTest(EveryDriver, LoopTest):
         self.beside_another()
         with mock.patch.object(busy, "FIRST_MS", 2000 * PATIENCE_S):
             second = self.tunnel()
-            wait_until(lambda: not second.tunnel.lent, "handed over")
+            wait_until(lambda: second.tunnel in self.loop._tunnels, "handed over")
+        second.echo()
+
+    def test_beside_one_in_its_first_moments_too(self):
+        with mock.patch.object(busy, "FIRST_MS", 2000 * PATIENCE_S):
+            first = self.tunnel()
+            wait_until(lambda: first.tunnel in self.loop._brought, "in the thread that brings it")
+            second = self.tunnel()
+            wait_until(lambda: second.tunnel in self.loop._tunnels, "handed over")
+        self.assertNotIn(first.tunnel, self.loop._tunnels)
         second.echo()
 
     def test_a_change_reaches_it(self):
@@ -727,6 +736,19 @@ class TrapTest(LoopTest):
         self.loop._poller.register = register
         standing = self.tunnel(before=lambda ends: ends.client.sendall(b"first"))
         self.assertEqual(read_exactly(standing.remote, 5), b"first")
+
+    def test_a_poller_is_told_of_changes_only(self):
+        off, quiet = UNREGISTERED, poller_module.READ
+        for before, wanted, told in (
+                ((), (quiet, quiet), [mock.call.register(7, quiet), mock.call.register(8, quiet)]),
+                ((quiet, quiet), (0, quiet), [mock.call.modify(7, 0)]),
+                ((0, quiet), (off, quiet), [mock.call.unregister(7)]),
+                ((off, quiet), (off, 0), [mock.call.modify(8, 0)]),
+                ((off, 0), (quiet, off), [mock.call.register(7, quiet), mock.call.unregister(8)])):
+            with self.subTest(before=before, wanted=wanted):
+                poller = mock.Mock()
+                rewatch(poller, (7, 8), before, wanted)
+                self.assertEqual(poller.mock_calls, told)
 
     @IN_LOOP
     def test_what_is_not_published_yet_is_waited_for(self):
