@@ -72,6 +72,11 @@ class NormaliseTest(unittest.TestCase):
                 self.assertEqual(normalise(raw), expected)
                 self.assertEqual(normalise(ip_address(raw.decode())), expected)
 
+    def test_an_address_in_full_width_digits(self):
+        for raw in ("１９２.0.2.1", "192。0。2。1"):
+            with self.subTest(raw), mock.patch.object(socket, "getaddrinfo", no_resolver):
+                self.assertEqual(normalise(raw.encode()), IPv4Address("192.0.2.1"))
+
     def test_5000_random_names_raise_nothing_else(self):
         rng = random.Random(5000)
         alphabets = [bytes(range(256)), b"abcXYZ019-_.", b"0123456789.", b"0123456789abcdef:.%", b"a.\0 \n%",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import socket
+from contextlib import suppress
 from time import monotonic
 from typing import Optional, Sequence
 
@@ -48,18 +49,13 @@ def normalise(host: Host) -> Host:
 def _spelled(name: bytes) -> Host:
     """normalise() for an address that was sent as text, a name that is not in ASCII, and what is no name."""
     try:
-        spelled = name.decode("ascii")
-        like_one = ":" in spelled or spelled[-1:].isdigit()     # to try takes long, and most are names
-        if like_one and "%" not in spelled:     # a scope would choose one of our interfaces
-            return ip_in(spelled)
-    except ValueError:                          # UnicodeDecodeError is one
-        pass
-    ascii_name = name
-    try:
-        if not name.isascii():
-            ascii_name = name.decode("utf-8").encode("idna")
+        ascii_name = name if name.isascii() else name.decode("utf-8").encode("idna")
     except UnicodeError:
         ascii_name = b""
+    spelled = ascii_name.decode("ascii")        # IDNA makes ASCII of full-width digits, too
+    if (":" in spelled or spelled[-1:].isdigit()) and "%" not in spelled:       # a scope would choose an interface
+        with suppress(ValueError):
+            return ip_in(spelled)
     letters = len(ascii_name) - ascii_name.endswith(b".")       # the root's dot does not count
     if letters > MOST_LETTERS or not ASCII_NAME.fullmatch(ascii_name):
         raise RequestRefused(Rep.HOST_UNREACHABLE, "not a name to look up: %s" % text(name))
