@@ -55,6 +55,9 @@ EPILOG = "Example: python3 socks5_server.py -l 0.0.0.0 -p 1080 -u NAME:PASSWORD"
 
 
 class Parser(argparse.ArgumentParser):
+    def flags(self) -> List[str]:
+        return re.findall("--[a-z-]+", self.format_help())
+
     def error(self, message: str) -> NoReturn:
         """Print one line, without the usage text."""
         self.exit(EXIT_USAGE, "%s: %s\n" % (self.prog, " ".join(message.split())))
@@ -103,10 +106,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> Dict[str, Any]:
 
 def hint(parser: Parser, word: str) -> str:
     from difflib import get_close_matches                   # for this error only
-    known = re.findall("--[a-z-]+", parser.format_help())
     if word.isdecimal():
         return "; the port has an option: -p %s" % word
-    close = get_close_matches(word.partition("=")[0], known, 1) if word.startswith("--") else []
+    close = get_close_matches(word.partition("=")[0], parser.flags(), 1) if word.startswith("--") else []
     return "; did you mean %s?" % close[0] if close else ""
 
 
@@ -155,10 +157,10 @@ def read_file(path: str) -> Dict[str, Any]:
             raise ConfigError("--config %s: [%s] is not a section of ours, [%s] is" % (path, section, SECTION))
         for name, text in ini[section].items():
             if name not in known:
-                near = hint(build_parser(), "--" + name)
+                parser, flag = build_parser(), "--" + name
                 raise ConfigError("--config %s: " % path + (
-                    "%r is for the command line only" % name if near.endswith(" --%s?" % name) else
-                    "no option is called %r%s" % (name, near)))
+                    "%r is for the command line only" % name if flag in parser.flags() else
+                    "no option is called %r%s" % (name, hint(parser, flag))))
             lines = [line for line in text.split("\n") if line] if known[name].metadata["many"] else [text]
             values[known[name].name] = parse(known[name], lines or [""], "%s: %s" % (path, name))
     return values
@@ -166,9 +168,8 @@ def read_file(path: str) -> Dict[str, Any]:
 
 def serve(config: Config, passed: Sequence[socket.socket] = (), live: bool = False,
           read_again: Optional[Callable[[], Config]] = None) -> int:
-    """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status. `passed` are listening
-    sockets that systemd has opened; `live`: with a line on the terminal that shows what is going on. A reload calls
-    read_again() for the options."""
+    """Run until SIGTERM or SIGINT, drain; a second signal ends it at once. The exit status. `passed`: sockets that
+    systemd has opened; `live`: a line on the terminal shows what is going on; read_again(): options for a reload."""
     save_address_space()
     try:
         access = files.read_access(config)                  # a bad file ends it here, before anything listens

@@ -22,6 +22,7 @@ from ..relay.loop import Loop
 from ..relay.relay import Relay
 from ..relay.tunnel import Tunnel
 from ..values import OneWay, Rate
+from .bind import any_peer
 from .datagrams import remember
 
 CLIENT, USER, RULE = "rate-per-client", "rate-per-user", "rule"
@@ -79,11 +80,11 @@ class Rates:
         if session.reached is None:                     # an embedder has made this tunnel
             return None
         asker = Asker(session.client.ip, session.user, Cmd[session.cmd])
-        host, (asked, port) = session.judged or session.reached[0], session.dst
+        host, dst = session.judged or session.reached[0], session.dst
         if isinstance(host, bytes):
-            return self.rules.judge_name(asker, port, host)
-        name = name_in(normalise(asked)) if asked else None     # none: a BIND for any peer
-        return self.rules.judge(asker, host, port, name)
+            return self.rules.judge_name(asker, dst.port, host)
+        name = None if any_peer(dst) else name_in(normalise(dst.host))
+        return self.rules.judge(asker, host, dst.port, name)
 
     def shared(self, session: Any) -> Limits:
         """The limits that this session shares with others of its client and user."""
