@@ -43,7 +43,7 @@
         tunnel        both directions: a state machine that never waits
         protected     a tunnel whose client speaks through an envelope
         limited       a direction under a rate limit
-        busy          a busy tunnel in a thread of its own
+        busy          one connection in the calling thread: its first moments, and a busy tunnel
         watch         what the loop waits for: descriptors, silent newcomers, other threads
         loop          the thread that relays every quiet tunnel of the process, and every association
     commands/         what a client can ask for

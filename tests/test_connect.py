@@ -18,6 +18,7 @@ from socks5.protocol.codes import Cmd, Method, Rep
 from socks5.commands.connect import connect, interleave
 from socks5.protocol.errors import RequestRefused
 from socks5.protocol.messages import Greeting, Reply, Request, Selection
+from socks5.relay.tunnel import Tunnel
 from tests import support
 
 try:
@@ -410,7 +411,9 @@ class NetworkTest(support.TwoHosts, unittest.TestCase):
                 client.sendall(b"before")
                 self.assertEqual(support.reader_of(peer)(6), b"before")
                 subprocess.run(route % "add", shell=True, check=True)
-                remote = next(iter(server.sessions)).relay.remote
+                session, = server.sessions
+                support.wait_until(lambda: isinstance(session.relay, Tunnel), "the loop has it")
+                remote = session.relay.remote
                 client.sendall(b"never acknowledged")
                 unacked = slice(24, 28)                         # tcpi_unacked of struct tcp_info
                 support.wait_until(lambda: any(remote.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)[unacked]))

@@ -16,6 +16,7 @@ from socks5.net import listeners
 from socks5.protocol.codes import Cmd
 from socks5.protocol.messages import Greeting, Request
 from socks5.relay import busy, loop
+from socks5.relay.tunnel import Tunnel
 from socks5.server import acceptors, newcomers, sessions
 from tests import support
 from tests.support import (PATIENCE_S, address, connect_through, dial, echoes, heard, in_threads, logging_of,
@@ -252,7 +253,7 @@ class Hooks(Case):
     def test_closing_twice_is_harmless(self):
         server = self.enter(running())
         with connect_through(server.server_address, *self.echo) as tunnel:
-            wait_until(lambda: [session.relay for session in server.sessions] != [None])
+            wait_until(lambda: [isinstance(session.relay, Tunnel) for session in server.sessions] == [True])
             session, = server.sessions
             server.shutdown_request(session.sock)               # as socketserver does when the handler has ended
             self.assertTrue(echoes(tunnel))

@@ -24,6 +24,7 @@ from socks5.net.poller import EpollPoller, PollPoller, SelectPoll
 from socks5.net.shares import Share
 from socks5.relay import busy, splice
 from socks5.relay import loop as loop_module
+from socks5.relay.busy import First
 from socks5.relay.loop import Loop
 from socks5.relay.pipe import Pipe
 from socks5.relay.relay import UNREGISTERED, Relay, rewatch
@@ -35,7 +36,7 @@ MIB = 1 << 20
 SMALL = 8192                # socket buffers of tunnels that shall feel backpressure soon
 NOISE = random.Random(1928).getrandbits(8 * MIB).to_bytes(MIB, "big")
 SPLICED = splice.available and hasattr(select, "poll")
-IN_LOOP = unittest.skipUnless(loop_module.MANY, "by select(), the thread that brings a tunnel relays it to its end")
+IN_LOOP = unittest.skipUnless(loop_module.MANY, "by select(), each tunnel has a thread to its end")
 CALM_TURNS = 40             # of all loops within 0.2 s
 
 
@@ -132,22 +133,31 @@ class CountedPoll:
 class Standing:
     """A tunnel in a loop; `client` and `remote` are the far ends."""
 
-    def __init__(self, loop, early=b"", buffers=0, before=None, **limits):
+    def __init__(self, loop, early=b"", buffers=0, before=None, first=False, **limits):
         self.client, self.near_client = tcp_pair(buffers)
         self.remote, self.near_remote = tcp_pair(buffers)
         self.over = threading.Event()
         if before:
             before(self)
         self.tunnel = Tunnel(self.near_client, self.near_remote, early, session=self, **limits)
-        if loop_module.MANY and busy.FIRST_TURNS < 100:
-            try:
-                loop.relay(self.tunnel)
-            except OSError:
-                for sock in (self.client, self.near_client, self.remote, self.near_remote):
-                    sock.close()
-                raise
-        else:                           # the calling thread relays it to its end
-            threading.Thread(target=loop.relay, args=(self.tunnel,), daemon=True).start()
+        if first and not early:
+            threading.Thread(target=self.bring, args=(loop,), daemon=True).start()
+            return
+        try:
+            loop.relay(self.tunnel)
+        except OSError:
+            for sock in (self.client, self.near_client, self.remote, self.near_remote):
+                sock.close()
+            raise
+
+    def bring(self, loop):
+        """As a handler does."""
+        first = First(self.near_client, self.near_remote)
+        first.relay()
+        first.go_on(self.tunnel)
+        if first.over:
+            self.tunnel.ended = True
+        loop.relay(self.tunnel)
 
     def echo(self, data=b"x"):
         for one, other in ((self.client, self.remote), (self.remote, self.client)):
@@ -215,11 +225,6 @@ class LoopTest(unittest.TestCase):
         standing = Standing(self.loop, *args, **kwargs)
         self.standing.append(standing)
         return standing
-
-    def beside_another(self):
-        """The loop has a tunnel: the next one is handed over at once."""
-        other = self.tunnel()
-        wait_until(lambda: other.tunnel in self.loop._tunnels, "handed over when it is quiet")
 
     def assert_calm(self):
         """No thread spins when nothing more moves: one that does has thousands of turns in each of these times."""
@@ -434,73 +439,10 @@ class PollDriverTest(EveryDriver, LoopTest):
 
 
 class FirstMomentsTest(EveryDriver, LoopTest):
-    """In the thread that brings it, as if a tunnel had no later ones."""
+    """In the thread that brings it, and then by the loop."""
 
-    settings = (("SWEEP_S", 0.05), ("FIRST_MS", 200), ("FIRST_TURNS", 1 << 30), ("new_poll", CountedPoll))
-
-    def setUp(self):
-        super().setUp()
-        self.stack.enter_context(mock.patch.object(splice, "available", False))
-
-    def test_a_short_connection_is_never_registered(self):
-        with mock.patch.object(self.loop._poller, "register") as register, mock.patch.object(busy, "FIRST_MS", 60000):
-            standing = self.tunnel()
-            standing.echo()
-            standing.client.close()
-            standing.remote.close()
-            self.assertEqual(standing.ended(), ("client", ""))
-        register.assert_not_called()
-
-    def test_beside_others_it_is_handed_over_at_once(self):
-        self.beside_another()
-        with mock.patch.object(busy, "FIRST_MS", 2000 * PATIENCE_S):
-            second = self.tunnel()
-            wait_until(lambda: second.tunnel in self.loop._tunnels, "handed over")
-        second.echo()
-
-    def test_beside_one_in_its_first_moments_too(self):
-        with mock.patch.object(busy, "FIRST_MS", 2000 * PATIENCE_S):
-            first = self.tunnel()
-            wait_until(lambda: first.tunnel in self.loop._brought, "in the thread that brings it")
-            second = self.tunnel()
-            wait_until(lambda: second.tunnel in self.loop._tunnels, "handed over")
-        self.assertNotIn(first.tunnel, self.loop._tunnels)
-        second.echo()
-
-    def test_a_change_reaches_it(self):
-        standing, changed = self.tunnel(), []
-        wait_until(lambda: standing.tunnel.lent, "its first moments")
-        self.loop.change_all(changed.append)
-        wait_until(lambda: changed == [standing.tunnel], "the change when the loop has it")
-
-    def test_stop_waits_until_its_thread_has_closed_it(self):
-        closing, go_on, ended = threading.Event(), threading.Event(), self.loop._ended
-        self.loop._ended = lambda tunnel: (closing.set(), go_on.wait(PATIENCE_S), ended(tunnel))
-        standing = self.tunnel()
-        standing.client.close()
-        standing.remote.close()
-        self.assertTrue(closing.wait(PATIENCE_S))
-        stop = threading.Thread(target=self.loop.stop, args=("server stopped",), daemon=True)
-        stop.start()
-        stop.join(0.2)
-        self.assertTrue(stop.is_alive())
-        go_on.set()
-        stop.join(PATIENCE_S)
-        self.assertEqual((stop.is_alive(), self.ends[standing.tunnel]), (False, 1))
-
-    def test_it_is_not_closed_while_another_thread_aborts_it(self):
-        """Or that thread might shut down a descriptor that was used again."""
-        reached = threading.Event()
-
-        def first(tunnel):
-            tunnel.aborted = "enough"
-            tunnel.end("enough")
-            reached.set()
-        with mock.patch.object(loop_module, "relay_first", first), self.loop._gate:
-            standing = self.tunnel()
-            self.assertTrue(reached.wait(PATIENCE_S))
-            self.assertFalse(standing.over.wait(0.1))
-        self.assertEqual(standing.ended(), ("enough", ""))
+    def tunnel(self, *args, **kwargs):
+        return super().tunnel(*args, first=True, **kwargs)
 
 
 class ThreadDriver(EveryDriver):
@@ -726,7 +668,6 @@ class TrapTest(LoopTest):
 
     def test_registered_before_published(self):
         """An event that comes between the two is not lost, and not taken for another tunnel's."""
-        self.beside_another()
         old = self.loop._poller.register
         standing = None
 
@@ -753,7 +694,6 @@ class TrapTest(LoopTest):
     @IN_LOOP
     def test_what_is_not_published_yet_is_waited_for(self):
         """Or poll() would report it again and again, and the thread that is to publish it would get no turn."""
-        self.beside_another()
         self.stack.enter_context(mock.patch.object(loop_module, "SWEEP_S", 60))     # a sweep waits for that thread, too
         wait_until(lambda: self.loop._sweep_at > time.monotonic() + 1, "the last sweep")
         old, pause, seen = self.loop._poller.register, threading.Event(), []

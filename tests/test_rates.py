@@ -19,6 +19,7 @@ from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.messages import Reply
 from socks5.relay import splice
 from socks5.relay.limited import limits_of
+from socks5.relay.tunnel import Tunnel
 from socks5.values import rate, upstream
 from tests import realm, support
 from tests.support import (
@@ -30,6 +31,10 @@ TIMES = 8
 BAR = 0.15
 ALICE, BOB = (b"alice", b"secret"), (b"bob", b"secret")
 USERS = (("alice", "secret"), ("bob", "secret"))
+
+
+def limited(session):
+    return isinstance(session.relay, Tunnel) and session.relay.up.gate is not None
 
 
 def pour(connection):
@@ -166,7 +171,7 @@ class Streams(Rated):
                     rules.write_text("allow rate 2M\n")
                     self.assertTrue(server.reload())
                     session, = server.sessions
-                    wait_until(lambda: session.relay and session.relay.up.gate, "the rate holds")
+                    wait_until(lambda: limited(session), "the rate holds")
                     sock.sendall(b"ping")
                     self.assertEqual(reader_of(peer)(4), b"ping")
                     peer.sendall(b"pong")
@@ -286,7 +291,7 @@ class Reload(Rated):
 
         with target() as to, running(rules=str(rules), server_class=Reloading) as server:
             self.tunnels(server.server_address, to, 1)
-            wait_until(lambda: any(session.relay and session.relay.up.gate for session in server.sessions))
+            wait_until(lambda: [session for session in server.sessions if limited(session)])
 
     def test_sighup_reads_the_rates_in_the_ini_file(self):
         support.need(self, hasattr(signal, "SIGHUP"), "SIGHUP")

@@ -9,6 +9,7 @@ import unittest
 from socks5 import client, log
 from socks5.protocol.codes import Cmd
 from socks5.protocol.messages import Greeting
+from socks5.relay.tunnel import Tunnel
 from tests.support import (ask, connect_through, dial, echoes, greeted, logging_of, need, read_to_end, running, spawned,
                            target, udp_socket, wait_until)
 
@@ -96,7 +97,7 @@ class Lines(unittest.TestCase):
     def test_idle_is_since_the_last_byte(self):
         with running() as server, target() as echo, connect_through(server.server_address, *echo) as sock:
             session, = server.sessions
-            wait_until(lambda: session.relay)
+            wait_until(lambda: isinstance(session.relay, Tunnel))
             now = session.relay.moved_at
             self.assertEqual(session.idle_s(now + 5), 5)
             self.assertTrue(echoes(sock))

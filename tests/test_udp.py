@@ -955,8 +955,7 @@ class InTheLoop(unittest.TestCase):
                 pairs[2 * number].send(b"is never read")
                 loop.relay(Endless(number, pairs[2 * number + 1]))
             tunnel = Tunnel(pairs[7], pairs[8])
-            with patch("socks5.relay.busy.FIRST_TURNS", 0):
-                loop.relay(tunnel)
+            loop.relay(tunnel)
             pairs[6].settimeout(PATIENCE_S)
             pairs[9].settimeout(PATIENCE_S)
             wait_until(lambda: len(turns) >= 30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any, List, Sequence
 
@@ -22,7 +23,6 @@ TRIES = 10                              # for a port that is free on every addre
 # Of both sockets of a tunnel. Urgent data (MSG_OOB) stays in line: recv() stops in front of it, nothing overtakes it.
 OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
     (socket.SOL_SOCKET, socket.SO_OOBINLINE),
 )
 
@@ -49,9 +49,21 @@ def tune(sock: socket.socket) -> None:
         sock.setsockopt(level, name, 1)
 
 
+def keep_alive(sock: socket.socket) -> None:
+    """Have the system find out when the other end has vanished. For a connection that lasts."""
+    with suppress(OSError):                         # it is dead already
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def tune_accepted(sock: socket.socket) -> None:
+    """Both of these, for the connection of a client. Raises OSError."""
+    tune(sock)
+    keep_alive(sock)
+
+
 def tune_listener(listener: socket.socket) -> None:
     """The same of a listener: on Linux what is accepted inherits it, three system calls less. Raises OSError."""
-    tune(listener)
+    tune_accepted(listener)
     if hasattr(socket, "TCP_DEFER_ACCEPT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, DEFER_ACCEPT_S)
 

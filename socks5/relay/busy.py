@@ -1,9 +1,8 @@
-"""Relay one tunnel in the calling thread, which waits for its sockets alone.
+"""Relay one connection in the calling thread, which waits for its sockets alone.
 
-`relay_first` is for the first moments of a tunnel while there is no other, in the thread that has served its client
-until then: most connections are short, and to hand one over costs as much as to relay a few bytes. `relay_busy` is for
-a tunnel with much to move, in a thread of its own: it sends the bytes through kernel pipes (splice.py). Where there is
-only select(), all tunnels are relayed so, and UDP associations by `relay_bursts`.
+`First` is for its first moments, in the thread that has served the client until then. `relay_busy` is for a tunnel with
+much to move, in a thread of its own: it sends the bytes through kernel pipes (splice.py). Where there is only select(),
+all tunnels are relayed so, and UDP associations by `relay_bursts`.
 
 A busy tunnel moves much at a time, which takes the least CPU; but what wakes up meanwhile on the same CPU waits for
 milliseconds. So while relay loops have work (splice.loops_work), it moves less at a time and yields the CPU after each
@@ -11,6 +10,9 @@ turn. Measured beside four such tunnels, on two CPUs: of another tunnel's round 
 """
 from __future__ import annotations
 
+import select
+import socket
+from contextlib import suppress
 from time import monotonic
 from typing import Any, Callable, Iterator, Optional, Tuple
 
@@ -18,14 +20,105 @@ from ..net.affinity import yield_cpu
 from ..net.poller import READ, new_poll
 from ..net.wakeup import Wakeup
 from .limited import pause
+from .pipe import DONTWAIT, Broken
 from .relay import Relay, rewatch
 from .splice import loops_work
-from .tunnel import Tunnel
+from .tunnel import INCOMING, READS, Tunnel
 
-FIRST_MS = 5                        # how long a tunnel that has just been made is waited for at a time,
+FIRST_MS = 5                        # how long the first moments wait at a time,
 FIRST_TURNS = 16                    # and how often
+FIRST_BYTES = 1 << 14               # one read of them; when it is full, there is much to move
+FIRST_AVAILABLE = DONTWAIT and hasattr(select, "poll")
 QUIET_S = 0.5                       # how often a busy tunnel is looked at:
 QUIET_BYTES = 256 * 1024            # if it moved less in that time, it is quiet again and gives its kernel pipes back
+
+
+class First:
+    """The first moments of a connection, relayed by a loop in its plain form. To be read before tunnel.py.
+
+    Read what is ready on one socket, write it to the other, pass EOF on, and end when both sides have said EOF. Most
+    connections are short: the thread that has served the client relays so itself, unless many do, for half of what a
+    Tunnel and its hand-over to the relay loop cost. What takes longer, or is not plain (much to move, a sink that takes
+    no more, urgent data, an error), is left to a Tunnel, which goes on where this has stopped.
+
+    up, down    bytes from client to remote and from remote to client
+    ended_by    "client" or "remote", which said EOF first; or ""
+    over        both have said EOF
+    source      the socket of which `held` was read, and not yet written to the other
+    broken      the error that ends it
+    """
+
+    __slots__ = ("client", "remote", "up", "down", "ended_by", "over", "source", "held", "broken")
+
+    def __init__(self, client: Any, remote: Any) -> None:
+        self.client = client
+        self.remote = remote
+        self.up = 0
+        self.down = 0
+        self.ended_by = ""
+        self.over = False
+        self.source: Optional[socket.socket] = None
+        self.held = b""
+        self.broken: Optional[Broken] = None
+
+    def relay(self) -> None:
+        """Return when it is over, or when a Tunnel is to go on."""
+        client, remote, poll = self.client, self.remote, new_poll()
+        of_client = client.fileno()
+        poll.register(of_client, INCOMING)
+        poll.register(remote.fileno(), INCOMING)
+        for _ in range(FIRST_TURNS):
+            ready = poll.poll(FIRST_MS)
+            if not ready:
+                return
+            for fd, events in ready:
+                if events not in READS:
+                    return
+                source, sink = (client, remote) if fd == of_client else (remote, client)
+                try:
+                    data = source.recv(FIRST_BYTES, DONTWAIT)
+                except BlockingIOError:
+                    continue
+                except OSError as exc:
+                    self.broken = Broken(source, exc)
+                    return
+                if not data:
+                    if self.ended_by:
+                        self.over = True
+                        return
+                    self.ended_by = "client" if source is client else "remote"
+                    with suppress(OSError):             # the sink is dead, and will say so
+                        sink.shutdown(socket.SHUT_WR)
+                    poll.unregister(fd)
+                    continue
+                try:
+                    sent = sink.send(data, DONTWAIT)
+                except BlockingIOError:
+                    sent = 0
+                except OSError as exc:
+                    self.broken = Broken(sink, exc)
+                    return
+                if source is client:
+                    self.up += sent
+                else:
+                    self.down += sent
+                if sent < len(data):
+                    self.source, self.held = source, data[sent:]
+                    return
+                if sent == FIRST_BYTES:
+                    return
+
+    def go_on(self, tunnel: Tunnel) -> None:
+        """Have a new Tunnel go on where this has stopped."""
+        for pipe, total, side in zip(tunnel.pipes(), (self.up, self.down), ("client", "remote")):
+            pipe.total = total
+            if side == self.ended_by:
+                pipe.done, pipe.small = True, False
+            elif pipe.source is self.source:
+                pipe.chunk, pipe.held, pipe.small = self.held, len(self.held), False
+        tunnel.ended_by = self.ended_by
+        if self.broken:
+            tunnel.fail(self.broken)
 
 
 def turns(relay: Relay, most_s: float, wakeup: Optional[Wakeup] = None) -> Iterator[Optional[bool]]:
@@ -64,33 +157,6 @@ def turns(relay: Relay, most_s: float, wakeup: Optional[Wakeup] = None) -> Itera
                 if relay.ended:
                     return
         yield look if ready else None
-
-
-def relay_first(tunnel: Tunnel) -> None:
-    """Relay until the tunnel has ended, is aborted, quiet or busy, or has had its turns.
-
-    What a rate limit holds back, or another thread wants changed, is for the loop: such a tunnel is quiet soon. So is
-    one with a side that is closed both ways. It does not use turns(), which asks for all that on each turn."""
-    poll, client, remote = new_poll(), tunnel.fd, tunnel.remote.fileno()
-    now, look = tunnel.moved_at, True                   # the clock is not read again for so short a time
-    for _ in range(FIRST_TURNS):
-        if look:
-            if tunnel.hung_up:
-                return
-            of_client, of_remote = tunnel.interest()
-            poll.register(client, of_client)            # the second time, these events take the place of the first
-            poll.register(remote, of_remote)
-            look = False
-        ready = poll.poll(FIRST_MS)
-        if not ready:
-            return
-        for fd, events in ready:
-            if tunnel.handle(fd, events, now):
-                look = True
-                if tunnel.ended:
-                    return
-        if look and tunnel.busy():
-            return
 
 
 def relay_busy(tunnel: Relay, until_quiet: bool = False) -> None:

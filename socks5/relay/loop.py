@@ -4,9 +4,8 @@ silent newcomers.
 An event loop in the classic form: wait for events, let each tunnel move its bytes, then close what has ended. An idle
 tunnel is two descriptors and a few small objects: no thread, no buffer, no timer of its own. A tunnel that turns busy
 is lent to a thread of its own, which waits for its two sockets alone and sends the bytes through a kernel pipe; when it
-is quiet again the loop takes it back. A tunnel that comes while there is no other is relayed for its first moments in
-the thread that brings it; where there is only select(), each one is, to its end. A UDP association is a Relay as a
-tunnel is, but never busy, and its turns come when tunnels have had theirs: see Relay.
+is quiet again the loop takes it back. Where there is only select(), each tunnel has such a thread to its end. A UDP
+association is a Relay as a tunnel is, but never busy, and its turns come when tunnels have had theirs: see Relay.
 
 Any thread may call `relay`, `watch`, `call_soon` and `stop`, in a forked child only the last of them; everything else
 runs in the loop's thread, which alone closes sockets that it has registered. So no event can name a descriptor that was
@@ -29,7 +28,7 @@ from ..net.poller import BATCH, READ
 from ..net.shares import Share
 from ..protocol.memory import give_back, persist
 from . import splice
-from .busy import QUIET_S, borrow, give_up, relay_bursts, relay_busy, relay_first
+from .busy import QUIET_S, borrow, give_up, relay_bursts, relay_busy
 from .limited import Timers, read_on
 from .pipe import DONTWAIT
 from .relay import Relay
@@ -43,8 +42,8 @@ MANY = hasattr(select, "poll")      # whether one thread can wait for thousands 
 
 
 class Loop:
-    """`ended(tunnel)` is called once for every tunnel when it is over, in the loop's thread or in that of relay(): then
-    close it. Where it says "tunnel" here, any Relay is meant.
+    """`ended(tunnel)` is called once for every tunnel when it is over, in the loop's thread; in that of relay() if it
+    has ended before. Then close it. Where it says "tunnel" here, any Relay is meant.
 
     `failed()` is called inside of an except block, for an exception that cost a tunnel its life: a bug of ours.
     """
@@ -61,8 +60,7 @@ class Loop:
         self._timers = Timers()                                 # of directions that a rate limit holds back
         self._lent = 0                                          # to threads of their own
         self._threads = Share(MAX_LENT)                         # for busy tunnels
-        self._brought: Set[Relay] = set()                       # still in the threads that brought them
-        self._gate = threading.Lock()                           # held while a tunnel leaves such a thread
+        self._gate = threading.Lock()                           # held while a tunnel comes
         self._stopping = ""                                     # why, once it is to stop: nothing comes in then
         self._sweep_at = 0.0
         self.process = os.getpid()                              # of its thread; a forked child needs a loop of its own
@@ -77,55 +75,33 @@ class Loop:
         self._thread.start()
 
     def __len__(self) -> int:
-        return len(self._tunnels) + len(self._brought)
+        return len(self._tunnels)
 
     # ---- for any thread -------------------------------------------------------------------------------------------
 
     def relay(self, tunnel: Relay) -> None:
-        """Relay the first moments of a tunnel that is alone, and have the loop go on with it. The sockets are the
-        loop's from here on; they have no timeout, for which Python would wait in spite of MSG_DONTWAIT. Raises OSError,
-        and has not taken them, when that cannot be."""
-        tunnel.moved_at, tunnel.lent = monotonic(), True
-        self._brought.add(tunnel)                   # first, or stop() might not see it
-        if self._stopping:
-            with self._gate:                        # the loop's thread may be at its sockets
-                self._brought.discard(tunnel)
-            self._bell.ring()
-            self._check_open()
+        """Relay a tunnel to its end. The sockets are the loop's from here on; they have no timeout, for which Python
+        would wait in spite of MSG_DONTWAIT. Raises OSError, and has not taken them, when that cannot be."""
         if not DONTWAIT:
             for sock in tunnel.sockets():
                 sock.setblocking(False)
-        if not MANY:
-            borrow(tunnel, relay_bursts if tunnel.bursts else relay_busy, self._failed)
-        elif tunnel.bursts:
+        if tunnel.bursts:
             tunnel.woken_by(self._wake)
-        elif not self._tunnels and len(self._brought) == 1:     # or several threads would fight for the GIL
-            try:
-                relay_first(tunnel)                 # type: ignore[arg-type]    # a Tunnel has no bursts
-            except Exception as exc:
-                give_up(tunnel, exc, self._failed)
-        if tunnel.ended or not self._taken_over(tunnel):
-            if tunnel.aborted:
-                with self._gate:                    # the loop's thread may be at its sockets
-                    pass
-            self._close_tunnel(tunnel)
-            self._brought.discard(tunnel)           # only now: stop() must not return before
-            if self._stopping:
-                self._bell.ring()                   # the loop waits for this thread
-
-    def _taken_over(self, tunnel: Relay) -> bool:
-        """Whether the loop goes on with a tunnel after its first moments; if not, it has ended here."""
         with self._gate:
-            if tunnel.aborted:
-                tunnel.end(tunnel.aborted)
-                return False
-            tunnel.lent = False                     # before it is registered: the loop may lend or close it at once
+            self._check_open()
             tunnel.moved_at = monotonic()
-            if self._register(tunnel):
-                self._brought.discard(tunnel)
-                return True
-            self._tunnels.discard(tunnel)
-            return False
+            over = tunnel.ended or not self._take(tunnel)
+        if over:
+            self._close_tunnel(tunnel)
+
+    def _take(self, tunnel: Relay) -> bool:
+        """Whether the loop has it now, and may have ended it already; or else it has ended here."""
+        if MANY:
+            return self._register(tunnel)
+        tunnel.lent = True
+        self._tunnels.add(tunnel)
+        self.call_soon(partial(self._lend, tunnel))
+        return True
 
     def _check_open(self) -> None:
         if self._stopping:
@@ -166,7 +142,6 @@ class Loop:
             if self._thread is not threading.current_thread():
                 self._thread.join()
         else:                                       # it never ran, or this is the second call
-            self._calls.clear()
             self._end_all()
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -185,7 +160,7 @@ class Loop:
         with self._gate:
             self._stopping = self._stopping or "the relay loop failed"
         self._abort_each(self._stopping)
-        while self._lent or self._brought:          # after a failure only: _serve() waits for them
+        while any(tunnel.lent for tunnel in self._tunnels):     # after a failure only: _serve() waits for them
             self._run_calls()
             sleep(QUIET_S / 10)
         self._close_ended()
@@ -199,7 +174,7 @@ class Loop:
     def _serve(self) -> None:
         poll, watched, paused, bursts = self._poller.poll, self._watched, self._timers.heap, self._registered.ready
         subject, calls, worked_at, note_at = None, self._calls, splice.worked_at, 0.0
-        while not self._stopping or self._lent or self._brought or calls:
+        while not self._stopping or self._lent or calls:
             wait_s = 0.0 if bursts else self._timers.wait_s(SWEEP_S) if paused else SWEEP_S
             ready = poll(wait_s, BATCH)
             now = monotonic()
@@ -314,7 +289,7 @@ class Loop:
 
     def _change_each(self, change: Callable[[Any], None]) -> None:
         with self._gate:
-            for tunnel in (*self._tunnels, *self._brought):
+            for tunnel in self._tunnels:
                 tunnel.change = change              # the thread of a lent tunnel sees it soon
                 self._calls.append(partial(self._change, tunnel))
 
@@ -335,12 +310,12 @@ class Loop:
 
     def _abort_each(self, why: str) -> None:
         with self._gate:                            # a lent tunnel must not be closed meanwhile
-            for tunnel in (*self._tunnels, *self._brought):
+            for tunnel in self._tunnels:
                 self._abort(tunnel, why)
 
     def _abort(self, tunnel: Relay, why: str) -> None:
         if tunnel.lent:
-            tunnel.aborted = why                    # first: who ends it looks at that, and then waits for the gate
+            tunnel.aborted = why                    # first: its thread takes EOF for the client's else
         if tunnel.ended:
             return
         if tunnel.lent:                             # its thread is woken, and sees it
@@ -359,6 +334,7 @@ class Loop:
             self._tunnels.add(tunnel)
             self._registered.renew(tunnel)
         except Exception as exc:                    # nothing more can be registered, or memory has run out
+            self._tunnels.discard(tunnel)
             give_up(tunnel, exc, self._failed)
             return False
         if tunnel.change or tunnel.paused():
@@ -379,7 +355,7 @@ class Loop:
     def _relay_busy(self, tunnel: Relay) -> None:
         """The thread of a busy tunnel."""
         affinity.unpin()
-        borrow(tunnel, partial(relay_busy, until_quiet=True), self._failed)
+        borrow(tunnel, relay_bursts if tunnel.bursts else partial(relay_busy, until_quiet=MANY), self._failed)
         self.call_soon(lambda: self._take_back(tunnel))
 
     def _take_back(self, tunnel: Relay) -> None:

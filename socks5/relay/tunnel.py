@@ -109,7 +109,7 @@ class Tunnel(Relay):
                 return self._look_at_failure(mine, events)
             return look
         except Broken as exc:
-            self._fail(exc)
+            self.fail(exc)
             return True
 
     def busy(self) -> bool:
@@ -157,6 +157,14 @@ class Tunnel(Relay):
         reset_on_close(self.client)
         reset_on_close(self.remote)
 
+    def fail(self, broken: Broken) -> None:
+        """End it because a side has failed: the other one is reset."""
+        side, other = ("client", self.remote) if broken.sock is self.client else ("remote", self.client)
+        self.ended = True
+        self.ended_by = self.ended_by or side
+        self.why = "%s: %s" % (side, broken.error.strerror or broken.error)
+        reset_on_close(other)
+
     def close(self) -> None:
         up, down = self.up, self.down
         if up.held or down.held or up.kernel or down.kernel or up.gate or down.gate:
@@ -192,13 +200,3 @@ class Tunnel(Relay):
         if events & HANG_UP:
             self.hung_up |= side
         return True
-
-    def _fail(self, broken: Broken) -> None:
-        side = self._name_of(broken.sock)
-        self.ended = True
-        self.ended_by = self.ended_by or side
-        self.why = "%s: %s" % (side, broken.error.strerror or broken.error)
-        reset_on_close(self.client if side == "remote" else self.remote)
-
-    def _name_of(self, sock: socket.socket) -> str:
-        return "client" if sock is self.client else "remote"

@@ -27,7 +27,7 @@ from ..commands.upstream import Chain, Links
 from ..config import Config
 from ..values import Upstream
 from ..net.addresses import IP, Endpoint, ip_in, ip_of, leaving
-from ..net.listeners import tune
+from ..net.listeners import keep_alive, tune
 from ..net.lookups import Names
 from ..net.shares import Ports
 from ..protocol.codes import Cmd, Method, Rep
@@ -40,17 +40,20 @@ from ..protocol.messages import (
     Selection, pack_reply)
 from ..protocol.proxy import begins
 from ..protocol.trace import M, Sent
+from ..relay.busy import FIRST_AVAILABLE, First
 from ..relay.loop import Loop
+from ..relay.pipe import reset_on_close
 from ..relay.protected import ProtectedTunnel
 from ..relay.relay import Relay
 from ..relay.tunnel import Tunnel
 from .counters import Meter
 from .inbox import Inbox, InboxFile, LoginWait, Outbox, linger
 from .principal import by_gssapi
-from .session import Session
+from .session import FIRST, Session
 from .sessions import HEAVIEST, Full, Sessions
 
 log = logging.getLogger(__name__)
+FEW_NEGOTIATING = 1         # clients at a time, beside those whose connections are relayed
 GREETS = bytes([VER])       # how a client begins that speaks SOCKS5
 SUCCEEDED = Rep.SUCCEEDED   # to look up a member of an enum takes longer
 
@@ -303,21 +306,46 @@ class Handler(StreamRequestHandler):
         self.hand_over(association)
 
     def relay(self, remote: socket.socket) -> None:
-        """Hand the tunnel over to the relay loop, which owns both sockets from here on. What the client sent behind its
-        request goes first."""
-        server, session, dialogue = self.server, self.session, self.dialogue
-        config, rates = server.config, server.rates
-        tunnel = Tunnel(self.connection, remote, self.inbox.rest(), config.idle_timeout, config.half_closed_timeout,
-                        session, session.origin)
-        if self.envelope or dialogue and dialogue.envelope:
+        """Relay the first moments, if that is simple: most connections are over then. Hand the others over to the relay
+        loop, which owns both sockets from there on. What the client sent behind its request goes first."""
+        server, session, dialogue, client = self.server, self.session, self.dialogue, self.connection
+        config, rates, early, first = server.config, server.rates, self.inbox.rest(), None
+        protected = self.envelope or dialogue and dialogue.envelope
+        if not (early or protected or rates.on or client.gettimeout()):
+            first = self.relay_first(remote)
+            if first and first.over:
+                session.up, session.down, session.ended_by = first.up, first.down, session.ended_by or first.ended_by
+                remote.close()
+                return
+        keep_alive(remote)
+        tunnel = Tunnel(client, remote, early, config.idle_timeout, config.half_closed_timeout, session,
+                        session.origin)
+        if protected:
             theirs, held = (dialogue.envelope, dialogue.held) if dialogue else (None, b"")
             tunnel = ProtectedTunnel(tunnel, self.envelope, theirs, held)
+        if first:
+            first.go_on(tunnel)
+            if session.ended_by:                                # set by another thread: the server stops
+                tunnel.end(session.ended_by)
         rules = rates.rules
         if rates.on:
             rates.apply(tunnel)
         self.hand_over(tunnel)
         if rates.rules is not rules:                            # a reload came between the two, and missed this tunnel
             server.relay_loop().change_all(rates.apply)
+
+    def relay_first(self, remote: socket.socket) -> Optional[First]:
+        """None in a crowd, where so many threads would fight for the GIL."""
+        if not FIRST_AVAILABLE or len(self.server.sessions.negotiating) > FEW_NEGOTIATING:
+            return None
+        self.session.relay, first = FIRST, First(self.connection, remote)
+        try:
+            first.relay()
+        except BaseException:                                   # what has been relayed is not all
+            reset_on_close(self.connection)
+            reset_on_close(remote)
+            raise
+        return first
 
     def hand_over(self, relay: Relay) -> None:
         """Have the relay loop relay it. Raises OSError, and it is still ours, when that cannot be."""

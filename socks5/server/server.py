@@ -34,7 +34,7 @@ from . import acceptors, tracing
 from .counters import Counts, Meter, Shared
 from .handler import Handler, method_table
 from .newcomers import COMPLAIN_EVERY_S, REFUSED, Newcomers
-from .session import Session, Table, tell
+from .session import FIRST, Session, Table, tell
 from .sessions import UNKNOWN, Full, Sessions, Teller
 
 log = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ class Server(Newcomers):
             raise exc from None
         if not listener:                                        # or it has inherited all this
             request.setblocking(True)
-            net_listeners.tune(request)
+            net_listeners.tune_accepted(request)
         return request, client_address
 
     def _complain_of_accept(self, errno_name: str) -> None:
@@ -283,7 +283,7 @@ class Server(Newcomers):
             return
         if self.waits_silently(session, client_address):
             return
-        if self._acceptors.here.listener:
+        if self._acceptors.serving:
             self.process_request_thread(request, client_address)
         else:
             super().process_request(request, client_address)
@@ -330,10 +330,10 @@ class Server(Newcomers):
             self.relay_loop().relay(tunnel)
         except BaseException:
             session.relay = None
+            tunnel.end("server")                                # resets both sides: what has been relayed is not all
             raise
 
     def _tunnel_ended(self, tunnel: Relay) -> None:
-        """In the relay loop's thread, or in its handler's."""
         session: Session = tunnel.session
         self.meter.relayed(session, tunnel)
         tunnel.close()
@@ -343,10 +343,10 @@ class Server(Newcomers):
     def shutdown_request(self, request: Any) -> None:
         """The handler has ended, or there was none."""
         session = self.sessions.get(request)
-        if not session:
-            if request.fileno() >= 0:                           # else the session is over, and has closed it
-                self.close_request(request)
-        elif not session.relay:
+        if not session and request.fileno() >= 0:               # else the session is over, and has closed it
+            self.close_request(request)
+        elif session and session.relay in (None, FIRST):
+            session.relay = None
             self.end_session(session)
 
     def close_request(self, request: Any) -> None:

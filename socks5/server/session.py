@@ -20,6 +20,7 @@ from ..relay.relay import Relay
 from .inbox import Record
 
 log = logging.getLogger(__name__)
+FIRST = Relay()             # of a session whose first moments are relayed by its handler: there is nothing to ask
 
 LIVE = ("live id=%(id)d client=%(client)s user=%(user)s cmd=%(cmd)s dst=%(dst)s state=%(state)s age=%(age).1f "
         "idle=%(idle)s up=%(up)d down=%(down)d rate=%(rate)d")
@@ -32,7 +33,7 @@ class Session:
     origin      what shares one limit: an IPv4 address, an IPv6 /64
     reached     the address that answered (CONNECT; the upstream's, if there is one) or called (BIND)
     rep         the name of the last reply's REP
-    relay       its tunnel or association, as long as there is one
+    relay       its tunnel or association, as long as there is one; or FIRST
     up, down    bytes from the client and to it, once the session is over; `moved` knows them before
     ended_by    "client", "remote", or the reason why we ended it; `why` is the error behind it
     notes       what is to be added to `why`

@@ -18,7 +18,7 @@ from typing import Callable, Dict, Iterator, Optional
 from ..net.addresses import Endpoint
 from ..net.shares import Tally, fits, kept
 from .counters import Counts, Shared, UserCounts
-from .session import Session
+from .session import FIRST, Session
 
 log = logging.getLogger(__name__)
 
@@ -252,10 +252,13 @@ class Sessions:
             self._closed = True
 
     def abort(self, why: str) -> None:
-        """End every session that has no tunnel or association; the relay loop ends the others."""
+        """End every session that has no tunnel or association; the relay loop ends the others. What is in its first
+        moments ends after these."""
         with self._lock:
             for session in list(self._live.values()):       # remove() takes no lock
-                if not session.relay:
+                if session.relay is FIRST:
+                    session.ended_by = why
+                elif not session.relay:
                     self._shut(session, why)
 
     def wait_empty(self, timeout_s: float, hurry: threading.Event) -> bool:
