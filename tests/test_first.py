@@ -221,6 +221,17 @@ class HandlerTest(unittest.TestCase):
             wait_until(lambda: not len(server.sessions), "the session is over")
         self.assertEqual(ends, ("reset", "reset"))
 
+    def test_no_memory_for_a_tunnel_resets_both_sides(self):
+        with mock.patch.object(busy, "FIRST_MS", 200), running() as server, \
+                mock.patch.object(handler_module, "Tunnel", side_effect=MemoryError), \
+                socket.create_server(("127.0.0.1", 0)) as listener:
+            sock = support.connect_through(server.server_address, *listener.getsockname())
+            with sock, listener.accept()[0] as remote:
+                remote.sendall(b"half of it")
+                self.assertEqual(read_exactly(sock, 10), b"half of it")
+                self.assertEqual((fate(sock), fate(remote)), ("reset", "reset"))
+            wait_until(lambda: not len(server.sessions), "the session is over")
+
     def test_a_server_that_stops_resets_both_sides(self):
         """Or what has come of a download would look like all of it."""
         with mock.patch.object(busy, "FIRST_MS", 200), running() as server, \
@@ -241,9 +252,11 @@ class HandlerTest(unittest.TestCase):
             with sock, listener.accept()[0] as remote:
                 remote.sendall(b"half of it")
                 self.assertEqual(read_exactly(sock, 10), b"half of it")
+                session, = server.sessions
                 server.relay_loop().stop("the loop is gone")
                 self.assertEqual((fate(sock), fate(remote)), ("reset", "reset"))
             wait_until(lambda: not len(server.sessions), "the session is over")
+            self.assertEqual((session.up, session.down), (0, 10))
 
 
 if __name__ == "__main__":

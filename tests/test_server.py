@@ -252,6 +252,15 @@ class RunningOut(support.Case):
             for _ in range(5):
                 self.assertTrue(echoes(stack.enter_context(connect_through(("127.0.0.1", server.port), *destination))))
 
+    def test_where_there_are_no_acceptors(self):
+        """As outside of Linux: serve_forever accepts, and each client has a thread, also beside a slow one."""
+        with mock.patch.object(acceptors, "available", False), crowd_echo() as destination, running() as server, \
+                dial(server.server_address) as slow:
+            slow.sendall(NO_LOGIN[:1])
+            wait_until(lambda: len(server.sessions) == 1, "it is accepted")
+            with connect_through(server.server_address, *destination) as tunnel:
+                self.assertTrue(echoes(tunnel))
+
     @unittest.skipUnless(acceptors.available, "no acceptors here")
     def test_without_a_thread_to_accept_with(self):
         """At the start it is the end, and the command says why in a line. Later it is told, and tried again."""

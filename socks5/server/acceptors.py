@@ -51,9 +51,9 @@ class Acceptors:
         self._wakeup: Optional[Wakeup] = None               # of those that wait for a shared listener
 
     def serve(self, listeners: Sequence[socket.socket]) -> None:
-        """Raises NoThread."""
+        """Raises NoThread. Without listeners another thread accepts, and must not serve: `serving` stays false."""
         with self._lock:
-            self.serving = True
+            self.serving = bool(listeners)
             for listener in listeners:
                 self._waiting.setdefault(listener, deque())
                 if isinstance(listener, SharedListener):
@@ -100,7 +100,7 @@ class Acceptors:
         while self.serving:
             if poll:
                 poll()
-                if not self.serving:                       # what has come since then is the next server's
+                if not self.serving:                        # what has come since then is the next server's
                     break
             try:
                 self._accept_one(listener)

@@ -142,6 +142,9 @@ class Handler(StreamRequestHandler):
                     COMMANDS[cmd](self, dst)                    # §4 CONNECT | BIND | UDP ASSOCIATE
                 except BaseException:
                     if self.opened is not None:
+                        if session.relay is FIRST:              # what has been relayed is not all
+                            reset_on_close(self.connection)
+                            reset_on_close(self.opened)
                         self.opened.close()
                     raise
             except RequestRefused as exc:                       # §6: the answer, then close within 10 s
@@ -339,12 +342,7 @@ class Handler(StreamRequestHandler):
         if not FIRST_AVAILABLE or len(self.server.sessions.negotiating) > FEW_NEGOTIATING:
             return None
         self.session.relay, first = FIRST, First(self.connection, remote)
-        try:
-            first.relay()
-        except BaseException:                                   # what has been relayed is not all
-            reset_on_close(self.connection)
-            reset_on_close(remote)
-            raise
+        first.relay()
         return first
 
     def hand_over(self, relay: Relay) -> None:

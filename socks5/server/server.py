@@ -329,7 +329,7 @@ class Server(Newcomers):
         try:
             self.relay_loop().relay(tunnel)
         except BaseException:
-            session.relay = None
+            session.relay, (session.up, session.down) = None, tunnel.moved()
             tunnel.end("server")                                # resets both sides: what has been relayed is not all
             raise
 
