@@ -338,7 +338,7 @@ class Handler(StreamRequestHandler):
             server.relay_loop().change_all(rates.apply)
 
     def relay_first(self, remote: socket.socket) -> Optional[First]:
-        """None in a crowd, where so many threads would fight for the GIL."""
+        """Relay the first moments. None, and nothing is done, in a crowd: so many threads would fight for the GIL."""
         if not FIRST_AVAILABLE or len(self.server.sessions.negotiating) > FEW_NEGOTIATING:
             return None
         self.session.relay, first = FIRST, First(self.connection, remote)
