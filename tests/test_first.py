@@ -1,5 +1,6 @@
 """First of relay/busy.py: what it relays, when it stops, and that a Tunnel goes on there. In test_loop.py, the tests
 of every driver run through it as well."""
+import contextlib
 import socket
 import threading
 import unittest
@@ -221,42 +222,35 @@ class HandlerTest(unittest.TestCase):
             wait_until(lambda: not len(server.sessions), "the session is over")
         self.assertEqual(ends, ("reset", "reset"))
 
-    def test_no_memory_for_a_tunnel_resets_both_sides(self):
+    @contextlib.contextmanager
+    def half_a_download(self):
+        """A server and a session in its first moments. What is done in the block has to reset both sides."""
         with mock.patch.object(busy, "FIRST_MS", 200), running() as server, \
-                mock.patch.object(handler_module, "Tunnel", side_effect=MemoryError), \
                 socket.create_server(("127.0.0.1", 0)) as listener:
             sock = support.connect_through(server.server_address, *listener.getsockname())
             with sock, listener.accept()[0] as remote:
                 remote.sendall(b"half of it")
                 self.assertEqual(read_exactly(sock, 10), b"half of it")
+                session, = server.sessions
+                yield server, session
                 self.assertEqual((fate(sock), fate(remote)), ("reset", "reset"))
             wait_until(lambda: not len(server.sessions), "the session is over")
+
+    def test_no_memory_for_a_tunnel_resets_both_sides(self):
+        with mock.patch.object(handler_module, "Tunnel", side_effect=MemoryError), self.half_a_download():
+            pass
 
     def test_a_server_that_stops_resets_both_sides(self):
         """Or what has come of a download would look like all of it."""
-        with mock.patch.object(busy, "FIRST_MS", 200), running() as server, \
-                socket.create_server(("127.0.0.1", 0)) as listener:
-            sock = support.connect_through(server.server_address, *listener.getsockname())
-            with sock, listener.accept()[0] as remote:
-                remote.sendall(b"half of it")
-                self.assertEqual(read_exactly(sock, 10), b"half of it")
-                session, = server.sessions
-                server.sessions.abort("server stopped")
-                self.assertEqual((fate(sock), fate(remote)), ("reset", "reset"))
-                self.assertEqual((session.ended_by, session.down), ("server stopped", 10))
+        with self.half_a_download() as (server, session):
+            server.sessions.abort("server stopped")
+        self.assertEqual((session.ended_by, session.up, session.down), ("server stopped", 0, 10))
 
     def test_a_hand_over_that_fails_resets_both_sides(self):
-        with mock.patch.object(busy, "FIRST_MS", 200), running() as server, \
-                socket.create_server(("127.0.0.1", 0)) as listener:
-            sock = support.connect_through(server.server_address, *listener.getsockname())
-            with sock, listener.accept()[0] as remote:
-                remote.sendall(b"half of it")
-                self.assertEqual(read_exactly(sock, 10), b"half of it")
-                session, = server.sessions
-                server.relay_loop().stop("the loop is gone")
-                self.assertEqual((fate(sock), fate(remote)), ("reset", "reset"))
-            wait_until(lambda: not len(server.sessions), "the session is over")
-            self.assertEqual((session.up, session.down), (0, 10))
+        with self.half_a_download() as (server, session):
+            server.relay_loop().stop("the loop is gone")
+        self.assertEqual((session.ended_by, session.why, session.up, session.down),
+                         ("server", "the loop is gone", 0, 10))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Here(threading.local):
 class Acceptors:
     """`accept_one(listener)` is what they call: it must call `accepted` as soon as accept() has returned.
 
-    A thread that waits has put an entry into `_waiting` before it looks at `serving`; release() changes `serving`
+    A thread that waits has put an entry into `_waiting` before it looks at `_serving`; release() changes `_serving`
     before it looks at `_waiting`. So one of the two sees the other, and no lock is needed for each connection.
     """
 
@@ -46,14 +46,14 @@ class Acceptors:
         self._accept_one = accept_one
         self.here = Here()
         self._lock = threading.Lock()
-        self.serving = False                                # may threads go on to accept()?
+        self._serving = False                               # may threads go on to accept()?
         self._waiting: Dict[socket.socket, Deque[None]] = {}        # an entry for each thread in accept(), or before it
         self._wakeup: Optional[Wakeup] = None               # of those that wait for a shared listener
 
     def serve(self, listeners: Sequence[socket.socket]) -> None:
-        """Raises NoThread. Without listeners another thread accepts, and must not serve: `serving` stays false."""
+        """Raises NoThread."""
         with self._lock:
-            self.serving = bool(listeners)
+            self._serving = True
             for listener in listeners:
                 self._waiting.setdefault(listener, deque())
                 if isinstance(listener, SharedListener):
@@ -76,7 +76,7 @@ class Acceptors:
     def start(self, listener: socket.socket, spare: int = MAX_SPARE) -> bool:
         """One more, until it comes back and `spare` others wait; False when the system has no thread to give."""
         with self._lock:
-            if not self.serving:
+            if not self._serving:
                 return True                                 # none is needed any more
             self._waiting[listener].append(None)
         try:
@@ -97,10 +97,10 @@ class Acceptors:
         wakeup, waiting = self._wakeup, self._waiting[listener]
         shared = wakeup and isinstance(listener, SharedListener)
         poll = one_of_many(listener.fileno(), wakeup.fileno()) if wakeup and shared else None
-        while self.serving:
+        while self._serving:
             if poll:
                 poll()
-                if not self.serving:                        # what has come since then is the next server's
+                if not self._serving:                       # what has come since then is the next server's
                     break
             try:
                 self._accept_one(listener)
@@ -115,7 +115,7 @@ class Acceptors:
         """Wake the threads in accept(), which takes a moment without listening; a client that connects later waits in
         the kernel's queue."""
         with self._lock:
-            self.serving = False
+            self._serving = False
             wakeup, self._wakeup = self._wakeup, None
         if wakeup:
             wakeup.set()

@@ -58,7 +58,7 @@ class Newcomers(ThreadingTCPServer, Service):
             session.step("proxied", balancer=endpoint_of(balancer))
             if self.waits_silently(session, client_address):    # the header is no word of the client's
                 return
-        ThreadingTCPServer.process_request_thread(self, request, client_address)       # faster than super()
+        super().process_request_thread(request, client_address)
 
     def _client_of(self, session: Session, balancer: Sockaddr) -> Any:
         """The client's address, as accept() would have returned it; None when the client is not to be served."""

@@ -283,7 +283,7 @@ class Server(Newcomers):
             return
         if self.waits_silently(session, client_address):
             return
-        if self._acceptors.serving:
+        if self._acceptors.here.listener:
             self.process_request_thread(request, client_address)
         else:
             super().process_request(request, client_address)
@@ -328,9 +328,9 @@ class Server(Newcomers):
         session.relay = tunnel
         try:
             self.relay_loop().relay(tunnel)
-        except BaseException:
-            session.relay, (session.up, session.down) = None, tunnel.moved()
-            tunnel.end("server")                                # resets both sides: what has been relayed is not all
+        except BaseException as exc:                            # both sides are reset: what was relayed is not all
+            tunnel.end("server", str(getattr(exc, "strerror", None) or exc))
+            session.over(tunnel)
             raise
 
     def _tunnel_ended(self, tunnel: Relay) -> None:
