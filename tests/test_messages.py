@@ -6,7 +6,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from socks5.protocol.codes import Cmd, Rep
 from socks5.protocol.errors import ProtocolError, RequestRefused, SocksError
-from socks5.protocol.fields import BytesReader, dissect, host_of, split, text
+from socks5.protocol.fields import BytesReader, dissect, host_of, split, split_by_field, text
 from socks5.protocol.messages import (
     LAYOUTS, UNSPECIFIED, Address, Datagram, Greeting, Login, LoginStatus, Reply, Request, Selection, whole)
 
@@ -295,7 +295,29 @@ class Dissect(unittest.TestCase):
                 self.assertEqual(b"".join(raw for _, raw, _ in pieces), bytes.fromhex(hexed))
                 self.assertEqual(tuple(field for field, _, _ in pieces), LAYOUTS[type(message)])
                 for source in (message.pack(), BytesReader(message.pack())):
-                    self.assertEqual([raw for _, raw, _ in pieces], split(LAYOUTS[type(message)], source))
+                    self.assertEqual([raw for _, raw, _ in pieces], list(split(LAYOUTS[type(message)], source)))
+
+    def test_by_one_call_or_by_field_is_the_same(self):
+        """Of every message, also cut, with a tail, or with a byte changed."""
+        dice, outcomes = random.Random(1928), {"split": 0, "refused": 0}
+        for name, hexed, message in CASES:
+            raw, layout = bytes.fromhex(hexed), LAYOUTS[type(message)]
+            bad = [raw[:size] for size in range(len(raw))] + [raw + b"x"]
+            bad += [raw[:at] + bytes([value]) + raw[at + 1:] for at in range(min(len(raw), 6))
+                    for value in {0, 1, 3, 4, 5, 16, 255, dice.randrange(256)}]
+            for data in [raw, *bad]:
+                with self.subTest(name, data=data):
+                    try:
+                        expected = split_by_field(layout, data)
+                    except (EOFError, SocksError) as exc:
+                        outcomes["refused"] += 1
+                        with self.assertRaises(type(exc)) as caught:
+                            split(layout, data)
+                        self.assertEqual(str(caught.exception), str(exc))
+                    else:
+                        outcomes["split"] += 1
+                        self.assertEqual(list(split(layout, data)), expected)
+        self.assertGreater(min(outcomes.values()), 50, outcomes)
 
     def test_the_fields_are_a_datagrams_header(self):
         for name, header, _, message in DATAGRAMS:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Sequence, Tuple, Union
 
 from ..values import SAME
 
-from ..protocol.fields import IPv4, IPv6, bracketed
+from ..protocol.fields import IPv4, IPv6, bracketed, new_tuple
 from ..protocol.memory import remembered
 
 IP = Union[IPv4Address, IPv6Address]
@@ -42,7 +42,7 @@ def unmapped(address: IP) -> IP:
 
 def endpoint_of(sockaddr: Sockaddr) -> Endpoint:
     """What getsockname, getpeername, accept and recvfrom return, as an Endpoint."""
-    return Endpoint(ip_in(sockaddr[0]), sockaddr[1])            # type: ignore[arg-type]     # the port is an int
+    return new_tuple(Endpoint, (ip_in(sockaddr[0]), sockaddr[1]))
 
 
 def ip_of(sockaddr: Sockaddr) -> IP:

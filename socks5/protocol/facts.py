@@ -92,7 +92,7 @@ class LeanRecord(logging.LogRecord):
         self.created = time.time()
         self.name = name
         self.levelno = level
-        self.levelname = LEVELS[level] if level in LEVELS else logging.getLevelName(level)
+        self.levelname = LEVELS.get(level) or logging.getLevelName(level)
         self.source = source
 
     @cached_property

@@ -10,12 +10,13 @@ RFC 1928 sections 3 to 7, RFC 1929, RFC 1961 sections 3 to 5. All integers are i
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any, Callable, Dict, NamedTuple, Type, TypeVar
+from typing import Any, Callable, Dict, NamedTuple, Sequence, Type, TypeVar
 
 from .codes import METHOD_RANGES, Atyp, Cmd, Method, Mtyp, Rep, phrase
 from .errors import RequestRefused
 from .fields import (
-    ATYP_IN_FRONT, LENGTH_IN_FRONT, Field, Host, IPv4, Layout, Source, bracketed, host_of, split, text)
+    ATYP_IN_FRONT, LENGTH_IN_FRONT, Field, Host, IPv4, Layout, Source, bracketed, ip_packed, new_tuple, split,
+    split_by_field, text)
 from .memory import remembered
 
 VER = 0x05          # RFC 1928 §3
@@ -41,10 +42,10 @@ ATYP = Field("ATYP", 1, lambda raw: phrase(Atyp, raw[0]))
 IPV4, NAME, IPV6 = bytes([Atyp.IPV4]), bytes([Atyp.DOMAINNAME]), bytes([Atyp.IPV6])
 PORT_BYTES = 2
 pack_ipv4 = Struct("!c4sH").pack                    # ATYP, ADDR and PORT
-BY_NUMBER = {int(cmd): cmd for cmd in Cmd}         # much faster than Cmd(number)
+CMDS = {bytes([cmd]): cmd for cmd in Cmd}           # much faster than Cmd(number)
 
 
-def _address(prefix: str) -> Layout:
+def _address(prefix: str) -> Sequence[Field]:
     """ATYP, ADDR and PORT, as in requests, replies and datagrams.                      RFC 1928 §5"""
     return (ATYP, Field(prefix + ".ADDR", ATYP_IN_FRONT, text), Field(prefix + ".PORT", PORT_BYTES, _number))
 
@@ -65,7 +66,7 @@ class Address(NamedTuple):
     @classmethod
     def of(cls, atyp: bytes, addr: bytes, port: bytes) -> Address:
         """Make it from the fields of a message."""
-        return cls(host_of(atyp[0], addr), port[0] << 8 | port[1])
+        return new_tuple(cls, (addr[1:] if atyp == NAME else ip_packed(addr), port[0] << 8 | port[1]))
 
     def pack(self) -> bytes:
         """Raises ValueError for a name that is empty or longer than 255 bytes."""
@@ -98,9 +99,9 @@ UNSPECIFIED = Address(IPv4(0), 0)                 # BND of a failure reply
 
 # ---- the method negotiation, RFC 1928 §3 -------------------------------------------------------------------------
 
-GREETING: Layout = (
+GREETING = Layout((
     VERSION, Field("NMETHODS", 1, lambda raw: "%d method(s) follow" % raw[0]),
-    Field("METHODS", LENGTH_IN_FRONT, lambda raw: ", ".join(_method(raw[i:i + 1]) for i in range(len(raw))) or "none"))
+    Field("METHODS", LENGTH_IN_FRONT, lambda raw: ", ".join(_method(raw[i:i + 1]) for i in range(len(raw))) or "none")))
 
 
 class Greeting(NamedTuple):
@@ -119,7 +120,7 @@ class Greeting(NamedTuple):
         return bytes([VER, len(self.methods)]) + self.methods
 
 
-SELECTION: Layout = (VERSION, Field("METHOD", 1, _method))
+SELECTION = Layout((VERSION, Field("METHOD", 1, _method)))
 
 
 class Selection(NamedTuple):
@@ -143,10 +144,10 @@ SELECTIONS = [Selection(method).pack() for method in range(256)]
 
 # ---- username/password, RFC 1929 ---------------------------------------------------------------------------------
 
-LOGIN: Layout = (
+LOGIN = Layout((
     AUTH_VERSION, Field("ULEN", 1, lambda raw: "%s bytes of UNAME" % raw[0]), Field("UNAME", LENGTH_IN_FRONT, text),
     Field("PLEN", 1, lambda raw: "%s bytes of PASSWD" % raw[0], secret=True),
-    Field("PASSWD", LENGTH_IN_FRONT, lambda raw: "", secret=True))
+    Field("PASSWD", LENGTH_IN_FRONT, lambda raw: "", secret=True)))
 
 
 class Login(NamedTuple):
@@ -171,8 +172,8 @@ class Login(NamedTuple):
         return "Login(uname=%r, passwd=...)" % self.uname
 
 
-LOGIN_STATUS: Layout = (
-    AUTH_VERSION, Field("STATUS", 1, lambda raw: "failure, the connection closes" if raw[0] else "success"))
+LOGIN_STATUS = Layout((
+    AUTH_VERSION, Field("STATUS", 1, lambda raw: "failure, the connection closes" if raw[0] else "success")))
 
 
 class LoginStatus(NamedTuple):
@@ -195,13 +196,13 @@ class LoginStatus(NamedTuple):
 
 def _framing(mtyp: Mtyp) -> Layout:
     """VER and MTYP, as in every message of RFC 1961."""
-    return (Field("VER", 1, lambda raw: "version %d of the GSSAPI sub-negotiation" % raw[0], must=GSSAPI_VER),
-            Field("MTYP", 1, lambda raw: phrase(Mtyp, raw[0]), must=mtyp))
+    return Layout((Field("VER", 1, lambda raw: "version %d of the GSSAPI sub-negotiation" % raw[0], must=GSSAPI_VER),
+                   Field("MTYP", 1, lambda raw: phrase(Mtyp, raw[0]), must=mtyp)))
 
 
-TOKEN: Layout = (Field("LEN", 2, lambda raw: "%s bytes of TOKEN" % _number(raw)),
-                 Field("TOKEN", LENGTH_IN_FRONT,
-                       lambda raw: "of the GSS-API mechanism" if len(raw) > 1 else "one byte in clear"))
+TOKEN = (Field("LEN", 2, lambda raw: "%s bytes of TOKEN" % _number(raw)),
+         Field("TOKEN", LENGTH_IN_FRONT,
+               lambda raw: "of the GSS-API mechanism" if len(raw) > 1 else "one byte in clear"))
 
 
 HEADER_BYTES = 4                # in front of TOKEN
@@ -259,8 +260,8 @@ class Abort:
 
 # ---- request and reply, RFC 1928 §4 and §6 -----------------------------------------------------------------------
 
-REQUEST: Layout = (
-    VERSION, Field("CMD", 1, lambda raw: phrase(Cmd, raw[0])), RESERVED) + _address("DST")
+REQUEST = Layout((
+    VERSION, Field("CMD", 1, lambda raw: phrase(Cmd, raw[0])), RESERVED, *_address("DST")))
 
 
 class Request(NamedTuple):
@@ -276,16 +277,16 @@ class Request(NamedTuple):
     def parse(cls, source: Source) -> Request:
         """Raises RequestRefused: X'07' for an unknown CMD, after reading all of it; X'08' for an unknown ATYP."""
         _ver, cmd, _rsv, atyp, addr, port = split(REQUEST, source)      # RSV other than X'00' is tolerated
-        if cmd[0] not in BY_NUMBER:
+        if cmd not in CMDS:
             raise RequestRefused(Rep.COMMAND_NOT_SUPPORTED, "CMD 0x%02x" % cmd[0])
-        return cls(BY_NUMBER[cmd[0]], Address.of(atyp, addr, port))
+        return new_tuple(cls, (CMDS[cmd], Address.of(atyp, addr, port)))
 
     def pack(self) -> bytes:
         return bytes([VER, self.cmd, 0x00]) + self.dst.pack()
 
 
-REPLY: Layout = (
-    VERSION, Field("REP", 1, lambda raw: phrase(Rep, raw[0])), RESERVED) + _address("BND")
+REPLY = Layout((
+    VERSION, Field("REP", 1, lambda raw: phrase(Rep, raw[0])), RESERVED, *_address("BND")))
 
 
 class Reply(NamedTuple):
@@ -305,24 +306,19 @@ class Reply(NamedTuple):
         return cls(Rep(rep) if rep <= Rep.ADDRESS_TYPE_NOT_SUPPORTED else rep, Address.of(atyp, addr, port))
 
     def pack(self) -> bytes:
-        return pack_reply(self.rep, *self.bnd)
+        return REPLY_HEADS[self.rep] + self.bnd.pack()
 
 
-REPLIES = [bytes([VER, rep, 0x00]) for rep in range(256)]
-
-
-def pack_reply(rep: int, host: Host, port: int) -> bytes:
-    """Reply(rep, Address(host, port)).pack(), but neither is made."""
-    return REPLIES[rep] + pack_address(host, port)
+REPLY_HEADS = [bytes([VER, rep, 0x00]) for rep in range(256)]       # VER, REP and RSV, by REP
 
 
 # ---- datagrams, RFC 1928 §7 --------------------------------------------------------------------------------------
 
-DATAGRAM: Layout = (
+DATAGRAM = Layout((
     Field("RSV", 2, lambda raw: "reserved"),
     Field("FRAG", 1, lambda raw: "stands alone" if not raw[0] else "fragment %d%s" % (
         raw[0] & 0x7F, ", the last of its sequence" if raw[0] & 0x80 else "")),
-) + _address("DST")
+    *_address("DST")))
 
 
 class Datagram(NamedTuple):
@@ -339,7 +335,7 @@ class Datagram(NamedTuple):
     def parse(cls, datagram: bytes) -> Datagram:
         """Parse a whole datagram; DATA is the rest after the header. Raises EOFError when it ends inside the header,
         RequestRefused X'08' for an unknown ATYP."""
-        header = split(DATAGRAM, datagram, strict=False)        # DATA follows
+        header = split_by_field(DATAGRAM, datagram, strict=False)        # DATA follows
         _rsv, frag, atyp, addr, port = header                   # RSV other than X'0000' is tolerated
         return cls(Address.of(atyp, addr, port), datagram[sum(map(len, header)):], frag[0])
 
@@ -360,7 +356,7 @@ HTTP_HELP = (b"HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnectio
 
 LAYOUTS: Dict[type, Layout] = {
     Greeting: GREETING, Selection: SELECTION, Login: LOGIN, LoginStatus: LOGIN_STATUS, Request: REQUEST, Reply: REPLY,
-    Datagram: DATAGRAM, Abort: ABORT, **{kind: _framing(mtyp) + TOKEN for kind, mtyp in MTYPS.items()}}
+    Datagram: DATAGRAM, Abort: ABORT, **{kind: Layout((*_framing(mtyp), *TOKEN)) for kind, mtyp in MTYPS.items()}}
 
 
 # kind.parse(data) of a whole message. Remembered, because clients say the same again and again. Not for a Login or a
