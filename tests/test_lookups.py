@@ -80,9 +80,8 @@ class LookupCase(unittest.TestCase):
         self.told = []
         self.names = Names()
 
-    def tell(self, told):
-        name, answer = told
-        self.told.append((name, list(answer.addresses)))
+    def tell(self, answer):
+        self.told.append((answer.name, list(answer.addresses)))
 
     def ask(self, name, client="one", tell=None):
         return self.names.ask(name, client, tell or self.tell)
@@ -235,7 +234,7 @@ class Turns(LookupCase):
     def test_a_thread_that_a_name_is_meant_for_waits_for_it(self):
         """Its time without work may be over in the moment in which it gets some."""
         class Work(SimpleQueue):
-            def get(work, timeout=None):
+            def get(work, block=True, timeout=None):
                 if timeout is not None:
                     if len(self.told) < 10:
                         self.ask(b"quick%d.test" % len(self.told))

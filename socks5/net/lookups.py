@@ -30,8 +30,7 @@ from .poller import READ, new_poll
 from .resolver import Answer, look_up
 from .wakeup import Wakeup
 
-Told = Tuple[bytes, Answer]                 # a name, and its answer
-Tell = Callable[[Told], object]             # called once, in a lookup thread
+Tell = Callable[[Answer], object]           # called once, in a lookup thread
 T = TypeVar("T")
 
 THREADS = 64                    # at the most; there are as many as there are lookups under way
@@ -76,19 +75,21 @@ class Names:
         """
         if not isinstance(host, bytes):
             return [host]
-        answer = self._remembered(host) or self._wait(host, deadline, connection, client)
+        answer = self._known.get(host)
+        if answer is None or answer.until <= monotonic():
+            answer = self._wait(host, deadline, connection, client)
         if not answer.addresses:
             raise RequestRefused(Rep.HOST_UNREACHABLE, answer.why)
         return answer.addresses
 
     def _wait(self, name: bytes, deadline: float, connection: Optional[socket.socket], client: str) -> Answer:
-        answers: SimpleQueue[Told] = SimpleQueue()
+        answers: SimpleQueue[Answer] = SimpleQueue()
         try:
             self._join(name, client, answers.put)
             try:
-                return answers.get(timeout=SOON_S)[1]
+                return answers.get(True, SOON_S)
             except Empty:
-                return self._wait_longer(name, deadline, connection, client, answers)[1]
+                return self._wait_longer(name, deadline, connection, client, answers)
         except Busy as exc:
             raise RequestRefused(Rep.GENERAL_FAILURE, "%s is not looked up: %s" % (text(name), exc)) from None
         except ConnectionResetError:
@@ -97,14 +98,14 @@ class Names:
             raise RequestRefused(rep_of(exc), "%s is not looked up: %s" % (text(name), name_of(exc))) from None
 
     def _wait_longer(self, name: bytes, deadline: float, connection: Optional[socket.socket], client: str,
-                     answers: SimpleQueue[Told]) -> Told:
+                     answers: SimpleQueue[Answer]) -> Answer:
         """Wait with a descriptor, which poll() can wait for together with the client's."""
         began = monotonic() - SOON_S
         tell: Tell = answers.put
         try:
             with Wakeup() as wakeup:
-                def tell_and_wake(told: Told) -> None:
-                    answers.put(told)
+                def tell_and_wake(answer: Answer) -> None:
+                    answers.put(answer)
                     wakeup.set()
 
                 if self._replace(name, client, tell, tell_and_wake):
@@ -138,33 +139,39 @@ class Names:
     # ---- for whatever must not wait -------------------------------------------------------------------------------
 
     def ask(self, name: bytes, client: str, tell: Tell) -> Optional[Answer]:
-        """What is known of a normalised name; or None, and another thread calls tell((name, answer)) unless drop()
-        comes first. Raises Busy when too many names of this client are waiting, or there is no thread."""
-        answer = self._remembered(name)
-        if answer is None:
-            self._join(name, client, tell)
-        return answer
+        """What is known of a normalised name; or None, and another thread calls tell(answer) unless drop() comes
+        first. Raises Busy when too many names of this client are waiting, or there is no thread."""
+        answer = self._known.get(name)
+        if answer and answer.until > monotonic():
+            return answer
+        self._join(name, client, tell)
+        return None
 
     def drop(self, name: bytes, client: str, tell: Tell) -> None:
-        """Do not call tell((name, answer)) any more; one call may be under way. Also after it was called."""
+        """Do not call tell(answer) any more; one call may be under way. Also after it was called."""
         with self._lock:
             self._forget(name, client, tell)
 
     def _join(self, name: bytes, client: str, tell: Tell) -> None:
         """Look this name up, or wait until it can be; if it is under way, wait for that. Raises Busy."""
         with self._lock:
+            running = self._running
             self._askers.setdefault(name, []).append((client, tell))
-            if name in self._running:
+            if name in running:
                 return
-            held = self._held(client) if self._running else 0
-            try:
-                if held < PER_CLIENT and len(self._running) < THREADS - (RESERVE if held else 0):
-                    self._start(name, client)
-                elif self._enqueue(name, client) > QUEUED_NAMES:
+            if running and not self._has_thread(client):
+                if self._enqueue(name, client) > QUEUED_NAMES:
+                    self._forget(name, client, tell)
                     raise Busy("%d names are waiting" % QUEUED_NAMES)
-            except Busy:
+                return
+            running[name] = client
+            if self._queues:                                # seldom
+                self._unqueue_all(name)
+            if self._idle:
+                self._idle.pop().put(name)
+            elif not self._start(name):
                 self._forget(name, client, tell)
-                raise
+                raise Busy("no thread to look names up")
 
     def _replace(self, name: bytes, client: str, tell: Tell, other: Tell) -> bool:
         """Call other() in place of tell(). False: tell() was called, or is being called."""
@@ -174,10 +181,6 @@ class Names:
                 return False
             askers[askers.index((client, tell))] = client, other
             return True
-
-    def _remembered(self, name: bytes) -> Optional[Answer]:
-        known = self._known.get(name)
-        return known if known and known.until > monotonic() else None
 
     # ---- turns, all of it under the lock --------------------------------------------------------------------------
 
@@ -192,6 +195,11 @@ class Names:
             self._unqueue(name, client)
         if not askers:
             del self._askers[name]
+
+    def _has_thread(self, client: str) -> bool:
+        """Whether there is a thread for one more lookup of this client."""
+        held = self._held(client)
+        return held < PER_CLIENT and len(self._running) < THREADS - (RESERVE if held else 0)
 
     def _held(self, client: str) -> int:
         return list(self._running.values()).count(client)
@@ -235,22 +243,15 @@ class Names:
         for asker in {asker for asker, _tell in self._askers[name]}:
             self._unqueue(name, asker)
 
-    def _start(self, name: bytes, client: str) -> None:
-        """Give a name to a thread. Raises Busy when there is no thread at all."""
-        self._running[name] = client
-        if self._queues:                                # seldom
-            self._unqueue_all(name)
-        if self._idle:
-            self._idle.pop().put(name)
-            return
+    def _start(self, name: bytes) -> bool:
+        """Give a name that is under way to a new thread, or enqueue it. False when there is no thread at all."""
         try:
             Thread(target=self._serve, args=(name,), name="names", daemon=True).start()
         except (RuntimeError, MemoryError):             # the next thread that has done its work takes it
             del self._running[name]
             for asker, _tell in self._askers[name]:
                 self._enqueue(name, asker)
-            if not self._running:
-                raise Busy("no thread to look names up") from None
+        return bool(self._running)
 
     # ---- the lookup threads ---------------------------------------------------------------------------------------
 
@@ -261,7 +262,7 @@ class Names:
             more = self._look_up(more, work)
             if more is None:
                 try:
-                    more = work.get(timeout=REST_S)
+                    more = work.get(True, REST_S)
                 except Empty:
                     more = self._leave(work)
 
@@ -278,10 +279,10 @@ class Names:
         answer, after = look_up(name), None
         with self._lock:
             if answer.until:
-                while len(self._known) >= ANSWERS:
-                    del self._known[next(iter(self._known))]
-                self._known.pop(name, None)             # or it would keep its old place
-                self._known[name] = answer
+                known = self._known
+                if len(known) >= ANSWERS:
+                    del known[next(iter(known))]
+                known[name] = answer
             askers, client = self._askers.pop(name), self._running.pop(name)
             if self._queues:                            # seldom
                 if client in self._queues:
@@ -289,9 +290,8 @@ class Names:
                 after = self._next()
             if after is None:
                 self._idle.append(work)
-        told = name, answer
         for _client, tell in askers:
-            tell(told)
+            tell(answer)
         return after
 
 
@@ -307,7 +307,7 @@ class Waiting(Generic[T]):
         self.client = client
         self._wake: Optional[Callable[[], object]] = wake
         self._lock = Lock()
-        self._answers: List[Tuple[bytes, Answer]] = []
+        self._answers: List[Answer] = []
         self._items: Dict[bytes, List[Tuple[T, int]]] = {}      # by name, with their sizes
 
     def ask(self, name: bytes, item: T, size: int) -> Optional[Answer]:
@@ -329,13 +329,13 @@ class Waiting(Generic[T]):
         """Every item whose answer has come, in order."""
         with self._lock:
             answers, self._answers = self._answers, []
-        for name, answer in answers:
-            for item, _size in self._items.pop(name):
+        for answer in answers:
+            for item, _size in self._items.pop(answer.name):
                 yield item, answer
 
-    def _tell(self, told: Told) -> None:
+    def _tell(self, answer: Answer) -> None:
         with self._lock:
-            self._answers.append(told)
+            self._answers.append(answer)
             wake = self._wake
         if wake:
             wake()

@@ -12,11 +12,11 @@ import re
 import socket
 from contextlib import suppress
 from time import monotonic
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 from ..protocol.codes import Rep
 from ..protocol.errors import RequestRefused
-from ..protocol.fields import Host, text
+from ..protocol.fields import Host, new_tuple, text
 from ..protocol.memory import remembered
 from .addresses import IP, ip_in, unmapped
 
@@ -30,6 +30,7 @@ NO_SUCH_NAME = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA") i
 
 MOST_LETTERS = 253              # RFC 1035 §2.3.4
 # Letters, digits, hyphen and dot are RFC 1123's; the underscore stands in many names that people do use.
+DIGITS = b"0123456789"
 ASCII_NAME = re.compile(rb"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 
@@ -40,7 +41,7 @@ def normalise(host: Host) -> Host:
     """
     if not isinstance(host, bytes):
         return unmapped(host)
-    if len(host) <= MOST_LETTERS and ASCII_NAME.fullmatch(host) and not host[-1:].isdigit():     # nearly always
+    if len(host) <= MOST_LETTERS and ASCII_NAME.fullmatch(host) and host[-1] not in DIGITS:      # nearly always
         return host
     return _spelled(host)
 
@@ -67,20 +68,18 @@ def name_in(host: Host) -> Optional[bytes]:
     return host if isinstance(host, bytes) else None
 
 
-class Answer:
-    """What a lookup came to.
+class Answer(NamedTuple):
+    """What the lookup of a name came to.
 
     addresses   none: it does not resolve,
     why         for this reason
     until       when it is to be forgotten, by monotonic(); 0: it is not to be remembered
     """
 
-    __slots__ = "addresses", "why", "until"             # a NamedTuple takes longer to make
-
-    def __init__(self, addresses: Sequence[IP], why: str, lasting_s: float) -> None:
-        self.addresses = addresses
-        self.why = why
-        self.until = monotonic() + lasting_s if lasting_s else 0.0
+    name: bytes
+    addresses: Sequence[IP]
+    why: str
+    until: float
 
 
 def look_up(name: bytes) -> Answer:
@@ -92,8 +91,11 @@ def look_up(name: bytes) -> Answer:
         found = socket.getaddrinfo(name, None, 0, STREAM)
     except (OSError, ValueError, MemoryError) as exc:     # UnicodeError is a ValueError
         known = isinstance(exc, socket.gaierror) and exc.errno in NO_SUCH_NAME
-        return Answer((), "%s does not resolve: %s" % (text(name), exc), FAILURE_S if known else 0.0)
-    addresses = tuple([ip_in(each[4][0]) for each in found])    # of its sockaddr; a generator takes longer
-    if len(addresses) > 1:
-        addresses = tuple(dict.fromkeys(addresses))[:MOST_ADDRESSES]
-    return Answer(addresses, "" if addresses else "%s has no address" % text(name), ANSWER_S)
+        until = monotonic() + FAILURE_S if known else 0.0
+        return Answer(name, (), "%s does not resolve: %s" % (text(name), exc), until)
+    if len(found) == 1:                                     # what follows takes longer
+        addresses: Sequence[IP] = (ip_in(found[0][4][0]),)
+    else:
+        addresses = tuple(dict.fromkeys(ip_in(each[4][0]) for each in found))[:MOST_ADDRESSES]      # of its sockaddr
+    why = "" if addresses else "%s has no address" % text(name)
+    return new_tuple(Answer, (name, addresses, why, monotonic() + ANSWER_S))
