@@ -166,6 +166,25 @@ class Obeying(Case):
                          ["not reloaded, users and rules stay as they were: bad", "new: there is no user"])
 
 
+class Collecting(unittest.TestCase):
+    def test_what_is_there_at_the_start_is_left_out_of_collections(self):
+        code = '''
+import gc
+from socks5.config import Config
+from socks5.process.control import GC_OBJECTS, Control
+
+class Short(Control):
+    def running(self):
+        return False
+
+assert gc.get_freeze_count() == 0
+Short(Config(), None).run()
+assert gc.get_freeze_count() > 1000, gc.get_freeze_count()
+assert gc.get_threshold()[0] == GC_OBJECTS, gc.get_threshold()
+'''
+        self.assertEqual(run_python("-c", code), (0, "", ""))
+
+
 class Reading(unittest.TestCase):
     def test_with_no_descriptor_left(self):
         """In a process of its own, which has opened all that it may."""

@@ -4,6 +4,7 @@ Runs in the main thread, which does nothing else.
 """
 from __future__ import annotations
 
+import gc
 import logging
 from time import monotonic
 from typing import Callable, Iterable, List, Optional, Set
@@ -22,6 +23,7 @@ NEVER = float("inf")
 RELOAD_EVERY_S = 1.0            # at most so often; and a reload that failed for want of resources is tried again
 OVERDUE_S = 5.0                 # beyond the drain timeout: then what has not stopped is killed
 ABORT_S = 2.0                   # the same after a second signal
+GC_OBJECTS = 10000              # new ones, after which the garbage collector looks for cycles, which are few here
 
 
 class Control:
@@ -50,6 +52,9 @@ class Control:
 
     def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """Calls ready() as soon as signals will be obeyed. Returns the exit status."""
+        gc.collect()
+        gc.freeze()                     # what is here stays: no collection looks at it, nor copies it in a worker
+        gc.set_threshold(GC_OBJECTS)
         with self.signals:
             ready()
             self.notifier.ready("serving")

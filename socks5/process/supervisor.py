@@ -5,7 +5,6 @@ before they are forked. Each has a GIL of its own, so together they use several 
 """
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -71,8 +70,6 @@ class Supervisor(Control):
         if self.companion.wanted:
             self.start_at[COMPANION] = 0.0
         self.backoff_s = RESTART_S
-        gc.collect()
-        gc.freeze()                                     # or a collection in a worker would copy all that they share
 
     # ---- Control asks ---------------------------------------------------------------------------------------------
 
