@@ -183,7 +183,10 @@ class ConnectTest(unittest.TestCase):
 
     def test_a_family_that_this_machine_does_not_have(self):
         """A family number that no kernel knows stands for IPv6 where it was left out: socket() says the same."""
-        with mock.patch.object(module, "IPV6", 9999):
+        def family_of(address):
+            return 9999 if address.version == 6 else socket.AF_INET
+
+        with mock.patch.object(module, "family_of", family_of):
             exc = self.refused(ips("2001:db8::1"), 80)
             self.assertEqual((exc.rep, exc.why.split()[1]), (Rep.ADDRESS_TYPE_NOT_SUPPORTED, "EAFNOSUPPORT"))
             with support.target() as (host, port):

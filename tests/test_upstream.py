@@ -11,7 +11,7 @@ from socks5.access.check import report
 from socks5.access.rules import Asker, Rules, parse_lines
 from socks5.commands import upstream as upstream_module
 from socks5.config import Config
-from socks5.net.listeners import OPTIONS
+from socks5.net.listeners import NO_DELAY, URGENT_IN_LINE
 from socks5.relay.tunnel import Tunnel
 from socks5.values import upstream
 from socks5.protocol.codes import Cmd, Rep
@@ -84,8 +84,8 @@ class OurOwn(Case):
         with target() as there, client.connect(server.server_address[:2], there):
             session, = server.sessions
             wait_until(lambda: isinstance(session.relay, Tunnel), "the loop has it")
-            for level, option in (*OPTIONS, (socket.SOL_SOCKET, socket.SO_KEEPALIVE)):
-                self.assertTrue(session.relay.remote.getsockopt(level, option), (level, option))
+            for level, option, value in (NO_DELAY, URGENT_IN_LINE, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)):
+                self.assertEqual(session.relay.remote.getsockopt(level, option), value, (level, option))
 
     def test_early_data(self):
         other, server = self.pair()

@@ -17,7 +17,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple, 
 
 from ..protocol.errors import RequestRefused, name_of, rep_of, telling
 from ..net.poller import WRITE, SelectPoll, new_poll
-from ..net.addresses import IP
+from ..net.addresses import IP, family_of
 from ..protocol.fields import IPv4
 
 ATTEMPT_DELAY_S = 0.25                                  # RFC 8305 §5
@@ -26,7 +26,7 @@ FREE_PENDING = 2        # and how many the caller is not asked for
 # Linux: bind() takes an address only, and connect() the port, which then need not be free for all destinations. ip(7)
 LATE_PORT = getattr(socket, "IP_BIND_ADDRESS_NO_PORT", 24 if sys.platform.startswith("linux") else 0)
 NONBLOCK = int(getattr(socket, "SOCK_NONBLOCK", 0))     # Linux: saves a system call
-STREAM, IPV4, IPV6 = map(int, (socket.SOCK_STREAM, socket.AF_INET, socket.AF_INET6))       # enums take longer
+AF_INET, STREAM_NONBLOCK = int(socket.AF_INET), int(socket.SOCK_STREAM) | NONBLOCK      # enums take longer
 EINPROGRESS = errno.EINPROGRESS
 IN_PROGRESS = {errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK}        # the last one on Windows
 Connected = Tuple[socket.socket, IP]
@@ -45,11 +45,11 @@ def connect(addresses: Sequence[IP], port: int, deadline: float,
     The deadline for all addresses together is one of monotonic(); inf: none. Raises RequestRefused with the REP of the
     most specific failure, or ConnectionResetError if `client` resets its connection.
     """
-    began, address = monotonic(), addresses[0]
+    address = addresses[0]
     sock, error = dial(address, port, source)
     if sock and not error:                              # nearly always, where it is near
         return sock, address
-    with _Race(port, deadline, client, began, source, room) as race:
+    with _Race(port, deadline, client, monotonic(), source, room) as race:
         race.note(address, sock, error)
         return race.run(interleave(addresses)[1:])
 
@@ -60,9 +60,12 @@ def dial(address: IP, port: int, source: Optional[Source] = None) -> Tuple[Optio
 
     SocketType is what socket.socket() is made of, in C: that takes three times as long to make and to close, for what
     the socket of a tunnel does not need, such as makefile() and `with`."""
-    text = address.text if type(address) is IPv4 else str(address)
+    if type(address) is IPv4:                           # nearly always, and the others take longer
+        text, family = address.text, AF_INET
+    else:
+        text, family = str(address), family_of(address)
     try:
-        sock: Any = socket.SocketType(IPV6 if ":" in text else IPV4, STREAM | NONBLOCK)
+        sock: Any = socket.SocketType(family, STREAM_NONBLOCK)
     except OSError as exc:                              # out of descriptors, or unknown address family
         return None, exc.errno or errno.EIO
     if not NONBLOCK:

@@ -21,10 +21,8 @@ DESCRIPTORS_PER_SESSION = 2
 TRIES = 10                              # for a port that is free on every address
 
 # Of both sockets of a tunnel. Urgent data (MSG_OOB) stays in line: recv() stops in front of it, nothing overtakes it.
-OPTIONS = (
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY),
-    (socket.SOL_SOCKET, socket.SO_OOBINLINE),
-)
+NO_DELAY = socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+URGENT_IN_LINE = socket.SOL_SOCKET, socket.SO_OOBINLINE, 1
 
 
 class Listener(socket.socket):
@@ -45,8 +43,8 @@ class SharedListener(Listener):
 
 def tune(sock: socket.socket) -> None:
     """Set what every TCP connection of ours has. Raises OSError, where a dead socket cannot be set (not Linux)."""
-    for level, name in OPTIONS:
-        sock.setsockopt(level, name, 1)
+    sock.setsockopt(*NO_DELAY)
+    sock.setsockopt(*URGENT_IN_LINE)
 
 
 def keep_alive(sock: socket.socket) -> None:

@@ -41,12 +41,13 @@ class Tally:
         self._held: Dict[str, int] = {}
 
     def add(self, owner: str, change: int) -> None:
+        held = self._held
         self.total += change
-        held = self._held.get(owner, 0) + change
-        if held:
-            self._held[owner] = held
+        number = held.get(owner, 0) + change
+        if number:
+            held[owner] = number
         else:
-            self._held.pop(owner, None)
+            held.pop(owner, None)
 
     def live(self) -> int:
         return self.total

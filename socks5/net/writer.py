@@ -310,7 +310,7 @@ def writing_at_once(stream: Any) -> Tuple[Optional[Write], Callable[[], object]]
         fd = stream.fileno()
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode):
-            return Disk(fd), nothing
+            return Disk(fd).write, nothing
         if os.path.samestat(status, os.stat(os.devnull)):
             return partial(os.write, fd), nothing
         if stat.S_ISSOCK(status.st_mode):               # of the journal, say
@@ -332,7 +332,7 @@ class Disk:
         self._fd = fd
         self._slow_until = 0.0
 
-    def __call__(self, data: bytes) -> int:
+    def write(self, data: bytes) -> int:
         begun = monotonic()
         if begun < self._slow_until:
             raise BlockingIOError

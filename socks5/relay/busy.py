@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import select
 import socket
-from contextlib import suppress
 from time import monotonic
 from typing import Any, Callable, Iterator, Optional, Tuple
 
@@ -74,7 +73,8 @@ class First:
             for fd, events in ready:
                 if events not in READS:
                     return
-                source, sink = (client, remote) if fd == of_client else (remote, client)
+                upward = fd == of_client
+                source, sink = (client, remote) if upward else (remote, client)
                 try:
                     data = source.recv(FIRST_BYTES, DONTWAIT)
                 except BlockingIOError:
@@ -86,9 +86,11 @@ class First:
                     if self.ended_by:
                         self.over = True
                         return
-                    self.ended_by = "client" if source is client else "remote"
-                    with suppress(OSError):             # the sink is dead, and will say so
+                    self.ended_by = "client" if upward else "remote"
+                    try:
                         sink.shutdown(socket.SHUT_WR)
+                    except OSError:                     # it is dead, and will say so
+                        pass
                     poll.unregister(fd)
                     continue
                 try:
@@ -98,7 +100,7 @@ class First:
                 except OSError as exc:
                     self.broken = Broken(sink, exc)
                     return
-                if source is client:
+                if upward:
                     self.up += sent
                 else:
                     self.down += sent

@@ -15,14 +15,15 @@ ORIGINS = 16384
 class Counts:
     """How many there are of one thing, in all and of an origin. This process adds; the sums are those of all processes.
 
-    `what` is one of Shared.THINGS. Only one thread at a time may add to the same Counts.
+    `what` is one of Shared.THINGS. For each thing, a process adds to one Counts only, in one thread at a time.
     """
 
     def __init__(self, shared: Shared, row: int, what: str = "sessions") -> None:
         self._shared = shared
         self._row = row
         self._table = shared.tables[what]
-        self._own = self._table[row * Shared.ROW:(row + 1) * Shared.ROW]
+        self._own = own = self._table[row * Shared.ROW:(row + 1) * Shared.ROW]
+        self._live, self._given = own[LIVE], own[GIVEN]         # as in _own, where to read them takes longer
 
     def of_thing(self, what: str) -> Counts:
         """This process's counts of another thing."""
@@ -36,13 +37,12 @@ class Counts:
     def enter(self, origin: Hashable, by_origin: bool) -> int:
         """Count one more session; for its origin only where a limit asks for that. Returns its number, from 1: no other
         session has it or had it, in any process."""
-        own = self._own
-        given = own[GIVEN]
-        own[GIVEN] = (given + 1) % (1 << 32)
+        given = self._given
+        self._given = self._own[GIVEN] = (given + 1) % (1 << 32)
         if by_origin:
             self.add(origin, 1)
         else:
-            own[LIVE] += 1
+            self._live = self._own[LIVE] = self._live + 1
         return 1 + self._row + given * self._shared.rows
 
     def leave(self, origin: Hashable, by_origin: bool) -> None:
@@ -50,10 +50,10 @@ class Counts:
         if by_origin:
             self.add(origin, -1)
         else:
-            self._own[LIVE] -= 1
+            self._live = self._own[LIVE] = self._live - 1
 
     def add(self, origin: Hashable, change: int) -> None:
-        self._own[LIVE] += change
+        self._live = self._own[LIVE] = self._live + change
         self._own[self._place(origin)] += change
 
     def live(self) -> int:
@@ -64,7 +64,7 @@ class Counts:
 
     def clear(self) -> int:
         """The process has died: it holds nothing any more, of any thing. How many sessions it had."""
-        lost = int(self._own[LIVE])
+        lost, self._live = int(self._own[LIVE]), 0
         for what in self._shared.tables:
             own = self.of_thing(what)._own
             given = own[GIVEN]

@@ -34,10 +34,10 @@ from ..protocol.codes import Cmd, Method, Rep
 from ..protocol.envelope import Envelope
 from ..protocol.errors import ProtocolError, RequestRefused, rep_of
 from ..protocol.facts import Facts
-from ..protocol.fields import Host
+from ..protocol.fields import Host, new_tuple
 from ..protocol.messages import (
-    HTTP_HELP, SELECTIONS, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply, Request,
-    Selection, pack_reply)
+    HTTP_HELP, REPLY_HEADS, SELECTIONS, SOCKS4_REFUSAL, UNSPECIFIED, VER, Address, Greeting, Login, LoginStatus, Reply,
+    Request, Selection, pack_address)
 from ..protocol.proxy import begins
 from ..protocol.trace import M, Sent
 from ..relay.busy import FIRST_AVAILABLE, First
@@ -102,7 +102,8 @@ class Handler(StreamRequestHandler):
         self.connection = self.request
         if self.timeout is not None:
             self.connection.settimeout(self.timeout)
-        self.session = session = self.server.session_of(self.request, self.client_address)
+        server, request = self.server, self.request
+        self.session = session = server.sessions.get(request) or server.session_of(request, self.client_address)
         self.inbox = Inbox(self.connection, session.record, session.story)
         self.opened: Any = None                                 # closed if the command fails
         self.envelope: Optional[Envelope] = None                # of a client that came by GSSAPI, if it is protected
@@ -253,7 +254,7 @@ class Handler(StreamRequestHandler):
         remote, ip = connect(addresses, port, self.deadline, self.connection, self.source if config.out else None,
                              self.has_room)
         self.opened = remote
-        self.session.reached = dst if ip is host else Endpoint(ip, port)
+        self.session.reached = dst if ip is host else new_tuple(Endpoint, (ip, port))
         try:
             tune(remote)
             here = remote.getsockname()
@@ -312,16 +313,19 @@ class Handler(StreamRequestHandler):
         """Relay the first moments, if that is simple: most connections are over then. Hand the others over to the relay
         loop, which owns both sockets from there on. What the client sent behind its request goes first."""
         server, session, dialogue, client = self.server, self.session, self.dialogue, self.connection
-        config, rates, early, first = server.config, server.rates, self.inbox.rest(), None
+        rates, early, first = server.rates, self.inbox.rest(), None
         protected = self.envelope or dialogue and dialogue.envelope
-        if not (early or protected or rates.on or client.gettimeout()):
-            first = self.relay_first(remote)
-            if first and first.over:
+        # In a crowd, so many threads would fight for the GIL.
+        crowd = not FIRST_AVAILABLE or len(server.sessions.negotiating) > FEW_NEGOTIATING
+        if not (crowd or early or protected or rates.on or client.gettimeout()):
+            session.relay, first = FIRST, First(client, remote)
+            first.relay()
+            if first.over:
                 session.up, session.down, session.ended_by = first.up, first.down, session.ended_by or first.ended_by
                 remote.close()
                 return
         keep_alive(remote)
-        tunnel = Tunnel(client, remote, early, config.idle_timeout, config.half_closed_timeout, session,
+        tunnel = Tunnel(client, remote, early, server.config.idle_timeout, server.config.half_closed_timeout, session,
                         session.origin)
         if protected:
             theirs, held = (dialogue.envelope, dialogue.held) if dialogue else (None, b"")
@@ -336,14 +340,6 @@ class Handler(StreamRequestHandler):
         self.hand_over(tunnel)
         if rates.rules is not rules:                            # a reload came between the two, and missed this tunnel
             server.relay_loop().change_all(rates.apply)
-
-    def relay_first(self, remote: socket.socket) -> Optional[First]:
-        """Relay the first moments. None, and nothing is done, in a crowd: so many threads would fight for the GIL."""
-        if not FIRST_AVAILABLE or len(self.server.sessions.negotiating) > FEW_NEGOTIATING:
-            return None
-        self.session.relay, first = FIRST, First(self.connection, remote)
-        first.relay()
-        return first
 
     def hand_over(self, relay: Relay) -> None:
         """Have the relay loop relay it. Raises OSError, and it is still ours, when that cannot be."""
@@ -375,7 +371,7 @@ class Handler(StreamRequestHandler):
 
     def reply(self, rep: Rep, host: Host = UNSPECIFIED.host, port: int = UNSPECIFIED.port) -> None:
         self.session.rep = rep.word
-        self.send_packed(Reply, pack_reply(rep, host, port))
+        self.send_packed(Reply, REPLY_HEADS[rep] + pack_address(host, port))      # no Reply is made
 
 
 COMMANDS: Dict[Cmd, Callable[[Handler, Address], None]] = {
