@@ -8,8 +8,9 @@ with small work (conn, rr, udp) it takes its share of the CPUs: "direct", which 
 ceiling, and the nearer to it, the more alike all servers look.
 
 --instructions counts in place of timing: what ours takes in user space for one unit of work, by valgrind. On a quiet
-machine the count of a connection is the same to a few percent, so that it shows what a change in the code is worth. A
-round trip or a datagram takes fewer, the more of them come at a time. Builds of Python differ.
+machine the count of a connection is the same to half a percent, so that it shows what a change in the code is worth:
+the hashes of strings are the same each time (PYTHONHASHSEED), which otherwise move it by 2 %. A round trip or a
+datagram takes fewer, the more of them come at a time. Builds of Python differ.
 
 --rates measures how exact a rate limit is: bytes a second over ten seconds, from 16 KiB to 1 GiB, of one tunnel and of
 200; the exit status is 1 where it is off by more than 5 %.
@@ -85,7 +86,7 @@ def program(name, args):
 def serving(name, args, *wrapper):
     """(port, pid) of a server, started for this and ended afterwards; (0, None) for direct. Raises Trouble.
 
-    `wrapper` is the command that runs ours."""
+    `wrapper` is the command that runs ours, to count and not to time: then with the same hashes each time."""
     if name == "direct":
         yield 0, None
         return
@@ -103,7 +104,8 @@ def serving(name, args, *wrapper):
             command = [*wrapper, args.python, str(SCRIPT), "-p", str(port), *name.partition("=")[2].split()]
         try:
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                     stderr=subprocess.DEVNULL, start_new_session=True)
+                                     stderr=subprocess.DEVNULL, start_new_session=True,
+                                     env=dict(os.environ, PYTHONHASHSEED="0") if wrapper else None)
         except OSError as exc:
             raise Trouble(str(exc)) from None
         try:
