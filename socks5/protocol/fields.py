@@ -116,6 +116,7 @@ class Field:
 class Layout(Tuple[Field, ...]):
     """The fields of a message, in the RFC's order.
 
+    must     what the first byte has to be, if anything
     addr     where ADDR begins, of which only the size differs from message to message; 0 if there is none
     others   bytes of all other fields
     format   of a struct.Struct for all fields, where `%d` stands for the size of ADDR
