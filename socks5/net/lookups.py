@@ -280,6 +280,7 @@ class Names:
         with self._lock:
             if answer.until:
                 known = self._known
+                known.pop(name, None)                   # or it would keep its old place
                 if len(known) >= ANSWERS:
                     del known[next(iter(known))]
                 known[name] = answer

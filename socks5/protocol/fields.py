@@ -20,7 +20,7 @@ Source = Union[bytes, ReadExactly]
 Host = Union[IPv4Address, IPv6Address, bytes]     # bytes: a domain name as received
 ADDRESS_BYTES = {0x01: 4, 0x04: 16}               # by ATYP, RFC 1928 §5
 DOMAINNAME = int(Atyp.DOMAINNAME)
-new_tuple = tuple.__new__                         # new_tuple(kind, fields): in half the time, what kind(*fields) makes
+new_tuple = tuple.__new__                         # new_tuple(kind, fields) is kind(*fields), in half the time
 LENGTH_IN_FRONT, ATYP_IN_FRONT = 0, -1            # in place of a size: what the field in front says
 
 
