@@ -127,6 +127,13 @@ class Answers(LookupCase):
             wait_until(lambda: len(self.told) == 30)
         self.assertLessEqual(len(self.names._known), 10)
 
+    def test_a_name_that_is_looked_up_anew_is_the_newest(self):
+        with mock.patch.object(module, "ANSWERS", 3):
+            for count, name in enumerate((b"quick1.test", b"quick2.test", b"quick3.test", b"quick2.test"), 1):
+                self.names._join(name, "one", self.tell)
+                wait_until(lambda: len(self.told) == count)
+        self.assertEqual(list(self.names._known), [b"quick1.test", b"quick3.test", b"quick2.test"])
+
 
 class Turns(LookupCase):
     def test_one_client_holds_no_more_than_its_share_of_the_threads(self):
